@@ -1,0 +1,63 @@
+"""Contracts - what a finished artifact says of itself (`record.json`) and the small reference that travels between tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RECORD = "record.json"
+NOT_DATA = frozenset({RECORD, "spec.json", "stage.log", "metrics.jsonl"})
+"""Files beside the data that do not enter the content digest: they hold times, paths or explanations."""
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FileDigest(_Plain):
+    name: str
+    """Relative to the artifact's directory, with forward slashes."""
+    size: int
+    sha256: str
+
+
+class ArtifactRef(_Plain):
+    """Where a thing lies and what it holds. A few hundred bytes: what tasks return and stages receive, never the data."""
+
+    kind: str
+    key: str
+    """Its key in the store, or "external" for a model directory that the user brought."""
+    path: str
+    content: str
+    """Digest over the digests of its data files: what the keys downstream are made of."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.key[:12]}"
+
+
+class ArtifactRecord(_Plain):
+    """`record.json`. Written last and atomically; whoever finds it may trust every file it lists."""
+
+    kind: str
+    key: str
+    stage: str
+    version: str
+    config: dict[str, Any]
+    """The resolved settings without their runtime part: exactly what was hashed."""
+    inputs: dict[str, ArtifactRef]
+    content: str
+    files: list[FileDigest]
+    rows: int
+    """Rows in the Parquet shards; 0 for a checkpoint."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Scalars a reader compares: counts, rates, means. Loss curves are in metrics.jsonl."""
+    facts: dict[str, Any] = Field(default_factory=dict)
+    """Provenance that is not a number: tokenizer and template digests, library versions, device."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """wall (all tries together), load, busy; plus what a stage adds."""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    """Who, when, on what: commit, host, python, runtime settings, number of starts."""
+
+    def ref(self, path: str) -> ArtifactRef:
+        return ArtifactRef(kind=self.kind, key=self.key, path=path, content=self.content)

@@ -1,0 +1,176 @@
+"""Contracts - Parquet shards: one row schema per kind, written whole or not at all, read in a fixed order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_contracts.errors import ArtifactError, ContractError
+from data_contracts.store import sync_directory
+
+TOKENS = pa.list_(pa.int32())
+PER_TOKEN = pa.list_(pa.float32())
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def _schema(*fields: tuple[str, pa.DataType], nullable: tuple[str, ...] = ()) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in fields])
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "prompts": _schema(
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("checks", pa.string()),  # JSON list of verifiable instructions, "[]" for none
+        ("response", pa.string()),  # ground truth, for SPIN and SWIFT
+        ("source", pa.string()),
+        nullable=("response",),
+    ),
+    "generations": _schema(
+        ("prompt_id", pa.string()),
+        ("candidate", pa.int32()),
+        ("prompt_ids", TOKENS),
+        ("token_ids", TOKENS),  # with the EOS that ended it, if one did
+        ("token_logps", PER_TOKEN),  # the sampler's own, before temperature; nats
+        ("finish_reason", pa.string()),  # "stop" or "length"
+        ("seed", pa.int64()),
+        ("completion", pa.string()),  # for people and text scorers; training uses token_ids
+    ),
+    "scored_pairs": _schema(
+        ("pair_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt_ids", TOKENS),
+        ("chosen_ids", TOKENS),
+        ("rejected_ids", TOKENS),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("score_chosen", pa.float64()),
+        ("score_rejected", pa.float64()),
+        ("win_rate_chosen", pa.float64()),  # against all K candidates, self counted 1/2
+        ("win_rate_rejected", pa.float64()),
+        ("scorer", pa.string()),
+        nullable=("score_chosen", "score_rejected"),
+    ),
+    "weighted_pairs": _schema(
+        ("pair_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt_ids", TOKENS),
+        ("chosen_ids", TOKENS),
+        ("chosen_reference_logps", PER_TOKEN),
+        ("chosen_weights", PER_TOKEN),
+        ("rejected_ids", TOKENS),
+        ("rejected_reference_logps", PER_TOKEN),
+        ("rejected_weights", PER_TOKEN),
+        ("win_rate_chosen", pa.float64()),
+        ("win_rate_rejected", pa.float64()),
+    ),
+    "scores": _schema(
+        ("prompt_id", pa.string()),
+        ("scores", pa.list_(pa.float64())),  # one per candidate, null = could not be scored
+        ("preference_logits", pa.list_(pa.float64())),  # K*K row by row, entry [i][j] > 0: i beats j; null for pointwise scorers
+        ("reasons", pa.list_(pa.string())),  # why a candidate has no score, or what spoilt it; "" for none
+        nullable=("scores", "preference_logits"),
+    ),
+    "dropped": _schema(("prompt_id", pa.string()), ("reason", pa.string())),
+    "eval_report": _schema(
+        ("suite", pa.string()),
+        ("task", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("low", pa.float64()),  # 95 % interval
+        ("high", pa.float64()),
+        ("n", pa.int64()),
+        ("n_shot", pa.int32()),
+        ("task_version", pa.string()),
+        nullable=("stderr", "low", "high", "n_shot"),
+    ),
+    "heldout": _schema(
+        ("prompt_id", pa.string()),
+        ("candidate", pa.int32()),
+        ("completion", pa.string()),
+        ("score", pa.float64()),
+        ("num_tokens", pa.int32()),
+        ("finished", pa.bool_()),
+        ("start_logp", pa.float64()),  # mean per token under the start model: the fluency measure
+        nullable=("score", "start_logp"),
+    ),
+}
+
+
+def shard_path(directory: Path, index: int, prefix: str = "part") -> Path:
+    return directory / f"{prefix}-{index:05d}.parquet"
+
+
+def to_table(rows: Iterable[Mapping[str, Any]], kind: str) -> pa.Table:
+    """Rows under the schema of `kind`. Raises: ContractError naming row and column where one does not fit."""
+    schema, rows = SCHEMAS[kind], list(rows)
+    for number, row in enumerate(rows):
+        if row.keys() != set(schema.names):
+            missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
+            raise ContractError(f"{kind} row {number}: " + "; ".join(f"{word} {sorted(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names))
+        for field in schema:
+            if row[field.name] is None and not field.nullable:
+                raise ContractError(f"{kind} row {number}: column {field.name} is empty; it must hold {field.type}")
+    try:
+        return pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        for number, row in enumerate(rows):  # the slow way, once, to name the culprit
+            for field in schema:
+                try:
+                    pa.array([row[field.name]], type=field.type)
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as inner:
+                    raise ContractError(f"{kind} row {number}, column {field.name}: {inner}") from None
+        raise ContractError(f"{kind}: {error}") from None
+
+
+def write_shard(path: Path, table: pa.Table) -> None:
+    """Write, flush to disk, then rename: a shard that exists is a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def read_shard(path: Path, kind: str) -> pa.Table:
+    """Raises: ArtifactError if it cannot be read, ContractError if its columns are not those of `kind`."""
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtifactError(f"{path} cannot be read as Parquet ({error}). Delete it and run again: only this shard is made anew") from None
+    if table.schema.remove_metadata() != SCHEMAS[kind]:
+        raise ContractError(f"{path}: columns {table.schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; it was written by another version")
+    return table
+
+
+def shard_is_whole(path: Path, kind: str) -> bool:
+    """Whether a shard left by an earlier try can be kept. A damaged one is removed."""
+    if not path.is_file():
+        return False
+    try:
+        read_shard(path, kind)
+    except (ArtifactError, ContractError):
+        path.unlink()
+        return False
+    return True
+
+
+def read_shards(directory: Path | str, kind: str, prefix: str = "part") -> pa.Table:
+    """All shards of an artifact as one table, in shard order. Raises: ArtifactError if there is none."""
+    paths = sorted(Path(directory).glob(f"{prefix}-*.parquet"))
+    if not paths:
+        raise ArtifactError(f"{directory} holds no {prefix}-*.parquet shard of {kind}")
+    return pa.concat_tables([read_shard(path, kind) for path in paths])
+
+
+def count_rows(directory: Path) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in sorted(directory.glob("part-*.parquet")))

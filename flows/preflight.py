@@ -1,0 +1,93 @@
+"""Flows - refuse a wrong request before any model loads and before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_contracts.artifact import FileDigest
+from data_contracts.errors import ConfigError, StageError
+from data_contracts.identity import digest_file
+from data_contracts.prompts import check_disjoint, load_prompts
+from data_contracts.store import Store, content_digest
+from flows.config import RunConfig
+from stages.evaluation.lm_eval import load_task
+from stages.evaluation.stage import EvaluationConfig
+from stages.scoring import SCORERS
+from tasks.launch import CHECKOUT
+from tasks.models import locate
+
+
+class Checked(NamedTuple):
+    """What the checks have read, so that nothing is read twice."""
+
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    evaluation: EvaluationConfig
+    """With the digests of its local tasks."""
+
+
+def preflight(run: RunConfig, store: Store) -> Checked:
+    """Raises: ConfigError for whatever can be known to fail: files, models, prompts, limits, the store.
+
+    Remembered for this process: the command line asks before it starts a server, the flow asks again.
+    """
+    return _preflight(run.model_dump_json(), store.root)
+
+
+@cache
+def _preflight(settings: str, store_root: Path) -> Checked:
+    run = RunConfig.model_validate_json(settings)
+    Store(store_root).check_writable()
+    train, heldout = load_prompts(run.prompts.train), load_prompts(run.prompts.heldout)
+    check_disjoint(train, heldout, run.prompts.duplicate_similarity)
+    _check_amount(run, train)
+    for scorer, rows in ((run.scoring.scorer, train), (run.evaluation.scorer, heldout)):
+        SCORERS.get(scorer.name).check_prompts(scorer, rows)
+    if run.scoring_for_pairs().pairing == "truth_vs_generation" and (missing := [row["prompt_id"] for row in train if row["response"] is None]):
+        raise ConfigError(f"the method {run.method.name} trains on ground truths; {len(missing)} prompts of {run.prompts.train} have no `response`, e.g. {missing[:3]}")
+    evaluation = run.evaluation.model_copy(update={"lm_eval": tuple(_with_digest(task) for task in run.evaluation.lm_eval)})
+    model = locate(run.policy, run.sampling.template == "chat")
+    _check_tokens(run, model, train, heldout)
+    return Checked(train, heldout, evaluation)
+
+
+def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:
+    iterations = 1 if run.prompts.reuse else run.iterations
+    needed = (run.prompts.per_iteration or 1) * iterations
+    if needed > len(train):
+        raise ConfigError(
+            f"{run.prompts.train} has {len(train)} prompts; {run.iterations} iterations of {run.prompts.per_iteration or 1} need {needed}. "
+            "Lower prompts.per_iteration or iterations, or set prompts.reuse: true"
+        )
+
+
+def _with_digest(task: Any) -> Any:
+    load_task(task.path)
+    directory = Path(task.path)
+    files = [FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path)) for path in sorted(directory.rglob("*")) if path.is_file()]
+    return task.model_copy(update={"digest": content_digest(files)})
+
+
+def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
+    """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no transformers."""
+    python = run.sampling.runtime.python or sys.executable
+    request = {"model": str(model), "sets": [[run.sampling_for_training().model_dump(mode="json"), train], [run.sampling_for_heldout().model_dump(mode="json"), heldout]]}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(request, file)
+        file.flush()
+        environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+        try:
+            result = subprocess.run([python, "-m", "stages.sampling.check", file.name], capture_output=True, text=True, env=environment, check=False)
+        except OSError as error:
+            raise ConfigError(f"sampling.runtime.python = {python!r} cannot be run: {error.strerror}") from None
+    if result.returncode == ConfigError.exit_code:
+        raise ConfigError(result.stdout.strip())
+    if result.returncode:
+        raise StageError(f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}")

@@ -1,0 +1,118 @@
+"""Flow - self-play: improve a policy by preferring its own better completions, `iterations` times.
+
+    prompts -> sample -> score -> weigh -> train -> evaluate, and the checkpoint is the next policy
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+
+from data_contracts.artifact import ArtifactRef
+from data_contracts.checkpoint import ModelRef
+from data_contracts.store import Store
+from flows.config import EvaluationConfig, PromptsConfig, RunConfig, SamplingConfig, ScoringConfig, TrainingConfig, WeightingConfig, load_run
+from flows.preflight import Checked, preflight
+from flows.report import History
+from stages.methods import METHODS
+from tasks.models import resolve
+from tasks.prompts import part_of, select_prompts
+from tasks.stages import Place, run
+from tasks.tracking import Tracker
+
+
+def play(config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, history: History) -> ArtifactRef:
+    """The algorithm. Every name is a finished artifact; nothing else is passed on."""
+    place = Place(str(store.root), config.name, "iter_00")
+    heldout = select_prompts(checked.heldout, place, "heldout_prompts")
+
+    def measure(policy: ArtifactRef, place: Place) -> None:
+        answers = run("sample", config.sampling_for_heldout(), place, "heldout_generations", prompts=heldout, policy=policy)
+        report = run("evaluate", checked.evaluation, place, prompts=heldout, generations=answers.ref, policy=policy, start=start)
+        history.measured(place, answers, report)
+
+    policy = start
+    measure(policy, place)
+    for iteration in range(config.iterations):
+        place = place._replace(step=f"iter_{iteration + 1:02d}")
+        part = part_of(checked.train, iteration, config.iterations, config.prompts.per_iteration, config.prompts.reuse, config.seed)
+        prompts = select_prompts(part, place)
+        generations = run("sample", config.sampling_for_training(), place, prompts=prompts, policy=policy)
+        pairs = run("score", config.scoring_for_pairs(), place, prompts=prompts, generations=generations.ref, policy=policy, start=start)
+        weighted = run("weigh", config.weighting, place, pairs=pairs.ref, reference=policy)
+        trained = run("train", config.training_for(iteration), place, pairs=weighted.ref, policy=policy)
+        policy = trained.ref
+        history.built(place, sample=generations, score=pairs, weigh=weighted, train=trained)
+        measure(policy, place)
+    return policy
+
+
+def _flow_run_name() -> str:
+    parameters = flow_run.parameters
+    return parameters.get("name") or Path(parameters["config"]).stem
+
+
+@flow(name="self-play", flow_run_name=_flow_run_name, persist_result=False)
+def self_play(
+    config: str = "deploy/runs/quickstart.yaml",
+    name: str | None = None,
+    iterations: int | None = None,
+    seed: int | None = None,
+    policy: ModelRef | None = None,
+    prompts: PromptsConfig | None = None,
+    method: METHODS.field() | None = None,
+    sampling: SamplingConfig | None = None,
+    scoring: ScoringConfig | None = None,
+    weighting: WeightingConfig | None = None,
+    training: TrainingConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+    overrides: dict[str, Any] | None = None,
+    store: str | None = None,
+) -> dict[str, Any]:
+    """Run self-play from a YAML file; whatever else is given replaces that section of it.
+
+    Args:
+        config: Path of the run config, relative to the checkout or absolute.
+        name: Another name for the run.
+        iterations: Rounds of sample, score, weigh, train.
+        seed: Another seed.
+        policy: Another start model.
+        prompts: Other prompt files.
+        method: Another method, e.g. {"name": "dpo", "beta": 0.1}.
+        sampling: Replaces the whole section.
+        scoring: Replaces the whole section.
+        weighting: Replaces the whole section.
+        training: Replaces the whole section.
+        evaluation: Replaces the whole section.
+        overrides: Single settings by dotted name, e.g. {"training.learning_rate": 1e-6}.
+        store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
+    """
+    sections = {"name": name, "iterations": iterations, "seed": seed, "policy": policy, "prompts": prompts, "method": method, "sampling": sampling}
+    sections |= {"scoring": scoring, "weighting": weighting, "training": training, "evaluation": evaluation}
+    given = {key: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value for key, value in sections.items() if value is not None}
+    resolved = load_run(config, given | (overrides or {}))
+    return run_self_play(resolved, Store(store))
+
+
+def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
+    """Check, play, report. Inside a flow run."""
+    logger = get_run_logger()
+    checked = preflight(config, store)
+    start = resolve(config.policy, config.sampling.template == "chat", store)
+    tracker = Tracker(store, config.name, logger.warning)
+    tracker.parameters(config.model_dump(mode="json"))
+    history = History(config, store, tracker)
+    try:
+        final = play(config, checked, store, start, history)
+    except BaseException:
+        tracker.finish(None, "FAILED")
+        raise
+    report = history.write_report()
+    tracker.finish(report)
+    logger.info("report: %s", report)
+    return {"final": final.path, "report": str(report), "headline": history.headline(), "rows": history.rows}
+
+

@@ -1,0 +1,44 @@
+"""Method - KTO on pairs, simplified: both responses against one constant, the policy's drift."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from stages.lazy import torch
+from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, pair_metrics, weighted_sum
+from stages.methods.kto import KTO
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class KTOPair(Method):
+    VERSION = "1"
+    SOURCE = "Wu et al. 2024, E.4 (arXiv:2405.00675)"
+    NEEDS = frozenset({"reference", "mismatched"})
+    DROP_IDENTICAL = False
+
+    class Config(MethodConfig):
+        """Vetted setting: beta 0.1."""
+
+        name: Literal["kto_pair"] = "kto_pair"
+        beta: float = Field(0.1, gt=0)
+        """Inverse temperature of the implicit reward; 0.01-0.5 is usual."""
+
+    @staticmethod
+    def step_values(config: Config, pairs: Pairs) -> dict[str, Tensor]:
+        return KTO.step_values(config, pairs)
+
+    @staticmethod
+    def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
+        r"""loss = sigmoid(c - a) + sigmoid(b - c), a = beta LR(chosen), b = beta LR(rejected), c = beta KL(policy || reference).
+
+        Shapes: see Pairs. Returns: unreduced loss [B]. At policy = reference: 1.
+        Deviates from the paper: (1) the KL is KTO's estimate, max(0, mean log-ratio of mismatched responses) over the optimizer step.
+        """
+        c = config.beta * pairs.step["mismatched_log_ratio"].clamp_min(0)
+        a = config.beta * weighted_sum(pairs.chosen.log_ratio(), pairs.chosen)
+        b = config.beta * weighted_sum(pairs.rejected.log_ratio(), pairs.rejected)
+        return PairLoss(torch.sigmoid(c - a) + torch.sigmoid(b - c), pair_metrics(pairs, a, b))

@@ -1,0 +1,37 @@
+"""Stages - the deterministic sampler: hashes instead of a model. The twin of vLLM for tests of everything around it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from stages.registry import Named
+from stages.sampling.base import Candidate, Prompt
+
+
+class Canned:
+    class Config(Named):
+        """Every candidate is a few ids drawn from a hash of its seed."""
+
+        name: Literal["canned"] = "canned"
+        vocabulary: int = Field(256, gt=1)
+        """Ids are drawn below this."""
+
+    def __init__(self, config: Config, sampling: Any, model: str, stop_ids: list[int], device: str):
+        self.config, self.sampling, self.stop_ids = config, sampling, stop_ids
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
+        return [[self._candidate(seed) for seed in prompt.seeds] for prompt in prompts]
+
+    def _candidate(self, seed: int) -> Candidate:
+        digest = hashlib.sha256(str(seed).encode()).digest()
+        length = 1 + digest[0] % self.sampling.max_new_tokens
+        ids = [digest[1 + i % 31] % self.config.vocabulary for i in range(length)]
+        finished = length < self.sampling.max_new_tokens and bool(self.stop_ids)
+        if finished:
+            ids[-1] = self.stop_ids[0]
+        return Candidate(ids, [-math.log(self.config.vocabulary)] * length, "stop" if finished else "length")

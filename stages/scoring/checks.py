@@ -1,0 +1,359 @@
+"""Stage - completion text -> score: verifiable instructions, small functions that need no model to be sure.
+
+A prompt row carries `checks: [{"name": "max_words", "value": 12}, {"name": "all_lowercase"}]`.
+`validate_checks` refuses a wrong request before anything runs; `grade` says how much of it a completion
+satisfied. One more check is one small function and one line in `CHECKS`.
+
+What counts as what:
+- A *word* is a run between blanks (or dashes set as punctuation) that holds a letter or a digit; list markers
+  are not words, "don't" and "well-known" are one each. Scripts written without blanks are not cut into words.
+- A *sentence* ends at . ! ? … before a blank, or at a line break; "e.g." and initials do not end one.
+- Phrases are compared caselessly and as whole words, curly quotes read as straight ones: "cats" does not
+  contain "cat".
+
+Credit is graded where a near miss is worth preferring to a wide one: too few of something earn
+count / minimum; too many lose linearly, down to nothing at half as many again as allowed; characters that
+must not be there (capitals, commas, digits) leave 1 / (1 + slips). Everything else is all or nothing, unless
+its line in `CHECKS` says otherwise.
+"""
+
+# ruff: noqa: RUF001 - the typographic quotes, dashes and commas are what is being read here
+
+import difflib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from data_contracts.errors import ConfigError
+
+_QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‘": "'", "’": "'"})
+_WRAPPING = " \n\"'*_`()[]"  # quotes, brackets and markdown emphasis around an answer are not part of it
+_BULLET = re.compile(r"\s*[-*•·+–]\s+(?=.*\w)")
+_NUMBER = re.compile(r"\s*(\d{1,3})[.)]\s+(?=.*\w)")
+_FENCED = re.compile(r"```\w*\s*\n(.*?)```", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?…]+[\"')\]*_]*(?:\s+|$)")
+_ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|etc|e\.g|i\.e|a\.m|p\.m|[^\W\d_])\.$", re.IGNORECASE)
+_SMALL_WORDS = frozenset(
+    ("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A completion and the readings of it that the checks share, each made once."""
+
+    raw: str
+    finished: bool = True
+
+    @cached_property
+    def text(self) -> str:
+        """One form of every accent, quote and line end, no blanks around."""
+        return unicodedata.normalize("NFC", "\n".join(self.raw.splitlines())).translate(_QUOTES).strip()
+
+    @cached_property
+    def bare(self) -> str:
+        return self.text.strip(_WRAPPING)
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [line for line in self.text.split("\n") if line.strip()]
+
+    @cached_property
+    def items(self) -> list[str]:
+        """The lines without their list markers."""
+        return [re.sub(_NUMBER, "", re.sub(_BULLET, "", line, count=1), count=1) for line in self.lines]
+
+    @cached_property
+    def words(self) -> list[str]:
+        return [
+            run for line in self.items for run in re.split(r"\s+|[—–]+|--+", line) if _says_something(run)
+        ]
+
+    @cached_property
+    def num_sentences(self) -> int:
+        return sum(_sentences_in(line) for line in self.items)
+
+
+def _says_something(text: str) -> bool:
+    return any(char.isalnum() for char in text)
+
+
+def _sentences_in(line: str) -> int:
+    count, start = 0, 0
+    for end in _SENTENCE_END.finditer(line):
+        is_last = end.end() == len(line)  # even an abbreviation ends its sentence there
+        if not is_last and _ABBREVIATION.search(line[start : end.end()].rstrip()):
+            continue
+        count += _says_something(line[start : end.end()])
+        start = end.end()
+    return count + _says_something(line[start:])
+
+
+# --- what a check measures: (reply, value) -> credit in [0, 1] ---
+
+
+def _at_least(count: int, minimum: int) -> float:
+    return min(1.0, count / minimum)
+
+
+def _at_most(count: int, maximum: int) -> float:
+    return max(0.0, 1.0 - 2 * max(0, count - maximum) / maximum)
+
+
+def _exactly(count: int, wanted: int) -> float:
+    return max(0.0, 1.0 - abs(count - wanted) / wanted)
+
+
+def _words_between(reply: Reply, bounds: Sequence[int]) -> float:
+    return min(_at_least(len(reply.words), bounds[0]), _at_most(len(reply.words), bounds[1]))
+
+
+def _fold(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).translate(_QUOTES).casefold().split())
+
+
+def _phrases(value: str | Sequence[str]) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _mentions(reply: Reply, phrase: str) -> bool:
+    # \b would not hold beside a phrase that begins or ends with punctuation, such as "C++".
+    return re.search(rf"(?<!\w){re.escape(_fold(phrase))}(?!\w)", _fold(reply.text)) is not None
+
+
+def _contains(reply: Reply, value: str | Sequence[str]) -> float:
+    found = [_mentions(reply, phrase) for phrase in _phrases(value)]
+    return sum(found) / len(found)
+
+
+def _avoids(reply: Reply, value: str | Sequence[str]) -> float:
+    return float(not any(_mentions(reply, phrase) for phrase in _phrases(value)))
+
+
+def _on_topic(reply: Reply, stems: Sequence[str]) -> float:
+    return float(any(re.search(rf"(?<!\w){re.escape(_fold(stem))}", _fold(reply.text)) for stem in stems))
+
+
+def _starts_with(reply: Reply, phrase: str) -> float:
+    opening = re.compile(
+        rf"{re.escape(_fold(phrase))}(?!\w)" if phrase[-1].isalnum() else re.escape(_fold(phrase))
+    )
+    return float(any(opening.match(_fold(text)) for text in (reply.text, reply.bare)))
+
+
+def _ends_with(reply: Reply, phrase: str) -> float:
+    ending = _fold(phrase)
+    if ending[-1].isalnum():  # a word: the punctuation that closes its sentence is not in the way
+        closed = _fold(re.sub(r"[\W_]+$", "", reply.text))
+        return float(re.search(rf"(?<!\w){re.escape(ending)}$", closed) is not None)
+    return float(any(_fold(text).endswith(ending) for text in (reply.text, reply.bare)))
+
+
+def _without(reply: Reply, is_slip: Callable[[str], bool]) -> float:
+    return 1.0 / (1 + sum(map(is_slip, reply.text)))
+
+
+def _one_case(reply: Reply, is_slip: Callable[[str], bool]) -> float:
+    # Digits and scripts without case are neither lower nor upper: a cased letter must be there to be right.
+    is_cased = any(char.isupper() or char.islower() for char in reply.text)
+    return is_cased * _without(reply, is_slip)
+
+
+def _title_case(reply: Reply) -> float:
+    words = [re.sub(r"^[\W_]+", "", word) for word in Reply(reply.lines[0]).words]
+    is_title = [
+        word[0].isupper() or word[0].isdigit() or (i > 0 and word in _SMALL_WORDS)
+        for i, word in enumerate(words)
+    ]
+    return float(bool(is_title) and all(is_title))
+
+
+def _bullets(reply: Reply) -> int:
+    return sum(_BULLET.match(line) is not None for line in reply.lines)
+
+
+def _numbered_list(reply: Reply, wanted: int) -> float:
+    numbers = [int(match.group(1)) for line in reply.lines if (match := _NUMBER.match(line))]
+    return _exactly(len(numbers), wanted) if numbers == list(range(1, len(numbers) + 1)) else 0.0
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_object(reply: Reply, keys: Sequence[str]) -> float:
+    source = reply.raw.strip()  # not `reply.text`: a curly quote must not be repaired into JSON
+    fenced = _FENCED.fullmatch(source)
+    try:
+        parsed = json.loads(fenced.group(1) if fenced else source, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return 0.0
+    return (1 + sum(key in parsed for key in keys)) / (1 + len(keys)) if isinstance(parsed, dict) else 0.0
+
+
+def _paragraphs(reply: Reply) -> int:
+    return len(re.split(r"\n\s*\n", reply.text))
+
+
+# --- the table ---
+
+
+class Argument(NamedTuple):
+    """What a check's `value` must be."""
+
+    wanted: str
+    accepts: Callable[[Any], bool]
+
+
+class Check(NamedTuple):
+    credit: Callable[[Reply, Any], float]
+    argument: Argument
+    doc: str
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0  # bool is an int to isinstance
+
+
+def _is_range(value: Any) -> bool:
+    return _is_list(value) and len(value) == 2 and all(map(_is_count, value)) and value[0] <= value[1]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_texts(value: Any) -> bool:
+    return _is_list(value) and len(value) > 0 and all(map(_is_text, value))
+
+
+NOTHING = Argument("no value", lambda value: value is None)
+COUNT = Argument("a whole number above 0", _is_count)
+RANGE = Argument("two whole numbers above 0, [least, most]", _is_range)
+TEXT = Argument("a non-empty text", _is_text)
+TEXTS = Argument("a non-empty list of texts", _is_texts)
+PHRASES = Argument("a non-empty text or a list of them", lambda value: _is_text(value) or _is_texts(value))
+
+CHECKS: dict[str, Check] = {
+    "min_words": Check(lambda r, n: _at_least(len(r.words), n), COUNT, "at least n words; graded"),
+    "max_words": Check(lambda r, n: _at_most(len(r.words), n), COUNT, "at most n words; graded"),
+    "words_between": Check(
+        _words_between, RANGE, "a number of words within the range, ends included; graded"
+    ),
+    "min_sentences": Check(lambda r, n: _at_least(r.num_sentences, n), COUNT, "at least n sentences; graded"),
+    "max_sentences": Check(lambda r, n: _at_most(r.num_sentences, n), COUNT, "at most n sentences; graded"),
+    "sentences": Check(lambda r, n: _exactly(r.num_sentences, n), COUNT, "exactly n sentences; graded"),
+    "paragraphs": Check(
+        lambda r, n: _exactly(_paragraphs(r), n), COUNT, "exactly n blocks between blank lines; graded"
+    ),
+    "bullet_count": Check(
+        lambda r, n: _exactly(_bullets(r), n), COUNT, "exactly n lines marked - * • · + or –; graded"
+    ),
+    "numbered_list": Check(_numbered_list, COUNT, "exactly n lines numbered 1. 2. ... or 1) 2) ...; graded"),
+    "single_line": Check(lambda r, _: float(len(r.lines) == 1), NOTHING, "no line breaks"),
+    "all_lowercase": Check(lambda r, _: _one_case(r, str.isupper), NOTHING, "no capital letter; graded"),
+    "all_uppercase": Check(lambda r, _: _one_case(r, str.islower), NOTHING, "no small letter; graded"),
+    "title_case": Check(lambda r, _: _title_case(r), NOTHING, "first line capitalised but for small words"),
+    "starts_with": Check(_starts_with, TEXT, "opens with the phrase, quotes and emphasis aside"),
+    "ends_with": Check(_ends_with, TEXT, "closes with the phrase; after a word, punctuation may follow"),
+    "contains": Check(
+        _contains, PHRASES, "mentions the phrase, or all of a list; graded by share of the list"
+    ),
+    "avoids": Check(_avoids, PHRASES, "mentions none of the phrases"),
+    "on_topic": Check(
+        _on_topic, TEXTS, "some word begins with one of these stems: it is about what was asked"
+    ),
+    "no_commas": Check(
+        lambda r, _: _without(r, ",，、،".__contains__), NOTHING, "no comma of any script; graded"
+    ),
+    "no_digits": Check(lambda r, _: _without(r, str.isdigit), NOTHING, "no digit; graded"),
+    "question": Check(lambda r, _: _ends_with(r, "?"), NOTHING, "ends with a question mark"),
+    "json_object": Check(
+        _json_object, TEXTS, "one JSON object with these keys, fenced or not; graded by keys"
+    ),
+    "finished": Check(
+        lambda r, _: float(r.finished), NOTHING, "ended by itself rather than cut at the token limit"
+    ),
+}
+
+
+def validate_checks(specs: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse what `grade` could not grade. Raises: ConfigError naming the check and what it wants."""
+    specs = list(specs)
+    if not specs:
+        raise ConfigError("A prompt for the checks scorer needs at least one check; got none.")
+    for spec in specs:
+        if (
+            not isinstance(spec, Mapping)
+            or not isinstance(spec.get("name"), str)
+            or set(spec) - {"name", "value"}
+        ):
+            raise ConfigError(f'A check is {{"name": ..., "value": ...}} and nothing more; got {spec!r}.')
+        name, value = spec["name"], spec.get("value")
+        if name not in CHECKS:
+            near = difflib.get_close_matches(name, CHECKS, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"Unknown check '{name}'; known: {', '.join(CHECKS)}.{hint}")
+        if not CHECKS[name].argument.accepts(value):
+            raise ConfigError(f"Check '{name}' wants {CHECKS[name].argument.wanted}; got {value!r}.")
+
+
+# --- grading ---
+
+
+class Graded(NamedTuple):
+    """`passed` is in the order of the checks: full credit, partial credit is not a pass."""
+
+    score: float
+    passed: tuple[bool, ...]
+
+
+def grade(text: str, specs: Sequence[Mapping[str, Any]], *, finished: bool = True) -> Graded:
+    """The mean credit of the (validated) checks, in [0, 1].
+
+    A text without a word in it passes nothing: "no commas" must not be won by silence. For the same reason a
+    text shorter than the prompt asks for (min_words, words_between) keeps only the share of its score that it
+    has of the words: one lower-case word is not most of an answer.
+
+    >>> specs = [{"name": "words_between", "value": [4, 8]}, {"name": "all_lowercase"}]
+    >>> grade("owls hunt at night.", specs).score, grade("owls", specs).score
+    (1.0, 0.15625)
+    """
+    reply = Reply(text, finished)
+    if not reply.words:
+        return Graded(0.0, (False,) * len(specs))
+    credits = [CHECKS[spec["name"]].credit(reply, spec.get("value")) for spec in specs]
+    enough = min(_at_least(len(reply.words), _fewest_words(spec)) for spec in specs)
+    return Graded(enough * sum(credits) / len(credits), tuple(credit == 1.0 for credit in credits))
+
+
+def _fewest_words(spec: Mapping[str, Any]) -> int:
+    if spec["name"] == "min_words":
+        return spec["value"]
+    return spec["value"][0] if spec["name"] == "words_between" else 1
+
+
+def repetition(text: str) -> float:
+    """How much of a text is a loop, in [0, 1]: 0 for ordinary prose, near 1 for a stuck sampler.
+
+    The larger of two shares: word 3-grams that occurred before, and words equal to the one before them (a
+    loop too short for 3-grams). An overlong single "word" is read by its letters: "aaaa..." is a loop too.
+
+    >>> repetition("yes yes yes yes"), repetition("the owl saw a mouse")
+    (1.0, 0.0)
+    """
+    words = [_fold(re.sub(r"^[\W_]+|[\W_]+$", "", word)) for word in Reply(text).words]
+    units = list(words[0]) if len(words) == 1 and len(words[0]) > 20 else words
+    grams = [tuple(units[i : i + 3]) for i in range(len(units) - 2)]
+    looped = 1 - len(set(grams)) / len(grams) if grams else 0.0
+    echoed = sum(a == b for a, b in pairwise(units)) / (len(units) - 1) if len(units) > 1 else 0.0
+    return max(looped, echoed)

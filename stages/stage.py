@@ -1,0 +1,242 @@
+"""Stages - what a stage is, and the one way to run one: check, work shard by shard, sign.
+
+A stage reads finished artifacts and writes exactly one new artifact; nothing is passed in memory. `python -m stages NAME SPEC.json` is the
+same command that a task and a human type.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.config import Config, Runtime, parse
+from data_contracts.errors import ArtifactError, ConfigError
+from data_contracts.identity import fingerprint
+from data_contracts.shards import count_rows, shard_is_whole, shard_path, to_table, write_shard
+from data_contracts.store import Store, write_atomic
+
+LOCK_HELD = "SELFPLAY_LOCK_HELD"
+"""Environment: kind-key of the artifact whose lock the launcher already holds for us."""
+EVENTS = ".events.jsonl"
+
+
+class StageRuntime(Runtime):
+    """How a stage is executed; shared by all of them."""
+
+    python: str | None = None
+    """Interpreter to run the stage with; another environment than the orchestrator's, e.g. one that has vLLM. None: the same."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if torch sees one."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """More environment variables for the stage process, e.g. CUDA_VISIBLE_DEVICES."""
+    timeout_seconds: float | None = Field(None, gt=0)
+    """Stop the stage after so long; None: never."""
+
+
+class Stage(NamedTuple):
+    name: str
+    version: str
+    """Bumped when the meaning of the output changes; the source is never hashed."""
+    produces: str
+    consumes: dict[str, str]
+    """Input name -> artifact kind; a trailing "?" marks an optional input."""
+    target: str
+    """"module" with a `Config` class and `run(job)`."""
+
+    def load(self) -> Any:
+        return importlib.import_module(self.target)
+
+    def parse(self, config: Any) -> Config:
+        return parse(self.load().Config, config, f"settings of the stage {self.name}") if not isinstance(config, Config) else config
+
+    def key(self, config: Config, inputs: Mapping[str, ArtifactRef]) -> str:
+        return fingerprint(self.name, self.version, config, {name: ref.content for name, ref in inputs.items()})
+
+    def check_inputs(self, inputs: Mapping[str, ArtifactRef]) -> None:
+        """Raises: ConfigError for a missing, unknown or wrong kind of input."""
+        known = {name.rstrip("?"): kind for name, kind in self.consumes.items()}
+        needed = {name for name in self.consumes if not name.endswith("?")}
+        if missing := needed - inputs.keys():
+            raise ConfigError(f"the stage {self.name} needs the input(s) {sorted(missing)}")
+        for name, ref in inputs.items():
+            if name not in known:
+                raise ConfigError(f"the stage {self.name} knows no input {name!r}; it takes {sorted(known)}")
+            if ref.kind != known[name]:
+                raise ConfigError(f"the stage {self.name} takes {known[name]} as {name!r}, got {ref.kind} {ref.key}")
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("sample", "1", "generations", {"prompts": "prompts", "policy": "checkpoint"}, "stages.sampling.stage"),
+        Stage("score", "1", "scored_pairs", {"prompts": "prompts", "generations": "generations", "policy?": "checkpoint", "start?": "checkpoint"}, "stages.scoring.stage"),
+        Stage("weigh", "1", "weighted_pairs", {"pairs": "scored_pairs", "reference": "checkpoint"}, "stages.weighting.stage"),
+        Stage("train", "1", "checkpoint", {"pairs": "weighted_pairs", "policy": "checkpoint"}, "stages.training.stage"),
+        Stage(
+            "evaluate",
+            "1",
+            "eval_report",
+            {"prompts": "prompts", "generations": "generations", "policy": "checkpoint", "start": "checkpoint"},
+            "stages.evaluation.stage",
+        ),
+    )
+}
+
+
+class Job:
+    """What a running stage holds: settings, inputs, its output directory, and the ways to report."""
+
+    def __init__(self, stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], out: Path):
+        self.stage, self.config, self.inputs, self.out = stage, config, inputs, out
+        self.metrics: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self._bar: Any = None
+
+    def path(self, name: str) -> Path:
+        return Path(self.inputs[name].path)
+
+    def log(self, text: str) -> None:
+        print(text, flush=True)
+
+    def event(self, name: str, **values: Any) -> None:
+        """Append to the history of this build, over all its tries."""
+        with open(self.out / EVENTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": name, "time": time.time(), "pid": os.getpid(), **values}) + "\n")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """A bar for a person; one line of JSON for the task that watches this process."""
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            if self._bar is None:
+                self._bar = tqdm(total=total, unit=unit, desc=self.stage.name)
+            self._bar.update(done - self._bar.n)
+        else:
+            print("@progress " + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)
+
+    def missing_shards(self, items: Sequence[Any], size: int, kind: str) -> Iterator[tuple[int, Sequence[Any]]]:
+        """Cut `items` into shards and yield those that no earlier try finished: (index, items of the shard).
+
+        Another shard size than an earlier try's makes its shards useless: they are removed.
+        """
+        count = max(1, -(-len(items) // size))
+        plan = self.out / ".plan"
+        wanted = json.dumps({"items": len(items), "size": size})
+        if not plan.is_file() or plan.read_text() != wanted:
+            for path in self.out.glob("part-*.parquet"):
+                path.unlink()
+            write_atomic(plan, wanted)
+        done = 0
+        for index in range(count):
+            if not shard_is_whole(shard_path(self.out, index), kind):
+                yield index, items[index * size : (index + 1) * size]
+            done += 1
+            self.progress(done, count, "shards")
+
+    def write(self, index: int, rows: list[dict[str, Any]], kind: str | None = None) -> None:
+        """Write one shard of the artifact, atomically."""
+        write_shard(shard_path(self.out, index), to_table(rows, kind or self.stage.produces))
+        self.event("shard", index=index, rows=len(rows))
+
+
+def execute(stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store) -> ArtifactRecord:
+    """Build the artifact unless it is there; returns its record. The caller may already hold its lock (see LOCK_HELD)."""
+    stage.check_inputs(inputs)
+    key = stage.key(config, inputs)
+    name = f"{stage.produces}-{key}"
+    if os.environ.get(LOCK_HELD) == name:
+        return _build(stage, config, inputs, store, key)
+    with store.lock(stage.produces, key, lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True)):
+        if store.find(stage.produces, key):
+            print(f"{stage.produces} {key} is already built", flush=True)
+            return store.load(stage.produces, key)
+        return _build(stage, config, inputs, store, key)
+
+
+def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str) -> ArtifactRecord:
+    for name, ref in inputs.items():
+        if not Path(ref.path).is_dir():
+            raise ArtifactError(f"the input {name!r} of the stage {stage.name} is gone: {ref.path}")
+    out = store.directory(stage.produces, key)
+    out.mkdir(parents=True, exist_ok=True)
+    for litter in out.glob(".*.tmp-*"):
+        litter.unlink()
+    job = Job(stage, config, inputs, out)
+    job.event("start")
+    start = time.monotonic()
+    stage.load().run(job)
+    job.event("end")
+    record = ArtifactRecord(
+        kind=stage.produces,
+        key=key,
+        stage=stage.name,
+        version=stage.version,
+        config=config.identity(),
+        inputs=dict(inputs),
+        content="",
+        files=[],
+        rows=count_rows(out),
+        metrics=job.metrics,
+        facts=job.facts,
+        seconds={"wall": _wall_seconds(out), "last_try": time.monotonic() - start, **job.seconds},
+        provenance=provenance(config, out),
+    )
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    return store.sign(record)
+
+
+def events(directory: Path) -> list[dict[str, Any]]:
+    """The history of a build: start, shard, step, end of every try. A line cut by a kill is left out."""
+    path = directory / EVENTS
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _wall_seconds(out: Path) -> float:
+    """Seconds of all tries: each from its start to the last thing it is known to have done."""
+    total, began, last = 0.0, None, None
+    for event in events(out):
+        if event["event"] == "start":
+            total += last - began if began is not None else 0.0
+            began = event["time"]
+        last = event["time"]
+    return total + (last - began if began is not None else 0.0)
+
+
+def provenance(config: Config, out: Path) -> dict[str, Any]:
+    """Who, when, on what. Never part of a key."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "argv": sys.argv,
+        "starts": sum(event["event"] == "start" for event in events(out)),
+        "settings": config.model_dump(mode="json"),
+        "versions": {name: getattr(module, "__version__", "?") for name in ("torch", "transformers", "vllm", "deepspeed", "lm_eval", "pyarrow") if (module := sys.modules.get(name))},
+    }

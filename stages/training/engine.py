@@ -1,0 +1,170 @@
+"""Stages - the training engine: DeepSpeed, ZeRO 0-3, one process or many; the one file that imports it.
+
+Facts of DeepSpeed 0.19 that shape it: gradients are averaged over ranks; a resumed run is bit-exact; load_checkpoint of a missing
+directory returns (None, None) instead of raising; some ops want a compiler at first use, and none of them is needed here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from data_contracts.errors import ArtifactError, ConfigError
+from stages.lazy import torch
+from stages.policy import load_causal_lm
+
+
+class Engine:
+    """A policy, its optimizer and its schedule."""
+
+    def __init__(self, config: Any, model: str, num_steps: int, device: str):
+        deepspeed = _import_deepspeed(device)
+        from transformers import get_scheduler
+
+        self.config, self.device = config, device
+        _join(deepspeed)
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.manual_seed(config.seed)
+        policy = load_causal_lm(model, "float32", device)
+        policy.train()
+        if config.runtime.gradient_checkpointing:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = _optimizer(config, policy.parameters())
+        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=round(config.warmup_ratio * num_steps), num_training_steps=num_steps)
+        self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=_settings(config))
+
+    @property
+    def model(self) -> Any:
+        return self.engine
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def backward(self, loss: Any, last: bool) -> None:
+        """Accumulate a micro-batch's share of the step's mean loss; `last` closes the step's gradient.
+
+        The share is already divided by the global count of the step: DeepSpeed must not divide again, and its mean over ranks is undone.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # not an update: it counts the micro-batch
+
+    def step(self) -> dict[str, float]:
+        """Clip, update, advance the schedule."""
+        rate = self.engine.get_lr()[0]
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return {"learning_rate": float(rate)} | ({} if norm is None else {"grad_norm": float(norm)})
+
+    def total(self, values: Any) -> Any:
+        """Sum of a tensor over ranks."""
+        values = values.to("cpu" if self.device == "cpu" else torch.device("cuda", torch.cuda.current_device()))
+        torch.distributed.all_reduce(values)
+        return values
+
+    def save(self, directory: Path, step: int) -> None:
+        """A checkpoint to resume from, then removal of the one before. `latest` is written last, so a kill leaves the old one valid."""
+        tag = f"step{step}"
+        self.engine.save_checkpoint(str(directory), tag=tag, client_state={"step": step})
+        self.barrier()
+        if self.is_main:
+            for path in directory.glob("step*"):
+                if path.name != tag:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def resume(self, directory: Path) -> int:
+        """Load the last checkpoint if there is one; the number of steps already done."""
+        if not (directory / "latest").is_file():
+            return 0
+        path, state = self.engine.load_checkpoint(str(directory))
+        if path is None:
+            raise ArtifactError(f"{directory} names a checkpoint that cannot be loaded: delete {directory} to train from the start")
+        return int(state["step"])
+
+    def export(self, directory: Path) -> None:
+        """The policy as a Hugging Face directory, weights in the configured dtype, from the float32 master copy."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        dtype = getattr(torch, self.config.save_dtype)
+        module = self.engine.module
+        state = {}
+        for name, parameter in module.named_parameters():
+            # Collective under ZeRO: every rank asks, the first one keeps.
+            full = safe_get_full_fp32_param(parameter)
+            full = parameter.detach() if full is None else full
+            if self.is_main:
+                state[name] = full.to(device="cpu", dtype=dtype).clone()
+        if self.is_main:
+            module.config.use_cache = True
+            module.config.dtype = dtype
+            for name, tensor in _tied(module, state):
+                state[name] = tensor
+            module.save_pretrained(directory, state_dict=state)
+        self.barrier()
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+    def close(self) -> None:
+        self.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _import_deepspeed(device: str) -> Any:
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1" if device == "cpu" else "0")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"deepspeed does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter that has it in training.runtime.python") from error
+    if device == "cpu":
+        # Its shared-memory collectives are compiled by g++ at first use (36 s, or an error without a compiler); gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _join(deepspeed: Any) -> None:
+    """Join the ranks that the launcher started, or be the only one."""
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    deepspeed.init_distributed(verbose=False)
+
+
+def _optimizer(config: Any, parameters: Any) -> Any:
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """DeepSpeed's own config. Accumulation is ours (see Engine.backward), so its own is 1."""
+    runtime = config.runtime
+    offload = {"device": "cpu"} if runtime.offload_optimizer else {"device": "none"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": {"stage": runtime.zero_stage, **({"offload_optimizer": offload} if runtime.zero_stage else {})},
+        "zero_allow_untested_optimizer": True,  # RMSprop
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _tied(module: Any, state: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Names that share a tensor with a parameter (a tied lm_head): named_parameters() lists a shared tensor once."""
+    owner = {parameter: name for name, parameter in module.named_parameters()}
+    return [(name, state[owner[parameter]]) for name, parameter in module.named_parameters(remove_duplicate=False) if name not in state]

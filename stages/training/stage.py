@@ -1,0 +1,147 @@
+"""Stage - weighted_pairs + policy -> checkpoint: the next policy, in Hugging Face format."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from data_contracts.checkpoint import check_model_directory
+from data_contracts.config import Config as BaseConfig
+from data_contracts.errors import ContractError, StageError
+from data_contracts.shards import read_shards
+from stages.methods import METHODS
+from stages.policy import pick_device, pin_threads
+from stages.stage import Job, StageRuntime
+
+
+class TrainingRuntime(StageRuntime):
+    num_processes: int = Field(1, ge=1)
+    """Ranks on this machine; more than one are started by the `deepspeed` launcher (gloo on the CPU, nccl on GPUs)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO: 1 cuts the optimizer state over the ranks, 2 the gradients too, 3 the weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in CPU memory (ZeRO 1-3)."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Padded tokens per micro-batch: the memory dial. One pair at least."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more work, far less memory."""
+    save_every_steps: int = Field(100, ge=1)
+    """How many steps are lost, at most, when training is killed."""
+
+
+class TrainingConfig(BaseConfig):
+    """Optimisation. Vetted (SPPO, SPIN): RMSprop, lr 5e-7, batch 64, linear with 10 % warm-up, clip 1."""
+
+    method: METHODS.field() = Field(default_factory=lambda: METHODS.config("sppo"), validate_default=True)
+    """The loss, by name, with its settings. Set for you from the run's `method`."""
+    learning_rate: float = Field(5e-7, gt=0)
+    """Peak rate."""
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+    """Pairs per optimizer step, over all ranks and micro-batches."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Part of the steps in which the rate rises from 0."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm; 0: never."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic; bfloat16 keeps float32 master weights."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights of the checkpoint. bfloat16 is half the size, and rounds away updates of less than 0.4 %."""
+    seed: int = 0
+    """Order of the pairs."""
+    runtime: TrainingRuntime = TrainingRuntime()
+
+
+Config = TrainingConfig
+
+
+def run(job: Job) -> None:
+    config: TrainingConfig = job.config
+    shutil.rmtree(job.out / ".export", ignore_errors=True)
+    if config.runtime.num_processes == 1:
+        metrics = train_rank(job.out, config, str(job.path("pairs")), str(job.path("policy")), job)
+    else:
+        metrics = _launch(job)
+    _adopt(job)
+    job.metrics |= metrics
+    job.facts |= {"device": pick_device(config.runtime.device), "world_size": config.runtime.num_processes}
+
+
+def train_rank(out: Path, config: TrainingConfig, pairs: str, policy: str, job: Job | None) -> dict[str, float]:
+    """What every rank does; `job` reports, and is there on the main rank only."""
+    from stages.training.loop import train
+
+    rows = read_shards(pairs, "weighted_pairs").to_pylist()
+    check_rows(rows)
+    pin_threads(max(1, len(os.sched_getaffinity(0)) // config.runtime.num_processes))
+
+    def report(done: int, total: int, metrics: dict[str, float]) -> None:
+        print(f"step {done}/{total} loss {metrics['loss']:.4f} margin {metrics['rewards/margins']:.4f} {metrics['seconds']:.1f} s", flush=True)
+        if job:
+            job.event("step", index=done)
+            job.progress(done, total, "steps")
+
+    return train(config, rows, policy, out, pick_device(config.runtime.device), report)
+
+
+def check_rows(rows: list[dict[str, Any]]) -> None:
+    """Every per-token column is as long as its tokens and finite. Raises: ContractError naming row and column."""
+    if not rows:
+        raise ContractError("weighted_pairs: no rows to train on")
+    for number, row in enumerate(rows):
+        for side in ("chosen", "rejected"):
+            count = len(row[f"{side}_ids"])
+            for column in (f"{side}_reference_logps", f"{side}_weights"):
+                where = f"weighted_pairs row {number} (pair_id {row['pair_id']}): {column}"
+                if len(row[column]) != count or not count:
+                    raise ContractError(f"{where} has {len(row[column])} values for {count} tokens. Rebuild with `python -m stages weigh`")
+                if not np.isfinite(row[column]).all():
+                    raise ContractError(f"{where} holds NaN or infinity. Rebuild with `python -m stages weigh`")
+
+
+def _launch(job: Job) -> dict[str, float]:
+    """Start the ranks with the deepspeed launcher and wait for them."""
+    work = job.out / ".ranks.json"
+    work.write_text(json.dumps({"config": job.config.model_dump(mode="json"), "pairs": str(job.path("pairs")), "policy": str(job.path("policy"))}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    count = job.config.runtime.num_processes
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(count))}).encode()).decode()
+    # The per-node launcher itself: the `deepspeed` command execs it after looking at the node's GPUs.
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={port}", "--no_local_rank", "--module", "stages.training.rank", str(job.out)]
+    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if pick_device(job.config.runtime.device) == "cpu" else {})
+    environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise StageError(f"training with {count} ranks ended with code {code}; the ranks' output is above, and in {job.out}/stage.log")
+    return json.loads((job.out / ".summary.json").read_text())
+
+
+def _adopt(job: Job) -> None:
+    """Move the exported model into place, with the policy's tokenizer, template and generation settings as they are."""
+    export = job.out / ".export"
+    for path in job.path("policy").iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and ("token" in path.name or path.name in KEPT):
+            shutil.copyfile(path, export / path.name)
+    for path in sorted(export.iterdir()):
+        os.replace(path, job.out / path.name)
+    export.rmdir()
+    check_model_directory(job.out, chat_template=False)
+
+
+KEPT = ("chat_template.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")

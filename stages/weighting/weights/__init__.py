@@ -1,0 +1,20 @@
+"""Stages - per-token weight providers by name. One file each: settings, and a vectorised function over a batch of responses."""
+
+from stages.registry import Registry
+
+WEIGHTS = Registry(
+    "weights",
+    {
+        "contrastive": "stages.weighting.weights.tis_dpo:ContrastiveWeights",
+        "equal": "stages.weighting.weights.ablations:EqualWeights",
+        "noise": "stages.weighting.weights.ablations:NoiseWeights",
+        "ones": "stages.weighting.weights.ablations:Ones",
+        "random": "stages.weighting.weights.ablations:RandomWeights",
+        "reverse": "stages.weighting.weights.ablations:ReverseWeights",
+        "swift": "stages.weighting.weights.swift:SwiftWeights",
+        "swift_released": "stages.weighting.weights.swift_released:SwiftReleasedWeights",
+        "tgdpo": "stages.weighting.weights.tgdpo:TGDPOWeights",
+        "tidpo": "stages.weighting.weights.tidpo:TIDPOWeights",
+        "tis_dpo": "stages.weighting.weights.tis_dpo:TISWeights",
+    },
+)

@@ -1,0 +1,77 @@
+"""Weights - what SWIFT's released code stores: an affine map of the teacher's score, read one token late. For comparison only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import Field
+
+from stages.numerics import token_logps
+from stages.weighting.weights.alignment import align, pair_means
+from stages.weighting.weights.base import ResponseBatch, WeightConfig, WeightProvider, Weights, fraction, result
+from stages.weighting.weights.rounding import round_decimals
+from stages.weighting.weights.swift import normalise, same_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.policy import Batch
+
+
+class SwiftReleasedWeights(WeightProvider):
+    VERSION = "1"
+    SOURCE = "SWIFT's released code (commit 45d8acc)"
+    NEEDS = frozenset({"teacher_unshifted"})
+
+    class Config(WeightConfig):
+        """Vetted setting: the released constants. Differs from the paper: (1) the policy's own probability is not used; (2) the
+        teacher's logits are read at the token's own position, so it scores a repetition of the previous token; (3) an affine map to
+        [0.43, 1.5] in place of exp; (4) two decimals; (5) each response sums to 100; (6) EOS gets 0."""
+
+        name: Literal["swift_released"] = "swift_released"
+        clip_lo: float = 7.0
+        """Smallest negated score, nats."""
+        clip_hi: float = 15.0
+        """Largest negated score, nats."""
+        div: float = Field(15.0, gt=0)
+        """What the clipped score is divided by."""
+        decimals: int = Field(2, ge=0)
+        """Digits that are stored."""
+        normalise: Literal["none", "sum100"] = "sum100"
+        """The data loader's scale."""
+
+    @staticmethod
+    def weights(config: Config, batch: ResponseBatch) -> Weights:
+        r"""w_i = 2 (1 - (clip(-s_i, lo, hi) - lo) / div) - 0.5, s_i the mean teacher log-prob over i's common-starts component.
+
+        A token without a teacher token is scored like the worst. Stats: empty (such tokens).
+        """
+        teacher = batch.teacher_column()
+        tokens, score = batch.student, np.full(len(batch.student.ids), np.nan)
+        shared = same_tokens(tokens, batch.teacher)
+        score[shared[tokens.rows()]] = teacher[shared[batch.teacher.rows()]]
+        if not shared.all():
+            alignment = align(batch.texts, tokens, batch.teacher, "common_starts")
+            means, _ = pair_means(alignment, np.zeros(len(score)), teacher, lambda gap, token: gap)
+            score = np.where(shared[tokens.rows()], score, means)
+        empty = np.isnan(score)
+        values = affine(np.where(empty, -np.inf, score), config)
+        eos = tokens.is_eos()
+        values[eos] = 0.0
+        return result(normalise(values, tokens.starts, config.normalise), empty=fraction(empty & ~eos))
+
+
+def affine(score: np.ndarray, config: SwiftReleasedWeights.Config) -> np.ndarray:
+    clipped = np.clip(-score, config.clip_lo, config.clip_hi)
+    return round_decimals(2 * (1 - (clipped - config.clip_lo) / config.div) - 0.5, config.decimals)
+
+
+def unshifted_logps(logits: Tensor, batch: Batch) -> Tensor:
+    """The released indexing: logits at input position P-1+t, read for the token at input position P-1+t, which is the one before.
+
+    Shapes: logits [N, T, V] as `policy.response_logits` gives them -> [N, T].
+    """
+    length = batch.response_ids.shape[1]
+    before = batch.input_ids[:, -length - 1 : -1]
+    return token_logps(logits, before, batch.response_mask)

@@ -1,0 +1,79 @@
+"""Tasks - the one place that decides: already built? Else launch, watch, verify. No prefect here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.config import Config
+from data_contracts.errors import ArtifactError
+from data_contracts.store import Store, write_atomic
+from stages.stage import LOCK_HELD, STAGES
+from tasks.launch import Progress, run_stage
+
+
+class Built(NamedTuple):
+    ref: ArtifactRef
+    record: ArtifactRecord
+    cached: bool
+    """Whether it was there already."""
+
+
+def build(
+    stage_name: str,
+    config: Config,
+    inputs: Mapping[str, ArtifactRef],
+    store: Store,
+    log: Callable[[str], None] = print,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Built:
+    """The artifact of a stage: found if it is finished and intact, else built by a process of its own.
+
+    The lock is held from the look to the signature, and inherited by the stage's processes: two runs that want the same artifact share
+    the work, and the remains of a killed run are waited for. A damaged artifact is made again.
+    Raises: what `run_stage` raises; ArtifactError if the stage ended well but left no valid record.
+    """
+    stage = STAGES[stage_name]
+    stage.check_inputs(inputs)
+    key = stage.key(config, inputs)
+    kind = stage.produces
+    with store.lock(kind, key, lambda owner: log(f"{kind} {key} is being built by {owner}: waiting")) as lock:
+        found = _look(store, kind, key, log)
+        if found:
+            return Built(found.ref(str(store.directory(kind, key))), found, True)
+        directory = store.directory(kind, key)
+        directory.mkdir(parents=True, exist_ok=True)
+        spec = {"config": config.model_dump(mode="json"), "inputs": {name: ref.model_dump() for name, ref in inputs.items()}, "store": str(store.root)}
+        write_atomic(directory / "spec.json", json.dumps(spec, indent=1))
+        runtime = getattr(config, "runtime", None)
+        run_stage(
+            [stage_name, str(directory / "spec.json")],
+            log_file=directory / "stage.log",
+            log=log,
+            on_progress=on_progress,
+            python=getattr(runtime, "python", None),
+            env={LOCK_HELD: f"{kind}-{key}", **getattr(runtime, "env", {})},
+            inherit=[lock],
+            timeout=getattr(runtime, "timeout_seconds", None),
+        )
+        record = store.load(kind, key)
+        problems = ["it has no record.json"] if record is None else store.problems(record)
+        if problems:
+            raise ArtifactError(f"{kind} {key}: the stage {stage_name} ended well, but " + "; ".join(problems) + f"; log: {directory}/stage.log")
+        return Built(record.ref(str(directory)), record, False)
+
+
+def _look(store: Store, kind: str, key: str, log: Callable[[str], None]) -> ArtifactRecord | None:
+    """The finished artifact, or None; a signed one with damaged files is removed, and said so."""
+    try:
+        record = store.load(kind, key)
+        problems = [] if record is None else store.problems(record)
+    except ArtifactError as error:
+        record, problems = None, [str(error)]
+    if problems:
+        log(f"{kind} {key} is damaged ({'; '.join(problems)}): building it again")
+        store.discard(kind, key)
+        return None
+    return record

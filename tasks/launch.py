@@ -1,0 +1,148 @@
+"""Tasks - run one stage as a process tree of its own: stream its output, follow its progress, leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import stages
+from data_contracts.errors import BY_NAME, StageError, TransientError
+from stages.supervise import processes_with, signal_all
+
+CHECKOUT = Path(stages.__file__).resolve().parent.parent
+LINES_PER_SECOND = 10
+"""What a log server gets at most; the file gets everything (20,000 lines cost Prefect's server 50 s)."""
+NOISE = re.compile(r"\d+%\||it/s\]|s/it\]|^@|^\s*$|Warning: |^\S*W\d{4} |^  ")
+"""Progress bars, warnings of libraries and their quoted source lines: in the file, not in the UI."""
+GRACE_SECONDS = 10.0
+
+
+class Progress:
+    """The last `@progress` line of a stage."""
+
+    def __init__(self) -> None:
+        self.done, self.total, self.unit = 0, 0, ""
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.done / self.total if self.total else 0.0
+
+
+def run_stage(
+    arguments: Sequence[str],
+    *,
+    log_file: Path,
+    log: Callable[[str], None],
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    python: str | None = None,
+    env: dict[str, str] | None = None,
+    inherit: Sequence[int] = (),
+    timeout: float | None = None,
+) -> None:
+    """`python -m stages ARGUMENTS`, blocking. The whole tree ends with it: on success, on any exception raised here (a cancel, Ctrl-C, a
+    timeout), and when this process itself is killed.
+
+    `inherit`: file descriptors (a lock) that the tree keeps open. Raises: the pipeline error that the stage reported; TransientError if it
+    was killed; StageError if it died otherwise; TimeoutError.
+    """
+    marker = f"SELFPLAY_TREE={uuid.uuid4().hex}"
+    command = [sys.executable, "-m", "stages.supervise", "--grace", str(GRACE_SECONDS), "--", python or sys.executable, "-m", "stages", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path(), "SELFPLAY_TREE": marker.partition("=")[2]} | (env or {})
+    lines: SimpleQueue[str] = SimpleQueue()
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        env=environment, pass_fds=tuple(inherit),
+    )  # fmt: skip
+    tail: deque[str] = deque(maxlen=30)
+    reported: dict[str, Any] = {}
+    pump = threading.Thread(target=_pump, args=(process.stdout, log_file, lines), daemon=True)
+    pump.start()
+    progress = Progress()
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                code = None
+            if code is not None:
+                pump.join(5)
+            _drain(lines, tail, reported, progress, log)
+            on_progress(progress)
+            if code is not None:
+                break
+            if timeout is not None and time.monotonic() - began > timeout:
+                raise TimeoutError(f"the stage {arguments[0]} ran longer than runtime.timeout_seconds = {timeout:g}; log: {log_file}")
+    finally:
+        _end(process, marker)
+    if code:
+        _raise(code, reported, tail, arguments[0], log_file)
+
+
+def _python_path() -> str:
+    """This checkout first: the packages are the same in whatever interpreter runs the stage."""
+    return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+
+
+def _pump(stream: Any, log_file: Path, lines: SimpleQueue[str]) -> None:
+    with open(log_file, "a", encoding="utf-8", buffering=1) as file:
+        for line in stream:
+            file.write(line)
+            lines.put(line.rstrip("\n"))
+
+
+def _drain(lines: SimpleQueue[str], tail: deque[str], reported: dict[str, Any], progress: Progress, log: Callable[[str], None]) -> None:
+    """Hand on what the stage said since the last look; Prefect is only ever called from the thread that runs the task."""
+    allowed, held = max(1, int(LINES_PER_SECOND * 0.2)), 0
+    while True:
+        try:
+            line = lines.get_nowait()
+        except Empty:
+            break
+        if line.startswith("@progress "):
+            progress.__dict__.update(json.loads(line.removeprefix("@progress ")))
+        elif line.startswith("@error "):
+            reported.update(json.loads(line.removeprefix("@error ")))
+        elif not NOISE.search(line):
+            tail.append(line)
+            if allowed > 0:
+                log(line)
+                allowed -= 1
+            else:
+                held += 1
+    if held:
+        log(f"... {held} more lines in the log file")
+
+
+def _end(process: subprocess.Popen, marker: str) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)  # the supervisor ends its whole tree
+        try:
+            process.wait(GRACE_SECONDS + 7)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    # Only a supervisor that was itself killed leaves anything: found by what every process of the tree inherited.
+    signal_all(processes_with(marker), signal.SIGKILL)
+
+
+def _raise(code: int, reported: dict[str, Any], tail: deque[str], stage: str, log_file: Path) -> None:
+    if reported:
+        raise BY_NAME.get(reported["type"], StageError)(f"{reported['message']} [stage {stage}, log: {log_file}]")
+    last = "\n".join(tail)
+    number = code - 128 if code > 128 else -code
+    if code < 0 or code > 128:
+        raise TransientError(f"the stage {stage} was killed by signal {number} ({signal.strsignal(number)}; 9 is often the out-of-memory killer); log: {log_file}\n{last}")
+    raise StageError(f"the stage {stage} ended with exit code {code}; log: {log_file}; its last lines:\n{last}")

@@ -1,0 +1,83 @@
+"""Tasks - one Prefect task for every stage: shown as Cached when the artifact was there, retried only when another try can help."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.config import Config
+from data_contracts.errors import TransientError
+from data_contracts.store import Store
+from tasks.build import Built, build
+from tasks.launch import Progress
+
+
+class Place(NamedTuple):
+    """Where in a run a task stands; it names task runs and links, and enters no key."""
+
+    store: str
+    run: str
+    step: str
+    """iter_00 (the start model), iter_01, ..."""
+
+
+def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
+    """Shards make a retry cheap, but only a lost process or a server that did not answer gets one."""
+    return isinstance(state.result(raise_on_failure=False), TransientError)
+
+
+@task(
+    name="stage",
+    task_run_name="{stage}-{place.step}",
+    cache_policy=NO_CACHE,  # one truth: the store's records decide
+    persist_result=False,
+    retries=1,
+    retry_delay_seconds=2,
+    retry_condition_fn=_worth_another_try,
+)
+def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place: Place, shown_as: str) -> Any:
+    """Build one artifact and show it in the run's view."""
+    logger, store = get_run_logger(), Store(place.store)
+    bar = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{shown_as}", f"{stage} of {place.step}")
+    built = build(stage, config, inputs, store, logger.info, bar)
+    store.show_in_run(place.run, place.step, shown_as, built.ref)
+    if built.cached:
+        return Completed(name="Cached", message=f"found {built.ref}", data=built)
+    logger.info("%s built in %.1f s: %s", built.ref, built.record.seconds["wall"], built.ref.path)
+    return built
+
+
+def run(stage: str, config: Config, place: Place, shown_as: str | None = None, **inputs: ArtifactRef) -> Built:
+    """Call the task. It may return a State, which Prefect hands back as it is: unwrapped here."""
+    return stage_task(stage, config, inputs, place, shown_as or stage, return_state=True).result()
+
+
+def record_of(ref: ArtifactRef, place: Place) -> ArtifactRecord:
+    return Store(place.store).record_of(ref)
+
+
+class _ProgressArtifact:
+    """Progress in the UI, at most every two seconds; a server that is away costs the bar, not the run."""
+
+    def __init__(self, key: str, description: str):
+        self.key, self.description = key, description
+        self.artifact: Any = None
+        self.shown, self.next = -1, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        if not progress.total or progress.done == self.shown or (time.monotonic() < self.next and progress.done < progress.total):
+            return
+        self.shown, self.next = progress.done, time.monotonic() + 2
+        try:
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(progress=progress.percent, key=self.key, description=self.description)
+            else:
+                update_progress_artifact(artifact_id=self.artifact, progress=progress.percent)
+        except Exception as error:  # whatever the client raises: a bar is never worth a run
+            get_run_logger().debug("no progress artifact: %s", error)
