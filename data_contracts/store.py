@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord, ArtifactRef, FileDigest
@@ -181,20 +182,24 @@ class Store:
         temporary.symlink_to(target)
         os.replace(temporary, link)
 
-    def records(self, kind: str | None = None) -> Iterator[ArtifactRecord]:
-        """Every signed artifact, oldest first."""
-        found = sorted((self.root / "artifacts").glob(f"{kind or '*'}/*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-        for path in found:
-            record = self.load(path.parent.parent.name, path.parent.name)
+    def records(self, kind: str | None = None, start: str = "") -> Iterator[ArtifactRecord]:
+        """Every signed artifact (whose key begins with `start`), oldest first. One with a damaged record is left out; `verify` names it."""
+        pattern = f"{escape(kind) if kind else '*'}/{escape(start)}*/{RECORD}"
+        for path in sorted((self.root / "artifacts").glob(pattern), key=lambda path: path.stat().st_mtime):
+            try:
+                record = self.load(path.parent.parent.name, path.parent.name)
+            except ArtifactError:
+                continue
             if record is not None:
                 yield record
 
     def resolve(self, text: str) -> ArtifactRecord:
         """The one artifact that `text` names: a key, the start of one, or kind/key. Raises: ConfigError if none or several."""
         kind, _, start = text.rpartition("/")
-        hits = [record for record in self.records(kind or None) if record.key.startswith(start)]
+        # More than one slash is a path, of something that is not there.
+        hits = [] if "/" in kind else list(self.records(kind or None, start))
         if len(hits) == 1:
             return hits[0]
         if not hits:
-            raise ConfigError(f"no artifact in {self.root} has a key that starts with {start!r}; list them with `python -m data_contracts ls`")
+            raise ConfigError(f"no artifact in {self.root} has a key that starts with {text!r}; list them with `python -m data_contracts ls`")
         raise ConfigError(f"{start!r} is the start of {len(hits)} keys: " + ", ".join(f"{hit.kind}/{hit.key}" for hit in hits[:8]))

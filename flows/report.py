@@ -52,6 +52,7 @@ class History:
             "mean_tokens": round(rows["heldout", "mean_tokens"]["value"], 1),
             "finished": round(rows["heldout", "finished_rate"]["value"], 3),
             "start_logp": round(rows["heldout", "start_logp"]["value"], 3),
+            "distinct": round(rows["heldout", "distinct_rate"]["value"], 3),
         }
         row |= {f"{task}/{metric}": round(item["value"], 3) for (task, metric), item in rows.items() if task != "heldout"}
         seconds = {name: stages[name].record.seconds["wall"] if name in stages else 0.0 for name in STAGES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
+from tqdm import tqdm
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
@@ -44,8 +46,9 @@ def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
 def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place: Place, shown_as: str) -> Any:
     """Build one artifact and show it in the run's view."""
     logger, store = get_run_logger(), Store(place.store)
-    bar = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{shown_as}", f"{stage} of {place.step}")
-    built = build(stage, config, inputs, store, logger.info, bar)
+    artifact = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{shown_as}", f"{stage} of {place.step}")
+    with _TerminalBar(f"{place.step} {stage}") as bar:
+        built = build(stage, config, inputs, store, logger.info, lambda progress: (artifact(progress), bar(progress)))
     store.show_in_run(place.run, place.step, shown_as, built.ref)
     if built.cached:
         return Completed(name="Cached", message=f"found {built.ref}", data=built)
@@ -60,6 +63,30 @@ def run(stage: str, config: Config, place: Place, shown_as: str | None = None, *
 
 def record_of(ref: ArtifactRef, place: Place) -> ArtifactRecord:
     return Store(place.store).record_of(ref)
+
+
+class _TerminalBar:
+    """Progress for a person in front of a terminal; nothing elsewhere."""
+
+    def __init__(self, description: str):
+        self.description = description
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> _TerminalBar:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, progress: Progress) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self.bar is None:
+            self.bar = tqdm(desc=self.description, leave=False)
+        self.bar.total, self.bar.unit = progress.total or None, progress.unit or "it"
+        self.bar.update(progress.done - self.bar.n)
+        self.bar.refresh()
 
 
 class _ProgressArtifact:

@@ -6,6 +6,7 @@ The records in the store are the truth; this is a copy for plots and comparisons
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -45,6 +46,7 @@ class Tracker:
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         # Two processes that make the sqlite schema at once break each other.
         with self.store.lock("mlflow", "schema"):
             self.client = MlflowClient(tracking_uri=self.uri)

@@ -137,6 +137,9 @@ def _heldout_report(heldout: list[dict[str, Any]], scorer: Named) -> list[dict[s
                 "task_version": scorer.name,
             }
         )
+    # A policy that answers everything with one good sentence scores well; this shows it.
+    distinct = len({row["completion"] for row in heldout}) / len(heldout)
+    rows.append({"suite": "heldout", "task": "heldout", "metric": "distinct_rate", "value": distinct, "stderr": None, "low": None, "high": None, "n": len(heldout), "n_shot": 0, "task_version": "1"})
     return rows
 
 

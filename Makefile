@@ -1,0 +1,38 @@
+# Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
+.DEFAULT_GOAL := help
+.PHONY: help venv model quickstart test test-all lint
+
+RUN ?= deploy/runs/quickstart.yaml
+LOCK ?= cpu
+ARGS ?=
+PY := .venv/bin/python
+
+# Nobody is told about your runs, and forked tokenizers do not warn.
+export DO_NOT_TRACK := 1
+export VLLM_NO_USAGE_STATS := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export TOKENIZERS_PARALLELISM := false
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+venv:  ## the pinned environment, in .venv (LOCK=gpu: with CUDA; PYTHON=...: made with that interpreter)
+	@python=$$(deploy/setup/find_python.sh) && "$$python" deploy/setup/setup_venv.py --lock $(LOCK)
+
+model: venv  ## the quickstart's model, in models/smollm2-135m-instruct
+	@$(PY) deploy/setup/get_smollm2.py
+
+quickstart: venv model  ## three self-play iterations on the CPU, and how much they improved the model (RUN=another.yaml)
+	@$(PY) -m flows $(RUN)
+
+# Tests never ask the hub for anything unless told to (HF_HUB_OFFLINE=0 make test ARGS="-m hub").
+test test-all: export HF_HUB_OFFLINE ?= 1
+test: venv  ## the test suite, without the slow ones (ARGS="-k name": some of them)
+	@$(PY) -m pytest $(ARGS)
+
+test-all: venv model  ## the slow ones too: the real model, and killing a run ten times
+	@$(PY) -m pytest -m "not gpu and not hub" $(ARGS)
+
+lint: venv  ## style and import rules
+	@$(PY) -m ruff check . && .venv/bin/lint-imports --no-cache

@@ -1,0 +1,194 @@
+"""The environment is what the locks say, the declared ranges agree with them, and the set-up is robust.
+
+Strategy: the set-up scripts are plain files outside the packages, so they are loaded by path and their
+decisions tested one by one on small directories; the installation itself is what every test stands on.
+"""
+
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from setuptools import find_namespace_packages
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCKS = ROOT / "deploy" / "locks"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MODEL = ROOT / "models" / "smollm2-135m-instruct"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A script of deploy/setup as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "deploy" / "setup"))
+    spec = importlib.util.spec_from_file_location(f"_setup_{name}", ROOT / "deploy" / "setup" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup_venv(monkeypatch, tmp_path):
+    """setup_venv with its .venv moved to an empty directory."""
+    module = load("setup_venv", monkeypatch)
+    venv = tmp_path / ".venv"
+    for name in ("PYTHON", "WRITING", "DONE", "LOG"):
+        monkeypatch.setattr(module, name, venv / getattr(module, name).relative_to(module.VENV))
+    monkeypatch.setattr(module, "VENV", venv)
+    return module
+
+
+def pins(*names: str) -> dict[str, str]:
+    lines = [line for name in names for line in (LOCKS / f"{name}.txt").read_text().splitlines()]
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+# --- what is installed, and what is declared
+
+
+def test_every_pin_of_the_lock_is_installed_at_its_version():
+    which = "gpu" if _has("vllm") else "cpu"
+    wrong = {
+        n: v for n, v in pins(which, "dev").items() if not _has(n, v) and not _has(n, v.removesuffix("+cpu"))
+    }
+    assert not wrong, f"run `make venv`; these differ from the lock: {wrong}"
+
+
+def _has(name: str, version: str | None = None) -> bool:
+    try:
+        return importlib.metadata.version(name) == (version or importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("lock", ["cpu", "gpu", "dev"])
+def test_a_lock_is_sorted_pins_and_nothing_else(lock):
+    lines = [line for line in (LOCKS / f"{lock}.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][a-z0-9.+]*", line) for line in lines)
+    assert lines == sorted(lines) and len(pins(lock)) == len(lines)
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_the_lock_satisfies_what_pyproject_declares(extra):
+    project, locked = PROJECT["project"], pins(extra, "dev")
+    declared = [project["dependencies"], *(project["optional-dependencies"][name] for name in (extra, "dev"))]
+    for requirement in map(Requirement, itertools.chain(*declared)):
+        version = locked[requirement.name].removesuffix("+cpu")
+        assert requirement.specifier.contains(version), f"{requirement} is locked at {version}"
+
+
+def test_a_cpu_environment_has_no_cuda_build():
+    unwanted = {"torchvision", "torchaudio", "torchcodec", "triton", "vllm"}
+    assert not unwanted & pins("cpu").keys() and not any(name.startswith("nvidia-") for name in pins("cpu"))
+
+
+def test_every_module_is_in_a_package_that_would_be_shipped():
+    include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    shipped = set(find_namespace_packages(str(ROOT), include=include))
+    rooms = ("data_contracts", "stages", "tasks", "flows")
+    wanted = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for room in rooms
+        for path in (ROOT / room).rglob("*.py")
+    }
+    assert set(rooms) <= wanted <= shipped
+
+
+# --- the set-up
+
+
+def test_a_finished_set_up_is_recognised_until_its_recipe_changes(setup_venv, monkeypatch, tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    setup_venv.PYTHON.touch()
+    assert not setup_venv.is_done("abc")
+    setup_venv.DONE.write_text("abc cpu\n")
+    assert setup_venv.is_done("abc") and not setup_venv.is_done("other")
+    setup_venv.WRITING.touch()  # killed while it brought a later lock in
+    assert not setup_venv.is_done("abc")
+
+
+def test_the_recipe_covers_the_lock_and_the_place(setup_venv, monkeypatch, tmp_path):
+    first = setup_venv.recipe_digest("cpu")
+    assert first == setup_venv.recipe_digest("cpu") != setup_venv.recipe_digest("gpu")
+    monkeypatch.setattr(setup_venv, "VENV", tmp_path / "elsewhere" / ".venv")
+    assert setup_venv.recipe_digest("cpu") != first
+
+
+def test_only_pins_that_differ_are_installed(setup_venv, tmp_path):
+    wanted = {"absl-py": "2.5.1", "torch": "2.13.0+cpu", "numpy": "2.3.5"}
+    assert setup_venv.differing(wanted) == wanted
+    for name, version in {"absl_py": "2.5.1", "torch": "2.13.0", "numpy": "2.3.4"}.items():
+        info = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages" / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    assert setup_venv.differing(wanted) == {"numpy": "2.3.5"}
+
+
+def test_a_python_that_is_there_but_does_not_run_is_passed_over(tmp_path):
+    shims, real = tmp_path / "shims", tmp_path / "real"
+    for folder in (shims, real):
+        folder.mkdir()
+    (shims / "python3").write_text("#!/bin/sh\necho 'command not found' >&2; exit 127\n")
+    (shims / "python3").chmod(0o755)
+    (real / "python3.11").symlink_to(sys.executable)
+    env = {"PATH": f"{shims}:{real}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    find = ["/bin/sh", str(ROOT / "deploy" / "setup" / "find_python.sh")]
+    assert subprocess.run(find, env=env, capture_output=True, text=True).stdout.strip() == "python3.11"
+    refused = subprocess.run(
+        find, env=env | {"PYTHON": str(shims / "python3")}, capture_output=True, text=True
+    )
+    assert refused.returncode == 1 and "does not run as Python 3.11 or 3.12" in refused.stderr
+
+
+def test_libnuma_is_taken_out_of_a_debian_package(monkeypatch):
+    libnuma = load("libnuma", monkeypatch)
+
+    def member(name: bytes, body: bytes) -> bytes:
+        return name.ljust(48) + str(len(body)).encode().ljust(10) + b"`\n" + body + b"\n" * (len(body) % 2)
+
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as archive:
+        info = tarfile.TarInfo(libnuma.MEMBER)
+        info.size = 7
+        archive.addfile(info, io.BytesIO(b"library"))
+    package = b"!<arch>\n" + member(b"debian-binary", b"2.0") + member(b"data.tar.xz", data.getvalue())
+    assert libnuma.unpack(package) == b"library"
+
+
+# --- the model
+
+
+def test_a_model_directory_is_intact_only_as_it_was_made(monkeypatch, tmp_path):
+    get = load("get_smollm2", monkeypatch)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert not get.is_intact(tmp_path)
+    digest = get.sha256(tmp_path / "model.safetensors")
+    (tmp_path / get.RECORD).write_text(
+        f'{{"gguf_sha256": "{get.GGUF_SHA256}", "files": {{"model.safetensors": "{digest}"}}}}'
+    )
+    assert get.is_intact(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weight")
+    assert not get.is_intact(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert not get.is_intact(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_converted_model_answers():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not MODEL.is_dir():
+        pytest.fail("no model: run `make model`")
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    answer = model.generate(**prompt, do_sample=False, max_new_tokens=12)[0, prompt.input_ids.shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
