@@ -40,8 +40,7 @@ def show(store: Store, key: str) -> int:
     print(f"path     {store.directory(record.kind, record.key)}")
     print(f"built    {_when(record)} on {record.provenance.get('host', '?')}, {record.rows} rows")
     print(f"content  {record.content}")
-    inputs = {name: f"{_name(ref)}  content {ref.content[:16]}  {ref.path}" for name, ref in record.inputs.items()}
-    sections = {"config": _flat(record.config), "inputs": inputs, "metrics": record.metrics, "facts": _flat(record.facts)}
+    sections = {"config": _flat(record.config), "inputs": record.inputs, "metrics": record.metrics, "facts": _flat(record.facts)}
     for title, values in (sections | {"seconds": record.seconds}).items():
         if values:
             print(f"\n{title}")

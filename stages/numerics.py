@@ -51,7 +51,7 @@ def check_finite(what: str, values: Tensor, rows: list[str] | None = None) -> No
 
 
 def positions(mask: Tensor) -> Tensor:
-    """The index of each scored token inside its own response, from 0, wherever the padding lies. Shape [N, T], meaningless outside the mask."""
+    """The index of each scored token inside its own response, from 0, wherever the padding lies. [N, T]; meaningless outside the mask."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
@@ -74,7 +74,9 @@ def kl_divergence(left: Tensor, right: Tensor, mask: Tensor, chunk: int = 256) -
     where `left` excludes it.
     """
     if left.shape != right.shape:
-        raise ContractError(f"a full-vocabulary KL needs two models of one vocabulary; got logits {tuple(left.shape)} and {tuple(right.shape)}")
+        raise ContractError(
+            f"a full-vocabulary KL needs two models of one vocabulary; got logits {tuple(left.shape)} and {tuple(right.shape)}"
+        )
     check_shapes("kl_divergence", mask=mask, logits=left[..., 0])
     pieces = []
     for start in range(0, left.shape[1], chunk):

@@ -25,7 +25,7 @@ from stages.methods.tidpo import triplet_loss
 from stages.numerics import kl_divergence, token_logps
 from stages.scoring.base import Scores
 from stages.scoring.pairing import best_vs_worst
-from stages.weighting.weights import WEIGHTS, swift, swift_released, tgdpo, tis_dpo
+from stages.weighting.weights import WEIGHTS, swift, swift_released, tis_dpo
 from stages.weighting.weights.alignment import align, merge_empty
 from stages.weighting.weights.base import ResponseBatch, Tokens
 
@@ -54,11 +54,18 @@ class Batcher:
             mask[number, left : left + len(row)] = True
         return torch.stack(padded), mask
 
-    def around(self, row: torch.Tensor) -> list[torch.Tensor]:
+    def around(self, row: Row) -> list[torch.Tensor]:
         """The case's row between two decoys: it is number 1 of 3."""
+        row = self.tensor(row)
         return [self.noise(DECOYS[0], *row.shape[1:]), row, self.noise(DECOYS[1], *row.shape[1:])]
 
-    def responses(self, policy: list[torch.Tensor], reference: list[torch.Tensor] | None = None, weights: list[torch.Tensor] | None = None, **more: Any) -> Responses:
+    def responses(
+        self,
+        policy: list[torch.Tensor],
+        reference: list[torch.Tensor] | None = None,
+        weights: list[torch.Tensor] | None = None,
+        **more: Any,
+    ) -> Responses:
         """One side of a batch, from a list of per-token rows."""
         logps, mask = self.pad(policy)
         ones = torch.ones_like(logps).detach()
@@ -71,17 +78,18 @@ class Batcher:
             **others,
         )
 
-    def side(self, policy: torch.Tensor, reference: Any = None, weights: Any = None) -> Responses:
+    def side(self, policy: Row, reference: Row | None = None, weights: Row | None = None) -> Responses:
         """The case's response between decoys."""
-        def surround(values: Any) -> list[torch.Tensor] | None:
-            return None if values is None else self.around(self.tensor(values))
+
+        def surround(values: Row | None) -> list[torch.Tensor] | None:
+            return None if values is None else self.around(values)
 
         return self.responses(self.around(policy), surround(reference), surround(weights))
 
-    def from_logits(self, policy: torch.Tensor, reference: Any, ids: Sequence[int], weights: Any, kl: str | None) -> Responses:
+    def from_logits(self, policy: Row, reference: Row, ids: Sequence[int], weights: Row | None, kl: str | None) -> Responses:
         """The same from two models' logits, as the trainer makes them."""
         logits, mask = self.pad(self.around(policy))
-        other, _ = self.pad(self.around(self.tensor(reference)))
+        other, _ = self.pad(self.around(reference))
         tokens = torch.zeros(mask.shape, dtype=torch.long)
         tokens[1, mask[1]] = torch.tensor(ids, dtype=torch.long)
         both = {"kl_policy_reference": (logits, other), "kl_reference_policy": (other, logits)}
@@ -89,7 +97,7 @@ class Batcher:
         return Responses(
             token_logps(logits, tokens, mask),
             token_logps(other, tokens, mask),
-            self.pad(self.around(ones if weights is None else self.tensor(weights)))[0],
+            self.pad(self.around(ones if weights is None else weights))[0],
             mask,
             kl=None if kl is None else kl_divergence(*both[kl], mask, chunk=3),
             logits=logits,
@@ -143,12 +151,16 @@ def take(value: Any, rows: slice) -> Any:
 
 # ---- pair losses on per-token log-probs
 
+
 def _pair(name: str, fields: Callable[[dict[str, Any]], dict[str, Any]], roles: str = "wl", **more: str) -> Callable:
     """A call whose loss is one pair's, from log-probs: pol_<role>, ref_<role> and perhaps g_<role>."""
     first, second = roles.split("/") if "/" in roles else (roles[0], roles[1])
 
     def run(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
-        sides = [batcher.side(args[f"pol_{role}"], args.get(f"ref_{role}", args.get(f"opp_{role}")), args.get(f"g_{role}")) for role in (first, second)]
+        sides = [
+            batcher.side(args[f"pol_{role}"], args.get(f"ref_{role}", args.get(f"opp_{role}")), args.get(f"g_{role}"))
+            for role in (first, second)
+        ]
         columns = {field: batcher.column(args[argument]) for field, argument in more.items()}
         return loss_of(name, fields(args), batcher.pairs(*sides, **columns))
 
@@ -159,7 +171,9 @@ def kto_pair(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     drift = torch.tensor(args["c"] / args["beta"], dtype=batcher.dtype)
     if drift < 0:
         raise ValueError("c is beta times a KL estimate, which is never negative")
-    pairs = batcher.pairs(batcher.side(args["pol_w"], args["ref_w"]), batcher.side(args["pol_l"], args["ref_l"]), step={"mismatched_log_ratio": drift})
+    pairs = batcher.pairs(
+        batcher.side(args["pol_w"], args["ref_w"]), batcher.side(args["pol_l"], args["ref_l"]), step={"mismatched_log_ratio": drift}
+    )
     return loss_of("kto_pair", {"beta": args["beta"]}, pairs)
 
 
@@ -190,12 +204,15 @@ def triplet(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
 
 # ---- pair losses on logits
 
+
 def _from_logits(name: str, fields: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:
     def run(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
         method = METHODS.get(name)
         config = fields(args)
         kl = next((need for need in method.needs(method.Config(**config)) if need.startswith("kl_")), None)
-        sides = [batcher.from_logits(args[f"pl_{role}"], args[f"rl_{role}"], args[f"ids_{role}"], args.get(f"w_{role}"), kl) for role in "wl"]
+        sides = [
+            batcher.from_logits(args[f"pl_{role}"], args[f"rl_{role}"], args[f"ids_{role}"], args.get(f"w_{role}"), kl) for role in "wl"
+        ]
         return loss_of(name, config, batcher.pairs(*sides))
 
     return run
@@ -217,12 +234,15 @@ def tdpo(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
 
 # ---- losses of whole batches and of single responses
 
+
 def kto(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     method, config = METHODS.get("kto"), settings(args, beta="beta", lam_d="lam_d", lam_u="lam_u")
     drift = [torch.tensor([value], dtype=batcher.dtype) for value in args["kl_logratios"]]
     mismatched = batcher.responses(drift, [torch.zeros_like(row) for row in drift])
     labels = torch.tensor(args["desirable"], dtype=batcher.dtype)
-    pairs = batcher.pairs(batcher.responses(rows(batcher, args["pols"]), rows(batcher, args["refs"])), None, win_rate_chosen=labels, win_rate_rejected=None)
+    pairs = batcher.pairs(
+        batcher.responses(rows(batcher, args["pols"]), rows(batcher, args["refs"])), None, win_rate_chosen=labels, win_rate_rejected=None
+    )
     values = method.step_values(method.Config(**config), pairs._replace(mismatched=mismatched))
     return batch_loss("kto", config, pairs._replace(step={name: value.mean() for name, value in values.items()}))
 
@@ -239,7 +259,7 @@ def tpo(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
 
 
 def sft(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
-    return batch_loss("sft", {}, batcher.pairs(batcher.responses([args["pol"]]), None))
+    return batch_loss("sft", {}, batcher.pairs(batcher.responses(rows(batcher, [args["pol"]])), None))
 
 
 def sppo_k(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
@@ -260,13 +280,21 @@ def rows(batcher: Batcher, values: Any) -> list[torch.Tensor]:
     return [batcher.tensor(row) for row in values]
 
 
-def _single(batcher: Batcher, policy: torch.Tensor, teacher: Any, ids: Sequence[int] | None = None) -> Pairs:
+def _single(batcher: Batcher, policy: Row, teacher: Row, ids: Sequence[int] | None = None) -> Pairs:
     """One response and its teacher's logits, padded on both sides, alone: per-token means must see its tokens only."""
-    logits, mask = batcher.pad([policy])
-    other, teacher_mask = batcher.pad([batcher.tensor(teacher)], left=1, right=4) if len(teacher) != len(policy) else batcher.pad([batcher.tensor(teacher)])
+    logits, mask = batcher.pad([batcher.tensor(policy)])
+    other, teacher_mask = batcher.pad([batcher.tensor(teacher)])
     tokens = torch.zeros(mask.shape, dtype=torch.long)
     tokens[0, mask[0]] = torch.tensor([0] * len(policy) if ids is None else ids, dtype=torch.long)
-    side = Responses(token_logps(logits, tokens, mask), None, torch.ones_like(mask, dtype=batcher.dtype), mask, logits=logits, teacher_logits=other, teacher_mask=teacher_mask)
+    side = Responses(
+        token_logps(logits, tokens, mask),
+        None,
+        torch.ones_like(mask, dtype=batcher.dtype),
+        mask,
+        logits=logits,
+        teacher_logits=other,
+        teacher_mask=teacher_mask,
+    )
     return batcher.pairs(side, None)
 
 
@@ -276,7 +304,9 @@ def kd(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
 
 
 def kd_mixed(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
-    return batch_loss("kd", settings(args, tau="tau", rate="rate"), _single(batcher, args["student_logits"], args["teacher_logits"], args["ids"]))
+    return batch_loss(
+        "kd", settings(args, tau="tau", rate="rate"), _single(batcher, args["student_logits"], args["teacher_logits"], args["ids"])
+    )
 
 
 def uld(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
@@ -285,6 +315,7 @@ def uld(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
 
 # ---- weights: one response among others, in the flat batch that the weigh stage passes
 
+
 def surrounded(values: Sequence[float]) -> list[Sequence[float]]:
     return [[-1.0, -0.25, -3.5], values, [-0.5, -2.0]]
 
@@ -292,24 +323,37 @@ def surrounded(values: Sequence[float]) -> list[Sequence[float]]:
 def flat(values: Sequence[float]) -> tuple[Tokens, np.ndarray]:
     """The case's response, between two others, as flat tokens and values."""
     lists = surrounded(values)
-    return Tokens.of([range(len(row)) for row in lists], None, [False] * 3), np.concatenate([np.asarray(row, dtype=np.float64) for row in lists])
+    return Tokens.of([range(len(row)) for row in lists], None, [False] * 3), np.concatenate(
+        [np.asarray(row, dtype=np.float64) for row in lists]
+    )
 
 
 def case_of(values: np.ndarray, tokens: Tokens) -> np.ndarray:
     return values[tokens.starts[1] : tokens.starts[2]]
 
 
-def provided(name: str, config: dict[str, Any], columns: dict[str, Sequence[float]], chosen: bool, **teacher: Any) -> tuple[np.ndarray, dict[str, Any]]:
+def provided(
+    name: str, config: dict[str, Any], columns: dict[str, Sequence[float]], chosen: bool, **teacher: Any
+) -> tuple[np.ndarray, dict[str, Any]]:
     """What a provider gives one response, and its statistics for that response alone."""
     provider = WEIGHTS.get(name)
     config = provider.Config(**config)
     tokens, _ = flat(next(iter(columns.values())))
-    batch = ResponseBatch(["above", "case", "below"], np.array([not chosen, chosen, chosen]), tokens, {role: flat(values)[1] for role, values in columns.items()}, **teacher)
+    batch = ResponseBatch(
+        ["above", "case", "below"],
+        np.array([not chosen, chosen, chosen]),
+        tokens,
+        {role: flat(values)[1] for role, values in columns.items()},
+        **teacher,
+    )
     values = provider.weights(config, batch).values
     alone = Tokens.of([range(int(tokens.starts[2] - tokens.starts[1]))], None, [False])
     stats = {}
     if not teacher:
-        stats = provider.weights(config, ResponseBatch(["case"], np.array([chosen]), alone, {role: np.asarray(row, dtype=np.float64) for role, row in columns.items()})).stats
+        stats = provider.weights(
+            config,
+            ResponseBatch(["case"], np.array([chosen]), alone, {role: np.asarray(row, dtype=np.float64) for role, row in columns.items()}),
+        ).stats
     return case_of(values, tokens), stats
 
 
@@ -331,8 +375,18 @@ def swift_cross(args: dict[str, Any]) -> dict[str, Any]:
     for number, (side, rows) in enumerate(spans.items()):
         # Other ids on the two sides, or the response would count as one tokenizer's.
         sides[side] = Tokens.of([np.arange(len(row)) + 1000 * number for row in rows], rows, [False] * 3)
-        flats[side] = np.concatenate([np.asarray([np.nan if value is None else value for value in row], dtype=np.float64) for row in logps[side]])
-    batch = ResponseBatch(["above", "case", "below"], np.array([False, True, True]), sides["student"], {"reference": flats["student"]}, texts, sides["teacher"], flats["teacher"])
+        flats[side] = np.concatenate(
+            [np.asarray([np.nan if value is None else value for value in row], dtype=np.float64) for row in logps[side]]
+        )
+    batch = ResponseBatch(
+        ["above", "case", "below"],
+        np.array([False, True, True]),
+        sides["student"],
+        {"reference": flats["student"]},
+        texts,
+        sides["teacher"],
+        flats["teacher"],
+    )
     alignment = align(texts, sides["student"], sides["teacher"], config.segmenter)
     if config.empty == "merge":
         alignment = merge_empty(alignment, ~np.isnan(flats["teacher"]))
@@ -340,7 +394,9 @@ def swift_cross(args: dict[str, Any]) -> dict[str, Any]:
     first, begin = (int(mine[0]) if len(mine) else 0), alignment.text_starts[1]
     result = {
         "weights": case_of(WEIGHTS.get("swift").weights(config, batch).values, sides["student"]),
-        "components": [[int(alignment.starts[i] - begin), int(alignment.ends[i] - begin), "SPACE" if alignment.is_space[i] else "WORD"] for i in mine],
+        "components": [
+            [int(alignment.starts[i] - begin), int(alignment.ends[i] - begin), "SPACE" if alignment.is_space[i] else "WORD"] for i in mine
+        ],
         "student_component": case_of(alignment.student, sides["student"]) - first,
         "teacher_component": case_of(alignment.teacher, sides["teacher"]) - first,
     }
@@ -352,7 +408,11 @@ def word_components(args: dict[str, Any]) -> dict[str, Any]:
     nothing = Tokens.of([[], [], []], [[], [], []], [False] * 3)
     alignment = align(texts, nothing, nothing)
     mine, begin = np.flatnonzero(alignment.rows == 1), alignment.text_starts[1]
-    return {"result": [[int(alignment.starts[i] - begin), int(alignment.ends[i] - begin), "SPACE" if alignment.is_space[i] else "WORD"] for i in mine]}
+    return {
+        "result": [
+            [int(alignment.starts[i] - begin), int(alignment.ends[i] - begin), "SPACE" if alignment.is_space[i] else "WORD"] for i in mine
+        ]
+    }
 
 
 def eos_weight(args: dict[str, Any]) -> dict[str, Any]:
@@ -360,7 +420,9 @@ def eos_weight(args: dict[str, Any]) -> dict[str, Any]:
     teacher, student = args.get("teacher_lp"), args.get("student_lp")
     # A missing student log-prob has nothing to be paired with either.
     partner = np.nan if teacher is None or student is None else teacher
-    values = swift.eos_weights(config, np.array([-1.0, partner, -2.0]), np.array([-0.5, 0.0 if student is None else student, -3.0]), args.get("mu", 1.0))
+    values = swift.eos_weights(
+        config, np.array([-1.0, partner, -2.0]), np.array([-0.5, 0.0 if student is None else student, -3.0]), args.get("mu", 1.0)
+    )
     return {"result": float(values[1])}
 
 
@@ -475,6 +537,7 @@ WEIGHT_CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 # ---- the comparison
 
+
 def check(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> str | None:
     """What is wrong with the code on this case; None if nothing is."""
     try:
@@ -500,7 +563,11 @@ def check_loss(case: dict[str, Any], dtype: torch.dtype) -> str | None:
     inputs = [leaf for name in wanted for leaf in (args[name] if isinstance(args[name], list) else [args[name]])]
     grads = iter(torch.autograd.grad(value, inputs, allow_unused=True) if inputs else ())
     for name in wanted:
-        found = [torch.zeros_like(leaf) if grad is None else grad for leaf in (args[name] if isinstance(args[name], list) else [args[name]]) for grad in [next(grads)]]
+        found = [
+            torch.zeros_like(leaf) if grad is None else grad
+            for leaf in (args[name] if isinstance(args[name], list) else [args[name]])
+            for grad in [next(grads)]
+        ]
         found = [grad.tolist() for grad in found] if isinstance(args[name], list) else found[0].tolist()
         if problem := differs(found, wanted[name], 1e-8 if exact else 1e-4):
             return f"gradient of {name}{problem}"
@@ -534,9 +601,13 @@ def differs(found: Any, wanted: Any, tolerance: float) -> str | None:
     if isinstance(wanted, list):
         if not isinstance(found, list) or len(found) != len(wanted):
             return f": {len(found) if isinstance(found, list) else found} entries, expected {len(wanted)}"
-        return next((f"[{i}]{problem}" for i, pair in enumerate(zip(found, wanted, strict=True)) if (problem := differs(*pair, tolerance))), None)
+        return next(
+            (f"[{i}]{problem}" for i, pair in enumerate(zip(found, wanted, strict=True)) if (problem := differs(*pair, tolerance))), None
+        )
     if isinstance(wanted, int | float) and not isinstance(wanted, bool):
-        near = isinstance(found, int | float) and (found == wanted or math.isclose(found, wanted, rel_tol=0, abs_tol=tolerance * max(1.0, abs(wanted))))
+        near = isinstance(found, int | float) and (
+            found == wanted or math.isclose(found, wanted, rel_tol=0, abs_tol=tolerance * max(1.0, abs(wanted)))
+        )
     else:
         near = found == wanted
     return None if near else f": {found!r}, expected {wanted!r}"

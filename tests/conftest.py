@@ -19,11 +19,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_contracts.artifact import ArtifactRecord
 from data_contracts.identity import canonical_json, digest_text, fingerprint
 from data_contracts.shards import shard_path, to_table, write_shard
 from data_contracts.store import Store
+
+# The same examples every time, and as long as a busy machine takes.
+settings.register_profile("ours", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 320

@@ -6,13 +6,14 @@ decisions tested one by one on small directories; the installation itself is wha
 
 import importlib.metadata
 import importlib.util
-import io
+
 import itertools
 import re
 import subprocess
 import sys
-import tarfile
+
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ LOCKS = ROOT / "deploy" / "locks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
-
 def load(name: str, monkeypatch: pytest.MonkeyPatch):
     """A script of deploy/setup as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "deploy" / "setup"))
@@ -32,7 +32,6 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
 
 @pytest.fixture
 def setup_venv(monkeypatch, tmp_path):
@@ -44,14 +43,11 @@ def setup_venv(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "VENV", venv)
     return module
 
-
 def pins(*names: str) -> dict[str, str]:
     lines = [line for name in names for line in (LOCKS / f"{name}.txt").read_text().splitlines()]
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
-
 # --- what is installed, and what is declared
-
 
 def test_every_pin_of_the_lock_is_installed_at_its_version():
     which = "gpu" if _has("vllm") else "cpu"
@@ -60,20 +56,17 @@ def test_every_pin_of_the_lock_is_installed_at_its_version():
     }
     assert not wrong, f"run `make venv`; these differ from the lock: {wrong}"
 
-
 def _has(name: str, version: str | None = None) -> bool:
     try:
         return importlib.metadata.version(name) == (version or importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return False
 
-
 @pytest.mark.parametrize("lock", ["cpu", "gpu", "dev"])
 def test_a_lock_is_sorted_pins_and_nothing_else(lock):
     lines = [line for line in (LOCKS / f"{lock}.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][a-z0-9.+]*", line) for line in lines)
     assert lines == sorted(lines) and len(pins(lock)) == len(lines)
-
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
 def test_the_lock_satisfies_what_pyproject_declares(extra):
@@ -83,11 +76,9 @@ def test_the_lock_satisfies_what_pyproject_declares(extra):
         version = locked[requirement.name].removesuffix("+cpu")
         assert requirement.specifier.contains(version), f"{requirement} is locked at {version}"
 
-
 def test_a_cpu_environment_has_no_cuda_build():
     unwanted = {"torchvision", "torchaudio", "torchcodec", "triton", "vllm"}
     assert not unwanted & pins("cpu").keys() and not any(name.startswith("nvidia-") for name in pins("cpu"))
-
 
 def test_every_module_is_in_a_package_that_would_be_shipped():
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
@@ -100,9 +91,7 @@ def test_every_module_is_in_a_package_that_would_be_shipped():
     }
     assert set(rooms) <= wanted <= shipped
 
-
 # --- the set-up
-
 
 def test_a_finished_set_up_is_recognised_until_its_recipe_changes(setup_venv, monkeypatch, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -113,13 +102,11 @@ def test_a_finished_set_up_is_recognised_until_its_recipe_changes(setup_venv, mo
     setup_venv.WRITING.touch()  # killed while it brought a later lock in
     assert not setup_venv.is_done("abc")
 
-
 def test_the_recipe_covers_the_lock_and_the_place(setup_venv, monkeypatch, tmp_path):
     first = setup_venv.recipe_digest("cpu")
     assert first == setup_venv.recipe_digest("cpu") != setup_venv.recipe_digest("gpu")
     monkeypatch.setattr(setup_venv, "VENV", tmp_path / "elsewhere" / ".venv")
     assert setup_venv.recipe_digest("cpu") != first
-
 
 def test_only_pins_that_differ_are_installed(setup_venv, tmp_path):
     wanted = {"absl-py": "2.5.1", "torch": "2.13.0+cpu", "numpy": "2.3.5"}
@@ -129,7 +116,6 @@ def test_only_pins_that_differ_are_installed(setup_venv, tmp_path):
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     assert setup_venv.differing(wanted) == {"numpy": "2.3.5"}
-
 
 def test_a_python_that_is_there_but_does_not_run_is_passed_over(tmp_path):
     shims, real = tmp_path / "shims", tmp_path / "real"
@@ -146,24 +132,26 @@ def test_a_python_that_is_there_but_does_not_run_is_passed_over(tmp_path):
     )
     assert refused.returncode == 1 and "does not run as Python 3.11 or 3.12" in refused.stderr
 
-
-def test_libnuma_is_taken_out_of_a_debian_package(monkeypatch):
+def test_a_missing_libnuma_is_taken_from_the_distribution_or_its_command_is_named(monkeypatch, tmp_path):
     libnuma = load("libnuma", monkeypatch)
 
-    def member(name: bytes, body: bytes) -> bytes:
-        return name.ljust(48) + str(len(body)).encode().ljust(10) + b"`\n" + body + b"\n" * (len(body) % 2)
+    def apt(command, cwd, **_):
+        if command[0] == "apt-get":
+            (Path(cwd) / "libnuma1_2_amd64.deb").touch()
+        else:
+            (Path(cwd) / "usr").mkdir()
+            (Path(cwd) / "usr" / "libnuma.so.1.0.0").write_bytes(b"library")
+        return types.SimpleNamespace(returncode=0)
 
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz") as archive:
-        info = tarfile.TarInfo(libnuma.MEMBER)
-        info.size = 7
-        archive.addfile(info, io.BytesIO(b"library"))
-    package = b"!<arch>\n" + member(b"debian-binary", b"2.0") + member(b"data.tar.xz", data.getvalue())
-    assert libnuma.unpack(package) == b"library"
+    monkeypatch.setattr(libnuma.subprocess, "run", apt)
+    libnuma.fetch(tmp_path / "libnuma.so.1")
+    assert (tmp_path / "libnuma.so.1").read_bytes() == b"library"
 
+    monkeypatch.setattr(libnuma.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=100))
+    with pytest.raises(SystemExit, match="apt-get install libnuma1"):
+        libnuma.fetch(tmp_path / "libnuma.so.1")
 
 # --- the model
-
 
 def test_a_model_directory_is_intact_only_as_it_was_made(monkeypatch, tmp_path):
     get = load("get_smollm2", monkeypatch)
@@ -178,7 +166,6 @@ def test_a_model_directory_is_intact_only_as_it_was_made(monkeypatch, tmp_path):
     assert not get.is_intact(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert not get.is_intact(tmp_path)
-
 
 @pytest.mark.slow
 def test_the_converted_model_answers():

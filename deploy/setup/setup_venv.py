@@ -27,8 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.parse
-import urllib.request
 import venv
 from pathlib import Path
 
@@ -42,12 +40,9 @@ DONE = VENV / ".set-up-done"
 LOG = VENV / "set-up.log"
 LOCKS = ROOT / "deploy" / "locks"
 
-TORCH_CPU_INDEX = os.environ.get("TORCH_INDEX") or ""
 SOURCE_PACKAGES = ("deepspeed", "rouge-score", "sqlitedict", "word2number")
 """Published as sources only, but pure Python as we build them (DS_BUILD_OPS=0). Built with the pinned
 setuptools and before torch is there: DeepSpeed's setup.py looks for CUDA as soon as it can import torch."""
-PIP = ("25.3", "9655943313a94722b7774661c21049070f6bbb0a1516bf02f7c8d5d9201514cd")
-"""Fetched only where Python comes without ensurepip (Debian and Ubuntu split it off into python3-venv)."""
 NEEDED_GB = {"cpu": 6, "gpu": 25}
 
 
@@ -175,14 +170,14 @@ def create_venv(lock) -> None:
     VENV.mkdir()
     WRITING.touch()
     venv.create(VENV, symlinks=True, with_pip=False)
-    wheel = bundled_pip() or download_pip(VENV)
+    wheel = bundled_pip()
     with LOG.open("a") as log:
         if child(["install", "--no-index", wheel], lock, log, PYTHONPATH=str(wheel)).wait() != 0:
             raise SystemExit(f"set-up: pip could not be put into .venv; see {LOG}")
     WRITING.unlink()
 
 
-def bundled_pip() -> Path | None:
+def bundled_pip() -> Path:
     """The wheel that `python -m ensurepip` would install; Debian and Fedora keep it in a folder apart."""
     spec = importlib.util.find_spec("ensurepip")
     folders = (
@@ -190,27 +185,13 @@ def bundled_pip() -> Path | None:
         if spec and spec.origin
         else []
     )
-    return next((wheel for folder in folders for wheel in sorted(folder.glob("pip-*.whl"))), None)
-
-
-def download_pip(folder: Path) -> Path:
-    """The pip wheel from the package index, without pip."""
-    version, digest = PIP
-    name = f"pip-{version}-py3-none-any.whl"
-    page_url = (os.environ.get("PIP_INDEX_URL") or "").rstrip("/") + "/pip/"
-    try:
-        page = urllib.request.urlopen(page_url, timeout=60).read().decode()
-        link = re.search(rf'href="([^"#]*{re.escape(name)})[#"]', page)
-        content = urllib.request.urlopen(urllib.parse.urljoin(page_url, link[1]), timeout=60).read()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise OSError(f"{name} is not the expected file")
-    except (OSError, TypeError) as error:
+    wheel = next((wheel for folder in folders for wheel in sorted(folder.glob("pip-*.whl"))), None)
+    if wheel is None:
         raise SystemExit(
-            f"set-up: this Python has no ensurepip, and pip could not be fetched ({error}).\n"
-            "  Install it (Debian, Ubuntu: apt-get install python3-venv) and run make again."
-        ) from error
-    (folder / name).write_bytes(content)
-    return folder / name
+            "set-up: this Python comes without pip and ensurepip.\n"
+            "  Install them (Debian, Ubuntu: apt-get install python3-venv) and run make again."
+        )
+    return wheel
 
 
 def install(pins: dict[str, str], lock) -> None:
@@ -230,23 +211,21 @@ def install(pins: dict[str, str], lock) -> None:
 
 
 def install_torch_cpu(torch: dict[str, str], lock) -> None:
-    """PyPI has torch for CUDA only. First what pip is configured to offer (a mirror, PIP_FIND_LINKS), then
-    PyTorch's own CPU index, for torch alone: as an extra index for all, it costs seconds each if unreachable.
+    """PyPI has torch for CUDA only. First what pip is configured to offer (a mirror, PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), then the index
+    that TORCH_INDEX names (PyTorch's for CPU builds), for torch alone: as an extra index for all, it costs seconds each if unreachable.
+    Last PyPI's own build: 3 GB more on the disk, and it runs without a GPU just as well.
     """
-    if os.environ.get("TORCH_BUILD") == "cuda":
-        return install_torch_cuda(torch, lock)
-    if pip(torch, lock, "--only-binary", ":all:", may_fail=True):
-        return
-    say(f"torch {torch['torch']} is not offered by pip as configured here; asking {TORCH_CPU_INDEX}")
-    if not pip(torch, lock, "--only-binary", ":all:", "--index-url", TORCH_CPU_INDEX, may_fail=True):
-        raise SystemExit(
-            f"set-up: torch {torch['torch']} could not be installed, neither as pip is configured here\n"
-            f"  nor from {TORCH_CPU_INDEX}. Either\n"
-            "  - make that index reachable, or name a mirror of it: TORCH_INDEX=https://... make venv\n"
-            "  - or put the wheel for this Python into a folder: PIP_FIND_LINKS=/folder make venv\n"
-            "  - or take PyPI's build, 3 GB more, which runs without a GPU too: TORCH_BUILD=cuda make venv\n"
-            f"  pip's own words are in {LOG}."
+    if os.environ.get("TORCH_BUILD") != "cuda":
+        if pip(torch, lock, "--only-binary", ":all:", may_fail=True):
+            return
+        index = os.environ.get("TORCH_INDEX")
+        if index and pip(torch, lock, "--only-binary", ":all:", "--index-url", index, may_fail=True):
+            return
+        say(
+            f"torch {torch['torch']} is not offered by pip as configured here{' nor by TORCH_INDEX' if index else ''}: taking PyPI's CUDA build, "
+            "3 GB more, which runs without a GPU too (name PyTorch's index for CPU builds in TORCH_INDEX to avoid that)"
         )
+    install_torch_cuda(torch, lock)
 
 
 def install_torch_cuda(torch: dict[str, str], lock) -> None:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from pydantic import Field
+
+from data_contracts.config import Config
 from stages.lazy import torch
 from stages.numerics import check_shapes, masked_sum
 from stages.registry import Named
@@ -26,8 +29,8 @@ NEEDS = {
     "policy_logits": "the policy's logits of the response positions -> Responses.logits",
     "teacher_logits": "a teacher's logits of its own tokens of the response -> Responses.teacher_logits, teacher_mask",
     "importance": "gradient attribution under the current policy -> Responses.importance (importance.token_importance)",
-    "anchor": "an answer the policy samples during training -> Pairs.anchor",
-    "mismatched": "each prompt with another row's response, no gradient -> Pairs.mismatched",
+    "anchor": "an answer the policy samples during training as config.anchor says, scored by policy and reference -> Pairs.anchor",
+    "mismatched": "each prompt with another row's response, policy (no gradient) and reference -> Pairs.mismatched",
     "win_rates": "mean preference over the K candidates -> Pairs.win_rate_chosen, win_rate_rejected",
     "scores": "scalar scores of the responses -> Pairs.score_chosen, score_rejected",
     "advantage": "the score within its prompt's group -> Pairs.values['advantage'] (row_values)",
@@ -112,6 +115,21 @@ class PairLoss(NamedTuple):
         return total if self.token_loss is None else total + self.token_loss.sum() / max(num_tokens, 1)
 
 
+class AnchorSampling(Config):
+    """How the answer is sampled that a method which needs "anchor" compares with; its config holds one as `anchor`."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer."""
+    temperature: float = Field(0.8, gt=0)
+    """0.5-1."""
+    top_k: int = Field(50, ge=0)
+    """0: off."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """1: off."""
+    refresh: int = Field(1, ge=1)
+    """Optimizer steps an answer is used for; 1: a new one at every step."""
+
+
 class MethodConfig(Named):
     """Settings of a method. Choosing `name` and nothing else is the paper's method."""
 
@@ -162,7 +180,7 @@ class Method:
 
     @staticmethod
     def token_count(config: MethodConfig, pairs: Pairs) -> Tensor | None:
-        """Tokens of each row that `token_loss` is a mean over [B]; reads masks only, so the loop can count a step before its first forward."""
+        """Tokens of each row that `token_loss` is a mean over [B]. Reads masks only: the loop counts a step before its first forward."""
         return None
 
     @staticmethod

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class CPO(Method):
     VERSION = "1"
-    SOURCE = "Xu et al. 2024, Eq. 5 (arXiv:2401.08417)"
+    SOURCE = "Xu et al. 2024, contrastive preference optimisation (arXiv:2401.08417)"
     NEEDS = frozenset()
     DROP_IDENTICAL = False
 

@@ -46,9 +46,10 @@ class GRPO(Method):
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
-        r"""loss = mean_t [ -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta k3 ], rho = pi / pi_old, k3 = e^d - d - 1, d = log pi_ref - log pi.
+        r"""loss = mean_t [ -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta k3 ].
 
-        Shapes: see Pairs, one response a row. Returns: unreduced loss [B], a mean over the response's tokens. On-policy: -A + beta k3.
+        rho = pi / pi_old, k3 = e^d - d - 1 with d = log pi_ref - log pi. Shapes: see Pairs, one response a row. Returns: unreduced
+        loss [B], a mean over the response's tokens. On-policy: -A + beta k3.
         """
         side = pairs.chosen
         zero = torch.zeros((), dtype=side.logps.dtype, device=side.logps.device)
@@ -59,5 +60,8 @@ class GRPO(Method):
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         gap = torch.where(side.mask, side.reference_logps - side.logps, zero)
         k3 = torch.expm1(gap) - gap
-        metrics = {"clipped": masked_mean((ratio * advantage > clipped * advantage).to(ratio.dtype), side.mask), "kl": masked_mean(k3, side.mask)}
+        metrics = {
+            "clipped": masked_mean((ratio * advantage > clipped * advantage).to(ratio.dtype), side.mask),
+            "kl": masked_mean(k3, side.mask),
+        }
         return PairLoss(masked_mean(config.beta * k3 - gain, side.mask), single_metrics(pairs, **metrics))

@@ -48,6 +48,7 @@ class KTO(Method):
         """
         z0 = pairs.step["mismatched_log_ratio"].clamp_min(0)
         desirable = pairs.win_rate_chosen >= 0.5
-        reward = config.beta * (weighted_sum(pairs.chosen.log_ratio(), pairs.chosen) - z0)
-        loss = torch.where(desirable, config.lam_d * torch.sigmoid(-reward), config.lam_u * torch.sigmoid(reward))
+        reward = config.beta * weighted_sum(pairs.chosen.log_ratio(), pairs.chosen)
+        gain = reward - config.beta * z0
+        loss = torch.where(desirable, config.lam_d * torch.sigmoid(-gain), config.lam_u * torch.sigmoid(gain))
         return PairLoss(loss, single_metrics(pairs, rewards=reward, desirable=desirable, z0=z0.expand_as(reward)))

@@ -37,7 +37,8 @@ class ORPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = lam l(log odds(y_w) - log odds(y_l)), token_loss = -log pi(y_w); odds = p / (1 - p), p = exp(mean_t log pi(y_t)).
 
-        Shapes: see Pairs. Returns: unreduced losses [B]; the likelihood is a mean per token over the whole step.
+        Shapes: see Pairs. Returns: unreduced losses [B]; the likelihood is a mean over the response's tokens of the whole step (TRL's
+        covers the prompt too).
         """
         odds_chosen, odds_rejected = _log_odds(pairs.chosen), _log_odds(pairs.rejected)
         nll = -masked_sum(pairs.chosen.logps, pairs.chosen.mask)

@@ -11,7 +11,7 @@ from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic,
 
 class RDPO(Method):
     VERSION = "1"
-    SOURCE = "Park et al. 2024, Eq. 9 (arXiv:2403.19159)"
+    SOURCE = "Park et al. 2024, length-regularised DPO (arXiv:2403.19159)"
 
     class Config(MethodConfig):
         """Vetted setting: beta 0.1, alpha 0.05 (ours; the sources give none)."""

@@ -11,7 +11,7 @@ from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, preferenc
 
 class REBEL(Method):
     VERSION = "1"
-    SOURCE = "Gao et al. 2024, Eq. 1 in the scaling of its code (arXiv:2404.16767)"
+    SOURCE = "Gao et al. 2024, in the scaling of its code (arXiv:2404.16767)"
     NEEDS = frozenset({"reference", "scores"})
 
     class Config(MethodConfig):

@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic, mean_weights, preference_margin
+from stages.methods.base import (
+    Method,
+    MethodConfig,
+    PairLoss,
+    Pairs,
+    logistic,
+    mean_weights,
+    preference_margin,
+)
 
 
 class SimPO(Method):

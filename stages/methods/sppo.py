@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from stages.lazy import torch
-from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, Responses, pair_metrics, single_metrics, weighted_sum
+from stages.methods.base import (
+    Method,
+    MethodConfig,
+    PairLoss,
+    Pairs,
+    Responses,
+    pair_metrics,
+    single_metrics,
+    weighted_sum,
+)
 from stages.methods.preferences import log_partition
 
 if TYPE_CHECKING:
@@ -76,9 +85,7 @@ class SPPO(Method):
         return PairLoss(loss, pair_metrics(pairs, chosen / config.eta, rejected / config.eta))
 
 
-def _squared_error(
-    config: SPPO.Config, pairs: Pairs, side: Responses, win_rate: Tensor, winner: bool
-) -> tuple[Tensor, Tensor]:
+def _squared_error(config: SPPO.Config, pairs: Pairs, side: Responses, win_rate: Tensor, winner: bool) -> tuple[Tensor, Tensor]:
     """LR [B] and its squared distance from the target [B]."""
     if config.target == "hard":
         win_rate = torch.full_like(win_rate, float(winner))

@@ -12,7 +12,7 @@ from stages.numerics import masked_sum
 
 class TDPO(Method):
     VERSION = "1"
-    SOURCE = "Zeng et al. 2024, Eq. 15-17 (arXiv:2404.11999)"
+    SOURCE = "Zeng et al. 2024, token-level DPO (arXiv:2404.11999)"
     NEEDS = frozenset({"reference", "kl_reference_policy"})
 
     class Config(MethodConfig):

@@ -12,7 +12,7 @@ from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic,
 class TGDPO(Method):
     VERSION = "1"
     WEIGHTS = "tgdpo"
-    SOURCE = "Zhu et al. 2025, Eq. 20; weights Eq. 21"
+    SOURCE = "TGDPO, Eq. 20; weights Eq. 21"
 
     class Config(MethodConfig):
         """Vetted setting: beta 0.1, with the weights' alpha 0.5 (Table 10, Llama-3-8B-Instruct with PairRM)."""

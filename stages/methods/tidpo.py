@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from stages.lazy import torch
-from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, Responses, logistic, preference_margin
+from stages.methods.base import AnchorSampling, Method, MethodConfig, PairLoss, Pairs, Responses, logistic, preference_margin
 from stages.methods.importance import min_max
 from stages.numerics import left_align
 
@@ -39,16 +39,8 @@ class TIDPO(Method):
         reference's importance once; or `random`, `ones` for the ablations)."""
         normalise_over: Literal["response", "sequence"] = "response"
         """Tokens whose smallest and largest importance become 0 and 1."""
-        anchor_max_new_tokens: int = Field(64, ge=1)
-        """Longest sampled anchor."""
-        anchor_temperature: float = Field(0.8, gt=0)
-        """Of the anchor's sampling; 0.5-1."""
-        anchor_top_k: int = Field(50, ge=0)
-        """Of the anchor's sampling; 0: off."""
-        anchor_top_p: float = Field(0.95, gt=0, le=1)
-        """Of the anchor's sampling."""
-        anchor_refresh: int = Field(1, ge=1)
-        """Optimizer steps a sampled anchor is used for; 1: a new one at every step."""
+        anchor: AnchorSampling = AnchorSampling()
+        """How the answer of the triplet is sampled."""
 
     @classmethod
     def needs(cls, config: Config) -> frozenset[str]:

@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic, preference_margin, weighted_sum
+from stages.methods.base import (
+    Method,
+    MethodConfig,
+    PairLoss,
+    Pairs,
+    logistic,
+    preference_margin,
+    weighted_sum,
+)
 
 
 class TISDPO(Method):

@@ -9,7 +9,14 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from stages.weighting.weights import WEIGHTS
-from stages.weighting.weights.base import ResponseBatch, WeightConfig, WeightProvider, Weights, fraction, result
+from stages.weighting.weights.base import (
+    ResponseBatch,
+    WeightConfig,
+    WeightProvider,
+    Weights,
+    fraction,
+    result,
+)
 
 
 class Ones(WeightProvider):

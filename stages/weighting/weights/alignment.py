@@ -79,7 +79,10 @@ def align(texts: Sequence[str], student: Tokens, teacher: Tokens, segmenter: str
     component = np.cumsum(cut) - 1
     rows = np.repeat(np.arange(len(texts)), np.diff(text_starts))[starts]
     is_space = np.logical_and.reduceat(space, starts) if len(starts) else np.zeros(0, dtype=bool)
-    indices = [np.where(side.inside & usable[side.rows], component[side.position], -1) if len(points) else np.full(len(side.rows), -1) for side in sides]
+    indices = [
+        np.where(side.inside & usable[side.rows], component[side.position], -1) if len(points) else np.full(len(side.rows), -1)
+        for side in sides
+    ]
     return Alignment(starts, np.append(starts[1:], len(points))[: len(starts)], rows, is_space, *indices, text_starts, usable)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,14 @@ class TokenText:
     def __init__(self, tokenizer: Any):
         check_offsets(tokenizer)
         self.tokenizer = tokenizer
-        specials = set(tokenizer.all_special_ids)
-        self.pieces = self._pieces(specials)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        marked = {entry["id"] for entry in model["added_tokens"] if entry["special"] and not _is_byte(entry["content"])}
+        self.specials = marked | set(tokenizer.all_special_ids)
+        self.pieces = self._pieces(model)
+        self.byte_ids = {number for token, number in tokenizer.get_vocab().items() if _is_byte(token)}
 
-    def _pieces(self, specials: set[int]) -> list[bytes] | None:
+    def _pieces(self, model: dict[str, Any]) -> list[bytes] | None:
         """The bytes of every id; a special token has none. None if the tokens' strings do not spell the text."""
-        model = json.loads(self.tokenizer.backend_tokenizer.to_str())
         described = json.dumps([model.get("decoder"), model.get("pre_tokenizer")])
         plain = {entry["id"]: entry["content"] for entry in model["added_tokens"]}
         if "ByteLevel" in described:
@@ -58,7 +61,7 @@ class TokenText:
             return None
         pieces = [b""] * (max(self.tokenizer.get_vocab().values()) + 1)
         for token, number in self.tokenizer.get_vocab().items():
-            if number in specials:
+            if number in self.specials:
                 continue
             try:
                 byte_token = spell is _spell_piece and _is_byte(token)
@@ -72,15 +75,19 @@ class TokenText:
 
         A token that holds part of a character spans the whole of it.
         """
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        plain = [number for number in ids if number not in self.specials]
+        text = self.tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if self.pieces is None:
             return text, self._encoded_again(ids, text)
         parts = [self.pieces[number] if 0 <= number < len(self.pieces) else b"" for number in ids]
+        if self.byte_ids:
+            _replace_broken_runs(parts, [number in self.byte_ids for number in ids])
         spelled, character = _decode(b"".join(parts))
-        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        starts = ends - [len(part) for part in parts]
+        lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
         character = np.append(character, len(spelled))
-        spans = np.stack((character[starts], np.where(ends > starts, character[ends - 1] + 1, character[starts])), axis=1) if len(parts) else np.zeros((0, 2), dtype=np.int64)
+        spans = np.stack((character[starts], np.where(ends > starts, character[ends - 1] + 1, character[starts])), axis=1)
         for dropped in (0, 1):  # SentencePiece decoders drop the space of the first piece
             if spelled[dropped:] == text and (not dropped or spelled[0] == " "):
                 return text, np.maximum(spans - dropped, 0)
@@ -89,6 +96,19 @@ class TokenText:
     def _encoded_again(self, ids: Sequence[int], text: str) -> np.ndarray | None:
         (again,), (spans,) = encode_with_spans(self.tokenizer, [text])
         return spans if list(again) == list(ids) else None
+
+
+def _replace_broken_runs(parts: list[bytes], single: list[bool]) -> None:
+    """Byte fallback, in place: a run of byte tokens that is not UTF-8 as a whole becomes one U+FFFD per byte."""
+    begin = 0
+    for is_byte, run in groupby(single):
+        end = begin + sum(1 for _ in run)
+        if is_byte:
+            try:
+                b"".join(parts[begin:end]).decode()
+            except UnicodeDecodeError:
+                parts[begin:end] = ["\ufffd".encode()] * (end - begin)
+        begin = end
 
 
 def _decode(data: bytes) -> tuple[str, np.ndarray]:
@@ -111,14 +131,14 @@ def _decode(data: bytes) -> tuple[str, np.ndarray]:
             decoder.reset()
             broken = max(at, begin + 1)
             owner[begin:broken] = len(text)
-            text, begin, at = text + "�", broken, broken
+            text, begin, at = text + "\ufffd", broken, broken
             continue
         if piece:
             owner[begin:at] = len(text)
             text, begin = text + piece, at
     if begin < len(data):
         owner[begin:] = len(text)
-        text += "�"
+        text += "\ufffd"
     return text, owner
 
 

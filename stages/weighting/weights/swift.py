@@ -112,7 +112,7 @@ class _Part(NamedTuple):
             "empty": fraction(self.empty[tokens]),
         }
         if self.alignment is not None:
-            mine = rows[self.alignment.rows]
+            mine = (rows & self.alignment.aligned)[self.alignment.rows]
             chars = (self.alignment.ends - self.alignment.starts)[mine]
             found |= {"unaligned": fraction(~self.alignment.aligned[rows]), "component_chars": (float(chars.sum()), float(chars.size))}
         return found
@@ -126,9 +126,7 @@ def same_tokens(student: Tokens, teacher: Tokens) -> np.ndarray:
     return equal & (np.bincount(student.rows()[mine][differs], minlength=len(equal)) == 0) & (student.ended == teacher.ended)
 
 
-def shared_weights(
-    config: SwiftConfig, tokens: Tokens, other: Tokens, student: np.ndarray, teacher: np.ndarray, mu: np.ndarray
-) -> _Part:
+def shared_weights(config: SwiftConfig, tokens: Tokens, other: Tokens, student: np.ndarray, teacher: np.ndarray, mu: np.ndarray) -> _Part:
     """Eq. 4-5, token by token; only rows of `same_tokens` mean anything."""
     paired = np.full(len(student), np.nan)
     same = same_tokens(tokens, other)
@@ -164,7 +162,8 @@ def cross_weights(
     values, pairs = pair_means(alignment, student, teacher, weight)
     empty = pairs == 0
     values[empty] = 0.0 if config.empty == "zero" else config.k
-    values[~alignment.aligned[tokens.rows()]] = config.k
+    aligned = alignment.aligned[tokens.rows()]
+    values[~aligned], empty = config.k, empty & aligned
     eos, ended = tokens.is_eos(), other.ended[tokens.ended]
     partner = np.full(len(ended), np.nan)
     partner[ended] = teacher[other.starts[1:][tokens.ended & other.ended] - 1]

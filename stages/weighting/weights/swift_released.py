@@ -9,7 +9,14 @@ from pydantic import Field
 
 from stages.numerics import token_logps
 from stages.weighting.weights.alignment import align, pair_means
-from stages.weighting.weights.base import ResponseBatch, WeightConfig, WeightProvider, Weights, fraction, result
+from stages.weighting.weights.base import (
+    ResponseBatch,
+    WeightConfig,
+    WeightProvider,
+    Weights,
+    fraction,
+    result,
+)
 from stages.weighting.weights.rounding import round_decimals
 from stages.weighting.weights.swift import normalise, same_tokens
 

@@ -7,7 +7,14 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from stages.weighting.weights.base import ResponseBatch, WeightConfig, WeightProvider, Weights, fraction, result
+from stages.weighting.weights.base import (
+    ResponseBatch,
+    WeightConfig,
+    WeightProvider,
+    Weights,
+    fraction,
+    result,
+)
 
 
 class TGDPOWeights(WeightProvider):
@@ -40,7 +47,9 @@ class TGDPOWeights(WeightProvider):
         Stats: nonpositive (tokens with f <= 0, before the floor), min/weight.
         """
         tokens = batch.student
-        reward = token_rewards(config, batch.column("reward_model"), None if config.kind == "simpo" else batch.column("reference"), tokens.starts)
+        reward = token_rewards(
+            config, batch.column("reward_model"), None if config.kind == "simpo" else batch.column("reference"), tokens.starts
+        )
         raw = factors(reward, batch.chosen[tokens.rows()], config.alpha)
         values = raw if config.floor is None else np.maximum(raw, config.floor)
         lowest = float(raw.min()) if len(raw) else float("inf")

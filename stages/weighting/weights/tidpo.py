@@ -7,7 +7,14 @@ from typing import Literal
 import numpy as np
 
 from stages.methods.importance import DEGENERATE
-from stages.weighting.weights.base import ResponseBatch, WeightConfig, WeightProvider, Weights, fraction, result
+from stages.weighting.weights.base import (
+    ResponseBatch,
+    WeightConfig,
+    WeightProvider,
+    Weights,
+    fraction,
+    result,
+)
 
 
 class TIDPOWeights(WeightProvider):

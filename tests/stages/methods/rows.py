@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from stages.methods.base import Pairs, Responses
 from stages.numerics import kl_divergence, token_logps
 
 VOCABULARY = 5
+
+torch.set_num_threads(1)  # tensors of a few dozen numbers: threads only cost
 
 
 @dataclass
@@ -67,7 +70,14 @@ def make_row(seed: int, lengths: Sequence[int] = (4, 2, 3, 3), same: bool = Fals
             token_logps(old.detach()[None], ids[None], everywhere)[0],
         )
 
-    numbers = {"win_rate_chosen": 0.8, "win_rate_rejected": 0.3, "score_chosen": 1.3, "score_rejected": -0.4, "advantage": 0.7, "log_z": 0.2}
+    numbers = {
+        "win_rate_chosen": 0.8,
+        "win_rate_rejected": 0.3,
+        "score_chosen": 1.3,
+        "score_rejected": -0.4,
+        "advantage": 0.7,
+        "log_z": 0.2,
+    }
     numbers = {name: value + 0.1 * float(random.normal()) for name, value in numbers.items()}
     return Row(*(response(length) for length in (*lengths, 2)), numbers)
 
@@ -114,7 +124,11 @@ def stack_pairs(rows: Sequence[Row], method: Any, config: Any, **padding: Any) -
     needs = method.needs(config)
     sides = {side: stack([getattr(row, side) for row in rows], needs, **padding) for side in ("chosen", "rejected", "gold")}
     numbers = {name: torch.tensor([row.numbers[name] for row in rows], dtype=torch.float64) for name in rows[0].numbers}
-    extra = {name: stack([getattr(row, name) for row in rows], frozenset({"reference"}), **padding) for name in ("anchor", "mismatched") if name in needs}
+    extra = {
+        name: stack([getattr(row, name) for row in rows], frozenset({"reference"}), **padding)
+        for name in ("anchor", "mismatched")
+        if name in needs
+    }
     return Pairs(
         sides["chosen"],
         sides["rejected"] if "rejected" in method.sides(config) else None,
@@ -133,7 +147,7 @@ def step_loss(name: str, settings: dict[str, Any], rows: Sequence[Row], cuts: Se
     method = METHODS.get(name)
     config = method.Config(**settings)
     borders = [0, *cuts, len(rows)]
-    batches = [stack_pairs(rows[a:b], method, config, **padding) for a, b in zip(borders, borders[1:], strict=False)]
+    batches = [stack_pairs(rows[a:b], method, config, **padding) for a, b in pairwise(borders)]
     counts = [method.token_count(config, pairs) for pairs in batches]
     tokens = sum(float(count.sum()) for count in counts if count is not None)
     with torch.no_grad():
@@ -144,7 +158,10 @@ def step_loss(name: str, settings: dict[str, Any], rows: Sequence[Row], cuts: Se
 
 def gradients(loss: torch.Tensor, rows: Sequence[Row]) -> list[torch.Tensor]:
     leaves = [leaf for row in rows for leaf in row.leaves()]
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True)]
+    return [
+        torch.zeros_like(leaf) if grad is None else grad
+        for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True)
+    ]
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -37,7 +37,24 @@ def test_gradient_equals_central_differences(name, settings):
         assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-7 * max(1.0, abs(values[0])))
 
 
-PAIRWISE = ["dpo", "spin", "spin_lengthnorm", "ipo", "simpo", "rdpo", "d2po", "cpo", "tpo", "orpo", "swift", "swift_released", "tis_dpo", "tgdpo", "kto_pair", "sppo"]
+PAIRWISE = [
+    "dpo",
+    "spin",
+    "spin_lengthnorm",
+    "ipo",
+    "simpo",
+    "rdpo",
+    "d2po",
+    "cpo",
+    "tpo",
+    "orpo",
+    "swift",
+    "swift_released",
+    "tis_dpo",
+    "tgdpo",
+    "kto_pair",
+    "sppo",
+]
 
 
 def extreme(logp: float, reference: float, length: int = 3, dtype: torch.dtype = torch.float32) -> Responses:
@@ -74,7 +91,9 @@ def test_a_side_without_scored_tokens_gives_numbers_not_nan(name):
 def test_logistic_and_hinge_at_hand_picked_points():
     margin = torch.tensor([0.0, 1.0, -800.0, 800.0], dtype=torch.float64)
     # log(1 + e^-1) = 0.3132616875182228
-    assert torch.allclose(logistic(margin), torch.tensor([0.6931471805599453, 0.3132616875182228, 800.0, 0.0], dtype=torch.float64), atol=1e-15)
+    assert torch.allclose(
+        logistic(margin), torch.tensor([0.6931471805599453, 0.3132616875182228, 800.0, 0.0], dtype=torch.float64), atol=1e-15
+    )
     assert hinge(margin).tolist() == [1.0, 0.0, 801.0, 0.0]
 
 
@@ -93,9 +112,10 @@ def test_dpo_by_hand():
 def test_orpo_by_hand():
     # p_w = e^{-log 2} = 1/2: odds 1; p_l = e^{-log 4} = 1/4: odds 1/3; ratio 3: l(log 3) = log(4/3); NLL = 2 log 2 over 2 tokens
     log2 = torch.log(torch.tensor(2.0, dtype=torch.float64))
-    side = lambda value: Responses(value * torch.ones(1, 2, dtype=torch.float64), None, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))  # noqa: E731
+    ones, mask = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+    sides = [Responses(factor * log2 * ones, None, ones, mask) for factor in (-1, -2)]
     method = METHODS.get("orpo")
-    result = method.pair_loss(method.Config(lam=0.5), Pairs(side(-log2), side(-2 * log2), torch.ones(1), torch.zeros(1)))
+    result = method.pair_loss(method.Config(lam=0.5), Pairs(*sides, torch.ones(1), torch.zeros(1)))
     assert result.share(1, 2).item() == pytest.approx(0.5 * 0.28768207245178085 + log2.item())
 
 

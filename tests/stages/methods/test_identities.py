@@ -31,7 +31,11 @@ AT_REFERENCE = [
     ("spin", {"loss": "hinge"}, 1.0),
     ("spin", {"loss": "exponential"}, 1.0),
     ("spin_lengthnorm", {}, LOG2),
-    *((("swift"), {"weight_mode": mode, "kl_mode": kl}, LOG2) for mode in ("multiply", "divide") for kl in ("none", "paper", "tdpo", "supp")),
+    *(
+        (("swift"), {"weight_mode": mode, "kl_mode": kl}, LOG2)
+        for mode in ("multiply", "divide")
+        for kl in ("none", "paper", "tdpo", "supp")
+    ),
     ("swift", {"loss": "hinge"}, 1.0),
     ("swift_released", {}, LOG2),
     ("tis_dpo", {}, LOG2),
@@ -57,7 +61,9 @@ def test_a_policy_equal_to_its_reference_has_the_loss_of_the_formula(name, setti
 def test_sppo_at_the_reference_is_its_squared_targets():
     data = rows(same=True)
     eta = 1000.0
-    expected = sum(eta**2 * ((row.numbers["win_rate_chosen"] - 0.5) ** 2 + (row.numbers["win_rate_rejected"] - 0.5) ** 2) for row in data) / len(data)
+    expected = sum(
+        eta**2 * ((row.numbers["win_rate_chosen"] - 0.5) ** 2 + (row.numbers["win_rate_rejected"] - 0.5) ** 2) for row in data
+    ) / len(data)
     assert step_loss("sppo", {}, data).item() == pytest.approx(expected)
     assert step_loss("sppo", {"target": "hard"}, data).item() == pytest.approx(5e5)
 
@@ -142,12 +148,16 @@ def test_padding_order_and_micro_batches_change_neither_loss_nor_gradient(name, 
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(backwards, data), expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["dpo", "spin", "swift", "tis_dpo", "tgdpo", "d2po", "ipo", "simpo", "cpo", "orpo", "tdpo", "tidpo", "spin_lengthnorm"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "spin", "swift", "tis_dpo", "tgdpo", "d2po", "ipo", "simpo", "cpo", "orpo", "tdpo", "tidpo", "spin_lengthnorm"]
+)
 def test_swapping_chosen_and_rejected_flips_the_margin(name):
     method = METHODS.get(name)
     config = method.Config()
     pairs = stack_pairs(rows(), method, config)
-    metrics, swapped = (method.pair_loss(config, each).metrics for each in (pairs, pairs._replace(chosen=pairs.rejected, rejected=pairs.chosen)))
+    metrics, swapped = (
+        method.pair_loss(config, each).metrics for each in (pairs, pairs._replace(chosen=pairs.rejected, rejected=pairs.chosen))
+    )
     assert torch.allclose(metrics["rewards/margins"], -swapped["rewards/margins"])
     assert torch.allclose(metrics["logps/chosen"], swapped["logps/rejected"])
 

@@ -1,0 +1,145 @@
+"""Prompt files: whatever is wrong is said with the file and the line; training and held-out prompts do not overlap.
+
+Strategy: every error has one bad line behind one good one, so the number 2 must be in the message; similarities are counted by hand.
+"""
+
+import json
+
+import pytest
+
+from data_contracts.errors import ConfigError
+from data_contracts.prompts import check_disjoint, load_prompts, near_duplicates, text_of
+
+GOOD = '{"prompt_id": "a", "prompt": "Name a fruit."}'
+
+
+def load(tmp_path, *lines: str):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return load_prompts(path)
+
+
+def rows(**texts: str):
+    return [{"prompt_id": name, "messages": [{"role": "user", "content": text}]} for name, text in texts.items()]
+
+
+def test_a_line_becomes_a_row_with_every_column(tmp_path):
+    full = {
+        "prompt_id": "b", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        "checks": [{"value": 3, "name": "max_words"}], "response": "Hello.", "source": "mine",
+    }  # fmt: skip
+    short, long = load(tmp_path, GOOD, "", json.dumps(full))
+    assert short == {"prompt_id": "a", "messages": [{"role": "user", "content": "Name a fruit."}], "checks": "[]", "response": None, "source": ""}
+    assert long == full | {"checks": '[{"name": "max_words", "value": 3}]'}
+    assert text_of(long) == "Be brief.\nHi"
+
+
+def test_a_prompt_without_an_id_is_named_by_its_text(tmp_path):
+    one, two = load(tmp_path, '{"prompt": "one"}', '{"prompt": "two"}')
+    again = load(tmp_path, '{"messages": [{"content": "two", "role": "user"}]}')[0]
+    assert len(one["prompt_id"]) == 16 and one["prompt_id"] != two["prompt_id"] == again["prompt_id"]
+
+
+def test_the_same_text_twice_without_ids_is_a_duplicate(tmp_path):
+    with pytest.raises(ConfigError, match="line 2: the prompt_id .* was already used in line 1"):
+        load(tmp_path, '{"prompt": "one"}', '{"prompt": "one"}')
+
+
+MESSAGES = '{"messages": %s}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x"', r"is not valid JSON: Expecting ',' delimiter at column 15"),
+        ("prompt: x", "is not valid JSON: Expecting value at column 1"),
+        ('["x"]', "must be a JSON object, got list"),
+        ("null", "must be a JSON object, got NoneType"),
+        ('{"prompt": "x", "promptid": "b"}', r"unknown field\(s\) \['promptid'\]; known: .*'prompt_id'"),
+        ('{"prompt_id": "b"}', 'needs exactly one of "messages" and "prompt"'),
+        ('{"prompt": "x", "messages": []}', 'needs exactly one of "messages" and "prompt"'),
+        (MESSAGES % "[]", '"messages" must be a non-empty list'),
+        (MESSAGES % '"hi"', '"messages" must be a non-empty list'),
+        (MESSAGES % '[{"role": "human", "content": "x"}]', "a message must be .*got .*human"),
+        (MESSAGES % '[{"role": "user"}]', "a message must be"),
+        (MESSAGES % '[{"role": "user", "content": 3}]', "a message must be"),
+        (MESSAGES % '[{"role": "user", "content": "x", "name": "y"}]', "a message must be"),
+        (MESSAGES % '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]', "the last message must not be the assistant's"),
+        ('{"prompt": 3}', "a message must be"),
+        ('{"prompt": " \\n "}', "every message is blank"),
+        ('{"prompt": "x", "prompt_id": 7}', '"prompt_id" must be non-empty text, got 7'),
+        ('{"prompt": "x", "prompt_id": ""}', '"prompt_id" must be non-empty text, got \'\''),
+        ('{"prompt": "x", "response": ["y"]}', '"response" must be non-empty text'),
+        ('{"prompt": "x", "response": ""}', '"response" must be non-empty text'),
+        ('{"prompt": "x", "source": false}', '"source" must be non-empty text'),
+        ('{"prompt": "x", "checks": {"name": "y"}}', '"checks" must be a list of objects with a "name"'),
+        ('{"prompt": "x", "checks": ["y"]}', '"checks" must be a list of objects with a "name"'),
+        ('{"prompt": "x", "checks": [{"value": 3}]}', '"checks" must be a list of objects with a "name"'),
+        ('{"prompt_id": "a", "prompt": "x"}', "the prompt_id 'a' was already used in line 1; ids must be unique"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said_with_its_number(tmp_path, line, message):
+    with pytest.raises(ConfigError, match=rf"prompts\.jsonl line 2:? .*{message}"):
+        load(tmp_path, GOOD, line)
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
+    # U+2028 inside a text and blank lines must not move the number.
+    with pytest.raises(ConfigError, match="line 4 is not valid JSON"):
+        load(tmp_path, '{"prompt": "one\u2028two"}', "", GOOD, "{")
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_an_empty_file_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="empty: at least one JSON line is needed"):
+        load(tmp_path, text)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the prompt file .*none\.jsonl: No such file"):
+        load_prompts(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_prompts(tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.jsonl is not UTF-8 text .* at byte 12"):
+        load_prompts(tmp_path / "latin.jsonl")
+
+
+# --- overlap
+
+
+def test_similarity_is_the_share_of_common_word_triples():
+    # "a b c d e" has abc bcd cde; "a b c d x" has abc bcd cdx: 2 common of 4.
+    assert near_duplicates(["a b c d e"], ["a b c d x"], 0.5) == [(0, 0, 0.5)]
+    assert near_duplicates(["a b c d e"], ["a b c d x"], 0.51) == []
+
+
+def test_case_punctuation_and_blanks_do_not_make_a_difference():
+    assert near_duplicates(["Name THREE fruits, please!"], ["name  three\nfruits please"], 1.0) == [(0, 0, 1.0)]
+
+
+def test_texts_of_one_or_two_words_are_compared_as_a_whole():
+    assert near_duplicates(["Hello there"], ["hello there!", "hello", "there hello"], 0.1) == [(0, 0, 1.0)]
+
+
+def test_every_pair_above_the_threshold_is_found_in_order():
+    left, right = ["one two three", "x y z", "one two three four"], ["x y z", "one two three"]
+    assert near_duplicates(left, right, 0.5) == [(0, 1, 1.0), (1, 0, 1.0), (2, 1, 0.5)]
+
+
+def test_texts_without_words_are_all_alike():
+    assert near_duplicates(["???"], ["!!!"], 1.0) == [(0, 0, 1.0)]
+
+
+def test_a_heldout_prompt_with_a_training_id_is_refused():
+    with pytest.raises(ConfigError, match=r"1 prompt id\(s\) are both in the training and in the held-out file, e\.g\. \['b'\]"):
+        check_disjoint(rows(a="one two three", b="four five six"), rows(b="seven eight nine", c="ten eleven twelve"))
+
+
+def test_a_heldout_prompt_with_a_training_text_is_refused_by_both_names():
+    with pytest.raises(ConfigError, match=r"1 held-out prompt\(s\) .*'h' and 'b' \(similarity 1\.00, limit 0\.8\)"):
+        check_disjoint(rows(a="one two three", b="Four five six!"), rows(h="four five six", i="ten eleven twelve"))
+
+
+def test_disjoint_prompts_pass():
+    check_disjoint(rows(a="one two three", b="four five six"), rows(h="seven eight nine"))

@@ -1,0 +1,146 @@
+"""Parquet shards: rows fit the contract or are named, a shard is there whole or not at all, a damaged one is made again alone.
+
+Strategy: rows of the smallest schema with a per-token column; crashes are an exception in the middle of writing.
+"""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import data_contracts.shards
+from data_contracts.errors import ArtifactError, ContractError
+from data_contracts.shards import SCHEMAS, count_rows, read_shard, read_shards, shard_is_whole, shard_path, to_table, write_shard
+
+
+def row(number: int = 0, **changes):
+    plain = {
+        "prompt_id": f"p{number}", "candidate": 0, "prompt_ids": [1, 2], "token_ids": [3, 4, 5], "token_logps": [-0.5, -1.0, -0.25],
+        "finish_reason": "stop", "seed": 2**61, "completion": "three",
+    }  # fmt: skip
+    return plain | changes
+
+
+def test_rows_come_back_as_they_were_in_shard_order(tmp_path):
+    for index in (1, 0):
+        write_shard(shard_path(tmp_path, index), to_table([row(10 * index), row(10 * index + 1)], "generations"))
+    assert [item["prompt_id"] for item in read_shards(tmp_path, "generations").to_pylist()] == ["p0", "p1", "p10", "p11"]
+    assert read_shard(shard_path(tmp_path, 0), "generations").to_pylist()[0] == row(0)
+    assert count_rows(tmp_path) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": ["a"]}, "generations row 2, column token_ids: "),
+        ({"token_ids": [2**31]}, "generations row 2, column token_ids: "),
+        ({"seed": "x"}, "generations row 2, column seed: "),
+        ({"completion": 7}, "generations row 2, column completion: "),
+        ({"completion": None}, "generations row 2: column completion is empty; it must hold string"),
+        ({"extra": 1}, r"generations row 2: unknown \['extra'\]"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_with_its_column(changes, message):
+    with pytest.raises(ContractError, match=message):
+        to_table([row(0), row(1), row(2, **changes)], "generations")
+
+
+def test_a_missing_column_is_named():
+    short = row()
+    del short["seed"]
+    with pytest.raises(ContractError, match=r"generations row 0: missing \['seed'\]"):
+        to_table([short], "generations")
+
+
+def test_an_optional_column_may_be_empty_and_no_rows_are_a_table_too():
+    prompt = {"prompt_id": "p", "messages": [{"role": "user", "content": "x"}], "checks": "[]", "response": None, "source": ""}
+    assert to_table([prompt], "prompts")["response"].to_pylist() == [None]
+    assert to_table([], "generations").num_rows == 0
+    assert to_table([], "generations").schema == SCHEMAS["generations"]
+
+
+@pytest.mark.parametrize("step", ["write_table", "fsync", "replace"])
+def test_a_shard_interrupted_while_written_is_not_there(tmp_path, monkeypatch, step):
+    def crash(*arguments, **_):
+        if step == "write_table":
+            arguments[1].write(b"PAR1 and then")
+        raise KeyboardInterrupt
+
+    owner = data_contracts.shards.pq if step == "write_table" else data_contracts.shards.os
+    monkeypatch.setattr(owner, step, crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(shard_path(tmp_path, 0), to_table([row()], "generations"))
+    monkeypatch.undo()
+    assert list(tmp_path.glob("part-*")) == []
+    assert not shard_is_whole(shard_path(tmp_path, 0), "generations")
+
+
+def test_an_interrupted_rewrite_leaves_the_old_shard(tmp_path, monkeypatch):
+    path = shard_path(tmp_path, 0)
+    write_shard(path, to_table([row(1)], "generations"))
+    monkeypatch.setattr(data_contracts.shards.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(path, to_table([row(2)], "generations"))
+    assert read_shard(path, "generations")["prompt_id"].to_pylist() == ["p1"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def other_columns(path):
+    pq.write_table(pa.table({"prompt_id": ["p"]}), path)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, other_columns])
+def test_a_damaged_shard_is_not_kept(tmp_path, damage):
+    path = shard_path(tmp_path, 0)
+    write_shard(path, to_table([row()], "generations"))
+    assert shard_is_whole(path, "generations")
+    damage(path)
+    with pytest.raises((ArtifactError, ContractError), match="part-00000.parquet"):
+        read_shard(path, "generations")
+    assert not shard_is_whole(path, "generations")
+    assert not path.exists()
+
+
+def test_flipped_bytes_in_the_data_are_noticed(tmp_path):
+    path = shard_path(tmp_path, 0)
+    write_shard(path, to_table([row(number) for number in range(50)], "generations"))
+    raw = bytearray(path.read_bytes())
+    for position in range(20, 400, 7):
+        raw[position] ^= 0xFF
+    path.write_bytes(raw)
+    assert not shard_is_whole(path, "generations")
+
+
+def test_a_directory_without_shards_is_an_error(tmp_path):
+    with pytest.raises(ArtifactError, match="holds no part-"):
+        read_shards(tmp_path, "generations")
+
+
+def test_only_the_shards_that_no_earlier_try_finished_are_made_again(tmp_path):
+    from stages.stage import STAGES, Job
+
+    def run(size: int = 2) -> list[int]:
+        job = Job(STAGES["sample"], None, {}, tmp_path)
+        made = []
+        for index, items in job.missing_shards(list(range(7)), size, "generations"):
+            job.write(index, [row(number) for number in items])
+            made.append(index)
+        return made
+
+    assert run() == [0, 1, 2, 3]
+    assert run() == []
+    truncate(shard_path(tmp_path, 2))
+    shard_path(tmp_path, 3).unlink()
+    assert run() == [2, 3]
+    assert [item["prompt_id"] for item in read_shards(tmp_path, "generations").to_pylist()] == [f"p{number}" for number in range(7)]
+    # Shards of another size hold other rows: none can be kept, nor what lies beside them.
+    write_shard(shard_path(tmp_path, 3, "dropped"), to_table([], "dropped"))
+    assert run(3) == [0, 1, 2]
+    assert count_rows(tmp_path) == 7
+    assert list(tmp_path.glob("dropped-*")) == []

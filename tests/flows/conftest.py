@@ -1,0 +1,141 @@
+"""What the tests of whole runs share: a run config around the tiny model, the command that a user types, and one run that nothing disturbed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Finished(NamedTuple):
+    """A command that ended."""
+
+    code: int
+    out: str
+    """stdout and stderr, as a terminal shows them."""
+    seconds: float
+
+    @property
+    def table(self) -> str:
+        """What the run printed at its end: the table, the headline, the report's path."""
+        return self.out[self.out.index("self-play run ") :]
+
+    def states(self, name: str) -> int:
+        """How many task runs ended in the state `name`."""
+        return sum("Task run" in line and f"Finished in state {name}" in line for line in self.out.splitlines())
+
+
+def table_of(store: Path, run: str) -> list[dict[str, str]]:
+    """The table of a run's report, without the seconds: they are measured, all else must repeat."""
+    lines = [line for line in (store / "runs" / run / "report.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    names = cells[0]
+    return [{name: value for name, value in zip(names, row, strict=True) if not name.endswith(" s")} for row in cells[2:]]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Like a fresh shell: nobody's Prefect, nobody's MLflow, nobody's store."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SELFPLAY_"))}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    return kept | quiet | {"MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200"} | more
+
+
+def finish(command: list[str], timeout: float = 300, **more: str) -> Finished:
+    began = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(**more), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    return Finished(done.returncode, done.stdout, time.monotonic() - began)
+
+
+def play(config: Path, store: Path, *settings: str, **more: str) -> Finished:
+    """`python -m flows CONFIG --store STORE --set ...`"""
+    command = [sys.executable, "-m", "flows", str(config), "--store", str(store)]
+    return finish(command + [word for setting in settings for word in ("--set", setting)], **more)
+
+
+def processes_of(marker: str) -> list[psutil.Process]:
+    """Every living process that inherited the environment entry NAME=value, wherever it hangs now."""
+    name, _, value = marker.partition("=")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def tools() -> SimpleNamespace:
+    """Functions for tests: with `--import-mode=importlib` a test cannot import its conftest."""
+    return SimpleNamespace(play=play, finish=finish, environment=environment, table_of=table_of, processes_of=processes_of, root=ROOT)
+
+
+@pytest.fixture(scope="session")
+def prompt_files(tmp_path_factory, make_rows) -> dict[str, str]:
+    """24 prompts that train, 8 that measure, as JSONL; each with checks and a ground truth."""
+    directory, paths = tmp_path_factory.mktemp("prompts"), {}
+    for name, rows in (("train", make_rows(24)), ("heldout", make_rows(8, first=100))):
+        path = directory / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row | {"checks": json.loads(row["checks"])}) + "\n" for row in rows))
+        paths[name] = str(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory, tiny_model, prompt_files):
+    """make_run(name, section={...}, ...) -> Path of a run config: two small iterations; a section given here is merged into the default one."""
+
+    def make(name: str, **sections: Any) -> Path:
+        run: dict[str, Any] = {
+            "name": name,
+            "policy": {"path": str(tiny_model)},
+            "iterations": 2,
+            "prompts": prompt_files | {"per_iteration": 12},
+            "method": {"name": "sppo", "eta": 20},
+            "sampling": {
+                "backend": {"name": "transformers"},
+                "num_candidates": 3,
+                "max_prompt_tokens": 64,
+                "max_new_tokens": 16,
+                "runtime": {"prompts_per_shard": 3},
+            },
+            "scoring": {"scorer": {"name": "length", "target_tokens": 8}, "runtime": {"prompts_per_shard": 3}},
+            "weighting": {"runtime": {"pairs_per_shard": 3}},
+            "training": {"learning_rate": 1e-3, "batch_size": 4, "runtime": {"batch_tokens": 512, "save_every_steps": 1}},
+            "evaluation": {"scorer": {"name": "length", "target_tokens": 8}},
+        }
+        for section, values in sections.items():
+            run[section] = run.get(section, {}) | values if isinstance(values, dict) and section != "method" else values
+        path = tmp_path_factory.mktemp("runs") / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(run, sort_keys=False))
+        return path
+
+    return make
+
+
+class Undisturbed(NamedTuple):
+    config: Path
+    store: Path
+    first: Finished
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, make_run) -> Undisturbed:
+    """Two iterations with the transformers sampler and DeepSpeed, start to end. Read it, go on from a copy, never write into it."""
+    config, store = make_run("tiny"), tmp_path_factory.mktemp("undisturbed") / "store"
+    first = play(config, store)
+    assert first.code == 0, first.out
+    return Undisturbed(config, store, first)
