@@ -171,11 +171,37 @@ class RunConfig(Config):
 
 
 def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}. Raises: ConfigError."""
-    data = read_yaml(path)
+    """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}.
+
+    A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is written.
+    Raises: ConfigError.
+    """
+    data = _read(Path(path), ())
     for key, value in (overrides or {}).items():
         _set(data, key, value)
     return parse(RunConfig, data, os.fspath(path))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file on top of the ones it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself, through {', '.join(map(str, seen))}")
+    data = read_yaml(path)
+    parents = data.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = _merge(merged, _read(path.parent / parent, (*seen, path.resolve())))
+    return _merge(merged, data)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; a plug-in of another name replaces the one below it as a whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        mergeable = isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = _merge(old, value) if mergeable else value
+    return merged
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -88,12 +88,12 @@ def auxiliary_models(config: RunConfig, place: Place, pairs: ArtifactRef, policy
     return built
 
 
-def _flow_run_name() -> str:
+def flow_run_name() -> str:
     parameters = flow_run.parameters
     return parameters.get("name") or Path(parameters["config"]).stem
 
 
-@flow(name="self-play", flow_run_name=_flow_run_name, persist_result=False)
+@flow(name="self-play", flow_run_name=flow_run_name, persist_result=False)
 def self_play(
     config: str = "deploy/runs/quickstart.yaml",
     name: str | None = None,
