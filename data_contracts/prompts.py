@@ -1,7 +1,8 @@
 """Contracts - prompts: a JSONL file that people write, checked line by line, and the rows that stages read.
 
 One line: {"prompt_id": "...", "messages": [{"role": "user", "content": "..."}], "checks": [...], "response": "..."}
-`checks` (verifiable instructions) and `response` (a ground truth) are optional; `prompt` may stand for one user message.
+`checks` (verifiable instructions), `response` (a ground truth), and `chosen` with `rejected` (a given pair) are optional; `prompt` may stand
+for one user message.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_text
 
 ROLES = ("system", "user", "assistant")
-KEYS = {"prompt_id", "messages", "prompt", "checks", "response", "source"}
+TEXTS = ("response", "chosen", "rejected")
+KEYS = {"prompt_id", "messages", "prompt", "checks", "source", *TEXTS}
 
 
 def load_prompts(path: Path | str) -> list[dict[str, Any]]:
@@ -61,14 +63,16 @@ def _row(line: str, where: str) -> dict[str, Any]:
     checks = data.get("checks", [])
     if not isinstance(checks, list) or not all(isinstance(check, dict) and isinstance(check.get("name"), str) for check in checks):
         raise ConfigError(f'{where}: "checks" must be a list of objects with a "name", got {checks!r:.120}')
-    for name in ("prompt_id", "response", "source"):
+    if ("chosen" in data) != ("rejected" in data):
+        raise ConfigError(f'{where}: "chosen" and "rejected" come together')
+    for name in ("prompt_id", "source", *TEXTS):
         if data.get(name) is not None and (not isinstance(data[name], str) or not data[name]):
             raise ConfigError(f'{where}: "{name}" must be non-empty text, got {data[name]!r:.80}')
     return {
         "prompt_id": data.get("prompt_id") or digest_text(json.dumps(messages, sort_keys=True, ensure_ascii=False))[:16],
         "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
         "checks": json.dumps(checks, sort_keys=True, ensure_ascii=False),
-        "response": data.get("response"),
+        **{name: data.get(name) for name in TEXTS},
         "source": data.get("source") or "",
     }
 

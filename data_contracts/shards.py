@@ -22,14 +22,28 @@ def _schema(*fields: tuple[str, pa.DataType], nullable: tuple[str, ...] = ()) ->
     return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in fields])
 
 
+_PREFERENCE = (
+    ("score_chosen", pa.float64()),
+    ("score_rejected", pa.float64()),
+    ("win_rate_chosen", pa.float64()),  # against all K candidates, self counted 1/2
+    ("win_rate_rejected", pa.float64()),
+    ("chosen_candidate", pa.int32()),  # its number among the K; -1: not one of them
+    ("rejected_candidate", pa.int32()),
+    ("group_scores", pa.list_(pa.float64())),  # of all K candidates, for methods that compare inside the group
+    ("group_win_rates", pa.list_(pa.float64())),
+)
+_UNSCORED = ("score_chosen", "score_rejected", "group_scores", "group_win_rates")
+
 SCHEMAS: dict[str, pa.Schema] = {
     "prompts": _schema(
         ("prompt_id", pa.string()),
         ("messages", MESSAGES),
         ("checks", pa.string()),  # JSON list of verifiable instructions, "[]" for none
         ("response", pa.string()),  # ground truth, for SPIN and SWIFT
+        ("chosen", pa.string()),  # a given pair, for the offline methods
+        ("rejected", pa.string()),
         ("source", pa.string()),
-        nullable=("response",),
+        nullable=("response", "chosen", "rejected"),
     ),
     "generations": _schema(
         ("prompt_id", pa.string()),
@@ -49,25 +63,35 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("rejected_ids", TOKENS),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
-        ("score_chosen", pa.float64()),
-        ("score_rejected", pa.float64()),
-        ("win_rate_chosen", pa.float64()),  # against all K candidates, self counted 1/2
-        ("win_rate_rejected", pa.float64()),
+        *_PREFERENCE,
         ("scorer", pa.string()),
-        nullable=("score_chosen", "score_rejected"),
+        nullable=_UNSCORED,
     ),
     "weighted_pairs": _schema(
         ("pair_id", pa.string()),
         ("prompt_id", pa.string()),
         ("prompt_ids", TOKENS),
         ("chosen_ids", TOKENS),
-        ("chosen_reference_logps", PER_TOKEN),
+        ("chosen_reference_logps", PER_TOKEN),  # null: the method needs none; likewise old_logps
+        ("chosen_old_logps", PER_TOKEN),  # under the policy that sampled it
         ("chosen_weights", PER_TOKEN),
-        ("rejected_ids", TOKENS),
+        ("rejected_ids", TOKENS),  # empty for methods on single responses, and then the columns below are too
         ("rejected_reference_logps", PER_TOKEN),
+        ("rejected_old_logps", PER_TOKEN),
         ("rejected_weights", PER_TOKEN),
-        ("win_rate_chosen", pa.float64()),
-        ("win_rate_rejected", pa.float64()),
+        ("teacher_prompt_ids", TOKENS),  # the same prompt and chosen response as the teacher's tokenizer cuts them; null: not needed
+        ("teacher_ids", TOKENS),
+        *_PREFERENCE,
+        nullable=(
+            *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("reference_logps", "old_logps")),
+            "teacher_prompt_ids",
+            "teacher_ids",
+            *_UNSCORED,
+        ),
+    ),
+    "token_logps": _schema(
+        ("key", pa.binary(16)),  # digest of prompt and response ids
+        ("logps", PER_TOKEN),  # NaN where the model's context ended
     ),
     "scores": _schema(
         ("prompt_id", pa.string()),

@@ -14,10 +14,14 @@ from data_contracts.config import Config, parse, read_yaml
 from data_contracts.errors import ConfigError
 from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
+from stages.methods.base import Method
 from stages.sampling.stage import SamplingConfig
+from stages.scoring.pairing import CHOOSE
 from stages.scoring.stage import ScoringConfig
 from stages.training.stage import TrainingConfig
+from stages.training.streams import LIVE_REFERENCE
 from stages.weighting.stage import WeightingConfig
+from stages.weighting.weights import WEIGHTS
 
 NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
@@ -33,8 +37,26 @@ class PromptsConfig(Config):
     """Prompts of an iteration. None: all of them divided by the iterations (SPPO), or all with `reuse`."""
     reuse: bool = False
     """Every iteration trains on the same prompts (SPIN, SWIFT) instead of a part of its own (SPPO)."""
+    answers_from_teacher: bool = False
+    """Let models.teacher write the `response` of every prompt first (SeqKD; SPIN and SWIFT without ground truths)."""
     duplicate_similarity: float = Field(0.8, gt=0, le=1)
     """Word 3-gram Jaccard similarity from which a held-out prompt counts as being in the training set."""
+
+
+class ModelsConfig(Config):
+    """Models beside the policy. What a method needs and is not given here is trained by the run itself, as `auxiliary` says."""
+
+    teacher: ModelRef | None = None
+    """Frozen; for SWIFT's weights (any tokenizer) and for distillation."""
+    reward_model: ModelRef | None = None
+    """TGDPO: trained on preferences before; the policy's tokenizer."""
+    positive: ModelRef | None = None
+    """TIS-DPO: pi+."""
+    negative: ModelRef | None = None
+    """TIS-DPO: pi-."""
+
+
+TRAINABLE_ROLES = ("positive", "negative", "reward_model")
 
 
 class RunConfig(Config):
@@ -54,6 +76,13 @@ class RunConfig(Config):
     scoring: ScoringConfig
     weighting: WeightingConfig = WeightingConfig()
     training: TrainingConfig = TrainingConfig()
+    learning_rates: tuple[float, ...] = ()
+    """Peak rate of each iteration; the last one goes on. Empty: training.learning_rate for all."""
+    models: ModelsConfig = ModelsConfig()
+    auxiliary: TrainingConfig | None = None
+    """How missing positive, negative and reward models are trained on the iteration's pairs (the negative one on swapped pairs). None: TIS-DPO (D)."""
+    mix_previous: bool = False
+    """From the second iteration on, train on the previous iteration's pairs too, under the new reference (official SPIN and SWIFT code)."""
     evaluation: EvaluationConfig
     heldout_sampling: SamplingConfig | None = None
     """How held-out answers are drawn. None: like `sampling`, one answer per prompt."""
@@ -64,9 +93,42 @@ class RunConfig(Config):
             part = getattr(self, section)
             if part is not None and getattr(part, field) != type(part).model_fields[field].get_default(call_default_factory=True):
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
-        if self.scoring.pairing in (None, "best_vs_worst") and METHODS.get(self.method.name).PAIRING == "best_vs_worst" and self.sampling.num_candidates < 2:
+        if self.pairing == "best_vs_worst" and self.sampling.num_candidates < 2:
             raise ValueError("pairs of the best and the worst candidate need sampling.num_candidates >= 2")
+        if self.pairing in CHOOSE and self.scoring.scorer is None:
+            raise ValueError(f"pairing {self.pairing} needs scoring.scorer")
+        if not self.spec.USES_WEIGHTS and self.weights.name != "ones":
+            raise ValueError(f"the method {self.method.name} has no place for per-token weights: remove weighting.weights")
+        for role in self.roles:
+            if role == "teacher" and self.models.teacher is None:
+                raise ValueError(f"{self.method.name} with the weights {self.weights.name} needs models.teacher")
         return self
+
+    @property
+    def spec(self) -> type[Method]:
+        """What the method declares."""
+        return METHODS.get(self.method.name)
+
+    @property
+    def pairing(self) -> str:
+        return self.scoring.pairing or self.spec.PAIRING
+
+    @property
+    def weights(self) -> Any:
+        """Settings of the weight provider."""
+        return self.weighting.weights or WEIGHTS.config(self.spec.WEIGHTS)
+
+    @property
+    def roles(self) -> list[str]:
+        """Models that the run needs beside policy and reference."""
+        needs = {need.removesuffix("_unshifted") for need in WEIGHTS.get(self.weights.name).needs(self.weights)}
+        teacher = "teacher" in needs or "teacher_logits" in self.spec.needs(self.method) or self.prompts.answers_from_teacher
+        return ["teacher"] * teacher + [role for role in TRAINABLE_ROLES if role in needs]
+
+    @property
+    def live_reference(self) -> bool:
+        """Whether training holds the reference model in memory beside the policy."""
+        return bool(self.spec.needs(self.method) & LIVE_REFERENCE)
 
     def sampling_for_training(self) -> SamplingConfig:
         return self.sampling.model_copy(update={"seed": self.seed})
@@ -77,18 +139,69 @@ class RunConfig(Config):
         return base.model_copy(update={"seed": self.seed})
 
     def scoring_for_pairs(self) -> ScoringConfig:
-        return self.scoring.model_copy(update={"pairing": self.scoring.pairing or METHODS.get(self.method.name).PAIRING})
+        return self.scoring.model_copy(update={"pairing": self.pairing, "template": self.sampling.template})
+
+    def weighting_for_pairs(self) -> WeightingConfig:
+        """What the weigh stage must supply, from what the method declares."""
+        needs = self.spec.needs(self.method)
+        return self.weighting.model_copy(
+            update={
+                "weights": self.weights,
+                "dtype": self.training.dtype,
+                "reference": "reference" in needs,
+                "old_policy": "old_policy" in needs,
+                "teacher_tokens": "teacher_logits" in needs,
+                "drop_identical": self.spec.drops_identical(self.method),
+            }
+        )
 
     def training_for(self, iteration: int) -> TrainingConfig:
-        return self.training.model_copy(update={"method": self.method, "seed": self.seed})
+        update: dict[str, Any] = {"method": self.method, "seed": self.seed}
+        if self.learning_rates:
+            update["learning_rate"] = self.learning_rates[min(iteration, len(self.learning_rates) - 1)]
+        return self.training.model_copy(update=update)
+
+    def auxiliary_training(self) -> TrainingConfig:
+        """Default: TIS-DPO (D), DPO forward and reversed with the paper's settings, on the run's own hardware settings."""
+        if self.auxiliary is not None:
+            return self.auxiliary.model_copy(update={"seed": self.seed})
+        method = METHODS.config({"name": "dpo", "beta": 0.1})
+        update = {"method": method, "learning_rate": 1e-5, "batch_size": 16, "epochs": 1, "optimizer": "adamw", "weight_decay": 0.01, "seed": self.seed}
+        return self.training.model_copy(update=update)
 
 
 def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}. Raises: ConfigError."""
-    data = read_yaml(path)
+    """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}.
+
+    A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is written.
+    Raises: ConfigError.
+    """
+    data = _read(Path(path), ())
     for key, value in (overrides or {}).items():
         _set(data, key, value)
     return parse(RunConfig, data, os.fspath(path))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file on top of the ones it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself, through {', '.join(map(str, seen))}")
+    data = read_yaml(path)
+    parents = data.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = _merge(merged, _read(path.parent / parent, (*seen, path.resolve())))
+    return _merge(merged, data)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; a plug-in of another name replaces the one below it as a whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        mergeable = isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = _merge(old, value) if mergeable else value
+    return merged
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

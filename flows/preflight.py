@@ -20,6 +20,8 @@ from flows.config import RunConfig
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig
 from stages.scoring import SCORERS
+from stages.scoring.pairing import CHOOSE
+from stages.tokens import tokenizer_digest
 from tasks.launch import CHECKOUT
 from tasks.models import locate
 
@@ -48,12 +50,16 @@ def _preflight(settings: str, store_root: Path) -> Checked:
     train, heldout = load_prompts(run.prompts.train), load_prompts(run.prompts.heldout)
     check_disjoint(train, heldout, run.prompts.duplicate_similarity)
     _check_amount(run, train)
-    for scorer, rows in ((run.scoring.scorer, train), (run.evaluation.scorer, heldout)):
+    for scorer, rows in ((run.scoring.scorer if run.pairing in CHOOSE else None, train), (run.evaluation.scorer, heldout)):
+        if scorer is None:
+            continue
         SCORERS.get(scorer.name).check_prompts(scorer, rows)
-    if run.scoring_for_pairs().pairing == "truth_vs_generation" and (missing := [row["prompt_id"] for row in train if row["response"] is None]):
-        raise ConfigError(f"the method {run.method.name} trains on ground truths; {len(missing)} prompts of {run.prompts.train} have no `response`, e.g. {missing[:3]}")
+    field = {"truth": "response", "truth_vs_generation": "response", "given": "chosen"}.get(run.pairing)
+    if field and not run.prompts.answers_from_teacher and (missing := [row["prompt_id"] for row in train if row[field] is None]):
+        raise ConfigError(f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}")
     evaluation = run.evaluation.model_copy(update={"lm_eval": tuple(_with_digest(task) for task in run.evaluation.lm_eval)})
     model = locate(run.policy, run.sampling.template == "chat")
+    _check_models(run, model)
     _check_tokens(run, model, train, heldout)
     return Checked(train, heldout, evaluation)
 
@@ -66,6 +72,19 @@ def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:
             f"{run.prompts.train} has {len(train)} prompts; {run.iterations} iterations of {run.prompts.per_iteration or 1} need {needed}. "
             "Lower prompts.per_iteration or iterations, or set prompts.reuse: true"
         )
+
+
+def _check_models(run: RunConfig, policy: Path) -> None:
+    """The other models are there, and their tokens fit what is asked of them."""
+    for role in run.roles:
+        named = getattr(run.models, role)
+        if named is None:
+            continue  # trained by the run itself
+        directory = locate(named, chat_template=False)
+        if role != "teacher" and tokenizer_digest(directory) != tokenizer_digest(policy):
+            raise ConfigError(f"models.{role} ({directory}) has another tokenizer than the policy ({policy}): its log-probs are of other tokens. Train it from the same base model")
+        if role == "teacher" and not (directory / "tokenizer.json").is_file():
+            raise ConfigError(f"models.teacher ({directory}) has no tokenizer.json: a tokenizer without character offsets cannot be aligned with the policy's")
 
 
 def _with_digest(task: Any) -> Any:

@@ -55,7 +55,9 @@ class History:
             "distinct": round(rows["heldout", "distinct_rate"]["value"], 3),
         }
         row |= {f"{task}/{metric}": round(item["value"], 3) for (task, metric), item in rows.items() if task != "heldout"}
-        seconds = {name: stages[name].record.seconds["wall"] if name in stages else 0.0 for name in STAGES}
+        seconds = dict.fromkeys(STAGES, 0.0)
+        for built in stages.values():  # auxiliary models count under the stage that made them
+            seconds[built.record.stage] += built.record.seconds["wall"]
         seconds["evaluate"] += answers.record.seconds["wall"]
         row |= {f"{name} s": round(value, 1) for name, value in seconds.items()}
         self.rows.append(row)

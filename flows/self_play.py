@@ -13,18 +13,21 @@ from prefect.runtime import flow_run
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
+from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import EvaluationConfig, PromptsConfig, RunConfig, SamplingConfig, ScoringConfig, TrainingConfig, WeightingConfig, load_run
 from flows.preflight import Checked, preflight
 from flows.report import History
 from stages.methods import METHODS
+from stages.scoring.stage import WITHOUT_GENERATIONS
+from tasks.build import Built
 from tasks.models import resolve
 from tasks.prompts import part_of, select_prompts
 from tasks.stages import Place, run
 from tasks.tracking import Tracker
 
 
-def play(config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, history: History) -> ArtifactRef:
+def play(config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, models: dict[str, ArtifactRef], history: History) -> ArtifactRef:
     """The algorithm. Every name is a finished artifact; nothing else is passed on."""
     place = Place(str(store.root), config.name, "iter_00")
     heldout = select_prompts(checked.heldout, place, "heldout_prompts")
@@ -34,28 +37,63 @@ def play(config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, 
         report = run("evaluate", checked.evaluation, place, prompts=heldout, generations=answers.ref, policy=policy, start=start)
         history.measured(place, answers, report)
 
-    policy = start
+    policy, previous = start, None
     measure(policy, place)
     for iteration in range(config.iterations):
         place = place._replace(step=f"iter_{iteration + 1:02d}")
-        part = part_of(checked.train, iteration, config.iterations, config.prompts.per_iteration, config.prompts.reuse, config.seed)
-        prompts = select_prompts(part, place)
-        generations = run("sample", config.sampling_for_training(), place, prompts=prompts, policy=policy)
-        pairs = run("score", config.scoring_for_pairs(), place, prompts=prompts, generations=generations.ref, policy=policy, start=start)
-        weighted = run("weigh", config.weighting, place, pairs=pairs.ref, reference=policy)
-        trained = run("train", config.training_for(iteration), place, pairs=weighted.ref, policy=policy)
-        policy = trained.ref
-        history.built(place, sample=generations, score=pairs, weigh=weighted, train=trained)
+        prompts = prompts_of(config, checked, iteration, place, models)
+        made: dict[str, Built] = {}
+        inputs = {"prompts": prompts, "policy": policy, "start": start}
+        if config.pairing not in WITHOUT_GENERATIONS:
+            made["sample"] = run("sample", config.sampling_for_training(), place, prompts=prompts, policy=policy)
+            inputs["generations"] = made["sample"].ref
+        made["score"] = pairs = run("score", config.scoring_for_pairs(), place, **inputs)
+        reference = policy if config.spec.REFERENCE == "iterate" else start
+        made |= (helpers := auxiliary_models(config, place, pairs.ref, policy, models))
+        roles = {"prompts": prompts, "reference": reference, "policy": policy} | models | {role: built.ref for role, built in helpers.items()}
+        made["weigh"] = weighted = run("weigh", config.weighting_for_pairs(), place, pairs=pairs.ref, **roles)
+        extra = {"reference": reference} if config.live_reference else {}
+        extra |= {"teacher": models["teacher"]} if "teacher_logits" in config.spec.needs(config.method) else {}
+        if config.mix_previous and previous is not None:
+            extra["more_pairs"] = run("weigh", config.weighting_for_pairs(), place, "weigh_previous", pairs=previous, **roles).ref
+        made["train"] = trained = run("train", config.training_for(iteration), place, pairs=weighted.ref, policy=policy, **extra)
+        policy, previous = trained.ref, pairs.ref
+        history.built(place, **made)
         measure(policy, place)
     return policy
 
 
-def _flow_run_name() -> str:
+def prompts_of(config: RunConfig, checked: Checked, iteration: int, place: Place, models: dict[str, ArtifactRef]) -> ArtifactRef:
+    """The prompts of an iteration, with the teacher's answers as their responses where the run says so."""
+    rows = part_of(checked.train, iteration, config.iterations, config.prompts.per_iteration, config.prompts.reuse, config.seed)
+    prompts = select_prompts(rows, place)
+    if not config.prompts.answers_from_teacher:
+        return prompts
+    sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1})
+    answers = run("sample", sampling, place, "teacher_answers", prompts=prompts, policy=models["teacher"])
+    texts = {row["prompt_id"]: row["completion"] for row in read_shards(answers.ref.path, "generations").to_pylist()}
+    return select_prompts([row | {"response": texts[row["prompt_id"]]} for row in rows if texts[row["prompt_id"]].strip()], place, "prompts_with_answers")
+
+
+def auxiliary_models(config: RunConfig, place: Place, pairs: ArtifactRef, policy: ArtifactRef, models: dict[str, ArtifactRef]) -> dict[str, Built]:
+    """Train the positive, negative and reward models that nobody gave, on these pairs, from this policy: the same stages once more."""
+    built: dict[str, Built] = {}
+    training = config.auxiliary_training()
+    for role in config.roles:
+        if role in models:
+            continue
+        weighting = WeightingConfig(dtype=training.dtype, swap=role == "negative", runtime=config.weighting.runtime)
+        weighted = run("weigh", weighting, place, f"{role}_pairs", pairs=pairs, reference=policy)
+        built[role] = run("train", training, place, role, pairs=weighted.ref, policy=policy)
+    return built
+
+
+def flow_run_name() -> str:
     parameters = flow_run.parameters
     return parameters.get("name") or Path(parameters["config"]).stem
 
 
-@flow(name="self-play", flow_run_name=_flow_run_name, persist_result=False)
+@flow(name="self-play", flow_run_name=flow_run_name, persist_result=False)
 def self_play(
     config: str = "deploy/runs/quickstart.yaml",
     name: str | None = None,
@@ -102,11 +140,16 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     logger = get_run_logger()
     checked = preflight(config, store)
     start = resolve(config.policy, config.sampling.template == "chat", store)
+    models = {role: resolve(model, False, store) for role in config.roles if (model := getattr(config.models, role)) is not None}
+    if config.weighting.positive_system is not None or config.weighting.negative_system is not None:
+        models |= {"positive": start, "negative": start}  # TIS-DPO (P): one model, two system prompts
+    if config.live_reference:
+        logger.info("%s holds the reference model in memory beside the policy while it trains", config.method.name)
     tracker = Tracker(store, config.name, logger.warning)
     tracker.parameters(config.model_dump(mode="json"))
     history = History(config, store, tracker)
     try:
-        final = play(config, checked, store, start, history)
+        final = play(config, checked, store, start, models, history)
     except BaseException:
         tracker.finish(None, "FAILED")
         raise

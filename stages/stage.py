@@ -81,9 +81,15 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("sample", "1", "generations", {"prompts": "prompts", "policy": "checkpoint"}, "stages.sampling.stage"),
-        Stage("score", "1", "scored_pairs", {"prompts": "prompts", "generations": "generations", "policy?": "checkpoint", "start?": "checkpoint"}, "stages.scoring.stage"),
-        Stage("weigh", "1", "weighted_pairs", {"pairs": "scored_pairs", "reference": "checkpoint"}, "stages.weighting.stage"),
-        Stage("train", "1", "checkpoint", {"pairs": "weighted_pairs", "policy": "checkpoint"}, "stages.training.stage"),
+        Stage("score", "1", "scored_pairs", {"prompts": "prompts", "generations?": "generations", "policy?": "checkpoint", "start?": "checkpoint"}, "stages.scoring.stage"),
+        Stage(
+            "weigh",
+            "1",
+            "weighted_pairs",
+            {"pairs": "scored_pairs", "prompts?": "prompts"} | {f"{role}?": "checkpoint" for role in ("reference", "policy", "teacher", "positive", "negative", "reward_model")},
+            "stages.weighting.stage",
+        ),
+        Stage("train", "1", "checkpoint", {"pairs": "weighted_pairs", "more_pairs?": "weighted_pairs", "policy": "checkpoint", "reference?": "checkpoint", "teacher?": "checkpoint"}, "stages.training.stage"),
         Stage(
             "evaluate",
             "1",
@@ -107,6 +113,10 @@ class Job:
 
     def path(self, name: str) -> Path:
         return Path(self.inputs[name].path)
+
+    @property
+    def store_root(self) -> Path:
+        return self.out.parent.parent.parent
 
     def log(self, text: str) -> None:
         print(text, flush=True)

@@ -59,11 +59,18 @@ def stop_ids(directory: str | Path, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
+def tokenizer_digest(directory: str | Path) -> str:
+    """What its tokens are made of: equal for two models exactly if they cut text alike."""
+    path = Path(directory) / "tokenizer.json"
+    if path.is_file():
+        return digest_file(path)
+    return digest_text(json.dumps(sorted(load_tokenizer(directory).get_vocab().items())))
+
+
 def token_facts(directory: str | Path, tokenizer: Any, template: Template) -> dict[str, str]:
     """What a record says of the token contract: digests of tokenizer and template, and the template's name."""
-    path = Path(directory) / "tokenizer.json"
     return {
-        "tokenizer_digest": digest_file(path) if path.is_file() else digest_text(json.dumps(sorted(tokenizer.get_vocab().items()))),
+        "tokenizer_digest": tokenizer_digest(directory),
         "template": template,
         "template_digest": digest_text(tokenizer.chat_template or "") if template == "chat" else "",
     }

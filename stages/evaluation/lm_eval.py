@@ -47,8 +47,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size
     for name, metrics in result["results"].items():
         count = int(result["n-samples"][name]["effective"])
         for key, value in metrics.items():
-            metric, _, _ = key.partition(",")
-            if key == "alias" or metric.endswith("_stderr") or not isinstance(value, int | float):
+            metric, comma, _ = key.partition(",")
+            if not comma or metric.endswith("_stderr"):  # without a filter's name it is no metric: alias, sample_len
                 continue
             # Mean of 0/1 values: its standard error without a bootstrap (lm-eval then says "N/A").
             error = (value * (1 - value) / max(count - 1, 1)) ** 0.5 if 0 <= value <= 1 else None

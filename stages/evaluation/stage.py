@@ -11,7 +11,8 @@ from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ContractError
 from data_contracts.shards import read_shards, shard_is_whole, shard_path, to_table, write_shard
 from stages.evaluation.intervals import bootstrap
-from stages.policy import load_causal_lm, pick_device, pin_threads, score_responses
+from stages.logps import Pass
+from stages.policy import load_causal_lm, pick_device, pin_threads
 from stages.registry import Named
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates
@@ -77,9 +78,10 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     rows = read_shards(job.path("generations"), "generations").to_pylist()
     if prompts.keys() != {row["prompt_id"] for row in rows}:
         raise ContractError(f"generations {job.inputs['generations'].key} are not of the held-out prompts {job.inputs['prompts'].key}")
-    start = load_causal_lm(str(job.path("start")), config.dtype, device).eval()
-    logps = score_responses(start, [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows], config.runtime.batch_tokens)
-    means = [float(row.mean()) for row in logps]
+    start = Pass(job.store_root, job.inputs["start"], config.dtype, config.runtime.device, config.runtime.batch_tokens)
+    prompt_ids, response_ids = [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows]
+    start.fill(prompt_ids, response_ids)
+    means = [float(row.mean()) for row in start.get(prompt_ids, response_ids)]
     scorer_class = SCORERS.get(config.scorer.name)
     scorer_class.check_prompts(config.scorer, list(prompts.values()))
     groups: dict[str, list[int]] = {}

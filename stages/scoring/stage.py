@@ -1,24 +1,27 @@
-"""Stage - prompts + generations -> scored_pairs: score every candidate, keep the raw scores, derive one pair per prompt."""
+"""Stage - prompts + generations -> scored_pairs: score every candidate, keep the raw scores, derive the rows to train on."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from data_contracts.artifact import RECORD, ArtifactRecord
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
-from stages.policy import load_causal_lm, pick_device, pin_threads, score_responses
+from stages.logps import Pass
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scores
-from stages.scoring.pairing import best_vs_worst
+from stages.scoring.pairing import CHOOSE, Group, group_of
 from stages.stage import Job, StageRuntime
-from stages.tokens import encode_response, load_tokenizer
+from stages.tokens import Template, encode_prompt, encode_response, load_tokenizer
+
+Pairing = Literal["best_vs_worst", "each", "truth_vs_generation", "truth", "given"]
+WITHOUT_GENERATIONS = ("truth", "given")
 
 
 class ScoringRuntime(StageRuntime):
@@ -31,14 +34,19 @@ class ScoringRuntime(StageRuntime):
 class ScoringConfig(BaseConfig):
     """What is preferred over what."""
 
-    scorer: SCORERS.field()
-    """checks (verifiable instructions), length (tests), or a plug-in."""
-    pairing: Literal["best_vs_worst", "truth_vs_generation"] | None = None
-    """best_vs_worst: of the K candidates; truth_vs_generation: the prompt's `response` over candidate 0 (SPIN). None: what the method uses."""
+    scorer: SCORERS.field() | None = None
+    """checks (verifiable instructions), length (tests), or a plug-in. None: for pairings that need no score."""
+    pairing: Pairing | None = None
+    """best_vs_worst: of the K candidates; each: every candidate by itself; truth_vs_generation: the prompt's `response` over candidate 0
+    (SPIN); truth: the `response` alone (SFT); given: the prompt's `chosen` over its `rejected`. None: what the method uses."""
     tau: float = Field(1.0, ge=0)
     """Scale of a pointwise score: P(i beats j) = sigmoid((r_i - r_j) / tau); 0: the better one wins for sure."""
     max_drop_rate: float = Field(0.9, ge=0, le=1)
-    """Stop if more than this part of the prompts gives no pair."""
+    """Stop if more than this part of the prompts gives no row."""
+    template: Template = "chat"
+    """How prompts without generations become tokens; the sampler's template. Set for you from the run's `sampling.template`."""
+    max_response_tokens: int = Field(1024, ge=1)
+    """A longer given response is cut, and then carries no EOS."""
     runtime: ScoringRuntime = ScoringRuntime()
 
 
@@ -47,110 +55,148 @@ Config = ScoringConfig
 
 def run(job: Job) -> None:
     config: ScoringConfig = job.config
+    pairing = config.pairing or "best_vs_worst"
     prompts = read_shards(job.path("prompts"), "prompts").to_pylist()
-    groups: dict[str, list[dict[str, Any]]] = {prompt["prompt_id"]: [] for prompt in prompts}
-    for row in read_shards(job.path("generations"), "generations").to_pylist():
-        if row["prompt_id"] not in groups:
-            raise ContractError(f"generations {job.inputs['generations'].key}: prompt {row['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}")
-        groups[row["prompt_id"]].append(row)
-    if empty := [prompt_id for prompt_id, rows in groups.items() if not rows]:
-        raise ContractError(f"generations {job.inputs['generations'].key}: no candidate for the prompt(s) {empty[:3]}")
-    scorer_class = SCORERS.get(config.scorer.name)
-    scorer_class.check_prompts(config.scorer, prompts)
-    truths = _truths(job, prompts) if config.pairing == "truth_vs_generation" else None
-    scorer, start_logps = None, _StartLogps(job) if scorer_class.needs_start_logps(config.scorer) else None
+    groups = _generations(job, prompts, pairing)
+    texts = _Texts(job) if "truth" in pairing or pairing == "given" else None
+    scoring = _Scoring(job, prompts) if config.scorer is not None and groups else None
+    if scoring is None and pairing in CHOOSE:
+        raise ConfigError(f"pairing {pairing} needs a scorer: set scoring.scorer")
     for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "scored_pairs"):
-        if scorer is None:
-            with job.timed("load"):
-                scorer = scorer_class(config.scorer, pick_device(config.runtime.device) if start_logps else "cpu")
+        candidates = [groups[prompt["prompt_id"]] for prompt in chunk] if groups else [[]] * len(chunk)
         with job.timed("busy"):
-            generations = [groups[prompt["prompt_id"]] for prompt in chunk]
-            means = start_logps.of(generations) if start_logps else [None] * len(chunk)
-            batch = [Candidates(*item) for item in zip(chunk, generations, means, strict=True)]
-            scores = scorer.score(batch)
+            scores = scoring.of(chunk, candidates) if scoring else [Scores(None, None, [])] * len(chunk)
+            results = [_rows(prompt, rows, score, texts, config, pairing) for prompt, rows, score in zip(chunk, candidates, scores, strict=True)]
         # Raw scores first: a shard of pairs without its scores cannot be left behind.
-        write_shard(shard_path(job.out, index, "scores"), to_table([_score_row(item, score) for item, score in zip(batch, scores, strict=True)], "scores"))
-        rows = [_pair_row(item, score, truths, config) for item, score in zip(batch, scores, strict=True)]
-        dropped = [{"prompt_id": prompt["prompt_id"], "reason": row} for prompt, row in zip(chunk, rows, strict=True) if isinstance(row, str)]
+        raw = [_score_row(prompt, score) for prompt, score in zip(chunk, scores, strict=True)]
+        write_shard(shard_path(job.out, index, "scores"), to_table(raw, "scores"))
+        dropped = [{"prompt_id": prompt["prompt_id"], "reason": result} for prompt, result in zip(chunk, results, strict=True) if isinstance(result, str)]
         write_shard(shard_path(job.out, index, "dropped"), to_table(dropped, "dropped"))
-        job.write(index, [row for row in rows if isinstance(row, dict)])
+        job.write(index, [row for result in results if not isinstance(result, str) for row in result])
     _summarise(job, len(prompts))
 
 
+def _generations(job: Job, prompts: list[dict[str, Any]], pairing: str) -> dict[str, list[dict[str, Any]]]:
+    """Candidates by prompt; empty where the pairing goes without."""
+    if pairing in WITHOUT_GENERATIONS:
+        return {}
+    if "generations" not in job.inputs:
+        raise ConfigError(f"pairing {pairing} compares generations: give the input `generations`")
+    key = job.inputs["generations"].key
+    groups: dict[str, list[dict[str, Any]]] = {prompt["prompt_id"]: [] for prompt in prompts}
+    for row in read_shards(job.path("generations"), "generations").to_pylist():
+        if row["prompt_id"] not in groups:
+            raise ContractError(f"generations {key}: prompt {row['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}")
+        groups[row["prompt_id"]].append(row)
+    if empty := [prompt_id for prompt_id, rows in groups.items() if not rows]:
+        raise ContractError(f"generations {key}: no candidate for the prompt(s) {empty[:3]}")
+    return groups
+
+
+class _Scoring:
+    """The scorer, loaded at the first shard that needs it."""
+
+    def __init__(self, job: Job, prompts: list[dict[str, Any]]):
+        self.job, self.config = job, job.config.scorer
+        self.scorer_class = SCORERS.get(self.config.name)
+        self.scorer_class.check_prompts(self.config, prompts)
+        self.start = _StartLogps(job) if self.scorer_class.needs_start_logps(self.config) else None
+        self.scorer: Any = None
+
+    def of(self, prompts: Sequence[dict[str, Any]], candidates: list[list[dict[str, Any]]]) -> list[Scores]:
+        if self.scorer is None:
+            with self.job.timed("load"):
+                self.scorer = self.scorer_class(self.config, self.job.config.runtime.device)
+        means = self.start.of(candidates) if self.start else [None] * len(prompts)
+        return self.scorer.score([Candidates(*item) for item in zip(prompts, candidates, means, strict=True)])
+
+
 class _StartLogps:
-    """Mean log-prob per token under the start model: from the sampler where the policy is the start model, else by a pass of it."""
+    """Mean log-prob per token under the start model, by its pass in the log-prob store."""
 
     def __init__(self, job: Job):
         if "start" not in job.inputs:
             raise ConfigError(f"the scorer {job.config.scorer.name} has a fluency floor and needs the start model: give the input `start`")
-        sampled_by = ArtifactRecord.model_validate_json((job.path("generations") / RECORD).read_bytes()).inputs["policy"]
-        self.job, self.model = job, None
-        self.from_sampler = sampled_by.content == job.inputs["start"].content
+        runtime = job.config.runtime
+        self.start = Pass(job.store_root, job.inputs["start"], "bfloat16", runtime.device, runtime.batch_tokens)
 
     def of(self, groups: list[list[dict[str, Any]]]) -> list[list[float]]:
         rows = [row for group in groups for row in group]
-        if self.from_sampler:
-            means = iter([float(np.mean(row["token_logps"])) for row in rows])
-        else:
-            if self.model is None:
-                pin_threads(None)
-                self.model = load_causal_lm(str(self.job.path("start")), "bfloat16", pick_device(self.job.config.runtime.device)).eval()
-            logps = score_responses(self.model, [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows], self.job.config.runtime.batch_tokens)
-            means = iter([float(row.mean()) for row in logps])
+        prompts, responses = [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows]
+        self.start.fill(prompts, responses)
+        means = iter([float(row.mean()) for row in self.start.get(prompts, responses)])
         return [[next(means) for _ in group] for group in groups]
 
 
-def _truths(job: Job, prompts: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Token ids of every ground truth."""
-    if "policy" not in job.inputs:
-        raise ConfigError("pairing truth_vs_generation tokenises the ground truths: give the input `policy`")
-    if missing := [prompt["prompt_id"] for prompt in prompts if prompt["response"] is None]:
-        raise ConfigError(f"pairing truth_vs_generation needs a `response` in every prompt; {len(missing)} have none, e.g. {missing[:3]}")
-    tokenizer = load_tokenizer(job.path("policy"))
-    return {prompt["prompt_id"]: encode_response(tokenizer, prompt["response"]) for prompt in prompts}
+class _Texts:
+    """Given texts as tokens of the policy: tokenised apart from the prompt, with an EOS unless they had to be cut."""
+
+    def __init__(self, job: Job):
+        if "policy" not in job.inputs:
+            raise ConfigError(f"pairing {job.config.pairing} tokenises given responses: give the input `policy`")
+        self.tokenizer, self.config = load_tokenizer(job.path("policy")), job.config
+
+    def prompt(self, prompt: dict[str, Any]) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt["messages"], self.config.template)
+
+    def response(self, prompt: dict[str, Any], field: str) -> list[int]:
+        if prompt[field] is None:
+            raise ConfigError(f"pairing {self.config.pairing} needs `{field}` in every prompt; {prompt['prompt_id']!r} has none")
+        return encode_response(self.tokenizer, prompt[field])[: self.config.max_response_tokens]
 
 
-def _score_row(item: Candidates, scores: Scores) -> dict[str, Any]:
+def _rows(
+    prompt: dict[str, Any], candidates: list[dict[str, Any]], scores: Scores, texts: _Texts | None, config: ScoringConfig, pairing: str
+) -> list[dict[str, Any]] | str:
+    """The rows of one prompt, or the reason why it gives none."""
+    group = None if scores.scores is None and scores.preference_logits is None else group_of(scores, config.tau)
+    common = {
+        "prompt_id": prompt["prompt_id"],
+        "prompt_ids": candidates[0]["prompt_ids"] if candidates else texts.prompt(prompt),
+        "scorer": config.scorer.name if config.scorer else "",
+        "group_scores": None if group is None else group.rewards.tolist(),
+        "group_win_rates": None if group is None else group.win_rates.tolist(),
+    }
+    if texts is None:
+        choices = CHOOSE[pairing](group)
+        if isinstance(choices, str):
+            return choices
+        return [
+            common | _side("chosen", candidates, choice.chosen, group) | _side("rejected", candidates, choice.rejected, group)
+            | {"pair_id": f"{prompt['prompt_id']}/{choice.chosen}" + ("" if choice.rejected is None else f"-{choice.rejected}")}
+            for choice in choices
+        ]  # fmt: skip
+    field = "chosen" if pairing == "given" else "response"
+    row = common | _text_side("chosen", texts, prompt, field, 1.0) | {"pair_id": f"{prompt['prompt_id']}/{pairing}"}
+    if pairing == "given":
+        return [row | _text_side("rejected", texts, prompt, "rejected", 0.0)]
+    if pairing == "truth":
+        return [row | _side("rejected", candidates, None, group)]
+    return [row | _side("rejected", candidates, 0, group) | {"win_rate_rejected": 0.0}]
+
+
+def _side(side: str, candidates: list[dict[str, Any]], number: int | None, group: Group | None) -> dict[str, Any]:
+    """Columns of one side that is candidate `number`, or nothing."""
+    if number is None:
+        return {f"{side}_ids": [], side: "", f"score_{side}": None, f"win_rate_{side}": 0.0, f"{side}_candidate": -1}
+    return {
+        f"{side}_ids": candidates[number]["token_ids"],
+        side: candidates[number]["completion"],
+        f"score_{side}": None if group is None else float(group.rewards[number]),
+        f"win_rate_{side}": 0.5 if group is None else float(group.win_rates[number]),
+        f"{side}_candidate": number,
+    }
+
+
+def _text_side(side: str, texts: _Texts, prompt: dict[str, Any], field: str, win_rate: float) -> dict[str, Any]:
+    ids = texts.response(prompt, field)
+    return {f"{side}_ids": ids, side: prompt[field], f"score_{side}": None, f"win_rate_{side}": win_rate, f"{side}_candidate": -1}
+
+
+def _score_row(prompt: dict[str, Any], scores: Scores) -> dict[str, Any]:
     plain = None if scores.scores is None else [None if np.isnan(value) else float(value) for value in scores.scores]
     logits = None if scores.preference_logits is None else scores.preference_logits.ravel().tolist()
-    return {"prompt_id": item.prompt["prompt_id"], "scores": plain, "preference_logits": logits, "reasons": scores.reasons}
-
-
-def _pair_row(item: Candidates, scores: Scores, truths: dict[str, list[int]] | None, config: ScoringConfig) -> dict[str, Any] | str:
-    """A row of scored_pairs, or the reason why the prompt gives none."""
-    prompt, rows = item.prompt, item.generations
-    common = {"prompt_id": prompt["prompt_id"], "prompt_ids": rows[0]["prompt_ids"], "scorer": config.scorer.name}
-    if truths is not None:
-        truth = truths[prompt["prompt_id"]]
-        if truth == rows[0]["token_ids"]:
-            return "chosen and rejected are the same text"
-        score = None if scores.scores is None else float(scores.scores[0])
-        return common | {
-            "pair_id": f"{prompt['prompt_id']}/truth-0",
-            "chosen_ids": truth,
-            "rejected_ids": rows[0]["token_ids"],
-            "chosen": prompt["response"],
-            "rejected": rows[0]["completion"],
-            "score_chosen": None,
-            "score_rejected": score,
-            "win_rate_chosen": 1.0,
-            "win_rate_rejected": 0.0,
-        }
-    pair = best_vs_worst(scores, rows, config.tau)
-    if isinstance(pair, str):
-        return pair
-    chosen, rejected = rows[pair.chosen], rows[pair.rejected]
-    return common | {
-        "pair_id": f"{prompt['prompt_id']}/{pair.chosen}-{pair.rejected}",
-        "chosen_ids": chosen["token_ids"],
-        "rejected_ids": rejected["token_ids"],
-        "chosen": chosen["completion"],
-        "rejected": rejected["completion"],
-        "score_chosen": None if scores.scores is None else float(scores.scores[pair.chosen]),
-        "score_rejected": None if scores.scores is None else float(scores.scores[pair.rejected]),
-        "win_rate_chosen": float(pair.win_rates[pair.chosen]),
-        "win_rate_rejected": float(pair.win_rates[pair.rejected]),
-    }
+    return {"prompt_id": prompt["prompt_id"], "scores": plain, "preference_logits": logits, "reasons": scores.reasons}
 
 
 def _summarise(job: Job, num_prompts: int) -> None:
@@ -159,11 +205,12 @@ def _summarise(job: Job, num_prompts: int) -> None:
     dropped = read_shards(job.out, "dropped", "dropped")
     values = [value for row in raw["scores"].to_pylist() if row is not None for value in row]
     scored = np.array([value for value in values if value is not None], dtype=float)
-    drop_rate = 1 - pairs.num_rows / num_prompts
-    reasons = Counter(reason for row in raw["reasons"].to_pylist() for reason in row if reason)
+    drop_rate = dropped.num_rows / num_prompts
+    spoilt = Counter(reason for row in raw["reasons"].to_pylist() for reason in row if reason)
+    reasons = Counter(dropped["reason"].to_pylist())
     job.metrics |= {"pairs": pairs.num_rows, "drop_rate": drop_rate, "unscored": len(values) - len(scored)}
-    job.metrics |= {f"dropped/{reason}": count for reason, count in Counter(dropped["reason"].to_pylist()).items()}
-    job.metrics |= {f"spoilt/{reason}": count for reason, count in reasons.items()}
+    job.metrics |= {f"dropped/{reason}": count for reason, count in reasons.items()}
+    job.metrics |= {f"spoilt/{reason}": count for reason, count in spoilt.items()}
     if len(scored):
         job.metrics["mean_score"] = float(scored.mean())
     if pairs.num_rows:
@@ -172,6 +219,6 @@ def _summarise(job: Job, num_prompts: int) -> None:
             job.metrics[f"win_rate/{side}"] = float(np.mean(pairs[f"win_rate_{side}"].to_numpy()))
     if drop_rate > job.config.max_drop_rate or not pairs.num_rows:
         raise ContractError(
-            f"scored_pairs {Path(job.out).name}: {num_prompts - pairs.num_rows} of {num_prompts} prompts give no pair (limit {job.config.max_drop_rate:.0%}): "
-            f"{dict(Counter(dropped['reason'].to_pylist()))}. More candidates or a higher temperature give more varied ones; scoring.max_drop_rate moves the limit"
+            f"scored_pairs {Path(job.out).name}: {dropped.num_rows} of {num_prompts} prompts give no row (limit {job.config.max_drop_rate:.0%}): {dict(reasons)}. "
+            "More candidates or a higher temperature give more varied ones; scoring.max_drop_rate moves the limit"
         )

@@ -15,6 +15,7 @@ from typing import Any
 from data_contracts.errors import ArtifactError, ConfigError
 from stages.lazy import torch
 from stages.policy import load_causal_lm
+from stages.tokens import load_tokenizer, stop_ids
 
 
 class Engine:
@@ -27,20 +28,28 @@ class Engine:
         self.config, self.device = config, device
         _join(deepspeed)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.torch_device)
         torch.manual_seed(config.seed)
-        policy = load_causal_lm(model, "float32", device)
+        self.stop_ids = stop_ids(model, load_tokenizer(model))
+        policy = load_causal_lm(model, "float32", str(self.torch_device))
         policy.train()
         if config.runtime.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = _optimizer(config, policy.parameters())
-        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=round(config.warmup_ratio * num_steps), num_training_steps=num_steps)
+        planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
+        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=round(config.warmup_ratio * planned), num_training_steps=planned)
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=_settings(config))
 
     @property
     def model(self) -> Any:
         return self.engine
+
+    @property
+    def module(self) -> Any:
+        """The bare model, for what must not go through DeepSpeed's hooks: generation, gradients of the embeddings."""
+        return self.engine.module
 
     @property
     def is_main(self) -> bool:
@@ -63,11 +72,11 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         return {"learning_rate": float(rate)} | ({} if norm is None else {"grad_norm": float(norm)})
 
-    def total(self, values: Any) -> Any:
-        """Sum of a tensor over ranks."""
-        values = values.to("cpu" if self.device == "cpu" else torch.device("cuda", torch.cuda.current_device()))
-        torch.distributed.all_reduce(values)
-        return values
+    def total(self, values: list[float]) -> list[float]:
+        """Sums over ranks; every rank must give the same number of values."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.torch_device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
 
     def save(self, directory: Path, step: int) -> None:
         """A checkpoint to resume from, then removal of the one before. `latest` is written last, so a kill leaves the old one valid."""
@@ -120,7 +129,7 @@ class Engine:
 def _import_deepspeed(device: str) -> Any:
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1" if device == "cpu" else "0")
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its JIT needs a compiler
     try:
         import deepspeed
     except ImportError as error:

@@ -5,37 +5,43 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ContractError
 from stages.lazy import torch
-from stages.methods import METHODS
-from stages.policy import response_logps
-from stages.training.batches import Step, as_pairs, collate_pairs, micro_batches, pair_length, plan_steps
+from stages.training.batches import Step, micro_batches, plan_steps, row_length
 from stages.training.engine import Engine
+from stages.training.streams import Streams
 
 METRICS = "metrics.jsonl"
+Report = Callable[[int, int, dict[str, float]], None]
 
 
-def train(config: Any, rows: list[dict[str, Any]], model: str, out: Path, device: str, report: Any) -> dict[str, float]:
-    """Train `model` on weighted pairs and export it into `out`; goes on from `out/resume` if an earlier try left a checkpoint there.
+def train(
+    config: Any, rows: list[dict[str, Any]], policy: str, reference: str | None, teacher: str | None, out: Path, device: str, report: Report
+) -> dict[str, float]:
+    """Train `policy` on weighted pairs and export it into `out`; goes on from `out/resume` if an earlier try left a checkpoint there.
 
     `report(done, total, step metrics)` is called on the main rank after every step. Returns: metrics of the last epoch, averaged.
     """
     steps = plan_steps(len(rows), config.batch_size, config.epochs, config.seed)
-    engine = Engine(config, model, len(steps), device)
+    engine = Engine(config, policy, len(steps), device)
+    streams = Streams(config, engine, reference, teacher)
     resume = out / "resume"
     done = engine.resume(resume)
     log = _Log(out / METRICS, done) if engine.is_main else None
     for step in steps[done:]:
-        metrics = _one_step(engine, config, step, rows)
+        metrics = _one_step(engine, streams, config, step, [rows[i] for i in step.rows])
         if log:
             log.append(metrics)
             report(step.number + 1, len(steps), metrics)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
-            pairs = [rows[i]["pair_id"] for i in step.pairs]
-            raise ContractError(f"step {step.number}: the loss is {metrics['loss']}, the gradient norm {metrics.get('grad_norm')}; pairs of the step: {pairs[:8]}. Lower training.learning_rate")
+            raise ContractError(
+                f"step {step.number + 1}: the loss is {metrics['loss']}, the gradient norm {metrics.get('grad_norm')}; rows of the step: "
+                f"{[rows[i]['pair_id'] for i in step.rows[:8]]}. Lower training.learning_rate"
+            )
         if (step.number + 1) % config.runtime.save_every_steps == 0 and step.number + 1 < len(steps):
             engine.save(resume, step.number + 1)
     engine.export(out / ".export")
@@ -43,35 +49,42 @@ def train(config: Any, rows: list[dict[str, Any]], model: str, out: Path, device
     return log.summary(steps[-1].epoch) if log else {}
 
 
-def _one_step(engine: Engine, config: Any, step: Step, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """One optimizer update. The loss is the mean over the step's pairs, however they are cut into micro-batches and dealt to ranks."""
+def _one_step(engine: Engine, streams: Streams, config: Any, step: Step, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """One optimizer update. Its loss is the mean over the step's rows (and tokens), however they are cut up and dealt to ranks."""
     began = time.monotonic()
-    pairs = [rows[i] for i in step.pairs]
-    batches = micro_batches([pair_length(row) for row in pairs], config.runtime.batch_tokens, engine.rank, engine.world_size)
-    method = METHODS.get(config.method.name)
-    sums: dict[str, Any] = {}
+    partners = rows[1:] + rows[:1]  # of a mismatched pair: the step's rows, rotated by one
+    streams.sample_anchors(rows, step.number)
+    batches = micro_batches([row_length(row, streams.sides) for row in rows], config.runtime.batch_tokens, engine.rank, engine.world_size)
+    constants = _step_constants(engine, streams, rows, partners, batches)
+    num_tokens = streams.token_count(rows)
+    sums: dict[str, float] = {"tokens": 0.0}
     for number, chosen in enumerate(batches):
-        # A rank without work runs a pair of another one, at weight 0: collectives inside the model must meet.
-        batch, constants = collate_pairs([pairs[i] for i in chosen or [0]])
-        batch = batch.to(engine.engine.device)
-        logps = response_logps(engine.model, batch)
-        result = method.pair_loss(config.method, as_pairs(logps, batch, constants))
-        share = result.loss.sum() / len(pairs) * bool(chosen)
-        engine.backward(share, last=number == len(batches) - 1)
-        if chosen:
-            for name, values in {"loss": result.loss.detach(), **result.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
-            sums["tokens"] = sums.get("tokens", 0.0) + float(batch.response_mask.sum())
+        # A rank without work runs a row of another one at weight 0: collectives inside the model must meet.
+        picked = chosen or [0]
+        result, batch = streams.loss([rows[i] for i in picked], [partners[i] for i in picked], constants)
+        engine.backward(result.share(len(rows), num_tokens) * bool(chosen), last=number == len(batches) - 1)
+        for name, values in result.metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(values.double().sum()) * bool(chosen)
+        sums["loss"] = sums.get("loss", 0.0) + float(result.share(1, num_tokens / len(rows)).detach()) * bool(chosen)
+        sums["tokens"] += float(batch.response_mask.sum()) * bool(chosen)
     state = engine.step()
-    names = sorted(METRIC_NAMES | sums.keys())
-    totals = dict(zip(names, engine.total(torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist(), strict=True))
+    names = sorted(sums)
+    totals = dict(zip(names, engine.total([sums[name] for name in names]), strict=True))
     tokens = totals.pop("tokens")
-    metrics = {name: value / len(pairs) for name, value in totals.items()}
+    metrics = {name: value / len(rows) for name, value in totals.items()}
     return {"step": step.number + 1, "epoch": step.epoch, **metrics, **state, "tokens": tokens, "seconds": time.monotonic() - began}
 
 
-# Every rank must reduce the same list, also one that had no pair in this step.
-METRIC_NAMES = {"loss", "tokens", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
+def _step_constants(engine: Engine, streams: Streams, rows: list[Any], partners: list[Any], batches: list[list[int]]) -> dict[str, float]:
+    """Means over the whole step that the method's loss treats as constants (KTO's z0): a pass before the first one with gradient."""
+    sums: dict[str, float] = {}
+    for chosen in batches:
+        picked = chosen or [0]
+        for name, value in streams.step_values([rows[i] for i in picked], [partners[i] for i in picked]).items():
+            sums[name] = sums.get(name, 0.0) + value * bool(chosen)
+    names = sorted(sums)
+    totals = engine.total([sums[name] for name in names]) if names else []
+    return {name: total / len(rows) for name, total in zip(names, totals, strict=True)}
 
 
 class _Log:

@@ -19,7 +19,7 @@ def main(out: Path) -> None:
     config = stage.parse(work["config"])
     main_rank = os.environ["RANK"] == "0"
     job = Job(stage, config, {}, out) if main_rank else None
-    summary = train_rank(out, config, work["pairs"], work["policy"], job)
+    summary = train_rank(out, config, work["inputs"], job)
     if main_rank:
         (out / ".summary.json").write_text(json.dumps(summary))
 

@@ -52,6 +52,8 @@ class TrainingConfig(BaseConfig):
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    schedule_epochs: int | None = Field(None, ge=1)
+    """Epochs that the schedule is laid out for, where fewer are run (SPPO's paper: 18, of which the first). None: `epochs`."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Part of the steps in which the rate rises from 0."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -72,7 +74,7 @@ def run(job: Job) -> None:
     config: TrainingConfig = job.config
     shutil.rmtree(job.out / ".export", ignore_errors=True)
     if config.runtime.num_processes == 1:
-        metrics = train_rank(job.out, config, str(job.path("pairs")), str(job.path("policy")), job)
+        metrics = train_rank(job.out, config, _inputs(job), job)
     else:
         metrics = _launch(job)
     _adopt(job)
@@ -80,42 +82,50 @@ def run(job: Job) -> None:
     job.facts |= {"device": pick_device(config.runtime.device), "world_size": config.runtime.num_processes}
 
 
-def train_rank(out: Path, config: TrainingConfig, pairs: str, policy: str, job: Job | None) -> dict[str, float]:
+def _inputs(job: Job) -> dict[str, str | None]:
+    return {name: str(job.path(name)) if name in job.inputs else None for name in ("pairs", "more_pairs", "policy", "reference", "teacher")}
+
+
+def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None], job: Job | None) -> dict[str, float]:
     """What every rank does; `job` reports, and is there on the main rank only."""
     from stages.training.loop import train
 
-    rows = read_shards(pairs, "weighted_pairs").to_pylist()
-    check_rows(rows)
+    rows = [row for name in ("pairs", "more_pairs") if inputs[name] for row in read_shards(inputs[name], "weighted_pairs").to_pylist()]
+    check_rows(rows, config.method)
     pin_threads(max(1, len(os.sched_getaffinity(0)) // config.runtime.num_processes))
 
     def report(done: int, total: int, metrics: dict[str, float]) -> None:
-        print(f"step {done}/{total} loss {metrics['loss']:.4f} margin {metrics['rewards/margins']:.4f} {metrics['seconds']:.1f} s", flush=True)
         if job:
+            shown = "".join(f" {name} {metrics[key]:.4f}" for name, key in (("loss", "loss"), ("margin", "rewards/margins")) if key in metrics)
+            job.log(f"step {done}/{total}{shown} {metrics['seconds']:.1f} s")
             job.event("step", index=done)
             job.progress(done, total, "steps")
 
-    return train(config, rows, policy, out, pick_device(config.runtime.device), report)
+    return train(config, rows, inputs["policy"], inputs["reference"], inputs["teacher"], out, pick_device(config.runtime.device), report)
 
 
-def check_rows(rows: list[dict[str, Any]]) -> None:
-    """Every per-token column is as long as its tokens and finite. Raises: ContractError naming row and column."""
+def check_rows(rows: list[dict[str, Any]], method: Any) -> None:
+    """Every per-token column that the method needs is there, as long as its tokens, and finite. Raises: ContractError, row and column."""
     if not rows:
         raise ContractError("weighted_pairs: no rows to train on")
+    needs, sides = METHODS.get(method.name).needs(method), METHODS.get(method.name).sides(method)
+    columns = ["weights"] + ["reference_logps"] * ("reference" in needs) + ["old_logps"] * ("old_policy" in needs)
     for number, row in enumerate(rows):
-        for side in ("chosen", "rejected"):
+        for side in sides:
             count = len(row[f"{side}_ids"])
-            for column in (f"{side}_reference_logps", f"{side}_weights"):
-                where = f"weighted_pairs row {number} (pair_id {row['pair_id']}): {column}"
-                if len(row[column]) != count or not count:
-                    raise ContractError(f"{where} has {len(row[column])} values for {count} tokens. Rebuild with `python -m stages weigh`")
-                if not np.isfinite(row[column]).all():
+            for name in columns:
+                values = row[f"{side}_{name}"]
+                where = f"weighted_pairs row {number} (pair_id {row['pair_id']}): {side}_{name}"
+                if values is None or len(values) != count or not count:
+                    raise ContractError(f"{where} has {0 if values is None else len(values)} values for {count} tokens. Rebuild with `python -m stages weigh`")
+                if not np.isfinite(values).all():
                     raise ContractError(f"{where} holds NaN or infinity. Rebuild with `python -m stages weigh`")
 
 
 def _launch(job: Job) -> dict[str, float]:
     """Start the ranks with the deepspeed launcher and wait for them."""
     work = job.out / ".ranks.json"
-    work.write_text(json.dumps({"config": job.config.model_dump(mode="json"), "pairs": str(job.path("pairs")), "policy": str(job.path("policy"))}))
+    work.write_text(json.dumps({"config": job.config.model_dump(mode="json"), "inputs": _inputs(job)}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

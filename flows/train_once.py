@@ -1,0 +1,29 @@
+"""Flow - train once: an offline method on given pairs or ground truths. The same tasks as self-play, for one iteration, without sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from data_contracts.errors import ConfigError
+from data_contracts.store import Store
+from flows.config import load_run
+from flows.self_play import flow_run_name, run_self_play
+from stages.scoring.stage import WITHOUT_GENERATIONS
+
+
+@flow(name="train-once", flow_run_name=flow_run_name, persist_result=False)
+def train_once(config: str, overrides: dict[str, Any] | None = None, name: str | None = None, store: str | None = None) -> dict[str, Any]:
+    """Train on given responses from a YAML file whose `scoring.pairing` is `given` or `truth`.
+
+    Args:
+        config: Path of the run config, e.g. deploy/runs/tis_dpo_d.yaml.
+        overrides: Single settings by dotted name, e.g. {"training.learning_rate": 1e-6}.
+        name: Another name for the run.
+        store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
+    """
+    run = load_run(config, {"iterations": 1} | (overrides or {}) | ({"name": name} if name else {}))
+    if run.pairing not in WITHOUT_GENERATIONS:
+        raise ConfigError(f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}: use the flow self-play, or set it to one of {WITHOUT_GENERATIONS}")
+    return run_self_play(run, Store(store))
