@@ -154,7 +154,7 @@ class Job:
         plan = self.out / ".plan"
         wanted = json.dumps({"items": len(items), "size": size})
         if not plan.is_file() or plan.read_text() != wanted:
-            for path in self.out.glob("part-*.parquet"):
+            for path in self.out.glob("*-?????.parquet"):  # the shards, and the scores and drops beside them
                 path.unlink()
             write_atomic(plan, wanted)
         done = 0

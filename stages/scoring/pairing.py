@@ -33,15 +33,21 @@ def group_of(scores: Scores, tau: float) -> Group:
     """Win rates and rewards. A pointwise score r gives s_ij = (r_i - r_j) / tau; tau 0: the better one wins for sure."""
     if scores.preference_logits is not None:
         logits = scores.preference_logits
-        return Group(logits.mean(axis=1), win_rates(preference_matrix(logits)))
-    usable = np.flatnonzero(~np.isnan(scores.scores))
-    difference = scores.scores[usable][:, None] - scores.scores[usable][None, :]
-    with np.errstate(invalid="ignore"):  # sign(0) * inf is NaN: a tie
-        logits = np.sign(difference) * np.inf if tau == 0 else difference / tau
-    rates = np.full(len(scores.scores), np.nan)
+        usable = np.flatnonzero(~np.isnan(logits).all(axis=1, where=~np.eye(len(logits), dtype=bool)))
+        logits = logits[np.ix_(usable, usable)]
+        rewards = np.nan_to_num(logits).mean(axis=1) if len(usable) else np.zeros(0)  # a comparison that failed is a tie
+        count = len(scores.preference_logits)
+    else:
+        usable, count = np.flatnonzero(~np.isnan(scores.scores)), len(scores.scores)
+        rewards = scores.scores[usable]
+        difference = rewards[:, None] - rewards[None, :]
+        with np.errstate(invalid="ignore"):  # sign(0) * inf is NaN: a tie
+            logits = np.sign(difference) * np.inf if tau == 0 else difference / tau
+    group = Group(np.full(count, np.nan), np.full(count, np.nan))
     if len(usable):
-        rates[usable] = win_rates(preference_matrix(logits))
-    return Group(scores.scores, rates)
+        group.rewards[usable] = rewards
+        group.win_rates[usable] = win_rates(preference_matrix(logits))
+    return group
 
 
 def best_vs_worst(group: Group) -> list[Choice] | str:

@@ -26,10 +26,11 @@ def rows(**texts: str):
 def test_a_line_becomes_a_row_with_every_column(tmp_path):
     full = {
         "prompt_id": "b", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-        "checks": [{"value": 3, "name": "max_words"}], "response": "Hello.", "source": "mine",
+        "checks": [{"value": 3, "name": "max_words"}], "response": "Hello.", "chosen": "Hey.", "rejected": "Go.", "source": "mine",
     }  # fmt: skip
     short, long = load(tmp_path, GOOD, "", json.dumps(full))
-    assert short == {"prompt_id": "a", "messages": [{"role": "user", "content": "Name a fruit."}], "checks": "[]", "response": None, "source": ""}
+    none = {"response": None, "chosen": None, "rejected": None}
+    assert short == {"prompt_id": "a", "messages": [{"role": "user", "content": "Name a fruit."}], "checks": "[]", "source": ""} | none
     assert long == full | {"checks": '[{"name": "max_words", "value": 3}]'}
     assert text_of(long) == "Be brief.\nHi"
 
@@ -71,6 +72,8 @@ MESSAGES = '{"messages": %s}'
         ('{"prompt": "x", "prompt_id": ""}', '"prompt_id" must be non-empty text, got \'\''),
         ('{"prompt": "x", "response": ["y"]}', '"response" must be non-empty text'),
         ('{"prompt": "x", "response": ""}', '"response" must be non-empty text'),
+        ('{"prompt": "x", "chosen": "y"}', '"chosen" and "rejected" come together'),
+        ('{"prompt": "x", "chosen": "y", "rejected": ""}', '"rejected" must be non-empty text'),
         ('{"prompt": "x", "source": false}', '"source" must be non-empty text'),
         ('{"prompt": "x", "checks": {"name": "y"}}', '"checks" must be a list of objects with a "name"'),
         ('{"prompt": "x", "checks": ["y"]}', '"checks" must be a list of objects with a "name"'),

@@ -52,8 +52,10 @@ def test_a_missing_column_is_named():
 
 
 def test_an_optional_column_may_be_empty_and_no_rows_are_a_table_too():
-    prompt = {"prompt_id": "p", "messages": [{"role": "user", "content": "x"}], "checks": "[]", "response": None, "source": ""}
-    assert to_table([prompt], "prompts")["response"].to_pylist() == [None]
+    key = b"0123456789abcdef"
+    scores = {"prompt_id": "p", "scores": [None, 1.0], "preference_logits": None, "reasons": ["", ""]}
+    assert to_table([scores], "scores")["preference_logits"].to_pylist() == [None]
+    assert to_table([{"key": key, "logps": []}], "token_logps")["key"].to_pylist() == [key]
     assert to_table([], "generations").num_rows == 0
     assert to_table([], "generations").schema == SCHEMAS["generations"]
 
