@@ -36,7 +36,7 @@ def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
 
 @task(
     name="stage",
-    task_run_name="{stage}-{place.step}",
+    task_run_name="{shown_as}-{place.step}",
     cache_policy=NO_CACHE,  # one truth: the store's records decide
     persist_result=False,
     retries=1,

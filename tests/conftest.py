@@ -62,7 +62,7 @@ def shared() -> Path:
     return path
 
 
-def build_model(directory: Path, seed: int = 0) -> Path:
+def build_model(directory: Path, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
     """A complete model directory. Weights wider than usual, or every token would be about as likely as every other."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -73,7 +73,7 @@ def build_model(directory: Path, seed: int = 0) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     # TokenizersBackend: beside a known architecture, transformers 5 would load that family's tokenizer class and change the ids.
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=256)

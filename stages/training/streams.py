@@ -157,14 +157,14 @@ class Streams:
         return Responses(logps, reference, torch.ones_like(logps), batch.response_mask)
 
     def sample_anchors(self, rows: Rows, step: int) -> None:
-        """TI-DPO's intermediate answers, one per row, sampled from the policy as it is; kept for `anchor_refresh` steps.
+        """TI-DPO's intermediate answers, one per row, sampled from the policy as it is; kept for `anchor.refresh` steps.
 
         Seeded by step and row, so that a resumed training samples the same ones (with refresh 1; else a window may begin anew).
         """
         if "anchor" not in self.needs:
             return
-        config = self.method_config
-        if step % config.anchor_refresh == 0:
+        anchor = self.method_config.anchor
+        if step % anchor.refresh == 0:
             self.anchors = {}
         module = self.engine.module
         stops = self.engine.stop_ids
@@ -175,8 +175,8 @@ class Streams:
             torch.manual_seed(hash_seed(self.config.seed, step, number))
             ids = torch.tensor([row["prompt_ids"]], device=self.engine.torch_device)
             output = module.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=config.anchor_temperature, top_k=config.anchor_top_k,
-                top_p=config.anchor_top_p, max_new_tokens=config.anchor_max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True,
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=anchor.temperature, top_k=anchor.top_k,
+                top_p=anchor.top_p, max_new_tokens=anchor.max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True,
             )  # fmt: skip
             self.anchors[row["pair_id"]] = output[0, ids.shape[1] :].tolist()
         module.train()

@@ -1,0 +1,79 @@
+"""python in_process.py REQUEST.json OUT.jsonl: play whole runs in this one process, without Prefect, and say what came out.
+
+The same `play` and the same stages as everywhere; only the process per stage is left out, which costs seconds each. One run in a process of
+its own per stage is in test_self_play.py. REQUEST: [{"id", "config": RUN.yaml, "set": {...}}], all on one store.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+
+import flows.preflight
+import flows.self_play
+import stages.training.engine
+import tasks.prompts
+from data_contracts.store import Store
+from flows.config import load_run
+from flows.preflight import preflight
+from stages.stage import STAGES, execute
+from tasks.build import Built
+from tasks.models import resolve
+
+
+def run(stage, config, place, shown_as=None, **inputs):
+    store = Store(place.store)
+    record = execute(STAGES[stage], config, inputs, store)
+    return Built(record.ref(str(store.directory(record.kind, record.key))), record, False)
+
+
+class History:
+    """Keeps what the iterations made."""
+
+    def __init__(self):
+        self.iterations = []
+
+    def built(self, place, **stages):
+        self.iterations.append({name: built.record.metrics for name, built in stages.items()})
+
+    def measured(self, place, answers, report):
+        pass
+
+
+def play(case, store):
+    config = load_run(case["config"], case["set"])
+    checked = preflight(config, store)
+    start = resolve(config.policy, True, store)
+    models = {role: resolve(getattr(config.models, role), False, store) for role in config.roles if getattr(config.models, role)}
+    if config.weighting.positive_system is not None:
+        models |= {"positive": start, "negative": start}
+    history = History()
+    final = flows.self_play.play(config, checked, store, start, models, history)
+    return {"final": final.path, "iterations": history.iterations}
+
+
+def main(request: str, out: str) -> None:
+    flows.self_play.run = run
+    flows.preflight._check_tokens = lambda *_: None  # a process of its own, too; see test_bad_input.py
+    flows.self_play.select_prompts = lambda rows, place, shown_as="": tasks.prompts.publish(rows, Store(place.store))
+    # DeepSpeed keeps the first process group for ever; several trainings in one process share it.
+    stages.training.engine.Engine.close = lambda self: None
+    work = json.loads(Path(request).read_text())
+    store = Store(work["store"])
+    with open(out, "a", encoding="utf-8") as file:
+        for case in work["cases"]:
+            try:
+                result = play(case, store)
+            except Exception:
+                result = {"error": traceback.format_exc()}
+            file.write(json.dumps({"id": case["id"], **result}) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)

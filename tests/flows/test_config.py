@@ -1,0 +1,223 @@
+"""The settings of a run: composed from files and overrides, refused where they contradict each other, handed to the stages.
+
+Strategy: one small run as a mapping; each test changes what it is about. No model, no prompt file is looked at here (see test_bad_input).
+"""
+
+import copy
+
+import pytest
+import yaml
+
+from data_contracts.config import parse
+from data_contracts.errors import ConfigError
+from flows.config import RunConfig, load_run, parse_assignment
+from stages.stage import STAGES
+
+RUN = {
+    "name": "tiny",
+    "policy": {"path": "model"},
+    "prompts": {"train": "train.jsonl", "heldout": "heldout.jsonl"},
+    "method": {"name": "sppo", "eta": 20},
+    "scoring": {"scorer": {"name": "length"}},
+    "evaluation": {"scorer": {"name": "length"}},
+}
+
+
+def run(**changes) -> RunConfig:
+    """RUN with sections merged in; a `name` other than before replaces the whole plug-in."""
+    data = copy.deepcopy(RUN)
+    for section, values in changes.items():
+        data[section] = data.get(section, {}) | values if isinstance(values, dict) and section != "method" else values
+    return parse(RunConfig, data, "run.yaml")
+
+
+def refused(**changes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run(**changes)
+    return str(caught.value)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samplign": {}}, "  samplign: unknown key"),
+        ({"sampling": {"temprature": 1}}, "  sampling.temprature: unknown key"),
+        ({"sampling": {"runtime": {"shards": 1}}}, "  sampling.runtime.shards: unknown key"),
+        ({"sampling": {"temperature": "hot"}}, "  sampling.temperature: Input should be a valid number, unable to parse string as a number (got 'hot')"),
+        ({"sampling": {"num_candidates": 0}}, "  sampling.num_candidates: Input should be greater than or equal to 1 (got 0)"),
+        ({"iterations": 2.5}, "  iterations: Input should be a valid integer"),
+        ({"training": {"learning_rate": float("nan")}}, "  training.learning_rate: Input should be"),
+        ({"training": {"dtype": "fp8"}}, "  training.dtype: Input should be 'bfloat16' or 'float32' (got 'fp8')"),
+        ({"name": "My run"}, "  name: String should match pattern"),
+        ({"policy": {"hub_id": "a/b"}}, "  policy: give exactly one of `path`"),
+        ({"method": {"name": "spppo"}}, "  method: unknown methods 'spppo'; known: "),
+        ({"method": {"name": "spppo"}}, "Did you mean 'sppo'?"),
+        ({"method": {"name": "sppo", "betta": 1}}, "  method.betta: unknown key"),
+        ({"method": {"name": "sppo", "eta": -1}}, "  method.eta: Input should be greater than 0 (got -1)"),
+        ({"method": {"eta": 1}}, '  method: must be a mapping with a "name"'),
+        ({"method": 7}, '  method: must be a mapping with a "name"'),
+        ({"scoring": {"scorer": {"name": "lenght"}}}, "Did you mean 'length'?"),
+        ({"sampling": {"backend": {"name": "vlm"}}}, "Did you mean 'vllm'?"),
+        ({"training": {"method": {"name": "dpo"}}}, "training.method is set by the run's own `method`: remove it there"),
+        ({"training": {"seed": 1}}, "training.seed is set by the run's own `seed`"),
+        ({"sampling": {"seed": 1}}, "sampling.seed is set by the run's own `seed`"),
+        ({"sampling": {"num_candidates": 1}}, "need sampling.num_candidates >= 2"),
+        ({"scoring": {"scorer": None}}, "pairing best_vs_worst needs scoring.scorer"),
+        ({"method": {"name": "swift"}, "scoring": {"pairing": None}}, "needs models.teacher"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named_by_its_path(changes, message):
+    assert message in refused(**changes)
+
+
+def test_every_problem_is_named_at_once():
+    lines = refused(samplign={}, iterations="many", name="X").splitlines()
+    assert lines[0] == "run.yaml: 3 problem(s) in the settings" and len(lines) == 4
+
+
+# --- what the stages get
+
+
+def test_a_bare_name_is_a_plug_in_with_its_defaults():
+    assert run(method="dpo").method == run(method={"name": "dpo"}).method
+
+
+def test_the_seed_and_the_method_of_the_run_reach_its_stages():
+    config = run(seed=7)
+    assert config.sampling_for_training().seed == config.sampling_for_heldout().seed == config.training_for(0).seed == 7
+    assert config.training_for(0).method.eta == 20
+    assert run(method="dpo").scoring_for_pairs().pairing == "best_vs_worst"
+    assert run(method="spin").scoring_for_pairs().pairing == "truth_vs_generation"
+
+
+def test_heldout_answers_are_one_per_prompt_unless_said_otherwise():
+    assert run().sampling_for_heldout().num_candidates == 1
+    assert run(sampling={"temperature": 0.7}).sampling_for_heldout().temperature == 0.7
+    other = run(heldout_sampling={"num_candidates": 4, "temperature": 0.0}).sampling_for_heldout()
+    assert (other.num_candidates, other.temperature) == (4, 0.0)
+
+
+def test_runtime_settings_change_no_key_of_any_stage():
+    one = run()
+    other = run(
+        sampling={"runtime": {"prompts_per_shard": 7, "python": "/other/python"}}, scoring={"runtime": {"prompts_per_shard": 7}},
+        weighting={"runtime": {"pairs_per_shard": 7}}, training={"runtime": {"zero_stage": 2, "num_processes": 4, "batch_tokens": 9}},
+        evaluation={"runtime": {"batch_tokens": 9}},
+    )  # fmt: skip
+    def keys(config):
+        parts = {"sample": config.sampling_for_training(), "score": config.scoring_for_pairs(), "weigh": config.weighting_for_pairs()}
+        parts |= {"train": config.training_for(0), "evaluate": config.evaluation}
+        return {name: STAGES[name].key(part, {}) for name, part in parts.items()}
+
+    assert keys(one) == keys(other)
+    assert keys(one)["train"] != keys(run(training={"learning_rate": 1e-3}))["train"]
+    assert keys(one)["train"] != keys(run(method={"name": "sppo", "eta": 21}))["train"]
+
+
+def test_rates_may_differ_by_iteration_and_the_last_one_goes_on():
+    config = run(learning_rates=[1e-5, 1e-6])
+    assert [config.training_for(iteration).learning_rate for iteration in range(3)] == [1e-5, 1e-6, 1e-6]
+    assert run(training={"learning_rate": 3e-6}).training_for(5).learning_rate == 3e-6
+
+
+def test_the_settings_survive_as_json():
+    config = run(method={"name": "dpo", "beta": 0.3}, sampling={"backend": {"name": "transformers", "runtime": {"batch_size": 3}}})
+    again = RunConfig.model_validate_json(config.model_dump_json())
+    assert again == config and again.sampling.backend.runtime.batch_size == 3
+
+
+# --- files and overrides
+
+
+@pytest.fixture
+def files(tmp_path):
+    """files(name=mapping, ...) writes NAME.yaml each and returns the directory."""
+
+    def write(**contents):
+        for name, data in contents.items():
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training.learning_rate=1.0e-6", ("training.learning_rate", 1e-6)),
+        ("iterations=2", ("iterations", 2)),
+        ("method={name: dpo, beta: 0.2}", ("method", {"name": "dpo", "beta": 0.2})),
+        ("name=a=b", ("name", "a=b")),
+        ("prompts.reuse=true", ("prompts.reuse", True)),
+        ("heldout_sampling=null", ("heldout_sampling", None)),
+    ],
+)
+def test_an_override_is_read_as_yaml(text, expected):
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["iterations", "=2", ""])
+def test_an_override_without_key_or_value_is_refused(text):
+    with pytest.raises(ConfigError, match=r"an override looks like section\.field=value, got "):
+        parse_assignment(text)
+
+
+def test_an_override_that_is_no_yaml_is_refused():
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        parse_assignment("method={name: dpo")
+
+
+def test_a_rate_may_be_written_without_a_point(files):
+    # YAML 1.1 reads 1e-6 as text; a number is what everybody means.
+    directory = files(run=RUN | {"training": {"learning_rate": "1e-6"}})
+    assert load_run(directory / "run.yaml").training.learning_rate == 1e-6
+    assert load_run(directory / "run.yaml", dict([parse_assignment("training.learning_rate=2e-6")])).training.learning_rate == 2e-6
+
+
+def test_overrides_reach_into_sections_that_the_file_does_not_have(files):
+    config = load_run(files(run=RUN) / "run.yaml", {"training.runtime.zero_stage": 2, "iterations": 5, "method.eta": 30})
+    assert (config.training.runtime.zero_stage, config.iterations, config.method.eta) == (2, 5, 30)
+
+
+def test_an_override_through_something_that_is_no_section_is_refused(files):
+    with pytest.raises(ConfigError, match="the override 'iterations.x' goes through 'iterations', which is not a section"):
+        load_run(files(run=RUN) / "run.yaml", {"iterations.x": 1})
+
+
+def test_a_file_says_only_in_what_it_differs_from_those_it_extends(files):
+    directory = files(
+        base=RUN | {"sampling": {"temperature": 0.5, "runtime": {"prompts_per_shard": 3}}},
+        small={"iterations": 1, "sampling": {"runtime": {"device": "cpu"}}},
+        mine={"extends": ["base.yaml", "small.yaml"], "name": "mine", "method": {"name": "dpo"}},
+    )
+    config = load_run(directory / "mine.yaml")
+    assert (config.name, config.iterations, config.sampling.temperature) == ("mine", 1, 0.5)
+    assert (config.sampling.runtime.prompts_per_shard, config.sampling.runtime.device) == (3, "cpu")
+    assert config.method.name == "dpo"  # of another name: SPPO's eta does not linger
+
+
+def test_a_file_that_extends_itself_is_refused(files):
+    directory = files(one={"extends": "two.yaml"}, two={"extends": "one.yaml"})
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_run(directory / "one.yaml")
+
+
+@pytest.mark.parametrize(("content", "message"), [("a: [", "is not valid YAML"), ("- a", "must hold a mapping of settings, got list"), ("", "must hold a mapping")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, content, message):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"run\.yaml {message}"):
+        load_run(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("extends", [7, [7], {"a": 1}, None])
+def test_what_a_file_extends_must_be_the_name_of_one(files, extends):
+    with pytest.raises(ConfigError):
+        load_run(files(run={"extends": extends}) / "run.yaml")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the run config .*none\.yaml: No such file"):
+        load_run(tmp_path / "none.yaml")

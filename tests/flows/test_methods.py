@@ -1,0 +1,125 @@
+"""Every name trains: each method, each weight provider and each preset's CPU twin goes through the whole loop with models of 0.1 M parameters.
+
+Strategy: all runs are played once, in one process on one store (in_process.py), and each test reads its own result. At the first step
+policy and reference are one model, so the first loss is a constant that the paper gives: log 2 for everything of the form -log sigmoid(h).
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.methods import METHODS
+from stages.weighting.weights import WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[2]
+TWINS = sorted(path.stem for path in (ROOT / "deploy" / "runs" / "tiny").glob("*.yaml") if path.stem not in ("base", "teacher", "auxiliary"))
+LOG_2 = ("d2po", "dpo", "kto_pair", "spin", "spin_lengthnorm", "swift", "swift_released", "tdpo", "tgdpo", "tis_dpo")
+CONSTANTS = {name: math.log(2) for name in LOG_2} | {"kto_pair": 1.0, "kto": 0.5, "tidpo": math.log(2) + 0.1 * 0.5, "ipo": 25.0}
+EXTRA = {
+    "sppo-all": {"method": {"name": "sppo", "eta": 1, "keep": "all", "log_z": True}, "scoring.pairing": "each"},
+    "swift-tdpo-kl": {"method": {"name": "swift", "weight_mode": "divide", "kl_mode": "tdpo"}},
+    "tidpo-given": {"method": {"name": "tidpo", "importance": "given"}, "weighting.weights": {"name": "tidpo"}},
+    "seqkd-teacher": {"method": {"name": "seqkd"}, "prompts.answers_from_teacher": True},
+    "swift-template": {"method": {"name": "swift"}, "weighting.weights": {"name": "swift", "teacher_prompt": "chat_template"}},
+}
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory, make_model, tiny_model):
+    """id -> result of every run."""
+    work = tmp_path_factory.mktemp("methods")
+    same, teacher = make_model(work / "same_tokens", seed=1), make_model(work / "teacher", seed=2, vocabulary=300)
+    heldout = work / "heldout.jsonl"
+    heldout.write_text("".join(line + "\n" for line in (ROOT / "deploy/prompts/quickstart_heldout.jsonl").read_text().splitlines()[:4]))
+    small = {"policy.path": str(tiny_model), "prompts.heldout": str(heldout), "training.dtype": "float32", "training.learning_rate": 1e-4}
+    small |= {"sampling.backend.dtype": "float32", "sampling.max_prompt_tokens": 200, "learning_rates": []}
+    base = small | {"iterations": 1, "scoring.scorer": {"name": "length", "target_tokens": 6}, "sampling.num_candidates": 4}
+    base |= {"models.teacher": {"path": str(teacher)}} | {f"models.{role}": {"path": str(same)} for role in ("positive", "negative", "reward_model")}
+    plain = "deploy/runs/tiny/spin.yaml"
+    cases = [{"id": f"method {name}", "config": plain, "set": base | {"method": {"name": name}, "mix_previous": False}} for name in METHODS.names()]
+    for case in cases:
+        if case["id"] == "method kd":  # its teacher must share the vocabulary
+            case["set"] |= {"models.teacher": {"path": str(same)}}
+    cases += [{"id": f"weights {name}", "config": plain, "set": base | {"method": {"name": "swift"}, "weighting.weights": {"name": name}}} for name in WEIGHTS.names()]
+    cases += [{"id": f"extra {name}", "config": plain, "set": base | settings} for name, settings in EXTRA.items()]
+    for name in TWINS:
+        settings = dict(small)
+        text = (ROOT / "deploy" / "runs" / "tiny" / f"{name}.yaml").read_text()
+        settings |= {"models.teacher.path": str(teacher)} if "teacher.yaml" in text else {}
+        settings |= {"auxiliary.dtype": "float32"} if "auxiliary.yaml" in text else {}
+        cases.append({"id": f"twin {name}", "config": f"deploy/runs/tiny/{name}.yaml", "set": settings})
+    (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
+    command = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(work / "request.json"), str(work / "out.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=540, check=False)
+    results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
+    assert len(results) == len(cases), done.stderr[-3000:]
+    return results
+
+
+def _environment():
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def result_of(played, name):
+    result = played[name]
+    assert "error" not in result, result["error"]
+    return result
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_trains_from_its_constant(played, name):
+    metrics = result_of(played, f"method {name}")["iterations"][0]["train"]
+    assert math.isfinite(metrics["loss"]) and metrics["steps"] > 0
+    if name in CONSTANTS:
+        assert metrics["first_loss"] == pytest.approx(CONSTANTS[name], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", WEIGHTS.names())
+def test_every_weight_provider_fills_the_rows(played, name):
+    (iteration,) = result_of(played, f"weights {name}")["iterations"]
+    weigh = iteration["weigh"]
+    assert weigh["weights/chosen/min"] <= weigh["weights/chosen/mean"] <= weigh["weights/chosen/max"]
+    assert iteration["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    if name == "swift":
+        assert weigh["weights/chosen/min"] >= math.exp(-0.5) - 1e-4 and weigh["weights/chosen/max"] <= math.exp(1.5) + 1e-4
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_variants_train_too(played, name):
+    assert math.isfinite(result_of(played, f"extra {name}")["iterations"][0]["train"]["loss"])
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_cpu_twin_of_every_preset_plays_two_iterations(played, name):
+    iterations = result_of(played, f"twin {name}")["iterations"]
+    assert len(iterations) == 2
+    for iteration in iterations:
+        assert math.isfinite(iteration["train"]["loss"])
+
+
+def test_a_teachers_pass_over_ground_truths_is_paid_once(played):
+    first, second = (iteration["weigh"] for iteration in result_of(played, "twin swift")["iterations"])
+    # 16 ground truths and 16 generations: from the second iteration on only the new generations are paid.
+    assert (first["logps/teacher/misses"], second["logps/teacher/hits"], second["logps/teacher/misses"]) == (32, 16, 16)
+    # The weights' policy pass is the reference pass of the same iteration.
+    assert second["logps/reference/misses"] == 0
+
+
+def test_contrastive_models_are_trained_by_the_run_itself(played):
+    iteration = result_of(played, "twin tis_dpo_d")["iterations"][0]
+    assert iteration["positive"]["first_loss"] == iteration["negative"]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_every_preset_has_a_twin_and_is_valid():
+    from flows.config import load_run
+
+    presets = {path.stem for path in (ROOT / "deploy" / "runs").glob("*.yaml")} - {"quickstart"}
+    assert presets == set(TWINS)
+    for name in presets:
+        load_run(ROOT / "deploy" / "runs" / f"{name}.yaml")

@@ -1,0 +1,105 @@
+"""Which rows are trained on when: a plan of the seed and the data alone, cut into micro-batches that lose nothing.
+
+Strategy: properties over many sizes; the layout of one small batch by hand.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_contracts.errors import ContractError
+from stages.methods import METHODS
+from stages.training.batches import collate_rows, column, micro_batches, plan_steps, row_length
+from stages.training.stage import check_rows
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 3), st.integers(0, 5))
+def test_an_epoch_takes_every_row_once(num_rows, batch_size, epochs, seed):
+    steps = plan_steps(num_rows, batch_size, epochs, seed)
+    assert [step.number for step in steps] == list(range(len(steps)))
+    for epoch in range(epochs):
+        mine = [step for step in steps if step.epoch == epoch]
+        assert sorted(row for step in mine for row in step.rows) == list(range(num_rows))
+        assert all(len(step.rows) == batch_size for step in mine[:-1]) and 1 <= len(mine[-1].rows) <= batch_size
+
+
+def test_epochs_and_seeds_differ_in_order_and_a_longer_training_begins_like_a_shorter_one():
+    steps = plan_steps(40, 8, 3, seed=0)
+    epochs = [[row for step in steps if step.epoch == epoch for row in step.rows] for epoch in range(3)]
+    assert len({tuple(order) for order in epochs}) == 3 and epochs[0] != sorted(epochs[0])
+    assert plan_steps(40, 8, 1, seed=0) == steps[:5] != plan_steps(40, 8, 1, seed=1)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 90), st.integers(1, 5))
+def test_ranks_share_a_step_without_loss_and_in_equally_many_micro_batches(lengths, budget, world_size):
+    parts = [micro_batches(lengths, budget, rank, world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1 and parts[0]
+    assert sorted(row for part in parts for batch in part for row in batch) == list(range(len(lengths)))
+    for batch in (batch for part in parts for batch in part):
+        assert len(batch) <= 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+
+
+ROWS = [
+    {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "chosen_weights": [0.5], "chosen_old_logps": None},
+    {"prompt_ids": [6], "chosen_ids": [7, 8, 9], "rejected_ids": [10], "chosen_weights": [1.0, 2.0, 3.0], "chosen_old_logps": None},
+]
+
+
+def test_a_batch_holds_the_chosen_responses_first():
+    batch = collate_rows(ROWS, ("chosen", "rejected"))
+    assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0], [0, 6, 7, 8, 9], [1, 2, 4, 5, 0], [0, 6, 10, 0, 0]]
+    assert collate_rows(ROWS, ("chosen",)).input_ids.tolist() == batch.input_ids.tolist()[:2]
+    assert [row_length(row, ("chosen", "rejected")) for row in ROWS] == [8, 8]
+    assert [row_length(row, ("chosen",)) for row in ROWS] == [3, 4]
+
+
+def test_a_column_is_padded_behind_its_tokens_or_absent():
+    assert torch.equal(column(ROWS, "chosen_weights", 3), torch.tensor([[0.5, 0, 0], [1, 2, 3]]))
+    assert column(ROWS, "chosen_old_logps", 3) is None
+
+
+# --- rows that break their promise
+
+
+def good(**changes):
+    row = {"pair_id": "p7/0-1", "chosen_ids": [3, 4], "rejected_ids": [5]}
+    row |= {"chosen_weights": [1.0, 1.0], "rejected_weights": [1.0], "chosen_reference_logps": [-1.0, -2.0], "rejected_reference_logps": [-1.0]}
+    return row | {"chosen_old_logps": None, "rejected_old_logps": None} | changes
+
+
+def test_rows_that_keep_the_contract_pass():
+    check_rows([good(), good()], METHODS.config("sppo"))
+
+
+@pytest.mark.parametrize("name", ["chosen_weights", "rejected_weights", "chosen_reference_logps", "rejected_reference_logps"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_named_by_row_and_column(name, bad):
+    row = good()
+    row[name] = [*row[name][:-1], bad]
+    with pytest.raises(ContractError, match=rf"weighted_pairs row 1 \(pair_id p7/0-1\): {name} holds NaN or infinity"):
+        check_rows([good(), row], METHODS.config("sppo"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chosen_weights": [1.0]}, "chosen_weights has 1 values for 2 tokens"),
+        ({"rejected_reference_logps": [-1.0, -1.0]}, "rejected_reference_logps has 2 values for 1 tokens"),
+        ({"chosen_reference_logps": None}, "chosen_reference_logps has 0 values for 2 tokens"),
+        ({"rejected_ids": [], "rejected_weights": [], "rejected_reference_logps": []}, "rejected_weights has 0 values for 0 tokens"),
+    ],
+)
+def test_a_column_of_another_length_is_named_by_row_and_column(changes, message):
+    with pytest.raises(ContractError, match=rf"weighted_pairs row 1 \(pair_id p7/0-1\): {message}.*python -m stages weigh"):
+        check_rows([good(), good(**changes)], METHODS.config("sppo"))
+
+
+def test_a_method_without_a_reference_asks_for_none_and_one_on_single_responses_for_no_rejected():
+    check_rows([good(chosen_reference_logps=None, rejected_reference_logps=None)], METHODS.config("simpo"))
+    check_rows([good(chosen_reference_logps=None, rejected_ids=[], rejected_weights=[], rejected_reference_logps=None)], METHODS.config("sft"))
+
+
+def test_no_rows_are_nothing_to_train_on():
+    with pytest.raises(ContractError, match="no rows to train on"):
+        check_rows([], METHODS.config("sppo"))

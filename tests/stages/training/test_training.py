@@ -1,0 +1,368 @@
+"""Training: the numbers are those of a plain torch loop, however the work is cut up, dealt out or interrupted.
+
+Strategy: 22 random pairs under the tiny model, with weights that are not one and a reference that is not the policy, in float32. The
+reference is a loop without DeepSpeed, batches or padding. One process runs all the single-rank variants (starting DeepSpeed is most of
+the cost); two ranks and a kill in mid-epoch go through the real command.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_contracts.checkpoint import check_model_directory, external_model
+from data_contracts.shards import SCHEMAS
+from data_contracts.store import Store
+from stages.policy import load_causal_lm, score_responses
+from stages.stage import STAGES, events
+from stages.training.batches import plan_steps
+from stages.training.stage import TrainingConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+NUM_PAIRS = 22
+ETA, BETA = 5.0, 0.5
+BASE = {
+    "method": {"name": "sppo", "eta": ETA}, "learning_rate": 1e-4, "epochs": 2, "batch_size": 5, "optimizer": "rmsprop", "schedule": "linear",
+    "warmup_ratio": 0.25, "max_grad_norm": 1.0, "dtype": "float32", "seed": 3, "runtime": {"device": "cpu"},
+}  # fmt: skip
+DPO = {"method": {"name": "dpo", "beta": BETA}, "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.01, "max_grad_norm": 0.0}
+VARIANTS = {
+    "base": {},
+    "one pair at a time": {"runtime": {"batch_tokens": 1}},
+    "activations recomputed": {"runtime": {"gradient_checkpointing": True}},
+    "zero 1": {"runtime": {"zero_stage": 1}},
+    "zero 2": {"runtime": {"zero_stage": 2, "batch_tokens": 100}},
+    "zero 3": {"runtime": {"zero_stage": 3, "batch_tokens": 100}},
+    "dpo": DPO,
+    "bf16": {"dtype": "bfloat16"},
+    "bf16, zero 2": {"dtype": "bfloat16", "runtime": {"zero_stage": 2}},
+    "saved in bf16": {"save_dtype": "bfloat16"},
+    "short of its schedule": {"epochs": 1, "schedule_epochs": 2},
+    "diverged": {"policy": "broken"},
+}
+
+
+def config(**changes) -> dict:
+    return BASE | changes | {"runtime": BASE["runtime"] | changes.get("runtime", {})}
+
+
+@pytest.fixture(scope="module")
+def reference_model(tmp_path_factory, make_model):
+    """Another model than the policy, or the first log-ratios would all be zero."""
+    return make_model(tmp_path_factory.mktemp("models") / "reference", seed=1)
+
+
+@pytest.fixture(scope="module")
+def rows(reference_model) -> list[dict]:
+    """Rows of weighted_pairs of very different lengths."""
+    random = np.random.default_rng(0)
+    model = load_causal_lm(str(reference_model), "float32", "cpu").eval()
+    empty = dict.fromkeys(SCHEMAS["weighted_pairs"].names)
+    rows = []
+    for number in range(NUM_PAIRS):
+        prompt, chosen, rejected = (random.integers(5, 320, random.integers(1, most)).tolist() for most in (14, 12, 9))
+        logps = score_responses(model, [prompt] * 2, [chosen, rejected], 4096)
+        rate = float(random.uniform(0.5, 0.9))
+        row = empty | {"pair_id": f"p{number}/0-1", "prompt_id": f"p{number}", "prompt_ids": prompt, "win_rate_chosen": rate, "win_rate_rejected": 1 - rate}
+        for side, ids, values in (("chosen", chosen, logps[0]), ("rejected", rejected, logps[1])):
+            row |= {f"{side}_ids": ids, f"{side}_reference_logps": values.tolist(), f"{side}_candidate": 0}
+            row[f"{side}_weights"] = random.uniform(0.5, 1.5, len(ids)).astype(np.float32).tolist()
+        rows.append(row)
+    return rows
+
+
+def plain_loop(model_directory, rows, settings) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of all steps and the final weights: one pair after the other, no padding, torch's own optimizers."""
+    settings = TrainingConfig.model_validate(settings)
+    model = load_causal_lm(str(model_directory), "float32", "cpu").train()
+    if settings.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=settings.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    steps = plan_steps(len(rows), settings.batch_size, settings.epochs, settings.seed)
+    planned = len(steps) * (settings.schedule_epochs or settings.epochs) // settings.epochs
+    warm = round(settings.warmup_ratio * planned)
+    losses = []
+    for step in steps:
+        total = sum(_pair_loss(model, rows[i], settings.method.name) for i in step.rows) / len(step.rows)
+        optimizer.zero_grad()
+        total.backward()
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        left = (planned - step.number) / (planned - warm)
+        decay = left if settings.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left)))
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * (step.number / warm if step.number < warm else decay)
+        optimizer.step()
+        losses.append(total.item())
+    return losses, {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def _pair_loss(model, row, method):
+    ratios = []
+    for side in ("chosen", "rejected"):
+        prompt, ids = row["prompt_ids"], torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+        logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        logps = logits[range(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]]
+        ratios.append((torch.tensor(row[f"{side}_weights"]) * (logps - torch.tensor(row[f"{side}_reference_logps"]))).sum())
+    if method == "dpo":
+        return torch.nn.functional.softplus(-BETA * (ratios[0] - ratios[1]))
+    return (ratios[0] - ETA * (row["win_rate_chosen"] - 0.5)) ** 2 + (ratios[1] - ETA * (row["win_rate_rejected"] - 0.5)) ** 2
+
+
+# Every variant in one process. Closing an engine ends torch's process group, which cannot be opened again: it is left open here.
+DRIVER = """
+import json, sys
+from pathlib import Path
+from data_contracts.errors import PipelineError
+from stages.training.engine import Engine
+from stages.training.stage import TrainingConfig, train_rank
+Engine.close = Engine.barrier
+for name, settings, inputs in json.load(open(sys.argv[1])):
+    out = Path(sys.argv[2]) / name
+    out.mkdir()
+    try:
+        train_rank(out, TrainingConfig.model_validate(settings), inputs, None)
+    except PipelineError as error:
+        (out / "error").write_text(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, tiny_model):
+    """The tiny model after a training that diverged."""
+    from safetensors.torch import save_file
+
+    copy = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "broken"))
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model, broken, rows, make_artifact):
+    """trained(variant) -> Trained, of a run of every variant."""
+    root = tmp_path_factory.mktemp("variants")
+    pairs = make_artifact(Store(root / "store"), "weighted_pairs", rows).path
+    work = []
+    for name, changes in VARIANTS.items():
+        policy = broken if changes.get("policy") == "broken" else tiny_model
+        inputs = {"pairs": pairs, "more_pairs": None, "policy": str(policy), "reference": None, "teacher": None}
+        work.append((name, config(**{key: value for key, value in changes.items() if key != "policy"}), inputs))
+    (root / "work.json").write_text(json.dumps(work))
+    (root / "out").mkdir()
+    command = [sys.executable, "-c", DRIVER, str(root / "work.json"), str(root / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return lambda name: Trained(root / "out" / name, root / "out" / name / ".export")
+
+
+class Trained:
+    def __init__(self, out: Path, model: Path):
+        self.out, self.model = out, model
+        self.steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        self.losses = [step["loss"] for step in self.steps]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.model / "model.safetensors")
+
+
+def gap(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any weight."""
+    assert left.keys() == right.keys()
+    return max(float((left[name].float() - right[name].float()).abs().max()) for name in left)
+
+
+# --- the numbers
+
+
+@pytest.mark.parametrize("name", ["base", "dpo", "short of its schedule"])
+def test_losses_and_weights_are_those_of_a_plain_torch_loop(trained, tiny_model, rows, name):
+    losses, weights = plain_loop(tiny_model, rows, config(**VARIANTS[name]))
+    run = trained(name)
+    assert run.losses == pytest.approx(losses, rel=1e-5)
+    assert gap(run.weights, weights) < 1e-5
+    # What was learned is far more than that.
+    assert gap(run.weights, load_file(tiny_model / "model.safetensors")) > 3e-4
+
+
+def test_the_rate_rises_over_the_warm_up_and_falls_to_nothing(trained):
+    # 10 steps, 2 of warm-up (round(2.5) = 2): 0, 1/2, 1, 7/8 ... 1/8
+    rates = [step["learning_rate"] for step in trained("base").steps]
+    assert rates == pytest.approx([0, 0.5e-4] + [1e-4 * (10 - step) / 8 for step in range(2, 10)])
+    assert trained("base").losses[0] == pytest.approx(trained("short of its schedule").losses[0], rel=1e-6)
+
+
+def test_every_step_is_logged_with_its_rows_tokens_and_metrics(trained, rows):
+    steps = trained("base").steps
+    assert [(step["step"], step["epoch"]) for step in steps] == [(number + 1, number // 5) for number in range(10)]
+    tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    assert sum(step["tokens"] for step in steps) == 2 * tokens
+    assert {"rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "seconds"} <= steps[0].keys()
+
+
+def test_the_loss_falls(trained):
+    losses = trained("base").losses
+    assert np.mean(losses[5:]) < 0.9 * np.mean(losses[:5])
+
+
+# --- however the work is cut up
+
+
+@pytest.mark.parametrize("name", ["one pair at a time", "activations recomputed", "zero 1", "zero 2", "zero 3"])
+def test_cutting_the_work_or_the_model_up_changes_nothing(trained, name):
+    base, other = trained("base"), trained(name)
+    assert other.losses == pytest.approx(base.losses, rel=1e-5)
+    assert gap(other.weights, base.weights) < 1e-5
+    assert [step["tokens"] for step in other.steps] == [step["tokens"] for step in base.steps]
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16, zero 2"])
+def test_bf16_trains_float32_master_weights(trained, name):
+    run, base = trained(name), trained("base")
+    assert np.mean(run.losses) == pytest.approx(np.mean(base.losses), rel=0.05)
+    weights = run.weights
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    # Most of the small changes would be lost if the weights were rounded to bf16.
+    assert any((value != value.bfloat16().float()).any() for value in weights.values())
+    assert gap(weights, base.weights) < 0.01
+
+
+def test_a_checkpoint_in_bf16_is_the_rounded_one(trained):
+    base, half = trained("base").weights, trained("saved in bf16").weights
+    assert all(torch.equal(value, base[name].bfloat16()) for name, value in half.items())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("base", "float32"), ("bf16", "float32"), ("zero 3", "float32"), ("saved in bf16", "bfloat16")])
+def test_a_checkpoint_says_which_dtype_its_weights_have(trained, name, dtype):
+    # transformers loads in the dtype that config.json names: a wrong one rounds float32 weights in silence.
+    assert json.loads((trained(name).model / "config.json").read_text())["dtype"] == dtype
+    assert {str(value.dtype) for value in trained(name).weights.values()} == {f"torch.{dtype}"}
+
+
+def test_weights_that_are_nan_stop_the_training_by_the_step_and_its_rows(trained):
+    error = (trained("diverged").out / "error").read_text()
+    assert error.startswith("ContractError: step 1: the loss is nan") and "p" in error.split("rows of the step: ")[1]
+    assert not trained("diverged").model.exists()
+
+
+# --- through the command
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Command:
+    """`python -m stages train` in a store of its own."""
+
+    def __init__(self, directory: Path, policy: Path, rows: list[dict], make_artifact, runtime: dict):
+        self.store = Store(directory / "store")
+        pairs = make_artifact(self.store, "weighted_pairs", rows)
+        settings = config(runtime=runtime)
+        self.spec = directory / "spec.json"
+        self.spec.write_text(json.dumps({"config": settings, "inputs": {"pairs": pairs.key, "policy": str(policy)}, "store": str(self.store.root)}))
+        key = STAGES["train"].key(TrainingConfig.model_validate(settings), {"pairs": pairs, "policy": external_model(policy)})
+        self.out = self.store.directory("checkpoint", key)
+
+    def start(self) -> subprocess.Popen:
+        command = [sys.executable, "-m", "stages", "train", str(self.spec)]
+        with open(self.spec.with_name("log"), "a") as log:
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    def run(self) -> Trained:
+        code = self.start().wait(240)
+        assert code == 0, self.spec.with_name("log").read_text()[-3000:]
+        return Trained(self.out, self.out)
+
+    def tries(self) -> list[list[int]]:
+        """For each try, the steps it did."""
+        found: list[list[int]] = []
+        for event in events(self.out):
+            if event["event"] == "start":
+                found.append([])
+            elif event["event"] == "step":
+                found[-1].append(event["index"])
+        return found
+
+    def kill_after(self, step: int) -> None:
+        """Start, and SIGKILL the whole tree as soon as `step` steps are done."""
+        process = self.start()
+        deadline = time.monotonic() + 120
+        while not any(step in done for done in self.tries()):
+            assert process.poll() is None and time.monotonic() < deadline, self.spec.with_name("log").read_text()[-3000:]
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert self.store.find("checkpoint", self.out.name) is None, "it was over before it was killed"
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model, rows, make_artifact):
+    return lambda **runtime: Command(tmp_path, tiny_model, rows, make_artifact, runtime)
+
+
+def check_resumed(command: Command, every: int) -> None:
+    """It went on from the last saved step, and did no other step twice."""
+    first, second = command.tries()
+    saved = first[-1] // every * every
+    assert second[0] in (saved + 1, saved - every + 1)  # the last one may have been killed while it was saved
+    assert second[-1] == 10 and second == list(range(second[0], 11))
+
+
+def test_a_training_killed_in_mid_epoch_ends_with_the_very_same_weights(command, trained, tiny_model):
+    train = command(save_every_steps=2)
+    train.kill_after(3)
+    run = train.run()
+    check_resumed(train, 2)
+    assert run.losses == trained("base").losses
+    assert sha256(run.model / "model.safetensors") == sha256(trained("base").model / "model.safetensors")
+    # And the artifact is complete: signed, without what was needed to resume, with the policy's tokenizer.
+    record = train.store.load("checkpoint", train.out.name)
+    assert train.store.problems(record, deep=True) == [] and record.provenance["starts"] == 2
+    assert not (train.out / "resume").exists() and not (train.out / ".export").exists()
+    check_model_directory(train.out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (train.out / name).read_bytes() == (tiny_model / name).read_bytes()
+    assert record.metrics["steps"] == 10 and record.metrics["first_loss"] == run.losses[0]
+    assert record.metrics["loss"] == pytest.approx(np.mean(run.losses[5:]))
+
+
+def test_two_ranks_train_as_one(command, trained):
+    run, base = command(num_processes=2, batch_tokens=100).run(), trained("base")
+    assert run.losses == pytest.approx(base.losses, rel=1e-5)
+    assert gap(run.weights, base.weights) < 1e-5
+    assert [step["tokens"] for step in run.steps] == [step["tokens"] for step in base.steps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_with_zero_train_as_one(command, trained, stage):
+    run, base = command(num_processes=2, batch_tokens=60, zero_stage=stage).run(), trained("base")
+    assert run.losses == pytest.approx(base.losses, rel=1e-5)
+    assert gap(run.weights, base.weights) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", [{"num_processes": 2, "batch_tokens": 100}, {"num_processes": 2, "zero_stage": 2}, {"zero_stage": 3}], ids=str)
+def test_a_killed_training_resumes_bit_by_bit_with_ranks_and_zero_too(tmp_path, tiny_model, rows, make_artifact, runtime):
+    shas = []
+    for name, kill in (("whole", None), ("killed", 3)):
+        (tmp_path / name).mkdir()
+        train = Command(tmp_path / name, tiny_model, rows, make_artifact, runtime | {"save_every_steps": 2})
+        if kill:
+            train.kill_after(kill)
+        shas.append(sha256(train.run().model / "model.safetensors"))
+    check_resumed(train, 2)
+    assert shas[0] == shas[1]

@@ -1,0 +1,130 @@
+"""The mirror in MLflow: what is in it, and that it never costs a run more than a line and some seconds.
+
+Strategy: a real sqlite database, read back through MLflow's own client; a server that is not there is a port that nobody listens on.
+"""
+
+import json
+import time
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from data_contracts.artifact import ArtifactRecord
+from data_contracts.store import Store
+from tasks.tracking import Tracker
+
+
+def record(store: Store, key: str = "a" * 16, kind: str = "checkpoint", **changes) -> ArtifactRecord:
+    """A signed artifact with a curve of 1500 steps: more points than MLflow takes in one call."""
+    directory = store.directory(kind, key)
+    directory.mkdir(parents=True)
+    (directory / "model.safetensors").write_text(key)
+    curve = [{"step": step, "loss": 1 / step, "rewards/margins": float(step)} for step in range(1, 1501)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve) if kind == "checkpoint" else "")
+    fields = {"metrics": {"loss": 0.25, "dropped/no pair, really?": 3}, "seconds": {"wall": 12.5, "load": 1.0}} | changes
+    return store.sign(
+        ArtifactRecord(kind=kind, key=key, stage="train", version="1", config={}, inputs={}, content="", files=[], rows=0, **fields)
+    )
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory):
+    """A run of two iterations, and a client that looks at what MLflow has of it."""
+    store, logged = Store(tmp_path_factory.mktemp("tracked") / "store"), []
+    tracker = Tracker(store, "quickstart", logged.append)
+    tracker.parameters({"method": {"name": "sppo", "eta": 20}, "iterations": 2, "long": "x" * 1000, "many": {f"n{k}": k for k in range(250)}})
+    signed = record(store)
+    tracker.stage(1, signed, cached=False, shown_as="train")
+    tracker.stage(1, record(store, "b" * 16, "generations", metrics={"tokens": 99}), cached=True, shown_as="sample")
+    tracker.stage(2, record(store, "c" * 16), cached=False, shown_as="train")
+    for iteration, score in enumerate((0.1, 0.3)):
+        tracker.summary(iteration, {"heldout_score": score})
+    report = store.root / "report.md"
+    report.write_text("# fine")
+    tracker.finish(report)
+    client = MlflowClient(tracking_uri=f"sqlite:///{store.root}/mlflow.db")
+    experiment = client.get_experiment_by_name("self-play").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    return client, runs, signed, logged
+
+
+def test_a_run_has_a_child_for_each_iteration(mirrored):
+    _, runs, _, logged = mirrored
+    assert logged == []
+    assert runs.keys() == {"quickstart", "iter_01", "iter_02"}
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("iter_01", "iter_02")} == {runs["quickstart"].info.run_id}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_a_child_has_metrics_seconds_and_digests_of_its_stages(mirrored):
+    _, runs, signed, _ = mirrored
+    data = runs["iter_01"].data
+    expected = {"train/loss": 0.25, "train/seconds/wall": 12.5, "train/cached": 0.0, "sample/tokens": 99.0, "sample/cached": 1.0}
+    assert expected.items() <= data.metrics.items()
+    assert data.metrics["train/dropped/no pair_ really_"] == 3
+    assert data.tags["digest.train"] == signed.content and data.tags["artifact.train"] == f"checkpoint/{'a' * 16}"
+
+
+def test_a_curve_is_there_step_by_step(mirrored):
+    client, runs, _, _ = mirrored
+    points = client.get_metric_history(runs["iter_01"].info.run_id, "curve/loss")
+    assert [point.step for point in sorted(points, key=lambda point: point.step)] == list(range(1, 1501))
+    assert max(points, key=lambda point: point.step).value == pytest.approx(1 / 1500)
+
+
+def test_the_parent_has_settings_headlines_by_iteration_and_the_report(mirrored):
+    client, runs, _, _ = mirrored
+    parent = runs["quickstart"]
+    assert {"method.name": "sppo", "method.eta": "20", "iterations": "2", "long": "x" * 500, "many.n249": "249"}.items() <= parent.data.params.items()
+    points = client.get_metric_history(parent.info.run_id, "heldout_score")
+    assert [(point.step, point.value) for point in points] == [(0, 0.1), (1, 0.3)]
+    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.md"]
+
+
+def test_a_server_that_does_not_answer_costs_one_warning_and_some_seconds(store):
+    logged, began = [], time.monotonic()
+    tracker = Tracker(store, "quickstart", logged.append, uri="http://127.0.0.1:9")
+    tracker.parameters({"iterations": 2})
+    tracker.stage(1, record(store), cached=False, shown_as="train")
+    tracker.summary(1, {"heldout_score": 0.5})
+    tracker.finish(None)
+    assert time.monotonic() - began < 30
+    assert len(logged) == 1 and logged[0].startswith("MLflow at http://127.0.0.1:9 does not work (") and "\n" not in logged[0]
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:////proc/none/mlflow.db"])
+def test_an_address_that_cannot_be_used_costs_one_warning(store, uri):
+    logged = []
+    tracker = Tracker(store, "quickstart", logged.append, uri=uri)
+    tracker.summary(1, {"heldout_score": 0.5})
+    assert len(logged) == 1 and uri in logged[0]
+
+
+@pytest.mark.parametrize("words", ["gone\nfor good", ""])
+def test_a_server_that_goes_away_midway_costs_one_warning(store, monkeypatch, words):
+    logged = []
+    # Opened already: what goes wrong is the next call.
+    monkeypatch.setattr(Tracker, "_open", lambda self, run: None)
+    tracker = Tracker(store, "quickstart", logged.append)
+    signed = record(store)
+
+    def gone(*_):
+        raise ConnectionError(words)
+
+    monkeypatch.setattr(tracker, "_stage", gone)
+    for _ in range(3):
+        tracker.stage(1, signed, cached=False, shown_as="train")
+    assert len(logged) == 1 and f"ConnectionError: {words[:4]})" in logged[0]
+
+
+def test_a_run_that_failed_is_marked_so_on_the_server_that_the_environment_names(store, monkeypatch):
+    store.root.mkdir(parents=True)
+    uri = f"sqlite:///{store.root}/other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    logged = []
+    tracker = Tracker(store, "quickstart", logged.append)
+    # MLflow refuses neither; a diverged training must not end the mirror of the run.
+    tracker.stage(1, record(store, metrics={"loss": float("inf"), "nothing": float("nan")}), cached=False, shown_as="train")
+    tracker.finish(None, "FAILED")
+    assert logged == [] and not (store.root / "mlflow.db").exists()
+    assert MlflowClient(tracking_uri=uri).get_run(tracker.parent).info.status == "FAILED"
