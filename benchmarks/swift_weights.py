@@ -26,7 +26,6 @@ import flows.self_play
 import stages.training.engine
 import tasks.prompts
 from data_contracts.checkpoint import external_model
-from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import RunConfig
 from stages.evaluation.intervals import paired_bootstrap
@@ -88,9 +87,15 @@ class Judge:
         prompts = [encode_prompt(tokenizer, row["messages"], "plain") for row in self.rows]
         truths = [encode_response(tokenizer, row["response"])[:-1] for row in self.rows]  # cut stories: their end is no ending
         model = load_causal_lm(policy, "float32", "cpu").eval()
-        likely = {row["prompt_id"]: float(logps.mean()) for row, logps in zip(self.rows, score_responses(model, prompts, truths, 8192), strict=True)}
+        likely = {
+            row["prompt_id"]: float(logps.mean())
+            for row, logps in zip(self.rows, score_responses(model, prompts, truths, 8192), strict=True)
+        }
         sampler = Transformers(sampling.backend, sampling, policy, stop_ids(policy, tokenizer), "cpu")
-        asked = [Prompt(row["prompt_id"], ids, candidate_seeds(seed + 1000, row["prompt_id"], 1)) for row, ids in zip(self.rows, prompts, strict=True)]
+        asked = [
+            Prompt(row["prompt_id"], ids, candidate_seeds(seed + 1000, row["prompt_id"], 1))
+            for row, ids in zip(self.rows, prompts, strict=True)
+        ]
         texts = [tokenizer.decode(group[0].token_ids, skip_special_tokens=True) for group in sampler.generate(asked)]
         before = [self.teacher_tokens(row["messages"][0]["content"]).input_ids for row in self.rows]
         after = [self.teacher_tokens(text or " ").input_ids for text in texts]
@@ -125,7 +130,13 @@ def main() -> None:
             checked = flows.preflight.Checked(train, heldout[:1], config.evaluation)
             final = flows.self_play.play(config, checked, store, start, models, History())
             measured.setdefault(name, []).append(judge.measure(final.path, sampling, seed))
-            print(name, seed, [round(float(np.mean(list(m.values()))), 4) for m in measured[name][-1]], f"{time.monotonic() - began:.0f} s", flush=True)
+            print(
+                name,
+                seed,
+                [round(float(np.mean(list(m.values()))), 4) for m in measured[name][-1]],
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
     table = render(measured, options)
     print(table)
     if options.out:
@@ -140,7 +151,10 @@ def render(measured: dict[str, list], options: argparse.Namespace) -> str:
         "Made by `python -m benchmarks.swift_weights`.", "",
         "| variant | true endings under the policy, nats per token | policy's endings under the teacher, nats per character |", "|---|---|---|",
     ]  # fmt: skip
-    base = [[{f"{seed}/{key}": value for seed, run_ in enumerate(measured["start"]) for key, value in run_[column].items()}] for column in (0, 1)]
+    base = [
+        [{f"{seed}/{key}": value for seed, run_ in enumerate(measured["start"]) for key, value in run_[column].items()}]
+        for column in (0, 1)
+    ]
     means = [float(np.mean(list(base[column][0].values()))) for column in (0, 1)]
     lines.append(f"| start | {means[0]:.4f} | {means[1]:.4f} |")
     for name in VARIANTS:

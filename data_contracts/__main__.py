@@ -23,8 +23,7 @@ ABSENT = object()
 def ls(store: Store, kind: str | None) -> int:
     """One line per finished artifact, oldest first."""
     rows = [
-        (record.kind, record.key, str(record.rows), _when(record), f"{record.seconds.get('wall', 0):.1f}")
-        for record in store.records(kind)
+        (record.kind, record.key, str(record.rows), _when(record), f"{record.seconds.get('wall', 0):.1f}") for record in store.records(kind)
     ]
     if not rows:
         print(f"no {kind or 'artifact'} in {store.root}")
@@ -85,7 +84,9 @@ def verify(store: Store, keys: Sequence[str]) -> int:
             record, problems = None, [str(error)]
         if record is None and not problems:
             shards = len(list(directory.glob("part-*.parquet")))
-            print(f"{name}: unfinished ({shards} shard(s), last written {_stamp(_last_written(directory))}); the next build goes on from it")
+            print(
+                f"{name}: unfinished ({shards} shard(s), last written {_stamp(_last_written(directory))}); the next build goes on from it"
+            )
             continue
         num_signed += 1
         num_bad += bool(problems)
@@ -101,7 +102,9 @@ def _problems(store: Store, record: ArtifactRecord) -> list[str]:
     found = store.problems(record, deep=True)
     directory = store.directory(record.kind, record.key)
     signed = {file.name for file in record.files}
-    found += [f"{name} is not in the record" for path in data_files(directory) if (name := path.relative_to(directory).as_posix()) not in signed]
+    found += [
+        f"{name} is not in the record" for path in data_files(directory) if (name := path.relative_to(directory).as_posix()) not in signed
+    ]
     recipe = fingerprint(record.stage, record.version, record.config, {name: ref.content for name, ref in record.inputs.items()})
     if recipe != record.key or (record.kind, record.key) != (directory.parent.name, directory.name):
         found.append(f"{RECORD} does not belong here: its settings and inputs make the key {recipe}")
@@ -167,7 +170,10 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequ
     lines = [head, *rows] if head else list(rows)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))] if lines else []
     for line in lines:
-        cells = [cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
 
 
@@ -179,7 +185,9 @@ def main(arguments: list[str]) -> int:
     commands.add_parser("ls", parents=[shared], help=ls.__doc__).add_argument("--kind", help="only generations, checkpoint, ...")
     commands.add_parser("show", parents=[shared], help=show.__doc__).add_argument("key")
     commands.add_parser("explain", parents=[shared], help=explain.__doc__).add_argument("key")
-    commands.add_parser("verify", parents=[shared], help="read every byte again; exit code 4 if one is wrong").add_argument("keys", nargs="*", metavar="KEY")
+    commands.add_parser("verify", parents=[shared], help="read every byte again; exit code 4 if one is wrong").add_argument(
+        "keys", nargs="*", metavar="KEY"
+    )
     options = parser.parse_args(arguments)
     store = Store(getattr(options, "store", None))
     try:

@@ -88,7 +88,9 @@ def check_safetensors(path: Path) -> None:
     except (OSError, ValueError, struct.error, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} is not a readable safetensors file ({error})") from None
     if size != 8 + length + end:
-        raise ConfigError(f"{path} has {size} bytes, its header promises {8 + length + end}: the file is truncated or damaged; fetch it again")
+        raise ConfigError(
+            f"{path} has {size} bytes, its header promises {8 + length + end}: the file is truncated or damaged; fetch it again"
+        )
 
 
 def has_chat_template(directory: Path) -> bool:
@@ -118,7 +120,11 @@ def external_model(directory: Path, cache: Path | None = None) -> ArtifactRef:
     `cache` (a directory) remembers digests by size, inode and change time, so that a large model is hashed once.
     """
     directory = directory.resolve()
-    files = [_digest(path, path.relative_to(directory).as_posix(), cache) for path in sorted(directory.iterdir()) if path.is_file() and path.suffix in MODEL_SUFFIXES]
+    files = [
+        _digest(path, path.relative_to(directory).as_posix(), cache)
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.suffix in MODEL_SUFFIXES
+    ]
     return ArtifactRef(kind="checkpoint", key="external", path=str(directory), content=content_digest(files))
 
 

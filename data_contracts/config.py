@@ -62,7 +62,9 @@ def parse(cls, data: Any, where: str):
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
                 message = "unknown key"
-            lines.append(f"  {path}: {message}" + ("" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r:.120})"))
+            lines.append(
+                f"  {path}: {message}" + ("" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r:.120})")
+            )
         raise ConfigError(f"{where}: {len(lines)} problem(s) in the settings\n" + "\n".join(lines)) from None
 
 
@@ -73,6 +75,8 @@ def read_yaml(path: os.PathLike | str) -> dict[str, Any]:
             data = yaml.safe_load(file)
     except OSError as error:
         raise ConfigError(f"cannot read the run config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):

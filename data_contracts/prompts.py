@@ -39,7 +39,9 @@ def load_prompts(path: Path | str) -> list[dict[str, Any]]:
             continue
         row = _row(line, f"{path} line {number}")
         if row["prompt_id"] in seen:
-            raise ConfigError(f"{path} line {number}: the prompt_id {row['prompt_id']!r} was already used in line {seen[row['prompt_id']]}; ids must be unique")
+            raise ConfigError(
+                f"{path} line {number}: the prompt_id {row['prompt_id']!r} was already used in line {seen[row['prompt_id']]}; ids must be unique"
+            )
         seen[row["prompt_id"]] = number
         rows.append(row)
     if not rows:
@@ -50,8 +52,11 @@ def load_prompts(path: Path | str) -> list[dict[str, Any]]:
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         data = json.loads(line)
+        json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): that is no text") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must be a JSON object, got {type(data).__name__}")
     if unknown := data.keys() - KEYS:
@@ -81,7 +86,12 @@ def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise ConfigError(f'{where}: "messages" must be a non-empty list')
     for message in messages:
-        if not isinstance(message, dict) or message.keys() != {"role", "content"} or message["role"] not in ROLES or not isinstance(message["content"], str):
+        if (
+            not isinstance(message, dict)
+            or message.keys() != {"role", "content"}
+            or message["role"] not in ROLES
+            or not isinstance(message["content"], str)
+        ):
             raise ConfigError(f'{where}: a message must be {{"role": one of {", ".join(ROLES)}, "content": text}}, got {message!r:.120}')
     if messages[-1]["role"] == "assistant":
         raise ConfigError(f"{where}: the last message must not be the assistant's: that is what the policy will write")

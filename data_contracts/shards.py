@@ -137,7 +137,10 @@ def to_table(rows: Iterable[Mapping[str, Any]], kind: str) -> pa.Table:
     for number, row in enumerate(rows):
         if row.keys() != set(schema.names):
             missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
-            raise ContractError(f"{kind} row {number}: " + "; ".join(f"{word} {sorted(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names))
+            raise ContractError(
+                f"{kind} row {number}: "
+                + "; ".join(f"{word} {sorted(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names)
+            )
         for field in schema:
             if row[field.name] is None and not field.nullable:
                 raise ContractError(f"{kind} row {number}: column {field.name} is empty; it must hold {field.type}")
@@ -172,7 +175,9 @@ def read_shard(path: Path, kind: str) -> pa.Table:
     except (OSError, pa.ArrowInvalid) as error:
         raise ArtifactError(f"{path} cannot be read as Parquet ({error}). Delete it and run again: only this shard is made anew") from None
     if table.schema.remove_metadata() != SCHEMAS[kind]:
-        raise ContractError(f"{path}: columns {table.schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; it was written by another version")
+        raise ContractError(
+            f"{path}: columns {table.schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; it was written by another version"
+        )
     return table
 
 

@@ -55,7 +55,9 @@ def data_files(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.rglob("*")
-        if path.is_file() and path.name not in NOT_DATA and not any(part.startswith(".") or part == "resume" for part in path.relative_to(directory).parts)
+        if path.is_file()
+        and path.name not in NOT_DATA
+        and not any(part.startswith(".") or part == "resume" for part in path.relative_to(directory).parts)
     )
 
 
@@ -78,7 +80,9 @@ class Store:
             probe.mkdir()
             probe.rmdir()
         except OSError as error:
-            raise ConfigError(f"the store {self.root} is not writable ({error.strerror}: {nearest}). Set SELFPLAY_STORE (or --store) to a directory you can write") from None
+            raise ConfigError(
+                f"the store {self.root} is not writable ({error.strerror}: {nearest}). Set SELFPLAY_STORE (or --store) to a directory you can write"
+            ) from None
 
     def directory(self, kind: str, key: str) -> Path:
         return self.root / "artifacts" / kind / key
@@ -90,7 +94,9 @@ class Store:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ArtifactError(f"{kind} {key}: record.json is damaged ({str(error).splitlines()[0]}). Delete {self.directory(kind, key)} and run again") from None
+            raise ArtifactError(
+                f"{kind} {key}: record.json is damaged ({str(error).splitlines()[0]}). Delete {self.directory(kind, key)} and run again"
+            ) from None
 
     def problems(self, record: ArtifactRecord, deep: bool = False) -> list[str]:
         """What is wrong with a signed artifact's files: missing, of another size, or (`deep`) of other content."""
@@ -201,5 +207,7 @@ class Store:
         if len(hits) == 1:
             return hits[0]
         if not hits:
-            raise ConfigError(f"no artifact in {self.root} has a key that starts with {text!r}; list them with `python -m data_contracts ls`")
+            raise ConfigError(
+                f"no artifact in {self.root} has a key that starts with {text!r}; list them with `python -m data_contracts ls`"
+            )
         raise ConfigError(f"{start!r} is the start of {len(hits)} keys: " + ", ".join(f"{hit.kind}/{hit.key}" for hit in hits[:8]))

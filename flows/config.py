@@ -166,7 +166,15 @@ class RunConfig(Config):
         if self.auxiliary is not None:
             return self.auxiliary.model_copy(update={"seed": self.seed})
         method = METHODS.config({"name": "dpo", "beta": 0.1})
-        update = {"method": method, "learning_rate": 1e-5, "batch_size": 16, "epochs": 1, "optimizer": "adamw", "weight_decay": 0.01, "seed": self.seed}
+        update = {
+            "method": method,
+            "learning_rate": 1e-5,
+            "batch_size": 16,
+            "epochs": 1,
+            "optimizer": "adamw",
+            "weight_decay": 0.01,
+            "seed": self.seed,
+        }
         return self.training.model_copy(update=update)
 
 

@@ -56,7 +56,9 @@ def _preflight(settings: str, store_root: Path) -> Checked:
         SCORERS.get(scorer.name).check_prompts(scorer, rows)
     field = {"truth": "response", "truth_vs_generation": "response", "given": "chosen"}.get(run.pairing)
     if field and not run.prompts.answers_from_teacher and (missing := [row["prompt_id"] for row in train if row[field] is None]):
-        raise ConfigError(f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}")
+        raise ConfigError(
+            f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}"
+        )
     evaluation = run.evaluation.model_copy(update={"lm_eval": tuple(_with_digest(task) for task in run.evaluation.lm_eval)})
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
@@ -82,28 +84,44 @@ def _check_models(run: RunConfig, policy: Path) -> None:
             continue  # trained by the run itself
         directory = locate(named, chat_template=False)
         if role != "teacher" and tokenizer_digest(directory) != tokenizer_digest(policy):
-            raise ConfigError(f"models.{role} ({directory}) has another tokenizer than the policy ({policy}): its log-probs are of other tokens. Train it from the same base model")
+            raise ConfigError(
+                f"models.{role} ({directory}) has another tokenizer than the policy ({policy}): its log-probs are of other tokens. Train it from the same base model"
+            )
         if role == "teacher" and not (directory / "tokenizer.json").is_file():
-            raise ConfigError(f"models.teacher ({directory}) has no tokenizer.json: a tokenizer without character offsets cannot be aligned with the policy's")
+            raise ConfigError(
+                f"models.teacher ({directory}) has no tokenizer.json: a tokenizer without character offsets cannot be aligned with the policy's"
+            )
 
 
 def _with_digest(task: Any) -> Any:
     load_task(task.path)
     directory = Path(task.path)
-    files = [FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path)) for path in sorted(directory.rglob("*")) if path.is_file()]
+    files = [
+        FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    ]
     return task.model_copy(update={"digest": content_digest(files)})
 
 
 def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
     """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no transformers."""
     python = run.sampling.runtime.python or sys.executable
-    request = {"model": str(model), "sets": [[run.sampling_for_training().model_dump(mode="json"), train], [run.sampling_for_heldout().model_dump(mode="json"), heldout]]}
+    request = {
+        "model": str(model),
+        "sets": [
+            [run.sampling_for_training().model_dump(mode="json"), train],
+            [run.sampling_for_heldout().model_dump(mode="json"), heldout],
+        ],
+    }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(request, file)
         file.flush()
         environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
         try:
-            result = subprocess.run([python, "-m", "stages.sampling.check", file.name], capture_output=True, text=True, env=environment, check=False)
+            result = subprocess.run(
+                [python, "-m", "stages.sampling.check", file.name], capture_output=True, text=True, env=environment, check=False
+            )
         except OSError as error:
             raise ConfigError(f"sampling.runtime.python = {python!r} cannot be run: {error.strerror}") from None
     if result.returncode == ConfigError.exit_code:

@@ -82,7 +82,16 @@ class History:
     def write_report(self) -> Path:
         """`runs/<name>/report.md`: the table, the headline, and answers side by side."""
         path = self.store.root / "runs" / self.config.name / "report.md"
-        lines = [f"# Self-play run {self.config.name}", "", self.headline(), "", markdown_table(self.rows), "", "## The same prompts, iteration by iteration", ""]
+        lines = [
+            f"# Self-play run {self.config.name}",
+            "",
+            self.headline(),
+            "",
+            markdown_table(self.rows),
+            "",
+            "## The same prompts, iteration by iteration",
+            "",
+        ]
         lines += self._examples(8)
         lines += ["", "## Settings", "", "```json", self.config.model_dump_json(indent=1, exclude_defaults=True), "```", ""]
         write_atomic(path, "\n".join(lines))
@@ -105,7 +114,10 @@ class History:
         """Into the UI. A server that went away costs the picture, not the run."""
         try:
             create_table_artifact(self.rows, key=f"{self.config.name}-history", description=f"{self.config.name}, iteration by iteration")
-            create_markdown_artifact(f"## {place.step}\n\n{self.headline()}\n\n" + markdown_table(self.rows[-1:]), key=f"{self.config.name}-{place.step.replace('_', '-')}")
+            create_markdown_artifact(
+                f"## {place.step}\n\n{self.headline()}\n\n" + markdown_table(self.rows[-1:]),
+                key=f"{self.config.name}-{place.step.replace('_', '-')}",
+            )
         except Exception as error:
             get_run_logger().warning("the tables could not be sent to Prefect: %s", error)
 

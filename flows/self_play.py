@@ -1,6 +1,6 @@
 """Flow - self-play: improve a policy by preferring its own better completions, `iterations` times.
 
-    prompts -> sample -> score -> weigh -> train -> evaluate, and the checkpoint is the next policy
+prompts -> sample -> score -> weigh -> train -> evaluate, and the checkpoint is the next policy
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
-from flows.config import EvaluationConfig, PromptsConfig, RunConfig, SamplingConfig, ScoringConfig, TrainingConfig, WeightingConfig, load_run
+from flows.config import (
+    EvaluationConfig,
+    PromptsConfig,
+    RunConfig,
+    SamplingConfig,
+    ScoringConfig,
+    TrainingConfig,
+    WeightingConfig,
+    load_run,
+)
 from flows.preflight import Checked, preflight
 from flows.report import History
 from stages.methods import METHODS
@@ -27,7 +36,9 @@ from tasks.stages import Place, run
 from tasks.tracking import Tracker
 
 
-def play(config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, models: dict[str, ArtifactRef], history: History) -> ArtifactRef:
+def play(
+    config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, models: dict[str, ArtifactRef], history: History
+) -> ArtifactRef:
     """The algorithm. Every name is a finished artifact; nothing else is passed on."""
     place = Place(str(store.root), config.name, "iter_00")
     heldout = select_prompts(checked.heldout, place, "heldout_prompts")
@@ -50,7 +61,9 @@ def play(config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, 
         made["score"] = pairs = run("score", config.scoring_for_pairs(), place, **inputs)
         reference = policy if config.spec.REFERENCE == "iterate" else start
         made |= (helpers := auxiliary_models(config, place, pairs.ref, policy, models))
-        roles = {"prompts": prompts, "reference": reference, "policy": policy} | models | {role: built.ref for role, built in helpers.items()}
+        roles = (
+            {"prompts": prompts, "reference": reference, "policy": policy} | models | {role: built.ref for role, built in helpers.items()}
+        )
         made["weigh"] = weighted = run("weigh", config.weighting_for_pairs(), place, pairs=pairs.ref, **roles)
         extra = {"reference": reference} if config.live_reference else {}
         extra |= {"teacher": models["teacher"]} if "teacher_logits" in config.spec.needs(config.method) else {}
@@ -72,10 +85,14 @@ def prompts_of(config: RunConfig, checked: Checked, iteration: int, place: Place
     sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1})
     answers = run("sample", sampling, place, "teacher_answers", prompts=prompts, policy=models["teacher"])
     texts = {row["prompt_id"]: row["completion"] for row in read_shards(answers.ref.path, "generations").to_pylist()}
-    return select_prompts([row | {"response": texts[row["prompt_id"]]} for row in rows if texts[row["prompt_id"]].strip()], place, "prompts_with_answers")
+    return select_prompts(
+        [row | {"response": texts[row["prompt_id"]]} for row in rows if texts[row["prompt_id"]].strip()], place, "prompts_with_answers"
+    )
 
 
-def auxiliary_models(config: RunConfig, place: Place, pairs: ArtifactRef, policy: ArtifactRef, models: dict[str, ArtifactRef]) -> dict[str, Built]:
+def auxiliary_models(
+    config: RunConfig, place: Place, pairs: ArtifactRef, policy: ArtifactRef, models: dict[str, ArtifactRef]
+) -> dict[str, Built]:
     """Train the positive, negative and reward models that nobody gave, on these pairs, from this policy: the same stages once more."""
     built: dict[str, Built] = {}
     training = config.auxiliary_training()
@@ -128,9 +145,21 @@ def self_play(
         overrides: Single settings by dotted name, e.g. {"training.learning_rate": 1e-6}.
         store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
     """
-    sections = {"name": name, "iterations": iterations, "seed": seed, "policy": policy, "prompts": prompts, "method": method, "sampling": sampling}
+    sections = {
+        "name": name,
+        "iterations": iterations,
+        "seed": seed,
+        "policy": policy,
+        "prompts": prompts,
+        "method": method,
+        "sampling": sampling,
+    }
     sections |= {"scoring": scoring, "weighting": weighting, "training": training, "evaluation": evaluation}
-    given = {key: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value for key, value in sections.items() if value is not None}
+    given = {
+        key: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value
+        for key, value in sections.items()
+        if value is not None
+    }
     resolved = load_run(config, given | (overrides or {}))
     return run_self_play(resolved, Store(store))
 
@@ -157,5 +186,3 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     tracker.finish(report)
     logger.info("report: %s", report)
     return {"final": final.path, "report": str(report), "headline": history.headline(), "rows": history.rows}
-
-

@@ -41,8 +41,31 @@ def prefect_server(home: Path) -> Iterator[str]:
         "DO_NOT_TRACK": "1",
     }
     os.environ.update(own)
-    command = [sys.executable, "-m", "stages.supervise", "--grace", "3", "--", sys.executable, "-m", "uvicorn", "--app-dir", ".", "--factory"]
-    command += ["prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "stages.supervise",
+        "--grace",
+        "3",
+        "--",
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--app-dir",
+        ".",
+        "--factory",
+    ]
+    command += [
+        "prefect.server.api.server:create_app",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+        "--timeout-keep-alive",
+        "5",
+    ]
     with open(home / "server.log", "ab") as log:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     try:

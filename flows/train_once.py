@@ -25,5 +25,7 @@ def train_once(config: str, overrides: dict[str, Any] | None = None, name: str |
     """
     run = load_run(config, {"iterations": 1} | (overrides or {}) | ({"name": name} if name else {}))
     if run.pairing not in WITHOUT_GENERATIONS:
-        raise ConfigError(f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}: use the flow self-play, or set it to one of {WITHOUT_GENERATIONS}")
+        raise ConfigError(
+            f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}: use the flow self-play, or set it to one of {WITHOUT_GENERATIONS}"
+        )
     return run_self_play(run, Store(store))

@@ -40,7 +40,9 @@ def row_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
 class Pass:
     """One model's pass over responses. `fill` computes what is missing, part by part; `get` reads."""
 
-    def __init__(self, root: Path, model: ArtifactRef, dtype: str, device: str, budget: int, kind: str = "logps", score: Score = score_responses):
+    def __init__(
+        self, root: Path, model: ArtifactRef, dtype: str, device: str, budget: int, kind: str = "logps", score: Score = score_responses
+    ):
         self.directory = root / "logps" / f"{model.content[:16]}-{dtype}-{kind}-{VERSION}"
         self.model, self.dtype, self.device, self.budget, self.score = model, dtype, device, budget, score
         self.loaded: Any = None
@@ -85,7 +87,9 @@ class Pass:
             if len(cut):
                 row[: len(cut)] = next(scored)
                 if not np.isfinite(row[: len(cut)]).all():
-                    raise ContractError(f"the pass of {self.model.path}: log-probs of {len(cut)} tokens hold NaN or infinity: the model's weights are damaged")
+                    raise ContractError(
+                        f"the pass of {self.model.path}: log-probs of {len(cut)} tokens hold NaN or infinity: the model's weights are damaged"
+                    )
             values.append(row)
         return values
 

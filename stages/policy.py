@@ -65,7 +65,11 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
     """Row t predicts response token t: the logits at input position P - 1 + t. [N, T, V]."""
     length = batch.response_ids.shape[1]
     output = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False, logits_to_keep=length + 1
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=length + 1,
     )
     return output.logits[:, :-1]
 

@@ -81,15 +81,34 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("sample", "1", "generations", {"prompts": "prompts", "policy": "checkpoint"}, "stages.sampling.stage"),
-        Stage("score", "1", "scored_pairs", {"prompts": "prompts", "generations?": "generations", "policy?": "checkpoint", "start?": "checkpoint"}, "stages.scoring.stage"),
+        Stage(
+            "score",
+            "1",
+            "scored_pairs",
+            {"prompts": "prompts", "generations?": "generations", "policy?": "checkpoint", "start?": "checkpoint"},
+            "stages.scoring.stage",
+        ),
         Stage(
             "weigh",
             "1",
             "weighted_pairs",
-            {"pairs": "scored_pairs", "prompts?": "prompts"} | {f"{role}?": "checkpoint" for role in ("reference", "policy", "teacher", "positive", "negative", "reward_model")},
+            {"pairs": "scored_pairs", "prompts?": "prompts"}
+            | {f"{role}?": "checkpoint" for role in ("reference", "policy", "teacher", "positive", "negative", "reward_model")},
             "stages.weighting.stage",
         ),
-        Stage("train", "1", "checkpoint", {"pairs": "weighted_pairs", "more_pairs?": "weighted_pairs", "policy": "checkpoint", "reference?": "checkpoint", "teacher?": "checkpoint"}, "stages.training.stage"),
+        Stage(
+            "train",
+            "1",
+            "checkpoint",
+            {
+                "pairs": "weighted_pairs",
+                "more_pairs?": "weighted_pairs",
+                "policy": "checkpoint",
+                "reference?": "checkpoint",
+                "teacher?": "checkpoint",
+            },
+            "stages.training.stage",
+        ),
         Stage(
             "evaluate",
             "1",
@@ -157,12 +176,10 @@ class Job:
             for path in self.out.glob("*-?????.parquet"):  # the shards, and the scores and drops beside them
                 path.unlink()
             write_atomic(plan, wanted)
-        done = 0
         for index in range(count):
             if not shard_is_whole(shard_path(self.out, index), kind):
                 yield index, items[index * size : (index + 1) * size]
-            done += 1
-            self.progress(done, count, "shards")
+            self.progress(index + 1, count, "shards")
 
     def write(self, index: int, rows: list[dict[str, Any]], kind: str | None = None) -> None:
         """Write one shard of the artifact, atomically."""
@@ -248,5 +265,9 @@ def provenance(config: Config, out: Path) -> dict[str, Any]:
         "argv": sys.argv,
         "starts": sum(event["event"] == "start" for event in events(out)),
         "settings": config.model_dump(mode="json"),
-        "versions": {name: getattr(module, "__version__", "?") for name in ("torch", "transformers", "vllm", "deepspeed", "lm_eval", "pyarrow") if (module := sys.modules.get(name))},
+        "versions": {
+            name: getattr(module, "__version__", "?")
+            for name in ("torch", "transformers", "vllm", "deepspeed", "lm_eval", "pyarrow")
+            if (module := sys.modules.get(name))
+        },
     }

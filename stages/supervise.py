@@ -9,6 +9,7 @@ itself gets SIGKILL from the kernel should this process be killed with -9.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -47,10 +48,8 @@ def descendants(root: int | None = None) -> list[int]:
 
 def signal_all(processes: list[int], number: int) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
-        except ProcessLookupError:
-            pass
 
 
 def processes_with(marker: str) -> list[int]:

@@ -45,7 +45,11 @@ def build(
             return Built(found.ref(str(store.directory(kind, key))), found, True)
         directory = store.directory(kind, key)
         directory.mkdir(parents=True, exist_ok=True)
-        spec = {"config": config.model_dump(mode="json"), "inputs": {name: ref.model_dump() for name, ref in inputs.items()}, "store": str(store.root)}
+        spec = {
+            "config": config.model_dump(mode="json"),
+            "inputs": {name: ref.model_dump() for name, ref in inputs.items()},
+            "store": str(store.root),
+        }
         write_atomic(directory / "spec.json", json.dumps(spec, indent=1))
         runtime = getattr(config, "runtime", None)
         run_stage(
@@ -61,7 +65,9 @@ def build(
         record = store.load(kind, key)
         problems = ["it has no record.json"] if record is None else store.problems(record)
         if problems:
-            raise ArtifactError(f"{kind} {key}: the stage {stage_name} ended well, but " + "; ".join(problems) + f"; log: {directory}/stage.log")
+            raise ArtifactError(
+                f"{kind} {key}: the stage {stage_name} ended well, but " + "; ".join(problems) + f"; log: {directory}/stage.log"
+            )
         return Built(record.ref(str(directory)), record, False)
 
 

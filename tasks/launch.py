@@ -58,8 +58,21 @@ def run_stage(
     was killed; StageError if it died otherwise; TimeoutError.
     """
     marker = f"SELFPLAY_TREE={uuid.uuid4().hex}"
-    command = [sys.executable, "-m", "stages.supervise", "--grace", str(GRACE_SECONDS), "--", python or sys.executable, "-m", "stages", *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path(), "SELFPLAY_TREE": marker.partition("=")[2]} | (env or {})
+    command = [
+        sys.executable,
+        "-m",
+        "stages.supervise",
+        "--grace",
+        str(GRACE_SECONDS),
+        "--",
+        python or sys.executable,
+        "-m",
+        "stages",
+        *arguments,
+    ]
+    environment = (
+        os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path(), "SELFPLAY_TREE": marker.partition("=")[2]} | (env or {})
+    )
     lines: SimpleQueue[str] = SimpleQueue()
     began = time.monotonic()
     process = subprocess.Popen(
@@ -144,5 +157,7 @@ def _raise(code: int, reported: dict[str, Any], tail: deque[str], stage: str, lo
     last = "\n".join(tail)
     number = code - 128 if code > 128 else -code
     if code < 0 or code > 128:
-        raise TransientError(f"the stage {stage} was killed by signal {number} ({signal.strsignal(number)}; 9 is often the out-of-memory killer); log: {log_file}\n{last}")
+        raise TransientError(
+            f"the stage {stage} was killed by signal {number} ({signal.strsignal(number)}; 9 is often the out-of-memory killer); log: {log_file}\n{last}"
+        )
     raise StageError(f"the stage {stage} ended with exit code {code}; log: {log_file}; its last lines:\n{last}")

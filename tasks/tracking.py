@@ -18,7 +18,12 @@ from data_contracts.artifact import ArtifactRecord
 from data_contracts.store import Store
 
 # A server that does not answer would hold each call for four minutes otherwise.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 class Tracker:
@@ -39,7 +44,9 @@ class Tracker:
             do(*arguments)
         except Exception as error:  # MLflow raises whatever its transport raises; none of it may end a run
             self.working = False
-            self.log(f"MLflow at {self.uri} does not work ({type(error).__name__}: {str(error).splitlines()[0]:.200}): this run is not mirrored there; nothing else is lost")
+            self.log(
+                f"MLflow at {self.uri} does not work ({type(error).__name__}: {str(error).splitlines()[0]:.200}): this run is not mirrored there; nothing else is lost"
+            )
 
     def _open(self, run: str) -> None:
         for name, value in PATIENCE.items():
@@ -83,7 +90,9 @@ class Tracker:
 
     def _child(self, iteration: int) -> str:
         if iteration not in self.children:
-            run = self.client.create_run(self.experiment, run_name=f"iter_{iteration:02d}", tags={"mlflow.parentRunId": self.parent, "iteration": str(iteration)})
+            run = self.client.create_run(
+                self.experiment, run_name=f"iter_{iteration:02d}", tags={"mlflow.parentRunId": self.parent, "iteration": str(iteration)}
+            )
             self.children[iteration] = run.info.run_id
         return self.children[iteration]
 

@@ -6,12 +6,10 @@ decisions tested one by one on small directories; the installation itself is wha
 
 import importlib.metadata
 import importlib.util
-
 import itertools
 import re
 import subprocess
 import sys
-
 import tomllib
 import types
 from pathlib import Path

@@ -42,7 +42,9 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size
     from lm_eval.tasks import TaskManager
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=2048)
-    result = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, limit=limit, log_samples=False)
+    result = lm_eval.simple_evaluate(
+        model=wrapped, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, limit=limit, log_samples=False
+    )
     rows = []
     for name, metrics in result["results"].items():
         count = int(result["n-samples"][name]["effective"])

@@ -117,7 +117,13 @@ def per_prompt(heldout: list[dict[str, Any]], column: str) -> dict[str, float]:
 
 
 def _heldout_report(heldout: list[dict[str, Any]], scorer: Named) -> list[dict[str, Any]]:
-    columns = {"score": "score", "num_tokens": "mean_tokens", "finished": "finished_rate", "start_logp": "start_logp", "repetition": "repetition"}
+    columns = {
+        "score": "score",
+        "num_tokens": "mean_tokens",
+        "finished": "finished_rate",
+        "start_logp": "start_logp",
+        "repetition": "repetition",
+    }
     heldout = [row | {"repetition": repetition(row["completion"])} for row in heldout]
     rows = []
     for column, metric in columns.items():
@@ -141,7 +147,20 @@ def _heldout_report(heldout: list[dict[str, Any]], scorer: Named) -> list[dict[s
         )
     # A policy that answers everything with one good sentence scores well; this shows it.
     distinct = len({row["completion"] for row in heldout}) / len(heldout)
-    rows.append({"suite": "heldout", "task": "heldout", "metric": "distinct_rate", "value": distinct, "stderr": None, "low": None, "high": None, "n": len(heldout), "n_shot": 0, "task_version": "1"})
+    rows.append(
+        {
+            "suite": "heldout",
+            "task": "heldout",
+            "metric": "distinct_rate",
+            "value": distinct,
+            "stderr": None,
+            "low": None,
+            "high": None,
+            "n": len(heldout),
+            "n_shot": 0,
+            "task_version": "1",
+        }
+    )
     return rows
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
+from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
 from stages.policy import pick_device
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
-from data_contracts.config import Config as BaseConfig
 from stages.stage import Job, StageRuntime
 from stages.tokens import Template, context_length, encode_prompt, load_tokenizer, stop_ids, token_facts
 
@@ -96,7 +96,9 @@ def _rows(prompt: Prompt, candidates: list[Any], tokenizer: Any, stops: list[int
     for k, candidate in enumerate(candidates):
         ended = bool(candidate.token_ids) and candidate.token_ids[-1] in stops
         if (candidate.finish_reason == "stop") != ended:
-            raise ContractError(f"prompt {prompt.prompt_id} candidate {k}: finish_reason {candidate.finish_reason!r} but the last token is {candidate.token_ids[-1:]} (stop ids {stops})")
+            raise ContractError(
+                f"prompt {prompt.prompt_id} candidate {k}: finish_reason {candidate.finish_reason!r} but the last token is {candidate.token_ids[-1:]} (stop ids {stops})"
+            )
         rows.append(
             {
                 "prompt_id": prompt.prompt_id,
@@ -116,7 +118,9 @@ def _summarise(job: Job, model: str, tokenizer: Any, num_prompts: int, device: s
     table = read_shards(job.out, "generations")
     expected = num_prompts * job.config.num_candidates
     if table.num_rows != expected:
-        raise ContractError(f"generations {job.out.name}: {table.num_rows} rows for {num_prompts} prompts x {job.config.num_candidates} candidates")
+        raise ContractError(
+            f"generations {job.out.name}: {table.num_rows} rows for {num_prompts} prompts x {job.config.num_candidates} candidates"
+        )
     lengths = table["token_ids"].combine_chunks().value_lengths().to_numpy()
     job.metrics |= {
         "candidates": expected,

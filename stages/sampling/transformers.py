@@ -57,7 +57,9 @@ class Transformers:
         cache, step_ids, positions = None, ids, (mask.cumsum(-1) - 1).clamp_min(0)
         with torch.inference_mode():
             for _ in range(self.sampling.max_new_tokens):
-                output = self.model(input_ids=step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                output = self.model(
+                    input_ids=step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
                 cache = output.past_key_values
                 scores = output.logits[:, -1].float().log_softmax(-1).cpu()
                 if not torch.isfinite(scores.max(-1).values).all():

@@ -41,7 +41,9 @@ class VLLM:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ConfigError(f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter that has it in sampling.runtime.python") from error
+            raise ConfigError(
+                f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter that has it in sampling.runtime.python"
+            ) from error
         runtime = config.runtime
         arguments: dict[str, Any] = {
             "model": os.path.abspath(model),

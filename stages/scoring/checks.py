@@ -38,9 +38,7 @@ _NUMBER = re.compile(r"\s*(\d{1,3})[.)]\s+(?=.*\w)")
 _FENCED = re.compile(r"```\w*\s*\n(.*?)```", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?…]+[\"')\]*_]*(?:\s+|$)")
 _ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|etc|e\.g|i\.e|a\.m|p\.m|[^\W\d_])\.$", re.IGNORECASE)
-_SMALL_WORDS = frozenset(
-    ("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
-)
+_SMALL_WORDS = frozenset(("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"))
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,7 @@ class Reply:
 
     @cached_property
     def words(self) -> list[str]:
-        return [
-            run for line in self.items for run in re.split(r"\s+|[—–]+|--+", line) if _says_something(run)
-        ]
+        return [run for line in self.items for run in re.split(r"\s+|[—–]+|--+", line) if _says_something(run)]
 
     @cached_property
     def num_sentences(self) -> int:
@@ -140,9 +136,7 @@ def _on_topic(reply: Reply, stems: Sequence[str]) -> float:
 
 
 def _starts_with(reply: Reply, phrase: str) -> float:
-    opening = re.compile(
-        rf"{re.escape(_fold(phrase))}(?!\w)" if phrase[-1].isalnum() else re.escape(_fold(phrase))
-    )
+    opening = re.compile(rf"{re.escape(_fold(phrase))}(?!\w)" if phrase[-1].isalnum() else re.escape(_fold(phrase)))
     return float(any(opening.match(_fold(text)) for text in (reply.text, reply.bare)))
 
 
@@ -166,10 +160,7 @@ def _one_case(reply: Reply, is_slip: Callable[[str], bool]) -> float:
 
 def _title_case(reply: Reply) -> float:
     words = [re.sub(r"^[\W_]+", "", word) for word in Reply(reply.lines[0]).words]
-    is_title = [
-        word[0].isupper() or word[0].isdigit() or (i > 0 and word in _SMALL_WORDS)
-        for i, word in enumerate(words)
-    ]
+    is_title = [word[0].isupper() or word[0].isdigit() or (i > 0 and word in _SMALL_WORDS) for i, word in enumerate(words)]
     return float(bool(is_title) and all(is_title))
 
 
@@ -246,18 +237,12 @@ PHRASES = Argument("a non-empty text or a list of them", lambda value: _is_text(
 CHECKS: dict[str, Check] = {
     "min_words": Check(lambda r, n: _at_least(len(r.words), n), COUNT, "at least n words; graded"),
     "max_words": Check(lambda r, n: _at_most(len(r.words), n), COUNT, "at most n words; graded"),
-    "words_between": Check(
-        _words_between, RANGE, "a number of words within the range, ends included; graded"
-    ),
+    "words_between": Check(_words_between, RANGE, "a number of words within the range, ends included; graded"),
     "min_sentences": Check(lambda r, n: _at_least(r.num_sentences, n), COUNT, "at least n sentences; graded"),
     "max_sentences": Check(lambda r, n: _at_most(r.num_sentences, n), COUNT, "at most n sentences; graded"),
     "sentences": Check(lambda r, n: _exactly(r.num_sentences, n), COUNT, "exactly n sentences; graded"),
-    "paragraphs": Check(
-        lambda r, n: _exactly(_paragraphs(r), n), COUNT, "exactly n blocks between blank lines; graded"
-    ),
-    "bullet_count": Check(
-        lambda r, n: _exactly(_bullets(r), n), COUNT, "exactly n lines marked - * • · + or –; graded"
-    ),
+    "paragraphs": Check(lambda r, n: _exactly(_paragraphs(r), n), COUNT, "exactly n blocks between blank lines; graded"),
+    "bullet_count": Check(lambda r, n: _exactly(_bullets(r), n), COUNT, "exactly n lines marked - * • · + or –; graded"),
     "numbered_list": Check(_numbered_list, COUNT, "exactly n lines numbered 1. 2. ... or 1) 2) ...; graded"),
     "single_line": Check(lambda r, _: float(len(r.lines) == 1), NOTHING, "no line breaks"),
     "all_lowercase": Check(lambda r, _: _one_case(r, str.isupper), NOTHING, "no capital letter; graded"),
@@ -265,24 +250,14 @@ CHECKS: dict[str, Check] = {
     "title_case": Check(lambda r, _: _title_case(r), NOTHING, "first line capitalised but for small words"),
     "starts_with": Check(_starts_with, TEXT, "opens with the phrase, quotes and emphasis aside"),
     "ends_with": Check(_ends_with, TEXT, "closes with the phrase; after a word, punctuation may follow"),
-    "contains": Check(
-        _contains, PHRASES, "mentions the phrase, or all of a list; graded by share of the list"
-    ),
+    "contains": Check(_contains, PHRASES, "mentions the phrase, or all of a list; graded by share of the list"),
     "avoids": Check(_avoids, PHRASES, "mentions none of the phrases"),
-    "on_topic": Check(
-        _on_topic, TEXTS, "some word begins with one of these stems: it is about what was asked"
-    ),
-    "no_commas": Check(
-        lambda r, _: _without(r, ",，、،".__contains__), NOTHING, "no comma of any script; graded"
-    ),
+    "on_topic": Check(_on_topic, TEXTS, "some word begins with one of these stems: it is about what was asked"),
+    "no_commas": Check(lambda r, _: _without(r, ",，、،".__contains__), NOTHING, "no comma of any script; graded"),
     "no_digits": Check(lambda r, _: _without(r, str.isdigit), NOTHING, "no digit; graded"),
     "question": Check(lambda r, _: _ends_with(r, "?"), NOTHING, "ends with a question mark"),
-    "json_object": Check(
-        _json_object, TEXTS, "one JSON object with these keys, fenced or not; graded by keys"
-    ),
-    "finished": Check(
-        lambda r, _: float(r.finished), NOTHING, "ended by itself rather than cut at the token limit"
-    ),
+    "json_object": Check(_json_object, TEXTS, "one JSON object with these keys, fenced or not; graded by keys"),
+    "finished": Check(lambda r, _: float(r.finished), NOTHING, "ended by itself rather than cut at the token limit"),
 }
 
 
@@ -292,11 +267,7 @@ def validate_checks(specs: Iterable[Mapping[str, Any]]) -> None:
     if not specs:
         raise ConfigError("A prompt for the checks scorer needs at least one check; got none.")
     for spec in specs:
-        if (
-            not isinstance(spec, Mapping)
-            or not isinstance(spec.get("name"), str)
-            or set(spec) - {"name", "value"}
-        ):
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str) or set(spec) - {"name", "value"}:
             raise ConfigError(f'A check is {{"name": ..., "value": ...}} and nothing more; got {spec!r}.')
         name, value = spec["name"], spec.get("value")
         if name not in CHECKS:

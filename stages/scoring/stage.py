@@ -66,11 +66,17 @@ def run(job: Job) -> None:
         candidates = [groups[prompt["prompt_id"]] for prompt in chunk] if groups else [[]] * len(chunk)
         with job.timed("busy"):
             scores = scoring.of(chunk, candidates) if scoring else [Scores(None, None, [])] * len(chunk)
-            results = [_rows(prompt, rows, score, texts, config, pairing) for prompt, rows, score in zip(chunk, candidates, scores, strict=True)]
+            results = [
+                _rows(prompt, rows, score, texts, config, pairing) for prompt, rows, score in zip(chunk, candidates, scores, strict=True)
+            ]
         # Raw scores first: a shard of pairs without its scores cannot be left behind.
         raw = [_score_row(prompt, score) for prompt, score in zip(chunk, scores, strict=True)]
         write_shard(shard_path(job.out, index, "scores"), to_table(raw, "scores"))
-        dropped = [{"prompt_id": prompt["prompt_id"], "reason": result} for prompt, result in zip(chunk, results, strict=True) if isinstance(result, str)]
+        dropped = [
+            {"prompt_id": prompt["prompt_id"], "reason": result}
+            for prompt, result in zip(chunk, results, strict=True)
+            if isinstance(result, str)
+        ]
         write_shard(shard_path(job.out, index, "dropped"), to_table(dropped, "dropped"))
         job.write(index, [row for result in results if not isinstance(result, str) for row in result])
     _summarise(job, len(prompts))

@@ -39,7 +39,9 @@ class Engine:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = _optimizer(config, policy.parameters())
         planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
-        schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=round(config.warmup_ratio * planned), num_training_steps=planned)
+        schedule = get_scheduler(
+            config.schedule, optimizer, num_warmup_steps=round(config.warmup_ratio * planned), num_training_steps=planned
+        )
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=_settings(config))
 
     @property
@@ -133,7 +135,9 @@ def _import_deepspeed(device: str) -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError(f"deepspeed does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter that has it in training.runtime.python") from error
+        raise ConfigError(
+            f"deepspeed does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter that has it in training.runtime.python"
+        ) from error
     if device == "cpu":
         # Its shared-memory collectives are compiled by g++ at first use (36 s, or an error without a compiler); gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ContractError
-from stages.lazy import torch
 from stages.training.batches import Step, micro_batches, plan_steps, row_length
 from stages.training.engine import Engine
 from stages.training.streams import Streams

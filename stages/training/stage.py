@@ -73,10 +73,7 @@ Config = TrainingConfig
 def run(job: Job) -> None:
     config: TrainingConfig = job.config
     shutil.rmtree(job.out / ".export", ignore_errors=True)
-    if config.runtime.num_processes == 1:
-        metrics = train_rank(job.out, config, _inputs(job), job)
-    else:
-        metrics = _launch(job)
+    metrics = train_rank(job.out, config, _inputs(job), job) if config.runtime.num_processes == 1 else _launch(job)
     _adopt(job)
     job.metrics |= metrics
     job.facts |= {"device": pick_device(config.runtime.device), "world_size": config.runtime.num_processes}
@@ -96,7 +93,9 @@ def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None],
 
     def report(done: int, total: int, metrics: dict[str, float]) -> None:
         if job:
-            shown = "".join(f" {name} {metrics[key]:.4f}" for name, key in (("loss", "loss"), ("margin", "rewards/margins")) if key in metrics)
+            shown = "".join(
+                f" {name} {metrics[key]:.4f}" for name, key in (("loss", "loss"), ("margin", "rewards/margins")) if key in metrics
+            )
             job.log(f"step {done}/{total}{shown} {metrics['seconds']:.1f} s")
             job.event("step", index=done)
             job.progress(done, total, "steps")
@@ -117,7 +116,9 @@ def check_rows(rows: list[dict[str, Any]], method: Any) -> None:
                 values = row[f"{side}_{name}"]
                 where = f"weighted_pairs row {number} (pair_id {row['pair_id']}): {side}_{name}"
                 if values is None or len(values) != count or not count:
-                    raise ContractError(f"{where} has {0 if values is None else len(values)} values for {count} tokens. Rebuild with `python -m stages weigh`")
+                    raise ContractError(
+                        f"{where} has {0 if values is None else len(values)} values for {count} tokens. Rebuild with `python -m stages weigh`"
+                    )
                 if not np.isfinite(values).all():
                     raise ContractError(f"{where} holds NaN or infinity. Rebuild with `python -m stages weigh`")
 

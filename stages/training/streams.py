@@ -36,11 +36,15 @@ class Streams:
         self.teacher = self._frozen(teacher, "teacher") if "teacher_logits" in self.needs else None
         self.anchors: dict[str, list[int]] = {}
         if self.needs & {"importance", "anchor"} and config.runtime.zero_stage == 3:
-            raise ConfigError(f"the method {config.method.name} uses the whole model outside of DeepSpeed's forward, and ZeRO 3 cuts it over the ranks: use training.runtime.zero_stage 0-2")
+            raise ConfigError(
+                f"the method {config.method.name} uses the whole model outside of DeepSpeed's forward, and ZeRO 3 cuts it over the ranks: use training.runtime.zero_stage 0-2"
+            )
 
     def _frozen(self, directory: str | None, role: str) -> Any:
         if directory is None:
-            raise ConfigError(f"the method {self.method_config.name} holds the {role} model while it trains: give the input `{role}` to train")
+            raise ConfigError(
+                f"the method {self.method_config.name} holds the {role} model while it trains: give the input `{role}` to train"
+            )
         model = load_causal_lm(directory, self.config.dtype, str(self.engine.torch_device)).eval()
         return model.requires_grad_(False)
 
@@ -66,7 +70,9 @@ class Streams:
 
     def loss(self, rows: Rows, partners: Rows, step: dict[str, float]) -> tuple[PairLoss, Batch]:
         pairs, batch = self.pairs(rows, partners)
-        constants = {name: torch.tensor(value, dtype=pairs.chosen.logps.dtype, device=pairs.chosen.logps.device) for name, value in step.items()}
+        constants = {
+            name: torch.tensor(value, dtype=pairs.chosen.logps.dtype, device=pairs.chosen.logps.device) for name, value in step.items()
+        }
         return self.method.pair_loss(self.method_config, pairs._replace(step=constants)), batch
 
     def pairs(self, rows: Rows, partners: Rows) -> tuple[Pairs, Batch]:
@@ -106,7 +112,14 @@ class Streams:
             part = slice(number * count, (number + 1) * count)
             columns = {name: column(rows, f"{side}_{name}", length) for name in ("reference_logps", "old_logps", "weights")}
             columns = {name: None if value is None else value.to(logps) for name, value in columns.items()}
-            responses.append(Responses(logps=logps[part], mask=batch.response_mask[part], **columns, **{name: value[part] for name, value in (extra or {}).items()}))
+            responses.append(
+                Responses(
+                    logps=logps[part],
+                    mask=batch.response_mask[part],
+                    **columns,
+                    **{name: value[part] for name, value in (extra or {}).items()},
+                )
+            )
 
         def numbers(name: str) -> Any:
             return None if rows[0][name] is None else torch.tensor([row[name] for row in rows], dtype=logps.dtype, device=logps.device)
@@ -129,7 +142,9 @@ class Streams:
         found: dict[str, list[float]] = {}
         for row in rows:
             if row["group_scores"] is None:
-                raise ConfigError(f"the method {self.method_config.name} compares the candidates of a prompt, and row {row['pair_id']!r} has none: it needs generations and a scorer")
+                raise ConfigError(
+                    f"the method {self.method_config.name} compares the candidates of a prompt, and row {row['pair_id']!r} has none: it needs generations and a scorer"
+                )
             values = self.method.row_values(self.method_config, np.array(row["group_scores"]), np.array(row["group_win_rates"]))
             for name, group in values.items():
                 found.setdefault(name, []).append(float(group[row["chosen_candidate"]]))

@@ -125,7 +125,10 @@ class _Sources:
         check_same_tokenizer(self.job, source)
         runtime = self.job.config.runtime
         root = self.job.store_root
-        self.passes[role] = (Pass(root, self.job.inputs[source], self.job.config.dtype, runtime.device, runtime.batch_tokens, kind, **options), system)
+        self.passes[role] = (
+            Pass(root, self.job.inputs[source], self.job.config.dtype, runtime.device, runtime.batch_tokens, kind, **options),
+            system,
+        )
 
     def fill(self, shards: Sequence[Rows]) -> None:
         """Every model's pass, one model in memory at a time."""
@@ -193,7 +196,17 @@ class _Sources:
         return out
 
 
-KEPT = ("pair_id", "prompt_id", "prompt_ids", "chosen_ids", "rejected_ids", "win_rate_chosen", "win_rate_rejected", "score_chosen", "score_rejected")
+KEPT = (
+    "pair_id",
+    "prompt_id",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "win_rate_chosen",
+    "win_rate_rejected",
+    "score_chosen",
+    "score_rejected",
+)
 KEPT += ("chosen_candidate", "rejected_candidate", "group_scores", "group_win_rates")
 
 
@@ -219,7 +232,11 @@ def _summarise(job: Job, settings: Any, sources: _Sources) -> None:
         weights = table[f"{side}_weights"].combine_chunks().flatten().to_numpy()
         job.metrics[f"tokens/{side}"] = len(weights)
         if len(weights):
-            job.metrics |= {f"weights/{side}/mean": float(weights.mean()), f"weights/{side}/min": float(weights.min()), f"weights/{side}/max": float(weights.max())}
+            job.metrics |= {
+                f"weights/{side}/mean": float(weights.mean()),
+                f"weights/{side}/min": float(weights.min()),
+                f"weights/{side}/max": float(weights.max()),
+            }
         logps = table[f"{side}_reference_logps"].combine_chunks().flatten().to_numpy()
         if len(logps):
             job.metrics[f"mean_reference_logp/{side}"] = float(logps.mean())

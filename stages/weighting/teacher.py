@@ -63,7 +63,10 @@ class TeacherView:
             return texts, spans, [list(row[f"{side}_ids"]) for row, side in sides], spans
         ids, teacher_spans = encode_with_spans(self.teacher, texts)
         eos = self.teacher.eos_token_id
-        closed = [[*row_ids, eos] if eos is not None and self._ended(row[f"{side}_ids"]) else list(row_ids) for row_ids, (row, side) in zip(ids, sides, strict=True)]
+        closed = [
+            [*row_ids, eos] if eos is not None and self._ended(row[f"{side}_ids"]) else list(row_ids)
+            for row_ids, (row, side) in zip(ids, sides, strict=True)
+        ]
         return texts, spans, closed, teacher_spans
 
     def responses(self, rows: Rows) -> tuple[list[list[int]], list[list[int]]]:
@@ -82,7 +85,11 @@ class TeacherView:
         texts, spans, teacher_ids, teacher_spans = self._encode(sides)
         ended = [self._ended(row[f"{side}_ids"]) for row, side in sides]
         teacher_ended = [end and (self.shared or self.teacher.eos_token_id is not None) for end in ended]
-        fields: dict[str, Any] = {"ended": ended, "texts": texts, "student": Tokens.of([row[f"{side}_ids"] for row, side in sides], spans, ended)}
+        fields: dict[str, Any] = {
+            "ended": ended,
+            "texts": texts,
+            "student": Tokens.of([row[f"{side}_ids"] for row, side in sides], spans, ended),
+        }
         fields["teacher"] = Tokens.of(teacher_ids, teacher_spans, teacher_ended)
         if self.scored:
             values = self.scores.get([self._prompt(row) for row, _ in sides], teacher_ids)

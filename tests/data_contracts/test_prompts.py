@@ -53,6 +53,7 @@ MESSAGES = '{"messages": %s}'
     ("line", "message"),
     [
         ('{"prompt": "x"', r"is not valid JSON: Expecting ',' delimiter at column 15"),
+        (r'{"prompt": "\ud83e"}', "holds half of a surrogate pair"),
         ("prompt: x", "is not valid JSON: Expecting value at column 1"),
         ('["x"]', "must be a JSON object, got list"),
         ("null", "must be a JSON object, got NoneType"),
@@ -84,6 +85,10 @@ MESSAGES = '{"messages": %s}'
 def test_what_is_wrong_with_a_line_is_said_with_its_number(tmp_path, line, message):
     with pytest.raises(ConfigError, match=rf"prompts\.jsonl line 2:? .*{message}"):
         load(tmp_path, GOOD, line)
+
+
+def test_escaped_characters_outside_the_basic_plane_are_text(tmp_path):
+    assert text_of(load(tmp_path, r'{"prompt": "\ud83e\udd8a"}')[0]) == "\U0001f98a"
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):

@@ -183,8 +183,8 @@ def test_overrides_reach_into_sections_that_the_file_does_not_have(files):
 
 
 def test_an_override_through_something_that_is_no_section_is_refused(files):
-    with pytest.raises(ConfigError, match="the override 'iterations.x' goes through 'iterations', which is not a section"):
-        load_run(files(run=RUN) / "run.yaml", {"iterations.x": 1})
+    with pytest.raises(ConfigError, match="the override 'name.x' goes through 'name', which is not a section"):
+        load_run(files(run=RUN) / "run.yaml", {"name.x": 1})
 
 
 def test_a_file_says_only_in_what_it_differs_from_those_it_extends(files):
@@ -214,8 +214,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content, message):
 
 @pytest.mark.parametrize("extends", [7, [7], {"a": 1}, None])
 def test_what_a_file_extends_must_be_the_name_of_one(files, extends):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="run.yaml"):
         load_run(files(run={"extends": extends}) / "run.yaml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(ConfigError, match=r"run\.yaml is not UTF-8 text"):
+        load_run(tmp_path / "run.yaml")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):

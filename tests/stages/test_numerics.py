@@ -11,7 +11,15 @@ from torch.nn import functional
 
 from data_contracts.errors import ContractError
 from stages.numerics import (
-    check_finite, check_shapes, kl_divergence, left_align, log_softmax, masked_mean, masked_sum, positions, token_logps,
+    check_finite,
+    check_shapes,
+    kl_divergence,
+    left_align,
+    log_softmax,
+    masked_mean,
+    masked_sum,
+    positions,
+    token_logps,
 )  # fmt: skip
 
 YES = torch.ones(1, 1, dtype=torch.bool)

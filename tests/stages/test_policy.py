@@ -4,6 +4,7 @@ Strategy: a "model" that is a table of next-token logits shows which position is
 padding, is what every batch must reproduce in float32.
 """
 
+import itertools
 import json
 import random
 import shutil
@@ -152,7 +153,7 @@ def test_batches_take_every_row_once_within_the_budget_longest_first(lengths, bu
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
     # No batch could have taken the first row of the next one.
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in itertools.pairwise(batches):
         assert (len(batch) + 1) * lengths[batch[0]] > budget and following
 
 

@@ -13,12 +13,12 @@ import torch
 trl = pytest.importorskip("trl", reason="TRL is a development extra")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset
 
-from stages.methods import METHODS  # noqa: E402
-from stages.methods.base import Pairs, Responses  # noqa: E402
-from stages.policy import collate, response_logps  # noqa: E402
-from tests.stages.methods.models import tiny_llama  # noqa: E402
+from stages.methods import METHODS
+from stages.methods.base import Pairs, Responses
+from stages.policy import collate, response_logps
+from tests.stages.methods.models import tiny_llama
 
 PROMPTS = [[1, 5, 9], [1, 4], [1, 7, 8, 6]]
 CHOSEN = [[11, 12, 13, 2], [21, 2], [14, 15, 16, 17, 18, 2]]

@@ -32,7 +32,7 @@ def test_the_seed_of_a_candidate_depends_on_run_seed_prompt_and_number_alone():
 @given(st.integers(0, 2**40), st.text(), st.text())
 def test_seeds_fit_a_signed_64_bit_column_and_do_not_run_into_each_other(seed, left, right):
     one, other = candidate_seeds(seed, left, 1024), candidate_seeds(seed, right, 1024)
-    assert 0 <= min(one) and max(one) < SEED_SPACE < 2**63
+    assert min(one) >= 0 and max(one) < SEED_SPACE < 2**63
     assert left == right or not set(one) & set(other)
 
 
