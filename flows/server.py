@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,8 @@ from pathlib import Path
 from data_contracts.errors import TransientError
 
 START_SECONDS = 120
+RESTARTS = 5
+"""How often a server that dies under a run is started again."""
 
 
 @contextmanager
@@ -41,40 +44,53 @@ def prefect_server(home: Path) -> Iterator[str]:
         "DO_NOT_TRACK": "1",
     }
     os.environ.update(own)
-    command = [
-        sys.executable,
-        "-m",
-        "stages.supervise",
-        "--grace",
-        "3",
-        "--",
-        sys.executable,
-        "-m",
-        "uvicorn",
-        "--app-dir",
-        ".",
-        "--factory",
-    ]
-    command += [
-        "prefect.server.api.server:create_app",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--log-level",
-        "warning",
-        "--timeout-keep-alive",
-        "5",
-    ]
-    with open(home / "server.log", "ab") as log:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    server = _Server(port, home / "server.log")
     try:
-        _wait(server, url, home)
+        _wait(server, url)
         yield url
     finally:
         _send_what_is_left()
-        server.terminate()
-        server.wait(15)
+        server.stop()
+
+
+class _Server:
+    """The server's process, under the supervisor, started again if it dies: it is the run's picture, not the run.
+
+    (Without it every stage would wait over a minute for Prefect's client to give up.)
+    """
+
+    def __init__(self, port: int, log: Path):
+        uvicorn = ["-m", "uvicorn", "--app-dir", ".", "--factory", "prefect.server.api.server:create_app"]
+        uvicorn += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--timeout-keep-alive", "5"]
+        self.command = [sys.executable, "-m", "stages.supervise", "--grace", "3", "--", sys.executable, *uvicorn]
+        self.log = log
+        self.process = self._start()
+        self.is_given_up = False
+        self.closing = threading.Event()
+        # The kernel ends what a thread has started when that thread ends: this one lives as long as the run.
+        self.watch = threading.Thread(target=self._watch, daemon=True)
+        self.watch.start()
+
+    def _start(self) -> subprocess.Popen:
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    def _watch(self) -> None:
+        restarts = 0
+        while not self.closing.wait(0.5):
+            if self.process.poll() is None:
+                continue
+            if restarts == RESTARTS:
+                self.is_given_up = True
+                return
+            restarts += 1
+            self.process = self._start()
+
+    def stop(self) -> None:
+        self.closing.set()
+        self.watch.join()
+        self.process.terminate()
+        self.process.wait(15)
 
 
 def _send_what_is_left() -> None:
@@ -93,14 +109,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(server: subprocess.Popen, url: str, home: Path) -> None:
+def _wait(server: _Server, url: str) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
-        if server.poll() is not None:
-            raise TransientError(f"the Prefect server ended at once; its log: {home}/server.log")
+        if server.is_given_up:
+            raise TransientError(f"the Prefect server ended {RESTARTS + 1} times; its log: {server.log}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise TransientError(f"the Prefect server did not answer within {START_SECONDS} s; its log: {home}/server.log")
+    raise TransientError(f"the Prefect server did not answer within {START_SECONDS} s; its log: {server.log}")

@@ -72,11 +72,18 @@ def _input(value: Any, store: Store) -> ArtifactRef:
 
 def _print_methods() -> int:
     from stages.methods import METHODS
+    from stages.weighting.weights import WEIGHTS
 
+    pairs = {"best_vs_worst": "K candidates and a scorer, or given pairs", "each": "K candidates and a scorer", "truth": "ground truths"}
+    pairs["truth_vs_generation"] = "ground truths and one generation each"
     for name in METHODS.names():
         method = METHODS.get(name)
         line = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0].removeprefix("Method - ")
-        print(f"{name:18} {line}\n{'':18} {method.SOURCE}")
+        models = set(WEIGHTS.get(method.WEIGHTS).NEEDS) - {"reference", "importance"} | ({"teacher"} if "teacher_logits" in method.NEEDS else set())
+        needs = [pairs.get(method.PAIRING, method.PAIRING), *sorted(model.removesuffix("_unshifted") + " model" for model in models)]
+        live = method.NEEDS & {"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"}
+        needs += ["the reference in memory while training"] if live else []
+        print(f"{name:16} {line}\n{'':16} {method.SOURCE}\n{'':16} needs {'; '.join(needs)}")
     return 0
 
 

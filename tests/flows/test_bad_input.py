@@ -62,7 +62,10 @@ def test_an_unknown_key(refuse):
 
 
 def test_a_wrong_type(refuse):
-    refuse("  training.learning_rate: Input should be a valid number, unable to parse string as a number (got 'fast')", training={"learning_rate": "fast"})
+    refuse(
+        "  training.learning_rate: Input should be a valid number, unable to parse string as a number (got 'fast')",
+        training={"learning_rate": "fast"},
+    )
 
 
 def test_an_unknown_method_with_the_nearest_known_one(refuse):
@@ -133,7 +136,11 @@ def test_a_prompt_file_that_is_not_there(refuse):
 
 def test_a_heldout_prompt_in_the_training_set(refuse, lines):
     train, heldout = lines(*map(prompt, range(30))), lines(prompt(5, prompt_id="other"), name="heldout.jsonl")
-    refuse("1 held-out prompt(s) are (nearly) in the training set", "'other' and 'q5' (similarity 1.00", prompts={"train": train, "heldout": heldout})
+    refuse(
+        "1 held-out prompt(s) are (nearly) in the training set",
+        "'other' and 'q5' (similarity 1.00",
+        prompts={"train": train, "heldout": heldout},
+    )
 
 
 def test_a_prompt_with_a_check_that_nobody_knows(refuse, lines):
@@ -148,7 +155,11 @@ def test_a_prompt_without_the_truth_that_the_method_trains_on(refuse, lines):
 
 def test_a_prompt_longer_than_the_limit(refuse, lines):
     train = lines(*map(prompt, range(29)), prompt(29, prompt="word " * 70))
-    refuse("the prompt 'q29' has", "tokens, allowed are 1 to 64 (sampling.max_prompt_tokens; the model's context is 256)", prompts={"train": train})
+    refuse(
+        "the prompt 'q29' has",
+        "tokens, allowed are 1 to 64 (sampling.max_prompt_tokens; the model's context is 256)",
+        prompts={"train": train},
+    )
 
 
 def test_limits_longer_than_the_context(refuse):

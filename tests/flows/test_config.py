@@ -46,7 +46,10 @@ def refused(**changes) -> str:
         ({"samplign": {}}, "  samplign: unknown key"),
         ({"sampling": {"temprature": 1}}, "  sampling.temprature: unknown key"),
         ({"sampling": {"runtime": {"shards": 1}}}, "  sampling.runtime.shards: unknown key"),
-        ({"sampling": {"temperature": "hot"}}, "  sampling.temperature: Input should be a valid number, unable to parse string as a number (got 'hot')"),
+        (
+            {"sampling": {"temperature": "hot"}},
+            "  sampling.temperature: Input should be a valid number, unable to parse string as a number (got 'hot')",
+        ),
         ({"sampling": {"num_candidates": 0}}, "  sampling.num_candidates: Input should be greater than or equal to 1 (got 0)"),
         ({"iterations": 2.5}, "  iterations: Input should be a valid integer"),
         ({"training": {"learning_rate": float("nan")}}, "  training.learning_rate: Input should be"),
@@ -107,6 +110,7 @@ def test_runtime_settings_change_no_key_of_any_stage():
         weighting={"runtime": {"pairs_per_shard": 7}}, training={"runtime": {"zero_stage": 2, "num_processes": 4, "batch_tokens": 9}},
         evaluation={"runtime": {"batch_tokens": 9}},
     )  # fmt: skip
+
     def keys(config):
         parts = {"sample": config.sampling_for_training(), "score": config.scoring_for_pairs(), "weigh": config.weighting_for_pairs()}
         parts |= {"train": config.training_for(0), "evaluate": config.evaluation}
@@ -205,7 +209,10 @@ def test_a_file_that_extends_itself_is_refused(files):
         load_run(directory / "one.yaml")
 
 
-@pytest.mark.parametrize(("content", "message"), [("a: [", "is not valid YAML"), ("- a", "must hold a mapping of settings, got list"), ("", "must hold a mapping")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "is not valid YAML"), ("- a", "must hold a mapping of settings, got list"), ("", "must hold a mapping")],
+)
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, content, message):
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(ConfigError, match=rf"run\.yaml {message}"):

@@ -135,13 +135,18 @@ def kill_ten_times(tools, config: Path, directory: Path, seed: int, unit: float,
             name = kill_one(run, chance)
             kills_here += 1
             ended = wait_for_the_end(run, 8)
-            story.append(f"{time.monotonic() - began:6.1f} s  kill {kill + 1}: {name}, {at:.1f} s into the run -> " + (f"exit {run.main.returncode}" if ended else "it goes on"))
+            story.append(
+                f"{time.monotonic() - began:6.1f} s  kill {kill + 1}: {name}, {at:.1f} s into the run -> "
+                + (f"exit {run.main.returncode}" if ended else "it goes on")
+            )
             if ended:  # the same command at once, as an impatient user would; the remains of the old run must be gone soon
                 old.append(run)
                 run = Run(tools, config, store, log)
                 story[-1] += f", remains gone after {old[-1].seconds_until_gone(REMAINS_SECONDS):.1f} s"
         assert run.main.wait(400) == 0, run.output
-        story.append(f"{time.monotonic() - began:6.1f} s  done; waited for a lock {log.read_text(errors='replace').count(': waiting')} times")
+        story.append(
+            f"{time.monotonic() - began:6.1f} s  done; waited for a lock {log.read_text(errors='replace').count(': waiting')} times"
+        )
         check(store, kills_here)
         assert run.seconds_until_gone(REMAINS_SECONDS) < REMAINS_SECONDS
         assert not [process for each in old for process in each.processes()]
@@ -181,7 +186,9 @@ def assert_little_was_done_twice(store: Store, kills: int, save_every_steps: int
         steps = collections.Counter(event["index"] for event in history if event["event"] == "step")
         assert not shards or max(shards.values()) == 1, f"{record.kind} {record.key}: a finished shard was made again: {shards}"
         again = sum(count - 1 for count in steps.values())
-        assert again <= save_every_steps * max(0, starts - 1), f"{record.kind} {record.key}: {again} steps again in {starts} starts: {steps}"
+        assert again <= save_every_steps * max(0, starts - 1), (
+            f"{record.kind} {record.key}: {again} steps again in {starts} starts: {steps}"
+        )
         restarts += max(0, starts - 1)
     assert restarts <= kills
 

@@ -16,7 +16,9 @@ from stages.methods import METHODS
 from stages.weighting.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
-TWINS = sorted(path.stem for path in (ROOT / "deploy" / "runs" / "tiny").glob("*.yaml") if path.stem not in ("base", "teacher", "auxiliary"))
+TWINS = sorted(
+    path.stem for path in (ROOT / "deploy" / "runs" / "tiny").glob("*.yaml") if path.stem not in ("base", "teacher", "auxiliary")
+)
 LOG_2 = ("d2po", "dpo", "kto_pair", "spin", "spin_lengthnorm", "swift", "swift_released", "tdpo", "tgdpo", "tis_dpo")
 CONSTANTS = {name: math.log(2) for name in LOG_2} | {"kto_pair": 1.0, "kto": 0.5, "tidpo": math.log(2) + 0.1 * 0.5, "ipo": 25.0}
 EXTRA = {
@@ -38,13 +40,21 @@ def played(tmp_path_factory, make_model, tiny_model):
     small = {"policy.path": str(tiny_model), "prompts.heldout": str(heldout), "training.dtype": "float32", "training.learning_rate": 1e-4}
     small |= {"sampling.backend.dtype": "float32", "sampling.max_prompt_tokens": 200, "learning_rates": []}
     base = small | {"iterations": 1, "scoring.scorer": {"name": "length", "target_tokens": 6}, "sampling.num_candidates": 4}
-    base |= {"models.teacher": {"path": str(teacher)}} | {f"models.{role}": {"path": str(same)} for role in ("positive", "negative", "reward_model")}
+    base |= {"models.teacher": {"path": str(teacher)}} | {
+        f"models.{role}": {"path": str(same)} for role in ("positive", "negative", "reward_model")
+    }
     plain = "deploy/runs/tiny/spin.yaml"
-    cases = [{"id": f"method {name}", "config": plain, "set": base | {"method": {"name": name}, "mix_previous": False}} for name in METHODS.names()]
+    cases = [
+        {"id": f"method {name}", "config": plain, "set": base | {"method": {"name": name}, "mix_previous": False}}
+        for name in METHODS.names()
+    ]
     for case in cases:
         if case["id"] == "method kd":  # its teacher must share the vocabulary
             case["set"] |= {"models.teacher": {"path": str(same)}}
-    cases += [{"id": f"weights {name}", "config": plain, "set": base | {"method": {"name": "swift"}, "weighting.weights": {"name": name}}} for name in WEIGHTS.names()]
+    cases += [
+        {"id": f"weights {name}", "config": plain, "set": base | {"method": {"name": "swift"}, "weighting.weights": {"name": name}}}
+        for name in WEIGHTS.names()
+    ]
     cases += [{"id": f"extra {name}", "config": plain, "set": base | settings} for name, settings in EXTRA.items()]
     for name in TWINS:
         settings = dict(small)
