@@ -201,8 +201,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path} extends itself, through {', '.join(map(str, seen))}")
     data = read_yaml(path)
     parents = data.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: `extends` must name a file, or a list of files, relative to this one; got {parents!r}")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         merged = _merge(merged, _read(path.parent / parent, (*seen, path.resolve())))
     return _merge(merged, data)
 

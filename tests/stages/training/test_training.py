@@ -46,6 +46,8 @@ VARIANTS = {
     "dpo": DPO,
     "bf16": {"dtype": "bfloat16"},
     "bf16, zero 2": {"dtype": "bfloat16", "runtime": {"zero_stage": 2}},
+    "bf16, one pair at a time": {"dtype": "bfloat16", "runtime": {"batch_tokens": 1}},
+    **{f"bf16, zero {stage}, no step": {"dtype": "bfloat16", "learning_rate": 1e-30, "epochs": 1, "runtime": {"zero_stage": stage}} for stage in range(4)},
     "saved in bf16": {"save_dtype": "bfloat16"},
     "short of its schedule": {"epochs": 1, "schedule_epochs": 2},
     "diverged": {"policy": "broken"},
@@ -237,6 +239,18 @@ def test_bf16_trains_float32_master_weights(trained, name):
     # Most of the small changes would be lost if the weights were rounded to bf16.
     assert any((value != value.bfloat16().float()).any() for value in weights.values())
     assert gap(weights, base.weights) < 0.01
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_bf16_training_that_does_not_move_returns_the_weights_it_was_given(trained, tiny_model, stage):
+    # Rounded to bf16 at the start or at the end, they would lose the small steps of the iteration before.
+    assert gap(trained(f"bf16, zero {stage}, no step").weights, load_file(tiny_model / "model.safetensors")) == 0
+
+
+def test_bf16_gradients_add_up_over_micro_batches(trained):
+    whole, cut = trained("bf16"), trained("bf16, one pair at a time")
+    assert cut.losses[:2] == pytest.approx(whole.losses[:2], rel=0.02)
+    assert np.mean(cut.losses) == pytest.approx(np.mean(whole.losses), rel=0.05)
 
 
 def test_a_checkpoint_in_bf16_is_the_rounded_one(trained):
