@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.config import Config
-from data_contracts.errors import ConfigError, ContractError
+from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file
 from data_contracts.store import content_digest
 
@@ -100,18 +100,6 @@ def has_chat_template(directory: Path) -> bool:
         return bool(json.loads((directory / "tokenizer_config.json").read_text()).get("chat_template"))
     except (FileNotFoundError, ValueError):
         return False
-
-
-def check_tensors(path_or_directory: Path | str, expected: set[str]) -> None:
-    """The weights hold exactly the tensors that training exported. Raises: ContractError."""
-    directory = Path(path_or_directory)
-    found = set()
-    for path in weight_files(directory):
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            found |= json.loads(file.read(length)).keys() - {"__metadata__"}
-    if found != expected:
-        raise ContractError(f"{directory}: tensors missing {sorted(expected - found)[:5]}, unexpected {sorted(found - expected)[:5]}")
 
 
 def external_model(directory: Path, cache: Path | None = None) -> ArtifactRef:

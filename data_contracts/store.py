@@ -122,24 +122,13 @@ class Store:
             return None
         return record.ref(str(self.directory(kind, key)))
 
-    def record_of(self, ref: ArtifactRef) -> ArtifactRecord:
-        """Raises: ArtifactError if it is gone."""
-        record = self.load(ref.kind, ref.key)
-        if record is None:
-            raise ArtifactError(f"{ref}: no record.json in {ref.path}: the artifact was deleted while in use; run the same command again")
-        return record
-
-    def sign(self, record: ArtifactRecord, digests: dict[str, FileDigest] | None = None) -> ArtifactRecord:
-        """Hash the data files, make the digests part of the record and write it: the last act of a build.
-
-        `digests`: what is known already, by name, so that large weights are not read twice.
-        """
+    def sign(self, record: ArtifactRecord) -> ArtifactRecord:
+        """Hash the data files, make the digests part of the record and write it: the last act of a build."""
         directory = self.directory(record.kind, record.key)
-        files = []
-        for path in data_files(directory):
-            name = path.relative_to(directory).as_posix()
-            known = (digests or {}).get(name)
-            files.append(known or FileDigest(name=name, size=path.stat().st_size, sha256=digest_file(path)))
+        files = [
+            FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
+            for path in data_files(directory)
+        ]
         if not files:
             raise ArtifactError(f"{record.kind} {record.key}: the stage {record.stage} ended without writing any file in {directory}")
         signed = record.model_copy(update={"files": files, "content": content_digest(files)})

@@ -42,14 +42,6 @@ def check_shapes(what: str, **tensors: Tensor) -> None:
         raise ContractError(f"{what}: shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
-def check_finite(what: str, values: Tensor, rows: list[str] | None = None) -> None:
-    """Raises: ContractError naming the first row that holds NaN or infinity."""
-    bad = ~torch.isfinite(values)
-    if bad.any():
-        row = int(bad.reshape(len(values), -1).any(-1).nonzero()[0])
-        raise ContractError(f"{what}: {int(bad.sum())} value(s) are NaN or infinite, first in row {rows[row] if rows else row}")
-
-
 def positions(mask: Tensor) -> Tensor:
     """The index of each scored token inside its own response, from 0, wherever the padding lies. [N, T]; meaningless outside the mask."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)

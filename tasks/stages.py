@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 from tqdm import tqdm
 
-from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config
 from data_contracts.errors import TransientError
 from data_contracts.store import Store
@@ -59,10 +59,6 @@ def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place
 def run(stage: str, config: Config, place: Place, shown_as: str | None = None, **inputs: ArtifactRef) -> Built:
     """Call the task. It may return a State, which Prefect hands back as it is: unwrapped here."""
     return stage_task(stage, config, inputs, place, shown_as or stage, return_state=True).result()
-
-
-def record_of(ref: ArtifactRef, place: Place) -> ArtifactRecord:
-    return Store(place.store).record_of(ref)
 
 
 class _TerminalBar:

@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from data_contracts.errors import ArtifactError, ConfigError
+from data_contracts.errors import ArtifactError, ConfigError, ContractError
 from stages.lazy import torch
 from stages.policy import load_causal_lm
 from stages.tokens import load_tokenizer, stop_ids
@@ -110,6 +110,8 @@ class Engine:
             # Collective under ZeRO: every rank asks, the first one keeps.
             full = safe_get_full_fp32_param(parameter)
             full = parameter.detach() if full is None else full
+            if not torch.isfinite(full).all():  # vLLM would sample token 0 from such weights for ever, without an error
+                raise ContractError(f"the trained weights hold NaN or infinity, first in {name}: lower training.learning_rate")
             if self.is_main:
                 state[name] = full.to(device="cpu", dtype=dtype).clone()
         if self.is_main:

@@ -107,14 +107,14 @@ def make_run(tmp_path_factory, tiny_model, prompt_files):
             "method": {"name": "sppo", "eta": 20},
             "sampling": {
                 "backend": {"name": "transformers"},
-                "num_candidates": 3,
+                "num_candidates": 5,
                 "max_prompt_tokens": 64,
-                "max_new_tokens": 16,
+                "max_new_tokens": 24,
                 "runtime": {"prompts_per_shard": 3},
             },
             "scoring": {"scorer": {"name": "length", "target_tokens": 8}, "runtime": {"prompts_per_shard": 3}},
             "weighting": {"runtime": {"pairs_per_shard": 3}},
-            "training": {"learning_rate": 1e-3, "batch_size": 4, "runtime": {"batch_tokens": 512, "save_every_steps": 1}},
+            "training": {"learning_rate": 1e-3, "batch_size": 2, "runtime": {"batch_tokens": 512, "save_every_steps": 1}},
             "evaluation": {"scorer": {"name": "length", "target_tokens": 8}},
         }
         for section, values in sections.items():

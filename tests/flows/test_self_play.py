@@ -67,7 +67,7 @@ def test_another_learning_rate_rebuilds_training_and_what_follows(undisturbed, c
     other = tools.play(undisturbed.config, copy, "training.learning_rate=0.0005", "iterations=1")
     assert other.code == 0, other.out
     built = [line.split("Task run '")[1].split("'")[0] for line in other.out.splitlines() if " built in " in line]
-    assert built == ["train-iter_01", "sample-iter_01", "evaluate-iter_01"]
+    assert built == ["train-iter_01", "heldout_generations-iter_01", "evaluate-iter_01"]
     assert other.states("Cached") == 2 + 3
 
 

@@ -123,9 +123,8 @@ def _pair_loss(model, row, method):
 
 # Every variant in one process. Closing an engine ends torch's process group, which cannot be opened again: it is left open here.
 DRIVER = """
-import json, sys
+import json, sys, traceback
 from pathlib import Path
-from data_contracts.errors import PipelineError
 from stages.training.engine import Engine
 from stages.training.stage import TrainingConfig, train_rank
 Engine.close = Engine.barrier
@@ -134,8 +133,8 @@ for name, settings, inputs in json.load(open(sys.argv[1])):
     out.mkdir()
     try:
         train_rank(out, TrainingConfig.model_validate(settings), inputs, None)
-    except PipelineError as error:
-        (out / "error").write_text(f"{type(error).__name__}: {error}")
+    except Exception:
+        (out / "error").write_text(traceback.format_exc())
 """
 
 
@@ -166,7 +165,13 @@ def trained(tmp_path_factory, tiny_model, broken, rows, make_artifact):
     command = [sys.executable, "-c", DRIVER, str(root / "work.json"), str(root / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return lambda name: Trained(root / "out" / name, root / "out" / name / ".export")
+
+    def find(name: str) -> Trained:
+        out = root / "out" / name
+        assert name == "diverged" or not (out / "error").exists(), (out / "error").read_text()
+        return Trained(out, out / ".export")
+
+    return find
 
 
 class Trained:
@@ -244,7 +249,7 @@ def test_bf16_trains_float32_master_weights(trained, name):
 @pytest.mark.parametrize("stage", range(4))
 def test_a_bf16_training_that_does_not_move_returns_the_weights_it_was_given(trained, tiny_model, stage):
     # Rounded to bf16 at the start or at the end, they would lose the small steps of the iteration before.
-    assert gap(trained(f"bf16, zero {stage}, no step").weights, load_file(tiny_model / "model.safetensors")) == 0
+    assert gap(trained(f"bf16, zero {stage}, no step").weights, load_file(tiny_model / "model.safetensors")) < 1e-20
 
 
 def test_bf16_gradients_add_up_over_micro_batches(trained):
@@ -267,7 +272,7 @@ def test_a_checkpoint_says_which_dtype_its_weights_have(trained, name, dtype):
 
 def test_weights_that_are_nan_stop_the_training_by_the_step_and_its_rows(trained):
     error = (trained("diverged").out / "error").read_text()
-    assert error.startswith("ContractError: step 1: the loss is nan") and "p" in error.split("rows of the step: ")[1]
+    assert "ContractError: step 1: the loss is nan, " in error and "rows of the step: ['p" in error
     assert not trained("diverged").model.exists()
 
 
@@ -281,10 +286,10 @@ def sha256(path: Path) -> str:
 class Command:
     """`python -m stages train` in a store of its own."""
 
-    def __init__(self, directory: Path, policy: Path, rows: list[dict], make_artifact, runtime: dict):
+    def __init__(self, directory: Path, policy: Path, rows: list[dict], make_artifact, **changes):
         self.store = Store(directory / "store")
         pairs = make_artifact(self.store, "weighted_pairs", rows)
-        settings = config(runtime=runtime)
+        settings = config(**changes)
         self.spec = directory / "spec.json"
         self.spec.write_text(json.dumps({"config": settings, "inputs": {"pairs": pairs.key, "policy": str(policy)}, "store": str(self.store.root)}))
         key = STAGES["train"].key(TrainingConfig.model_validate(settings), {"pairs": pairs, "policy": external_model(policy)})
@@ -324,7 +329,7 @@ class Command:
 
 @pytest.fixture
 def command(tmp_path, tiny_model, rows, make_artifact):
-    return lambda **runtime: Command(tmp_path, tiny_model, rows, make_artifact, runtime)
+    return lambda **changes: Command(tmp_path, tiny_model, rows, make_artifact, **changes)
 
 
 def check_resumed(command: Command, every: int) -> None:
@@ -335,13 +340,14 @@ def check_resumed(command: Command, every: int) -> None:
     assert second[-1] == 10 and second == list(range(second[0], 11))
 
 
-def test_a_training_killed_in_mid_epoch_ends_with_the_very_same_weights(command, trained, tiny_model):
-    train = command(save_every_steps=2)
+@pytest.mark.parametrize(("name", "dtype"), [("base", "float32"), ("bf16", "bfloat16")])
+def test_a_training_killed_in_mid_epoch_ends_with_the_very_same_weights(command, trained, tiny_model, name, dtype):
+    train = command(dtype=dtype, runtime={"save_every_steps": 2})
     train.kill_after(3)
     run = train.run()
     check_resumed(train, 2)
-    assert run.losses == trained("base").losses
-    assert sha256(run.model / "model.safetensors") == sha256(trained("base").model / "model.safetensors")
+    assert run.losses == trained(name).losses
+    assert sha256(run.model / "model.safetensors") == sha256(trained(name).model / "model.safetensors")
     # And the artifact is complete: signed, without what was needed to resume, with the policy's tokenizer.
     record = train.store.load("checkpoint", train.out.name)
     assert train.store.problems(record, deep=True) == [] and record.provenance["starts"] == 2
@@ -354,7 +360,7 @@ def test_a_training_killed_in_mid_epoch_ends_with_the_very_same_weights(command,
 
 
 def test_two_ranks_train_as_one(command, trained):
-    run, base = command(num_processes=2, batch_tokens=100).run(), trained("base")
+    run, base = command(runtime={"num_processes": 2, "batch_tokens": 100}).run(), trained("base")
     assert run.losses == pytest.approx(base.losses, rel=1e-5)
     assert gap(run.weights, base.weights) < 1e-5
     assert [step["tokens"] for step in run.steps] == [step["tokens"] for step in base.steps]
@@ -363,18 +369,27 @@ def test_two_ranks_train_as_one(command, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_with_zero_train_as_one(command, trained, stage):
-    run, base = command(num_processes=2, batch_tokens=60, zero_stage=stage).run(), trained("base")
+    run, base = command(runtime={"num_processes": 2, "batch_tokens": 60, "zero_stage": stage}).run(), trained("base")
     assert run.losses == pytest.approx(base.losses, rel=1e-5)
     assert gap(run.weights, base.weights) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", [{"num_processes": 2, "batch_tokens": 100}, {"num_processes": 2, "zero_stage": 2}, {"zero_stage": 3}], ids=str)
-def test_a_killed_training_resumes_bit_by_bit_with_ranks_and_zero_too(tmp_path, tiny_model, rows, make_artifact, runtime):
+@pytest.mark.parametrize(
+    ("dtype", "runtime"),
+    [
+        ("float32", {"num_processes": 2, "batch_tokens": 100}),
+        ("float32", {"num_processes": 2, "zero_stage": 2}),
+        ("bfloat16", {"num_processes": 2, "zero_stage": 2}),
+        ("bfloat16", {"zero_stage": 3}),
+    ],
+    ids=str,
+)
+def test_a_killed_training_resumes_bit_by_bit_with_ranks_and_zero_too(tmp_path, tiny_model, rows, make_artifact, dtype, runtime):
     shas = []
     for name, kill in (("whole", None), ("killed", 3)):
         (tmp_path / name).mkdir()
-        train = Command(tmp_path / name, tiny_model, rows, make_artifact, runtime | {"save_every_steps": 2})
+        train = Command(tmp_path / name, tiny_model, rows, make_artifact, dtype=dtype, runtime=runtime | {"save_every_steps": 2})
         if kill:
             train.kill_after(kill)
         shas.append(sha256(train.run().model / "model.safetensors"))
