@@ -49,10 +49,15 @@ class Pass:
         self.hits, self.misses = 0, 0
         self.where: dict[bytes, tuple[Path, int]] = {}
         self.cached: tuple[Path | None, list[Any]] = (None, [])
-        for path in sorted(self.directory.glob("part-*.parquet")):
+        self.seen: set[Path] = set()
+
+    def _refresh(self) -> None:
+        """Learn of the parts that others wrote since: another role of the same model, another run."""
+        for path in sorted(set(self.directory.glob("part-*.parquet")) - self.seen):
             self._index(path)
 
     def _index(self, path: Path) -> None:
+        self.seen.add(path)
         try:
             keys = pq.read_table(path, columns=["key"])["key"].to_pylist()
         except (OSError, ValueError):
@@ -61,13 +66,13 @@ class Pass:
         for number, key in enumerate(keys):
             self.where.setdefault(key, (path, number))
 
-    def fill(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], count: bool = True) -> int:
+    def fill(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> int:
         """Make sure that every row is there; the missing ones are one part, written whole. Returns how many were missing."""
+        self._refresh()
         wanted = {row_key(prompt, response): (prompt, response) for prompt, response in zip(prompts, responses, strict=True)}
         missing = {key: row for key, row in wanted.items() if key not in self.where}
-        if count:
-            self.misses += len(missing)
-            self.hits += len(prompts) - len(missing)
+        self.misses += len(missing)
+        self.hits += len(prompts) - len(missing)
         if missing:
             values = self._score_within_context(list(missing.values()))
             path = self.directory / f"part-{hashlib.sha256(b''.join(missing)).hexdigest()[:16]}.parquet"

@@ -10,6 +10,7 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ContractError
 from data_contracts.shards import read_shards, shard_is_whole, shard_path, to_table, write_shard
+from stages.evaluation.gate import GateConfig
 from stages.evaluation.intervals import bootstrap
 from stages.logps import Pass
 from stages.policy import load_causal_lm, pick_device, pin_threads
@@ -47,6 +48,8 @@ class EvaluationConfig(BaseConfig):
     """Local lm-eval tasks."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the passes."""
+    gate: GateConfig = GateConfig()
+    """Whether a policy that is not better goes on. Decided by the flow; the stage does not read it."""
     runtime: EvaluationRuntime = EvaluationRuntime()
 
 

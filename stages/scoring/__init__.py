@@ -7,5 +7,6 @@ SCORERS = Registry(
     {
         "checks": "stages.scoring.verifiable:Checks",
         "length": "stages.scoring.length:Length",
+        "pairrm": "stages.scoring.pairrm:PairRM",
     },
 )

@@ -5,7 +5,8 @@ Axes: K candidates of one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -33,7 +34,21 @@ class Scores(NamedTuple):
     """[K] why a candidate has no score, or what spoilt it; "" for none."""
 
 
+class Surroundings(NamedTuple):
+    """What the stage offers to a scorer that has a method `prepare`."""
+
+    store_root: Path
+    batch_tokens: int
+    """Padded tokens per forward."""
+    log: Callable[[str], None]
+    """A line for the stage's log."""
+
+
 class Scorer(Protocol):
+    """Optional beside what is below: `TEXT_ONLY = True` says that prompt and completion texts are all it looks at, so that equal completions
+    are scored once; `prepare(surroundings)` is called after the constructor; `metrics() -> {name: number}` is asked after each shard.
+    """
+
     Config: type[Named]
 
     def __init__(self, config: Any, device: str): ...
@@ -47,3 +62,30 @@ class Scorer(Protocol):
         """Raises: ConfigError for prompts it cannot score, before anything is sampled."""
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]: ...
+
+
+def prompt_text(prompt: Mapping[str, Any]) -> str:
+    """A prompt as text for scorers that know no chat template: the message itself, or turns marked as llm-blender marks them."""
+    messages = prompt["messages"]
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role'].upper()}: {message['content']}" for message in messages)
+
+
+def once_each(batch: Sequence[Candidates], key: Callable[[dict[str, Any]], Hashable]) -> tuple[list[Candidates], list[list[int]]]:
+    """The batch without repeated candidates, and for each prompt the number that each candidate has there."""
+    small, numbers = [], []
+    for item in batch:
+        seen: dict[Hashable, int] = {}
+        numbers.append([seen.setdefault(key(row), len(seen)) for row in item.generations])
+        firsts = [numbers[-1].index(number) for number in range(len(seen))]
+        logps = None if item.start_logps is None else [item.start_logps[k] for k in firsts]
+        small.append(Candidates(item.prompt, [item.generations[k] for k in firsts], logps))
+    return small, numbers
+
+
+def spread(scores: Scores, numbers: Sequence[int]) -> Scores:
+    """The scores of distinct candidates -> of all: equal ones have equal scores, and tie with each other."""
+    index = np.asarray(numbers, dtype=int)
+    logits = None if scores.preference_logits is None else scores.preference_logits[np.ix_(index, index)]
+    return Scores(None if scores.scores is None else scores.scores[index], logits, [scores.reasons[k] for k in numbers])

@@ -1,7 +1,7 @@
 """python in_process.py REQUEST.json OUT.jsonl: play whole runs in this one process, without Prefect, and say what came out.
 
 The same `play` and the same stages as everywhere; only the process per stage is left out, which costs seconds each. One run in a process of
-its own per stage is in test_self_play.py. REQUEST: [{"id", "config": RUN.yaml, "set": {...}}], all on one store.
+its own per stage is in test_self_play.py. REQUEST: {"store", "cases": [{"id", "config": RUN.yaml, "set": {...}}]}, all on one store but for cases that name another.
 """
 
 import json
@@ -62,11 +62,10 @@ def main(request: str, out: str) -> None:
     # DeepSpeed keeps the first process group for ever; several trainings in one process share it.
     stages.training.engine.Engine.close = lambda self: None
     work = json.loads(Path(request).read_text())
-    store = Store(work["store"])
     with open(out, "a", encoding="utf-8") as file:
         for case in work["cases"]:
             try:
-                result = play(case, store)
+                result = play(case, Store(case.get("store", work["store"])))
             except Exception:
                 result = {"error": traceback.format_exc()}
             file.write(json.dumps({"id": case["id"], **result}) + "\n")

@@ -1,0 +1,109 @@
+r"""Stages - PairRM's network on plain transformers: DeBERTa-v2 encoder, three hidden states, one small head.
+
+    l_ij = head([h_source, h_i]) - head([h_source, h_j]),   P(i beats j) = sigmoid(l_ij)
+
+(Jiang, Ren and Lin 2023, arXiv:2306.02561, section 3.2, as released: llm-blender 0.0.2.) l_ij is of one order of the two candidates, and
+l_ij != -l_ji. The attributes are named as in the released weights, so that both repositories load strictly.
+
+Axes: N pairs, L padded tokens, H hidden units.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_contracts.errors import ConfigError
+from stages.scoring.models import load_strictly, read_tensors
+from stages.scoring.pairrm_tokens import Limits, PairTokenizer, load_tokenizer
+
+DEBERTA_V3_LARGE = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu", layer_norm_eps=1e-7,
+    relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+    position_biased_input=False, max_relative_positions=-1, max_position_embeddings=512, type_vocab_size=0,
+)  # fmt: skip
+"""Backbone of the repository whose config.json describes the ranker only."""
+
+
+class PairNetwork(nn.Module):
+    def __init__(self, config: Any, num_tasks: int):
+        super().__init__()
+        from transformers import DebertaV2Model
+
+        self.pretrained_model = DebertaV2Model(config)
+        hidden = config.hidden_size
+        # Numbered as in the released weights; the dropout of 0.05 is for training only.
+        self.head_layer = nn.Sequential(
+            nn.Dropout(0.0), nn.Linear(2 * hidden, hidden), nn.Tanh(), nn.Dropout(0.0), nn.Linear(hidden, num_tasks)
+        )
+
+    def forward(self, input_ids_NL: Tensor, attention_mask_NL: Tensor, markers_N3: Tensor) -> Tensor:
+        """l_ij of every row, float32. [N]."""
+        hidden_NLH = self.pretrained_model(input_ids=input_ids_NL, attention_mask=attention_mask_NL).last_hidden_state
+        rows = torch.arange(len(input_ids_NL), device=input_ids_NL.device)
+        source_NH, first_NH, second_NH = (hidden_NLH[rows, markers_N3[:, i]] for i in range(3))
+        first = self.head_layer(torch.cat([source_NH, first_NH], dim=-1))
+        second = self.head_layer(torch.cat([source_NH, second_NH], dim=-1))
+        return (first.float() - second.float()).mean(dim=-1)
+
+
+class PairRanker(NamedTuple):
+    network: PairNetwork
+    tokenizer: PairTokenizer
+
+    def logits(self, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> list[float]:
+        """l of each (source, first, second) as token ids; one padded batch."""
+        device = next(self.network.parameters()).device
+        lengths = [sum(map(len, pair)) for pair in pairs]
+        ids = torch.full((len(pairs), max(lengths)), self.tokenizer.pad_id, dtype=torch.long)
+        mask, markers = torch.zeros_like(ids), torch.zeros((len(pairs), 3), dtype=torch.long)
+        for row, (source, first, second) in enumerate(pairs):
+            ids[row, : lengths[row]] = torch.tensor([*source, *first, *second])
+            ids[row, len(source) + len(first) + 1] = self.tokenizer.second_id
+            mask[row, : lengths[row]] = 1
+            markers[row] = torch.tensor([1, len(source) + 1, len(source) + len(first) + 1])
+        with torch.inference_mode():
+            return self.network(ids.to(device), mask.to(device), markers.to(device)).float().cpu().tolist()
+
+
+def load_ranker(directory: Path, tokenizer_directory: Path | None, dtype: str, device: str) -> PairRanker:
+    """Both layouts: `llm-blender/PairRM` (config.json of the ranker) and `llm-blender/PairRM-hf` (config.json of the encoder).
+
+    Raises: ConfigError for another model, a tensor too few or too many, a tokenizer that is not its own.
+    """
+    from transformers import DebertaV2Config
+
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    limits = Limits(settings.get("source_maxlength") or 1224, settings.get("candidate_maxlength") or 412)
+    if "ranker_type" in settings:
+        backbone = Path(str(settings.get("model_name")))
+        if settings["ranker_type"] != "pairranker":
+            raise ConfigError(f"{directory} is a ranker of type {settings['ranker_type']!r}; this scorer loads `pairranker`")
+        described = json.loads((backbone / "config.json").read_text()) if (backbone / "config.json").is_file() else DEBERTA_V3_LARGE
+        places = [tokenizer_directory, directory, backbone]
+    elif settings.get("model_type") == "deberta-v2":
+        described, places = settings, [tokenizer_directory, directory]
+    else:
+        raise ConfigError(f"{directory}/config.json is of model type {settings.get('model_type')!r}, not of a PairRM checkpoint (deberta-v2)")
+    tensors = read_tensors(directory)
+    embeddings = tensors.get("pretrained_model.embeddings.word_embeddings.weight")
+    if embeddings is None:
+        raise ConfigError(f"{directory} has no tensor pretrained_model.embeddings.word_embeddings.weight: not a PairRM checkpoint")
+    known = {key: value for key, value in described.items() if key not in ("architectures", "auto_map", "transformers_version", "dtype")}
+    config = DebertaV2Config(**known | {"vocab_size": len(embeddings), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    network = PairNetwork(config, int(settings.get("n_tasks") or 1))
+    load_strictly(network, tensors, directory)
+    place = next((p for p in places if p is not None and any((p / name).is_file() for name in ("tokenizer.json", "spm.model"))), None)
+    if place is None:
+        raise ConfigError(f"{directory} holds no tokenizer: give scorer.tokenizer, e.g. {{hub_id: microsoft/deberta-v3-large}}, or use PairRM-hf")
+    tokenizer = load_tokenizer(place, limits)
+    if tokenizer.source_id + 4 != len(embeddings) or settings.get("source_prefix_id", tokenizer.source_id) != tokenizer.source_id:
+        raise ConfigError(
+            f"the tokenizer in {place} puts PairRM's markers at {tokenizer.source_id}, the checkpoint has {len(embeddings)} embeddings: they do not belong together"
+        )
+    return PairRanker(network.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer)
