@@ -12,7 +12,7 @@ target=${1:-.venv-oracle}
 .venv/bin/python -m venv --without-pip "$target"
 .venv/bin/python -m pip --python "$target/bin/python" install --quiet --no-deps \
     llm-blender==0.0.2 transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 \
-    dataclasses-json==0.6.7 marshmallow==3.26.2 typing-inspect==0.9.0 mypy-extensions==1.1.0
+    dataclasses-json==0.6.7 marshmallow==3.26.2 typing-inspect==0.9.0 mypy-extensions==1.2.0
 own=$("$target/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$own/zz_borrowed.pth"
 # llm_blender imports vLLM if it finds one, and that of .venv is for transformers 5.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,7 @@ class Run:
                 [sys.executable, "-m", "flows", str(config), "--store", str(store)], cwd=tools.root, env=tools.environment(**{name: value}),
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
-        self.began = time.monotonic()
+        self.began, self.hits = time.monotonic(), 0
 
     @property
     def running(self) -> bool:
@@ -83,7 +84,7 @@ def in_a_stage(run: Run) -> bool:
 
 def wait_for_the_moment(run: Run, chance: random.Random, unit: float) -> None:
     """Three times in ten somewhere in the start-up, else some way into the stages. Returns at once if the run ends."""
-    into_stages, wait = chance.random() > 0.3, chance.uniform(0, 2.5 * unit)
+    into_stages, wait = chance.random() > 0.3, chance.uniform(0, 1.5 * unit)
     while into_stages and run.running and not in_a_stage(run):
         time.sleep(0.05)
     end = time.monotonic() + wait
@@ -92,69 +93,95 @@ def wait_for_the_moment(run: Run, chance: random.Random, unit: float) -> None:
 
 
 def kill_one(run: Run, chance: random.Random) -> str:
-    """SIGKILL to one process of the tree, any with equal chance; says which."""
+    """SIGKILL to one process of the tree; says which. Those that do the work are hit more often than those that watch."""
     alive = sorted(run.processes(), key=lambda process: process.create_time())
-    victim = chance.choice(alive)
-    name = role(victim)
+    roles = [role(process) for process in alive]
+    number = chance.choices(range(len(alive)), [1 if "server" in name or "supervisor" in name else 3 for name in roles])[0]
     try:
-        victim.send_signal(signal.SIGKILL)
+        alive[number].send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
-        name += " (already gone)"
-    return name
+        roles[number] += " (it was quicker)"
+    run.hits += 1
+    return roles[number]
 
 
-def wait_for_the_end(run: Run, seconds: float) -> bool:
-    """Whether the run ends within some seconds; one that lost only a stage or its server may go on by itself."""
+class Experiment:
+    """One config run again and again while its processes are killed, in a new store whenever a run came to its end."""
+
+    def __init__(self, tools, config: Path, directory: Path, check: Callable[[Path, int], None]):
+        self.tools, self.config, self.directory, self.check = tools, config, directory, check
+        self.story: list[str] = []
+        self.stores, self.kills_in_store = 0, 0
+        self.began = time.monotonic()
+        self.runs: list[Run] = []
+        self.start()
+
+    @property
+    def run(self) -> Run:
+        return self.runs[-1]
+
+    @property
+    def store(self) -> Path:
+        return self.directory / f"store-{self.stores}"
+
+    def start(self) -> None:
+        self.runs.append(Run(self.tools, self.config, self.store, self.directory / "run.log"))
+
+    def tell(self, text: str) -> None:
+        self.story.append(f"{time.monotonic() - self.began:6.1f} s  {text}")
+
+    def finish(self) -> None:
+        """The run is at its end: nothing may differ."""
+        assert self.run.main.wait() == 0, self.run.output
+        self.tell(f"done after {self.kills_in_store} kills")
+        self.run.seconds_until_gone(REMAINS_SECONDS)
+        self.check(self.store, self.kills_in_store)
+
+    def kill(self, chance: random.Random, unit: float) -> None:
+        """Wait for some moment, kill something. A run that dies of it is started again at once, as an impatient user would."""
+        while True:
+            wait_for_the_moment(self.run, chance, unit)
+            if self.run.running:
+                break
+            if self.run.main.returncode == 0:  # quicker than its killer: begin anew
+                self.finish()
+                self.stores, self.kills_in_store = self.stores + 1, 0
+            else:
+                assert self.run.hits, self.run.output
+            self.start()
+        at = time.monotonic() - self.run.began
+        name = kill_one(self.run, chance)
+        self.kills_in_store += 1
+        try:
+            self.run.main.wait(3)
+        except subprocess.TimeoutExpired:
+            self.tell(f"{name} killed {at:.1f} s into the run: it goes on")
+            return
+        dead = self.run
+        self.start()
+        gone = dead.seconds_until_gone(REMAINS_SECONDS)
+        self.tell(f"{name} killed {at:.1f} s into the run: exit {dead.main.returncode}, all of it gone after {gone:.1f} s")
+
+    def until_done(self) -> None:
+        """Type the command again until it ends well; a run may still die of the last kill, an undisturbed one may not."""
+        while self.run.main.wait(400) != 0:
+            assert self.run.hits, self.run.output
+            self.start()
+        self.finish()
+        assert not [process for run in self.runs for process in run.processes()]
+
+
+def kill_ten_times(tools, config: Path, directory: Path, unit: float, check: Callable[[Path, int], None]) -> None:
+    chance = random.Random(int(os.environ.get("KILL_TEST_SEED", "1")))
+    experiment = Experiment(tools, config, directory, check)
     try:
-        run.main.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def kill_ten_times(tools, config: Path, directory: Path, seed: int, unit: float, check) -> list[str]:
-    """The experiment. `check(store, kills)` looks at every store whose run came to its end; returns what happened, line by line."""
-    chance, story, number, kills_here = random.Random(seed), [], 0, 0
-    store, log, began = directory / "store-0", directory / "run.log", time.monotonic()
-    run, old = Run(tools, config, store, log), []
-    try:
-        for kill in range(KILLS):
-            if not run.running:
-                old.append(run)
-                run = Run(tools, config, store, log)
-            wait_for_the_moment(run, chance, unit)
-            if not run.running and run.main.returncode == 0:  # quicker than its killer: begin anew
-                check(store, kills_here)
-                number, kills_here = number + 1, 0
-                store = directory / f"store-{number}"
-                old.append(run)
-                run = Run(tools, config, store, log)
-                wait_for_the_moment(run, chance, unit)
-            at = time.monotonic() - run.began
-            assert run.running, run.output
-            name = kill_one(run, chance)
-            kills_here += 1
-            ended = wait_for_the_end(run, 8)
-            story.append(
-                f"{time.monotonic() - began:6.1f} s  kill {kill + 1}: {name}, {at:.1f} s into the run -> "
-                + (f"exit {run.main.returncode}" if ended else "it goes on")
-            )
-            if ended:  # the same command at once, as an impatient user would; the remains of the old run must be gone soon
-                old.append(run)
-                run = Run(tools, config, store, log)
-                story[-1] += f", remains gone after {old[-1].seconds_until_gone(REMAINS_SECONDS):.1f} s"
-        assert run.main.wait(400) == 0, run.output
-        story.append(
-            f"{time.monotonic() - began:6.1f} s  done; waited for a lock {log.read_text(errors='replace').count(': waiting')} times"
-        )
-        check(store, kills_here)
-        assert run.seconds_until_gone(REMAINS_SECONDS) < REMAINS_SECONDS
-        assert not [process for each in old for process in each.processes()]
-        return story
+        for _ in range(KILLS):
+            experiment.kill(chance, unit)
+        experiment.until_done()
     finally:
-        print("\n".join(story))
-        for each in [*old, run]:
-            each.end()
+        print("\n".join(experiment.story))
+        for run in experiment.runs:
+            run.end()
 
 
 def rows_of(store: Store) -> dict[str, list[dict]]:
@@ -213,6 +240,20 @@ def test_ten_kills_at_random_moments_change_nothing(undisturbed, tools, tmp_path
         assert_little_was_done_twice(store, kills, save_every_steps=1)
         assert_tidy(store)
 
-    unit = undisturbed.first.seconds / 14
-    seed = int(os.environ.get("KILL_TEST_SEED", "1"))
-    kill_ten_times(tools, undisturbed.config, tmp_path, seed, unit, check)
+    kill_ten_times(tools, undisturbed.config, tmp_path, undisturbed.first.seconds / 14, check)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing_with_vllm(make_run, tools, tmp_path):
+    pytest.importorskip("vllm")
+    config = make_run("engine", sampling={"backend": {"name": "vllm"}, "runtime": {"prompts_per_shard": 3}})
+    calm = tools.play(config, tmp_path / "calm")
+    assert calm.code == 0, calm.out
+
+    def check(directory: Path, kills: int) -> None:
+        assert tools.table_of(directory, "engine") == tools.table_of(tmp_path / "calm", "engine")
+        assert_same_artifacts(Store(directory), Store(tmp_path / "calm"))
+        assert_little_was_done_twice(Store(directory), kills, save_every_steps=1)
+        assert_tidy(Store(directory))
+
+    kill_ten_times(tools, config, tmp_path, calm.seconds / 14, check)
