@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_contracts.artifact import ArtifactRef
-from data_contracts.errors import ContractError
+from data_contracts.errors import ArtifactError, ContractError
 from data_contracts.shards import to_table, write_shard
 from stages.policy import load_causal_lm, pick_device, pin_threads, score_responses
 from stages.tokens import context_length
@@ -59,7 +59,7 @@ class Pass:
     def _index(self, path: Path) -> None:
         self.seen.add(path)
         try:
-            keys = pq.read_table(path, columns=["key"])["key"].to_pylist()
+            keys = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].to_pylist()
         except (OSError, ValueError):
             path.unlink()  # damaged: computed again
             return
@@ -104,9 +104,15 @@ class Pass:
         for prompt, response in zip(prompts, responses, strict=True):
             path, number = self.where[row_key(prompt, response)]
             if self.cached[0] != path:
-                self.cached = (path, pq.read_table(path, columns=["logps"])["logps"].combine_chunks())
+                self.cached = (path, self._read(path))
             found.append(np.asarray(self.cached[1][number].values, dtype=np.float32))
         return found
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return pq.read_table(path, columns=["logps"], page_checksum_verification=True)["logps"].combine_chunks()
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}). Delete it and run again: only its rows are computed anew") from None
 
     def _load(self) -> Any:
         if self.loaded is None:

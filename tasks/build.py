@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -82,4 +83,8 @@ def _look(store: Store, kind: str, key: str, log: Callable[[str], None]) -> Arti
         log(f"{kind} {key} is damaged ({'; '.join(problems)}): building it again")
         store.discard(kind, key)
         return None
+    if (
+        record is not None
+    ):  # a kill between the signature and the clean-up leaves checkpoints to resume from, many times the artifact's size
+        shutil.rmtree(store.directory(kind, key) / "resume", ignore_errors=True)
     return record

@@ -55,7 +55,7 @@ def run_stage(
     timeout), and when this process itself is killed.
 
     `inherit`: file descriptors (a lock) that the tree keeps open. Raises: the pipeline error that the stage reported; TransientError if it
-    was killed; StageError if it died otherwise; TimeoutError.
+    was killed; StageError if it died otherwise or ran too long.
     """
     marker = f"SELFPLAY_TREE={uuid.uuid4().hex}"
     command = [
@@ -97,7 +97,7 @@ def run_stage(
             if code is not None:
                 break
             if timeout is not None and time.monotonic() - began > timeout:
-                raise TimeoutError(f"the stage {arguments[0]} ran longer than runtime.timeout_seconds = {timeout:g}; log: {log_file}")
+                raise StageError(f"the stage {arguments[0]} ran longer than runtime.timeout_seconds = {timeout:g}; log: {log_file}")
     finally:
         _end(process, marker)
     if code:
@@ -110,7 +110,7 @@ def _python_path() -> str:
 
 
 def _pump(stream: Any, log_file: Path, lines: SimpleQueue[str]) -> None:
-    with open(log_file, "a", encoding="utf-8", buffering=1) as file:
+    with stream, open(log_file, "a", encoding="utf-8", buffering=1) as file:
         for line in stream:
             file.write(line)
             lines.put(line.rstrip("\n"))
@@ -125,9 +125,9 @@ def _drain(lines: SimpleQueue[str], tail: deque[str], reported: dict[str, Any], 
         except Empty:
             break
         if line.startswith("@progress "):
-            progress.__dict__.update(json.loads(line.removeprefix("@progress ")))
+            progress.__dict__.update(_message(line, {"done", "total", "unit"}))
         elif line.startswith("@error "):
-            reported.update(json.loads(line.removeprefix("@error ")))
+            reported.update(_message(line, {"type", "message"}))
         elif not NOISE.search(line):
             tail.append(line)
             if allowed > 0:
@@ -137,6 +137,15 @@ def _drain(lines: SimpleQueue[str], tail: deque[str], reported: dict[str, Any], 
                 held += 1
     if held:
         log(f"... {held} more lines in the log file")
+
+
+def _message(line: str, fields: set[str]) -> dict[str, Any]:
+    """What a stage tells us in a line of JSON; nothing, if another process of its tree wrote into the middle of it."""
+    try:
+        message = json.loads(line.partition(" ")[2])
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) and message.keys() == fields else {}
 
 
 def _end(process: subprocess.Popen, marker: str) -> None:
@@ -155,8 +164,8 @@ def _raise(code: int, reported: dict[str, Any], tail: deque[str], stage: str, lo
     if reported:
         raise BY_NAME.get(reported["type"], StageError)(f"{reported['message']} [stage {stage}, log: {log_file}]")
     last = "\n".join(tail)
-    number = code - 128 if code > 128 else -code
-    if code < 0 or code > 128:
+    number = code - 128 if code > 0 else -code
+    if 0 < number < signal.NSIG:  # 255, or 247 of the deepspeed launcher, is no signal
         raise TransientError(
             f"the stage {stage} was killed by signal {number} ({signal.strsignal(number)}; 9 is often the out-of-memory killer); log: {log_file}\n{last}"
         )

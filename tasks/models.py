@@ -26,11 +26,11 @@ def _fetch(model: ModelRef) -> Path:
         return Path(snapshot_download(model.hub_id, revision=model.revision, allow_patterns=wanted))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ConfigError(
-            f"the hub has no model {model.hub_id} at revision {model.revision or 'main'}, or it is gated: {str(error).splitlines()[0]}"
+            f"the hub has no model {model.hub_id} at revision {model.revision or 'main'}, or it is gated: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise TransientError(
-            f"the model {model.hub_id} could not be fetched and is not in the local cache: {str(error).splitlines()[0]}. Give `path:` of a directory instead"
+            f"the model {model.hub_id} could not be fetched and is not in the local cache: {(str(error) or type(error).__name__).splitlines()[0]}. Give `path:` of a directory instead"
         ) from None
 
 

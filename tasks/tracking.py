@@ -44,8 +44,9 @@ class Tracker:
             do(*arguments)
         except Exception as error:  # MLflow raises whatever its transport raises; none of it may end a run
             self.working = False
+            said = str(error).partition("\n")[0]
             self.log(
-                f"MLflow at {self.uri} does not work ({type(error).__name__}: {str(error).splitlines()[0]:.200}): this run is not mirrored there; nothing else is lost"
+                f"MLflow at {self.uri} does not work ({type(error).__name__}: {said:.200}): this run is not mirrored there; nothing else is lost"
             )
 
     def _open(self, run: str) -> None:

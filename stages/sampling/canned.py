@@ -30,7 +30,9 @@ class Canned:
     def _candidate(self, seed: int) -> Candidate:
         digest = hashlib.sha256(str(seed).encode()).digest()
         length = 1 + digest[0] % self.sampling.max_new_tokens
-        ids = [digest[1 + i % 31] % self.config.vocabulary for i in range(length)]
+        # A stop id belongs where a response ended, and nowhere else.
+        letters = [token for token in range(self.config.vocabulary) if token not in self.stop_ids]
+        ids = [letters[digest[1 + i % 31] % len(letters)] for i in range(length)]
         finished = length < self.sampling.max_new_tokens and bool(self.stop_ids)
         if finished:
             ids[-1] = self.stop_ids[0]

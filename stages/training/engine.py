@@ -6,6 +6,7 @@ directory returns (None, None) instead of raising; some ops want a compiler at f
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -42,7 +43,22 @@ class Engine:
         schedule = get_scheduler(
             config.schedule, optimizer, num_warmup_steps=round(config.warmup_ratio * planned), num_training_steps=planned
         )
+        exact = [parameter.detach().cpu() for parameter in policy.parameters()] if config.dtype == "bfloat16" else None
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=_settings(config))
+        if exact is not None:
+            self._start_from(exact)
+
+    def _start_from(self, exact: list[Any]) -> None:
+        """Make the float32 copies what the policy's weights were: DeepSpeed copies them from a model that it has already rounded to bf16,
+        and an iteration's small steps would be rounded away at the start of the next one."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        copies = _float32_copies(self.engine.optimizer)
+        for parameter, value in zip(self.engine.module.parameters(), exact, strict=True):
+            if parameter in copies:
+                copies[parameter].data.copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, value.to(self.torch_device))
 
     @property
     def model(self) -> Any:
@@ -104,11 +120,11 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         dtype = getattr(torch, self.config.save_dtype)
-        module = self.engine.module
+        module, copies = self.engine.module, _float32_copies(self.engine.optimizer)
         state = {}
         for name, parameter in module.named_parameters():
             # Collective under ZeRO: every rank asks, the first one keeps.
-            full = safe_get_full_fp32_param(parameter)
+            full = copies[parameter] if parameter in copies else safe_get_full_fp32_param(parameter)
             full = parameter.detach() if full is None else full
             if not torch.isfinite(full).all():  # vLLM would sample token 0 from such weights for ever, without an error
                 raise ContractError(f"the trained weights hold NaN or infinity, first in {name}: lower training.learning_rate")
@@ -116,10 +132,12 @@ class Engine:
                 state[name] = full.to(device="cpu", dtype=dtype).clone()
         if self.is_main:
             module.config.use_cache = True
-            module.config.dtype = dtype
             for name, tensor in _tied(module, state):
                 state[name] = tensor
             module.save_pretrained(directory, state_dict=state)
+            # transformers writes the dtype that the model computes in, and loads in the dtype that is written there.
+            path = directory / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": self.config.save_dtype}, indent=2) + "\n")
         self.barrier()
 
     def barrier(self) -> None:
@@ -177,6 +195,14 @@ def _settings(config: Any) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+
+
+def _float32_copies(optimizer: Any) -> dict[Any, Any]:
+    """Parameter -> float32 copy, for bf16 without ZeRO: DeepSpeed's own accessors do not know that optimizer's. Empty for the others."""
+    if not hasattr(optimizer, "fp32_groups"):
+        return {}
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {parameter: copy for low, high in groups for parameter, copy in zip(low, high, strict=True)}
 
 
 def _tied(module: Any, state: dict[str, Any]) -> list[tuple[str, Any]]:

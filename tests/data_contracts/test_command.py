@@ -141,7 +141,10 @@ def flip(path: Path) -> None:
         (lambda path: shard_path(path.parent, 1).write_text("more"), "part-00001.parquet is not in the record"),
         (lambda path: (path.parent / RECORD).write_text("{"), "record.json is damaged"),
         (lambda path: edit(path.parent / RECORD, "0.7", "0.8"), "its settings and inputs make the key"),
-        (lambda path: edit(path.parent / RECORD, '\n "content": "', '\n "content": "0'), "record.json was changed: its content digest is not that of the files"),
+        (
+            lambda path: edit(path.parent / RECORD, '\n "content": "', '\n "content": "0'),
+            "record.json was changed: its content digest is not that of the files",
+        ),
     ],
     ids=["missing", "size", "content", "extra", "record", "settings", "digest"],
 )
@@ -181,5 +184,7 @@ def test_the_command_uses_the_store_of_the_environment_and_its_exit_code(store):
     key = make(store, COLD)
     flip(shard_path(store.directory("generations", key), 0))
     command = [sys.executable, "-m", "data_contracts", "verify"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"SELFPLAY_STORE": str(store.root)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"SELFPLAY_STORE": str(store.root)}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 4 and "other content" in done.stdout

@@ -41,7 +41,9 @@ def test_a_signed_artifact_is_found_with_its_content(store):
     signed = make(store)
     ref = store.find("generations", KEY)
     assert ref == signed.ref(str(store.directory("generations", KEY)))
-    assert ref.content == content_digest([FileDigest(name="data.txt", size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824")])
+    assert ref.content == content_digest(
+        [FileDigest(name="data.txt", size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824")]
+    )
     assert store.load(ref.kind, ref.key) == signed
 
 
@@ -121,7 +123,16 @@ def test_content_depends_on_names_and_bytes_and_not_on_order():
 
 def test_logs_records_hidden_temporary_and_resume_files_are_no_content(store):
     directory = store.directory("checkpoint", KEY)
-    for name in ("model.safetensors", "sub/more.json", "stage.log", "spec.json", "metrics.jsonl", ".events.jsonl", ".part.tmp-7", "resume/step2/x.pt"):
+    for name in (
+        "model.safetensors",
+        "sub/more.json",
+        "stage.log",
+        "spec.json",
+        "metrics.jsonl",
+        ".events.jsonl",
+        ".part.tmp-7",
+        "resume/step2/x.pt",
+    ):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text("x")
     assert [path.relative_to(directory).as_posix() for path in data_files(directory)] == ["model.safetensors", "sub/more.json"]

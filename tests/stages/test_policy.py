@@ -94,7 +94,9 @@ def test_log_probs_are_those_of_plain_torch_one_by_one(model):
 @pytest.mark.parametrize("budget", [1, 40, 100, 4096])
 def test_the_size_of_the_batches_does_not_matter(model, budget):
     prompts, responses = texts(12)
-    for one, other in zip(score_responses(model, prompts, responses, 4096), score_responses(model, prompts, responses, budget), strict=True):
+    for one, other in zip(
+        score_responses(model, prompts, responses, 4096), score_responses(model, prompts, responses, budget), strict=True
+    ):
         assert np.abs(one - other).max() < 1e-5
 
 

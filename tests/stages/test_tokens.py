@@ -87,7 +87,12 @@ def test_a_response_ends_at_every_id_that_model_or_tokenizer_name(model, tokeniz
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [({"max_position_embeddings": 256}, 256), ({"n_positions": 1024}, 1024), ({"text_config": {"max_position_embeddings": 8}}, 8), ({}, None)],
+    [
+        ({"max_position_embeddings": 256}, 256),
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 8}}, 8),
+        ({}, None),
+    ],
 )
 def test_the_context_is_what_the_model_was_built_for(tmp_path, config, expected):
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -32,7 +32,9 @@ def mirrored(tmp_path_factory):
     """A run of two iterations, and a client that looks at what MLflow has of it."""
     store, logged = Store(tmp_path_factory.mktemp("tracked") / "store"), []
     tracker = Tracker(store, "quickstart", logged.append)
-    tracker.parameters({"method": {"name": "sppo", "eta": 20}, "iterations": 2, "long": "x" * 1000, "many": {f"n{k}": k for k in range(250)}})
+    tracker.parameters(
+        {"method": {"name": "sppo", "eta": 20}, "iterations": 2, "long": "x" * 1000, "many": {f"n{k}": k for k in range(250)}}
+    )
     signed = record(store)
     tracker.stage(1, signed, cached=False, shown_as="train")
     tracker.stage(1, record(store, "b" * 16, "generations", metrics={"tokens": 99}), cached=True, shown_as="sample")
@@ -75,7 +77,13 @@ def test_a_curve_is_there_step_by_step(mirrored):
 def test_the_parent_has_settings_headlines_by_iteration_and_the_report(mirrored):
     client, runs, _, _ = mirrored
     parent = runs["quickstart"]
-    assert {"method.name": "sppo", "method.eta": "20", "iterations": "2", "long": "x" * 500, "many.n249": "249"}.items() <= parent.data.params.items()
+    assert {
+        "method.name": "sppo",
+        "method.eta": "20",
+        "iterations": "2",
+        "long": "x" * 500,
+        "many.n249": "249",
+    }.items() <= parent.data.params.items()
     points = client.get_metric_history(parent.info.run_id, "heldout_score")
     assert [(point.step, point.value) for point in points] == [(0, 0.1), (1, 0.3)]
     assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.md"]

@@ -17,7 +17,13 @@ from stages.tokens import load_tokenizer
 
 
 def config(**changes) -> SamplingConfig:
-    settings = {"backend": {"name": "canned"}, "num_candidates": 3, "max_new_tokens": 6, "max_prompt_tokens": 64, "runtime": {"device": "cpu"}}
+    settings = {
+        "backend": {"name": "canned"},
+        "num_candidates": 3,
+        "max_new_tokens": 6,
+        "max_prompt_tokens": 64,
+        "runtime": {"device": "cpu"},
+    }
     return SamplingConfig.model_validate(settings | changes)
 
 
@@ -101,6 +107,8 @@ def test_a_sampler_that_breaks_the_token_contract_is_caught(sample, monkeypatch,
 
 
 def test_a_sampler_that_forgets_a_candidate_is_caught(sample, monkeypatch):
-    monkeypatch.setattr("stages.sampling.canned.Canned.generate", lambda self, prompts: [[Candidate([5], [-1.0], "length")] * 2 for _ in prompts])
+    monkeypatch.setattr(
+        "stages.sampling.canned.Canned.generate", lambda self, prompts: [[Candidate([5], [-1.0], "length")] * 2 for _ in prompts]
+    )
     with pytest.raises(ContractError, match="4 rows for 2 prompts x 3 candidates"):
         sample(2)

@@ -28,7 +28,9 @@ def prompts(tiny_model, make_rows) -> list[Prompt]:
     tokenizer = load_tokenizer(tiny_model)
     rows = make_rows(7)
     rows[3]["messages"][0]["content"] *= 3  # lengths differ, or there is no padding to get wrong
-    return [Prompt(row["prompt_id"], encode_prompt(tokenizer, row["messages"], "chat"), candidate_seeds(0, row["prompt_id"], 4)) for row in rows]
+    return [
+        Prompt(row["prompt_id"], encode_prompt(tokenizer, row["messages"], "chat"), candidate_seeds(0, row["prompt_id"], 4)) for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,21 @@ def test_a_candidate_does_not_depend_on_the_batch_it_is_decoded_in(tiny_model, p
             for left, right in zip(one, other, strict=True):
                 assert np.allclose(left.token_logps, right.token_logps, atol=1e-5)
     backwards = sampler(tiny_model).generate(prompts[::-1])[::-1]
-    assert [[candidate.token_ids for candidate in group] for group in backwards] == [[candidate.token_ids for candidate in group] for group in candidates]
+    assert [[candidate.token_ids for candidate in group] for group in backwards] == [
+        [candidate.token_ids for candidate in group] for group in candidates
+    ]
 
 
 def test_log_probs_are_the_models_own_before_temperature_and_top_p(tiny_model, prompts):
     for changes in ({}, {"temperature": 0.5, "top_p": 0.8}, {"temperature": 0.0}):
         groups = sampler(tiny_model, **changes).generate(prompts)
         flat = [(prompt.ids, candidate) for prompt, group in zip(prompts, groups, strict=True) for candidate in group]
-        scored = score_responses(load_causal_lm(str(tiny_model), "float32", "cpu"), [ids for ids, _ in flat], [candidate.token_ids for _, candidate in flat], 4096)
+        scored = score_responses(
+            load_causal_lm(str(tiny_model), "float32", "cpu"),
+            [ids for ids, _ in flat],
+            [candidate.token_ids for _, candidate in flat],
+            4096,
+        )
         for (_, candidate), logps in zip(flat, scored, strict=True):
             assert np.abs(np.array(candidate.token_logps) - logps).max() < 1e-4
 
@@ -71,7 +80,9 @@ def test_temperature_0_is_what_transformers_itself_decodes(tiny_model, prompts):
     model = load_causal_lm(str(tiny_model), "float32", "cpu").eval()
     for prompt, group in zip(prompts, sampler(tiny_model, temperature=0.0, stops=[1]).generate(prompts), strict=True):
         ids = torch.tensor([prompt.ids])
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=1, use_cache=True)
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=1, use_cache=True
+        )
         assert {tuple(candidate.token_ids) for candidate in group} == {tuple(expected[0, len(prompt.ids) :].tolist())}
 
 

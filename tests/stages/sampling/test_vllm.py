@@ -17,7 +17,12 @@ from stages.stage import events
 from stages.tokens import load_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: the extras cpu and gpu have it")
-SETTINGS = {"backend": {"name": "vllm", "dtype": "float32", "runtime": {"kv_cache_gib": 0.1}}, "num_candidates": 4, "max_new_tokens": 16, "max_prompt_tokens": 96}
+SETTINGS = {
+    "backend": {"name": "vllm", "dtype": "float32", "runtime": {"kv_cache_gib": 0.1}},
+    "num_candidates": 4,
+    "max_new_tokens": 16,
+    "max_prompt_tokens": 96,
+}
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,12 @@ def test_a_column_is_padded_behind_its_tokens_or_absent():
 
 def good(**changes):
     row = {"pair_id": "p7/0-1", "chosen_ids": [3, 4], "rejected_ids": [5]}
-    row |= {"chosen_weights": [1.0, 1.0], "rejected_weights": [1.0], "chosen_reference_logps": [-1.0, -2.0], "rejected_reference_logps": [-1.0]}
+    row |= {
+        "chosen_weights": [1.0, 1.0],
+        "rejected_weights": [1.0],
+        "chosen_reference_logps": [-1.0, -2.0],
+        "rejected_reference_logps": [-1.0],
+    }
     return row | {"chosen_old_logps": None, "rejected_old_logps": None} | changes
 
 
@@ -97,7 +102,9 @@ def test_a_column_of_another_length_is_named_by_row_and_column(changes, message)
 
 def test_a_method_without_a_reference_asks_for_none_and_one_on_single_responses_for_no_rejected():
     check_rows([good(chosen_reference_logps=None, rejected_reference_logps=None)], METHODS.config("simpo"))
-    check_rows([good(chosen_reference_logps=None, rejected_ids=[], rejected_weights=[], rejected_reference_logps=None)], METHODS.config("sft"))
+    check_rows(
+        [good(chosen_reference_logps=None, rejected_ids=[], rejected_weights=[], rejected_reference_logps=None)], METHODS.config("sft")
+    )
 
 
 def test_no_rows_are_nothing_to_train_on():

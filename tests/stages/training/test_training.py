@@ -47,7 +47,10 @@ VARIANTS = {
     "bf16": {"dtype": "bfloat16"},
     "bf16, zero 2": {"dtype": "bfloat16", "runtime": {"zero_stage": 2}},
     "bf16, one pair at a time": {"dtype": "bfloat16", "runtime": {"batch_tokens": 1}},
-    **{f"bf16, zero {stage}, no step": {"dtype": "bfloat16", "learning_rate": 1e-30, "epochs": 1, "runtime": {"zero_stage": stage}} for stage in range(4)},
+    **{
+        f"bf16, zero {stage}, no step": {"dtype": "bfloat16", "learning_rate": 1e-30, "epochs": 1, "runtime": {"zero_stage": stage}}
+        for stage in range(4)
+    },
     "saved in bf16": {"save_dtype": "bfloat16"},
     "short of its schedule": {"epochs": 1, "schedule_epochs": 2},
     "diverged": {"policy": "broken"},
@@ -75,7 +78,13 @@ def rows(reference_model) -> list[dict]:
         prompt, chosen, rejected = (random.integers(5, 320, random.integers(1, most)).tolist() for most in (14, 12, 9))
         logps = score_responses(model, [prompt] * 2, [chosen, rejected], 4096)
         rate = float(random.uniform(0.5, 0.9))
-        row = empty | {"pair_id": f"p{number}/0-1", "prompt_id": f"p{number}", "prompt_ids": prompt, "win_rate_chosen": rate, "win_rate_rejected": 1 - rate}
+        row = empty | {
+            "pair_id": f"p{number}/0-1",
+            "prompt_id": f"p{number}",
+            "prompt_ids": prompt,
+            "win_rate_chosen": rate,
+            "win_rate_rejected": 1 - rate,
+        }
         for side, ids, values in (("chosen", chosen, logps[0]), ("rejected", rejected, logps[1])):
             row |= {f"{side}_ids": ids, f"{side}_reference_logps": values.tolist(), f"{side}_candidate": 0}
             row[f"{side}_weights"] = random.uniform(0.5, 1.5, len(ids)).astype(np.float32).tolist()
@@ -263,7 +272,9 @@ def test_a_checkpoint_in_bf16_is_the_rounded_one(trained):
     assert all(torch.equal(value, base[name].bfloat16()) for name, value in half.items())
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("base", "float32"), ("bf16", "float32"), ("zero 3", "float32"), ("saved in bf16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("base", "float32"), ("bf16", "float32"), ("zero 3", "float32"), ("saved in bf16", "bfloat16")]
+)
 def test_a_checkpoint_says_which_dtype_its_weights_have(trained, name, dtype):
     # transformers loads in the dtype that config.json names: a wrong one rounds float32 weights in silence.
     assert json.loads((trained(name).model / "config.json").read_text())["dtype"] == dtype
@@ -291,7 +302,9 @@ class Command:
         pairs = make_artifact(self.store, "weighted_pairs", rows)
         settings = config(**changes)
         self.spec = directory / "spec.json"
-        self.spec.write_text(json.dumps({"config": settings, "inputs": {"pairs": pairs.key, "policy": str(policy)}, "store": str(self.store.root)}))
+        self.spec.write_text(
+            json.dumps({"config": settings, "inputs": {"pairs": pairs.key, "policy": str(policy)}, "store": str(self.store.root)})
+        )
         key = STAGES["train"].key(TrainingConfig.model_validate(settings), {"pairs": pairs, "policy": external_model(policy)})
         self.out = self.store.directory("checkpoint", key)
 
@@ -340,7 +353,7 @@ def check_resumed(command: Command, every: int) -> None:
     assert second[-1] == 10 and second == list(range(second[0], 11))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("base", "float32"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", "bfloat16"), pytest.param("base", "float32", marks=pytest.mark.slow)])
 def test_a_training_killed_in_mid_epoch_ends_with_the_very_same_weights(command, trained, tiny_model, name, dtype):
     train = command(dtype=dtype, runtime={"save_every_steps": 2})
     train.kill_after(3)
@@ -364,6 +377,13 @@ def test_two_ranks_train_as_one(command, trained):
     assert run.losses == pytest.approx(base.losses, rel=1e-5)
     assert gap(run.weights, base.weights) < 1e-5
     assert [step["tokens"] for step in run.steps] == [step["tokens"] for step in base.steps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_of_a_bf16_training_that_does_not_move_return_the_weights_they_were_given(command, tiny_model, stage):
+    run = command(dtype="bfloat16", learning_rate=1e-30, runtime={"num_processes": 2, "batch_tokens": 60, "zero_stage": stage}).run()
+    assert gap(run.weights, load_file(tiny_model / "model.safetensors")) < 1e-20
 
 
 @pytest.mark.slow
