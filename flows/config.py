@@ -97,7 +97,9 @@ class RunConfig(Config):
             raise ValueError("pairs of the best and the worst candidate need sampling.num_candidates >= 2")
         single = self.spec.sides(self.method) == ("chosen",)
         if single and self.pairing in ("best_vs_worst", "truth_vs_generation"):
-            raise ValueError(f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, not {self.pairing}")
+            raise ValueError(
+                f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, not {self.pairing}"
+            )
         if not single and self.pairing in ("each", "truth"):
             raise ValueError(f"{self.method.name} as set trains on pairs, and pairing {self.pairing} makes single responses")
         if self.pairing in CHOOSE and self.scoring.scorer is None:

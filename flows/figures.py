@@ -11,7 +11,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 
 
 class Series(NamedTuple):
@@ -45,7 +45,9 @@ def number(value: float) -> str:
 class _Axes:
     def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str):
         self.x_range, self.y_range = _wide(x_range), _wide(y_range)
-        self.parts = [f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>']
+        self.parts = [
+            f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
+        ]
         middle = (TOP + HEIGHT - BOTTOM) / 2
         self.parts.append(
             f'<text class="label" x="12" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 12 {middle:.0f})">{escape(y_label)}</text>'
@@ -62,7 +64,7 @@ class _Axes:
     def grid(self, x_ticks: Sequence[float], x_names: Sequence[str] | None = None) -> None:
         for value in ticks(*self.y_range):
             y = self.y(value)
-            self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            self.parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             self.parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
         for index, value in enumerate(x_ticks):
             name = x_names[index] if x_names else number(value)
@@ -183,7 +185,9 @@ def matrix(title: str, names: Sequence[str], values: Sequence[Sequence[float | N
     height = top + cell * count + 8
     out = [f'<text class="label" x="{left + cell * count / 2:.0f}" y="11" text-anchor="middle">{escape(x_label)}</text>']
     middle = top + cell * count / 2
-    out.append(f'<text class="label" x="12" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 12 {middle:.0f})">{escape(y_label)}</text>')
+    out.append(
+        f'<text class="label" x="12" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 12 {middle:.0f})">{escape(y_label)}</text>'
+    )
     for i, name in enumerate(names):
         out.append(f'<text x="{left + cell * (i + 0.5):.1f}" y="25" text-anchor="middle">{escape(name)}</text>')
         out.append(f'<text x="{left - 6:.1f}" y="{top + cell * (i + 0.5) + 4:.1f}" text-anchor="end">{escape(name)}</text>')

@@ -46,7 +46,8 @@ class Story(NamedTuple):
     """prompt_id -> its text."""
     gains: list[dict[str, Any]]
     """Against the start: {"mean", "low", "high", "controlled": {...}} or empty."""
-    win_rates: list[list[float | None]]
+    win_rates: dict[int, list[float | None]]
+    """Iteration -> part of the prompts on which it beats each of these iterations; at most ten of them."""
     curves: dict[int, list[dict[str, float]]]
     """Iteration -> lines of metrics.jsonl."""
     weights: dict[int, WeightPicture]
@@ -71,7 +72,11 @@ def render(story: Story) -> str:
         ("responses", "The same prompts, iteration by iteration", _responses(story)),
         ("times", "Where the time went", _times(story)),
         ("table", "All numbers", _table(story.rows)),
-        ("settings", "Settings", f"<details><summary>What differs from the defaults</summary><pre>{escape(story.settings)}</pre></details>"),
+        (
+            "settings",
+            "Settings",
+            f"<details><summary>What differs from the defaults</summary><pre>{escape(story.settings)}</pre></details>",
+        ),
     ]
     sections = [section for section in sections if section[2]]
     nav = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
@@ -122,10 +127,15 @@ def _progress(story: Story) -> str:
     score = Series("held-out score", numbers, *([row[name] for row in story.rows] for name in ("heldout_score", "low", "high")))
     items = []
     if any(row["heldout_score"] is not None for row in story.rows):
-        items.append(_figure("score", "Held-out score, 95 % interval over prompts", figures.lines("held-out score", [score], "iteration", "score")))
+        items.append(
+            _figure("score", "Held-out score, 95 % interval over prompts", figures.lines("held-out score", [score], "iteration", "score"))
+        )
     gains = [(number, gain) for number, gain in zip(numbers, story.gains, strict=True) if gain]
     if len(gains) > 1:
-        series = [_gain_series("as measured", gains, lambda gain: gain), _gain_series("at equal length", gains, lambda gain: gain["controlled"])]
+        series = [
+            _gain_series("as measured", gains, lambda gain: gain),
+            _gain_series("at equal length", gains, lambda gain: gain["controlled"]),
+        ]
         items.append(
             _figure(
                 "gain",
@@ -134,10 +144,8 @@ def _progress(story: Story) -> str:
                 [one.label for one in series],
             )
         )
-    if len(story.rows) > 1 and story.win_rates:
-        keep = _spread(len(story.rows), 10)
-        values = [[story.win_rates[i][j] for j in keep] for i in keep]
-        names = [str(numbers[i]) for i in keep]
+    if len(story.win_rates) > 1:
+        names, values = [str(number) for number in story.win_rates], list(story.win_rates.values())
         picture = figures.matrix("win rates between iterations", names, values, "against iteration", "iteration")
         items.append(_figure("win-rates", "How often (%) an iteration beats another on the same prompt; ties count half", picture))
     return _grid(*items)
@@ -167,7 +175,11 @@ def _gate(story: Story) -> str:
                 "why": one["reason"],
             }
         )
-    note = "The gate is on: the outcome decides which policy goes on." if acting else "The gate is off: outcomes are recorded, and every policy goes on."
+    note = (
+        "The gate is on: the outcome decides which policy goes on."
+        if acting
+        else "The gate is off: outcomes are recorded, and every policy goes on."
+    )
     note += " <i>detectable</i>: the smallest true gain that so many prompts show in 80 % of all runs."
     return f"<p>{note}</p>{_table(rows)}"
 
@@ -199,8 +211,8 @@ def _training(story: Story) -> str:
         steps += range(first + 1, first + len(curve) + 1)
     if not lines:
         return ""
-    marks = marks if len(marks) <= 8 else [mark for i, mark in enumerate(marks) if i in _spread(len(marks), 8)]
-    keep = _spread(len(lines), 400)
+    marks = marks if len(marks) <= 8 else [mark for i, mark in enumerate(marks) if i in spread(len(marks), 8)]
+    keep = spread(len(lines), 400)
     x = [steps[i] for i in keep]
 
     def picture(name: str, caption: str, y_label: str, columns: dict[str, str], zero: bool = False) -> str:
@@ -214,7 +226,9 @@ def _training(story: Story) -> str:
         return _figure(name, caption, svg, labels) if series else ""
 
     return _grid(
-        picture("rewards", "Implicit rewards while training", "reward", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, zero=True),
+        picture(
+            "rewards", "Implicit rewards while training", "reward", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, zero=True
+        ),
         picture("logps", "Log-probability of the responses", "nats", {"chosen": "logps/chosen", "rejected": "logps/rejected"}),
         picture("margins", "Reward margin", "chosen minus rejected", {"margin": "rewards/margins"}, zero=True),
         picture("accuracy", "Pairs whose chosen response has the higher reward", "part", {"accuracy": "rewards/accuracies"}),
@@ -227,7 +241,7 @@ def _weights(story: Story) -> str:
         return ""
     numbers = sorted(story.weights)
     items = []
-    for number in [numbers[i] for i in _spread(len(numbers), SHOWN_ITERATIONS)]:
+    for number in [numbers[i] for i in spread(len(numbers), SHOWN_ITERATIONS)]:
         picture = story.weights[number]
         caption = f"Iteration {number}: weights of {picture.tokens} tokens"
         if picture.clamped:
@@ -259,7 +273,10 @@ def _heat_maps(number: int, examples: Sequence[dict[str, Any]]) -> str:
         + "</div>"
         for one in examples
     )
-    scale = "".join(f'<span class="w{side}{level}">&nbsp;&nbsp;</span>' for side, level in [("m", n) for n in range(5, 0, -1)] + [("p", n) for n in range(6)])
+    scale = "".join(
+        f'<span class="w{side}{level}">&nbsp;&nbsp;</span>'
+        for side, level in [("m", n) for n in range(5, 0, -1)] + [("p", n) for n in range(6)]
+    )
     note = f"Iteration {number}. Blue: less than the middle weight {middle:.2f}; orange: more. {scale}"
     return f'<div id="fig-heat"><h3>Weight of each token</h3><p class="tokens">{note}</p>{cards}</div>'
 
@@ -276,11 +293,19 @@ def _lengths(story: Story) -> str:
     mean = _metric_series(story, "mean_tokens", "mean")
     pictures = [mean, *quarters]
     fluency = [_metric_series(story, "start_logp", "log-prob")]
-    finished, distinct = _metric_series(story, "finished_rate", "ended by itself"), _metric_series(story, "distinct_rate", "distinct answers")
+    finished, distinct = (
+        _metric_series(story, "finished_rate", "ended by itself"),
+        _metric_series(story, "distinct_rate", "distinct answers"),
+    )
     repeats = _metric_series(story, "repetition", "repetition")
     rates = [one for one in (finished, distinct, repeats) if any(value is not None for value in one.y)]
     return _grid(
-        _figure("lengths", "Tokens per held-out answer", figures.lines("tokens per answer", pictures, "iteration", "tokens"), [s.label for s in pictures]),
+        _figure(
+            "lengths",
+            "Tokens per held-out answer",
+            figures.lines("tokens per answer", pictures, "iteration", "tokens"),
+            [s.label for s in pictures],
+        ),
         _figure("fluency", "Mean log-prob per token under the start model", figures.lines("fluency", fluency, "iteration", "nats")),
         _figure("rates", "Held-out answers", figures.lines("rates", rates, "iteration", "part"), [one.label for one in rates]),
     )
@@ -308,7 +333,14 @@ def _dropped(story: Story) -> str:
     if rest:
         parts.append(("other", [sum(story.dropped[number].get(reason, 0) for reason in rest) for number in numbers]))
     svg = figures.stacks("what was dropped", [str(number) for number in numbers], parts, "iteration", "count")
-    return _grid(_figure("dropped", "Prompts, pairs and candidates that did not train, by reason", svg, [f"{label} ({totals.get(label, sum(v)):g})" for label, v in parts]))
+    return _grid(
+        _figure(
+            "dropped",
+            "Prompts, pairs and candidates that did not train, by reason",
+            svg,
+            [f"{label} ({totals.get(label, sum(v)):g})" for label, v in parts],
+        )
+    )
 
 
 def _times(story: Story) -> str:
@@ -319,7 +351,7 @@ def _times(story: Story) -> str:
 
 
 def _responses(story: Story) -> str:
-    keep = _spread(len(story.heldout), SHOWN_ITERATIONS)
+    keep = spread(len(story.heldout), SHOWN_ITERATIONS)
     by_prompt = [_by_prompt(rows) for rows in story.heldout]
     names = [name for name in by_prompt[0] if all(name in one for one in by_prompt)]
     if not names:
@@ -352,7 +384,7 @@ def _by_prompt(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _interesting(names: Sequence[str], by_prompt: Sequence[dict[str, dict[str, Any]]], count: int = 6) -> list[tuple[str, str]]:
     """Evenly spaced prompts, then those whose score rose and fell most."""
-    picked = [(names[i], "") for i in _spread(len(names), count)]
+    picked = [(names[i], "") for i in spread(len(names), count)]
     seen = {name for name, _ in picked}
     change = {}
     for name in names:
@@ -365,7 +397,7 @@ def _interesting(names: Sequence[str], by_prompt: Sequence[dict[str, dict[str, A
     return picked
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """At most `count` indices, evenly spaced, the first and the last among them."""
     if length <= count:
         return list(range(length))
@@ -400,7 +432,7 @@ nav{display:flex;gap:6px 16px;flex-wrap:wrap;margin-top:16px;font-size:.88rem}a{
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(400px,100%),1fr));gap:14px}
 figure{margin:0;padding:12px 12px 6px;min-width:0}figcaption{font-size:.88rem;font-weight:600;margin-bottom:4px;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto}svg text{font:11.5px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--soft)}svg .label{fill:var(--ink)}svg .marked{font-size:9.5px}svg .cell{fill:var(--ink);font-size:13px}
-.grid line,line.grid{stroke:var(--rule)}.zero{stroke:var(--soft);stroke-dasharray:4 3}.mark{stroke:var(--soft);stroke-dasharray:2 4;opacity:.7}
+.rule{stroke:var(--rule)}.zero{stroke:var(--soft);stroke-dasharray:4 3}.mark{stroke:var(--soft);stroke-dasharray:2 4;opacity:.7}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.bar{fill:none;stroke-width:1.6;opacity:.75}.area{opacity:.22}.none{fill:var(--rule);opacity:.5}.win{fill:var(--c2)}.lose{fill:var(--c1)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:.8rem;color:var(--soft);margin-bottom:4px}.legend i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px;background:var(--card)}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
@@ -410,8 +442,11 @@ th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--rule);whit
 .answer p{margin:0;font-size:.9rem;white-space:pre-wrap;overflow-wrap:anywhere}.tokens{overflow-wrap:anywhere;white-space:pre-wrap;margin:0 0 8px;line-height:1.75}.tokens em{color:var(--soft);font-size:.8rem;margin-right:4px}
 #fig-heat{margin-top:14px}.tokens span{padding:2px 0;border-radius:2px}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}summary{cursor:pointer}
 section:last-child{padding-bottom:48px}
+@media(max-width:560px){svg text{font-size:13.5px}svg .marked{font-size:11px}}
 """
 STYLE += "".join(f".s{n}{{stroke:var(--c{n})}}.f{n}{{fill:var(--c{n})}}.b{n}{{background:var(--c{n})}}" for n in range(8))
 STYLE += "".join(
-    f".w{side}{level}{{background:rgba({colour},{0.16 * level:.2f})}}" for side, colour in (("p", "240,130,40"), ("m", "50,130,220")) for level in range(6)
+    f".w{side}{level}{{background:rgba({colour},{0.16 * level:.2f})}}"
+    for side, colour in (("p", "240,130,40"), ("m", "50,130,220"))
+    for level in range(6)
 )

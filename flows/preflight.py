@@ -17,6 +17,7 @@ from data_contracts.identity import digest_file
 from data_contracts.prompts import check_disjoint, load_prompts
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
+from stages.evaluation import mt_bench
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig
 from stages.scoring import SCORERS
@@ -59,7 +60,12 @@ def _preflight(settings: str, store_root: Path) -> Checked:
         raise ConfigError(
             f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}"
         )
-    evaluation = run.evaluation.model_copy(update={"lm_eval": tuple(_with_digest(task) for task in run.evaluation.lm_eval)})
+    answers = run.sampling_for_heldout().num_candidates
+    if run.evaluation.best_of and max(run.evaluation.best_of) > answers:
+        raise ConfigError(
+            f"evaluation.best_of needs {max(run.evaluation.best_of)} held-out answers per prompt, heldout_sampling.num_candidates is {answers}"
+        )
+    evaluation = _with_digests(run.evaluation)
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
     _check_tokens(run, model, train, heldout)
@@ -93,8 +99,18 @@ def _check_models(run: RunConfig, policy: Path) -> None:
             )
 
 
+def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
+    """Local tasks and questions are read once, to refuse a broken one, and hashed: a changed question is a changed key."""
+    for task in evaluation.lm_eval:
+        load_task(task.path)
+    update: dict[str, Any] = {"lm_eval": tuple(_with_digest(task) for task in evaluation.lm_eval)}
+    if evaluation.mt_bench is not None:
+        mt_bench.load(evaluation.mt_bench.path)
+        update["mt_bench"] = _with_digest(evaluation.mt_bench)
+    return evaluation.model_copy(update=update)
+
+
 def _with_digest(task: Any) -> Any:
-    load_task(task.path)
     directory = Path(task.path)
     files = [
         FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path))

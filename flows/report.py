@@ -17,7 +17,7 @@ from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
 from flows.config import RunConfig
-from flows.page import Story, WeightPicture, render
+from flows.page import Story, WeightPicture, render, spread
 from stages.evaluation.gate import Measured, measured, paired_gain
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.evaluation.stage import per_prompt
@@ -44,6 +44,7 @@ class History:
         """Of the promotion gate."""
         self._built: dict[str, dict[str, Built]] = {}
         self._seconds: list[dict[str, float]] = []
+        self._gains: list[dict[str, Any]] = []
         self._prompts: dict[str, str] = {}
         self._curves: dict[int, list[dict[str, float]]] = {}
         self._weights: dict[int, WeightPicture] = {}
@@ -96,6 +97,7 @@ class History:
         self._seconds.append(seconds)
         row |= {f"{name} s": round(value, 1) for name, value in seconds.items()}
         self.rows.append(row)
+        self._gains.append(self._gain_of(-1))
         summary = {name.replace(" ", "_"): value for name, value in row.items() if name != "iteration" and value is not None}
         self.tracker.summary(_number(place), summary)
         self._publish(place)
@@ -138,7 +140,9 @@ class History:
         lines = [f"# Self-play run {self.config.name}", "", self.headline(), "", markdown_table(self.rows), ""]
         if self.decisions:
             lines += ["## Promotion gate", ""]
-            lines += [f"- iteration {one['iteration']} against {one['against']}: {one['outcome']} ({one['reason']})" for one in self.decisions]
+            lines += [
+                f"- iteration {one['iteration']} against {one['against']}: {one['outcome']} ({one['reason']})" for one in self.decisions
+            ]
             lines += [""]
         lines += ["## The same prompts, iteration by iteration", ""]
         lines += self._examples(8)
@@ -149,7 +153,8 @@ class History:
 
     def story(self) -> Story:
         """Everything that report.html shows."""
-        scores = [per_prompt(rows, "score") for rows in self.heldout]
+        shown = spread(len(self.heldout), 10)
+        scores = [per_prompt(self.heldout[i], "score") for i in shown]
         return Story(
             name=self.config.name,
             headline=self.headline(),
@@ -157,8 +162,10 @@ class History:
             reports=self.reports,
             heldout=self.heldout,
             prompts=self._prompts,
-            gains=[self._gain_of(number) for number in range(len(self.rows))],
-            win_rates=win_rate_matrix(scores) if all(scores) else [],
+            gains=self._gains,
+            win_rates=(
+                {self.rows[i]["iteration"]: one for i, one in zip(shown, win_rate_matrix(scores), strict=True)} if all(scores) else {}
+            ),
             curves=self._curves,
             weights=self._weights,
             dropped=self._dropped,
@@ -197,8 +204,13 @@ class History:
 
     def _publish(self, place: Place) -> None:
         """The report so far, and the tables into the UI. A server that went away costs the picture, not the run."""
-        report = self.write_report()
         key = self.config.name
+        try:
+            report = self.write_report()
+        except Exception as error:  # at the end of the run it is written once more, and then an error is one
+            if logger := _logger():
+                logger.warning("the report could not be written yet (%s: %s)", type(error).__name__, error)
+            return
         try:
             create_table_artifact(self.rows, key=f"{key}-history", description=f"{key}, iteration by iteration")
             summary = f"## {place.step}\n\n{self.headline()}\n\n{markdown_table(self.rows[-1:])}\n\nReport: `{report.with_suffix('.html')}`"
@@ -250,7 +262,9 @@ def _drop_reasons(records: Any) -> dict[str, float]:
 def _weight_picture(weighed: Built, trained: Built) -> WeightPicture | None:
     """Histogram and examples of the token weights; None where all of them are one."""
     metrics = weighed.record.metrics
-    ends = [metrics[f"weights/{side}/{end}"] for side in ("chosen", "rejected") for end in ("min", "max") if f"weights/{side}/{end}" in metrics]
+    ends = [
+        metrics[f"weights/{side}/{end}"] for side in ("chosen", "rejected") for end in ("min", "max") if f"weights/{side}/{end}" in metrics
+    ]
     if all(abs(end - 1.0) < 1e-6 for end in ends):
         return None
     sides: dict[str, list[np.ndarray]] = {"chosen": [], "rejected": []}
@@ -263,7 +277,8 @@ def _weight_picture(weighed: Built, trained: Built) -> WeightPicture | None:
             read += len(found[-1])
         if read >= MOST_TOKENS:
             break
-    edges = np.linspace(min(ends), max(ends), 41)
+    low, high = min(ends), max(ends)
+    edges = np.linspace(low, high, 41) if high > low else np.linspace(low - 0.5, high + 0.5, 41)
     parts = {side: np.concatenate(found) for side, found in sides.items()}
     bins = {side: list(np.histogram(values, edges)[0] / len(values)) if len(values) else [] for side, values in parts.items()}
     clamped = {name.removeprefix("weights/"): value for name, value in metrics.items() if re.search(r"\bat_[LU]\b", name)}

@@ -25,6 +25,7 @@ from flows.config import (
     WeightingConfig,
     load_run,
 )
+from flows.gate import Gate
 from flows.preflight import Checked, preflight
 from flows.report import History
 from stages.methods import METHODS
@@ -37,7 +38,13 @@ from tasks.tracking import Tracker
 
 
 def play(
-    config: RunConfig, checked: Checked, store: Store, start: ArtifactRef, models: dict[str, ArtifactRef], history: History
+    config: RunConfig,
+    checked: Checked,
+    store: Store,
+    start: ArtifactRef,
+    models: dict[str, ArtifactRef],
+    history: History,
+    gate: Gate | None = None,
 ) -> ArtifactRef:
     """The algorithm. Every name is a finished artifact; nothing else is passed on."""
     place = Place(str(store.root), config.name, "iter_00")
@@ -73,7 +80,11 @@ def play(
         policy, previous = trained.ref, pairs.ref
         history.built(place, **made)
         measure(policy, place)
-    return policy
+        if gate is not None:
+            policy, stop = gate.next(policy)
+            if stop:
+                break
+    return policy if gate is None else gate.final(policy)
 
 
 def prompts_of(config: RunConfig, checked: Checked, iteration: int, place: Place, models: dict[str, ArtifactRef]) -> ArtifactRef:
@@ -178,7 +189,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     tracker.parameters(config.model_dump(mode="json"))
     history = History(config, store, tracker)
     try:
-        final = play(config, checked, store, start, models, history)
+        final = play(config, checked, store, start, models, history, Gate(config.evaluation.gate, history, start))
     except BaseException:
         tracker.finish(None, "FAILED")
         raise

@@ -79,7 +79,9 @@ def _print_methods() -> int:
     for name in METHODS.names():
         method = METHODS.get(name)
         line = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0].removeprefix("Method - ")
-        models = set(WEIGHTS.get(method.WEIGHTS).NEEDS) - {"reference", "importance"} | ({"teacher"} if "teacher_logits" in method.NEEDS else set())
+        models = set(WEIGHTS.get(method.WEIGHTS).NEEDS) - {"reference", "importance"} | (
+            {"teacher"} if "teacher_logits" in method.NEEDS else set()
+        )
         needs = [pairs.get(method.PAIRING, method.PAIRING), *sorted(model.removesuffix("_unshifted") + " model" for model in models)]
         live = method.NEEDS & {"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"}
         needs += ["the reference in memory while training"] if live else []

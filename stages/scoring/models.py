@@ -38,7 +38,9 @@ def local_directory(model: ModelRef, scorer: str) -> Path | None:
         return None
     directory = Path(model.path).expanduser()
     if not (directory / "config.json").is_file():
-        raise ConfigError(f"the scorer {scorer} wants a model in {directory}, which has no config.json. Give `model: {{path: ...}}` or `hub_id:`")
+        raise ConfigError(
+            f"the scorer {scorer} wants a model in {directory}, which has no config.json. Give `model: {{path: ...}}` or `hub_id:`"
+        )
     return directory
 
 
@@ -90,7 +92,9 @@ def load_strictly(network: Any, tensors: Mapping[str, Any], directory: Path) -> 
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unknown": sorted(found.keys() - wanted.keys()),
-        "of another shape": [f"{name} {found[name]}, not {wanted[name]}" for name in wanted if name in found and found[name] != wanted[name]],
+        "of another shape": [
+            f"{name} {found[name]}, not {wanted[name]}" for name in wanted if name in found and found[name] != wanted[name]
+        ],
     }
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {what}, e.g. {names[:3]}" for what, names in problems.items() if names)
@@ -105,5 +109,3 @@ def refuse_remote_code(config: Mapping[str, Any], directory: Path, allowed: bool
             f"the model {directory} brings Python code of its own ({', '.join(map(str, config['auto_map']))}). It is not run unless "
             "scorer.trust_remote_code is true; ArmoRM has a native scorer: {name: armorm}"
         )
-
-

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from data_contracts.checkpoint import ModelRef
 from stages.policy import batches_by_budget, pick_device, pin_threads
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, NamedModel, local_directory, locate
+
+CPU_TOKENS = 512
 
 
 class PairRM:
@@ -42,8 +44,6 @@ class PairRM:
     @staticmethod
     def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
         local_directory(config.model, config.name)
-        if config.tokenizer is not None and config.tokenizer.path is not None:
-            ModelRef.model_validate(config.tokenizer.model_dump())
 
     def prepare(self, surroundings: Surroundings) -> None:
         self.batch_tokens = surroundings.batch_tokens
@@ -59,6 +59,10 @@ class PairRM:
             self.ranker = load_ranker(directory, tokenizer, config.dtype, pick_device(self.device))
         return self.ranker
 
+    def budget(self) -> int:
+        """On a CPU larger batches only fall out of its cache: a long row by itself is the fastest."""
+        return min(self.batch_tokens, CPU_TOKENS) if pick_device(self.device) == "cpu" else self.batch_tokens
+
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         ranker = self.load()
         matrices = [np.zeros((len(item.generations), len(item.generations))) for item in batch]
@@ -73,7 +77,7 @@ class PairRM:
                         places.append((number, i, j))
         lengths = [sum(map(len, pair)) for pair in pairs]
         with _bar(len(pairs)) as bar:
-            for rows in batches_by_budget(lengths, self.batch_tokens):
+            for rows in batches_by_budget(lengths, self.budget()):
                 for row, logit in zip(rows, ranker.logits([pairs[row] for row in rows]), strict=True):
                     number, i, j = places[row]
                     matrices[number][i, j] = logit
@@ -82,8 +86,6 @@ class PairRM:
 
 
 def _tokenizer_directory(model: NamedModel) -> Any:
-    from pathlib import Path
-
     return Path(model.path).expanduser() if model.path is not None else locate(model, "pairrm")
 
 

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from data_contracts.errors import ConfigError
+from stages.scoring.deberta_attention import make_fast
 from stages.scoring.models import load_strictly, read_tensors
 from stages.scoring.pairrm_tokens import Limits, PairTokenizer, load_tokenizer
 
-DEBERTA_V3_LARGE = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu", layer_norm_eps=1e-7,
-    relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
-    position_biased_input=False, max_relative_positions=-1, max_position_embeddings=512, type_vocab_size=0,
-)  # fmt: skip
+DEBERTA_V3_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-7, "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "max_relative_positions": -1, "max_position_embeddings": 512,
+    "type_vocab_size": 0,
+}  # fmt: skip
 """Backbone of the repository whose config.json describes the ranker only."""
 
 
@@ -36,6 +38,7 @@ class PairNetwork(nn.Module):
         from transformers import DebertaV2Model
 
         self.pretrained_model = DebertaV2Model(config)
+        make_fast(self.pretrained_model)
         hidden = config.hidden_size
         # Numbered as in the released weights; the dropout of 0.05 is for training only.
         self.head_layer = nn.Sequential(
@@ -89,7 +92,9 @@ def load_ranker(directory: Path, tokenizer_directory: Path | None, dtype: str, d
     elif settings.get("model_type") == "deberta-v2":
         described, places = settings, [tokenizer_directory, directory]
     else:
-        raise ConfigError(f"{directory}/config.json is of model type {settings.get('model_type')!r}, not of a PairRM checkpoint (deberta-v2)")
+        raise ConfigError(
+            f"{directory}/config.json is of model type {settings.get('model_type')!r}, not of a PairRM checkpoint (deberta-v2)"
+        )
     tensors = read_tensors(directory)
     embeddings = tensors.get("pretrained_model.embeddings.word_embeddings.weight")
     if embeddings is None:
@@ -100,7 +105,9 @@ def load_ranker(directory: Path, tokenizer_directory: Path | None, dtype: str, d
     load_strictly(network, tensors, directory)
     place = next((p for p in places if p is not None and any((p / name).is_file() for name in ("tokenizer.json", "spm.model"))), None)
     if place is None:
-        raise ConfigError(f"{directory} holds no tokenizer: give scorer.tokenizer, e.g. {{hub_id: microsoft/deberta-v3-large}}, or use PairRM-hf")
+        raise ConfigError(
+            f"{directory} holds no tokenizer: give scorer.tokenizer, e.g. {{hub_id: microsoft/deberta-v3-large}}, or use PairRM-hf"
+        )
     tokenizer = load_tokenizer(place, limits)
     if tokenizer.source_id + 4 != len(embeddings) or settings.get("source_prefix_id", tokenizer.source_id) != tokenizer.source_id:
         raise ConfigError(

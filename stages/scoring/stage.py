@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,12 +16,14 @@ from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.logps import Pass
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Scores
-from stages.scoring.pairing import CHOOSE, Group, group_of
+from stages.scoring.base import Candidates, Scores, Surroundings, prepared, score_once
+from stages.scoring.pairing import CHOOSE, Group, Preference, Rules, group_of, pair_statistics
 from stages.stage import Job, StageRuntime
 from stages.tokens import Template, encode_prompt, encode_response, load_tokenizer
 
-Pairing = Literal["best_vs_worst", "each", "truth_vs_generation", "truth", "given"]
+Pairing = Literal[
+    "best_vs_worst", "each", "truth_vs_generation", "truth", "given", "random_pair", "length_matched", "all_pairs"
+]  # fmt: skip
 WITHOUT_GENERATIONS = ("truth", "given")
 
 
@@ -28,17 +31,30 @@ class ScoringRuntime(StageRuntime):
     prompts_per_shard: int = Field(256, ge=1)
     """How much is lost, at most, when a scorer is killed."""
     batch_tokens: int = Field(4096, ge=1)
-    """Padded tokens per forward of the start model."""
+    """Padded tokens per forward of a scorer's model, or of the start model: what bounds its memory."""
 
 
 class ScoringConfig(BaseConfig):
     """What is preferred over what."""
 
+    NEUTRAL: ClassVar[dict[str, Any]] = {"preference": "both_orders", "min_preference": None, "max_length_ratio": 1.25, "seed": 0}
+
     scorer: SCORERS.field() | None = None
-    """checks (verifiable instructions), length (tests), or a plug-in. None: for pairings that need no score."""
+    """By name, with its settings; docs/scoring.md lists them all. None: for pairings that need no score."""
     pairing: Pairing | None = None
     """best_vs_worst: of the K candidates; each: every candidate by itself; truth_vs_generation: the prompt's `response` over candidate 0
-    (SPIN); truth: the `response` alone (SFT); given: the prompt's `chosen` over its `rejected`. None: what the method uses."""
+    (SPIN); truth: the `response` alone (SFT); given: the prompt's `chosen` over its `rejected`; random_pair: any unequal two, drawn by
+    `seed`; length_matched: the widest difference among candidates of about the same length; all_pairs: every unequal two, K(K-1)/2 rows.
+    None: what the method uses."""
+    preference: Preference = "both_orders"
+    """Of a pair scorer's raw logits L, P(i beats j) = sigmoid of: both_orders, (L_ij - L_ji) / 2; one_order, L_ij; sppo_release, the
+    difference of aggregated scores as in SPPO's released code."""
+    min_preference: float | None = Field(None, ge=0, le=1)
+    """Only pairs whose chosen candidate beats the rejected one with at least this probability; None: all. 0.5 takes out cycles."""
+    max_length_ratio: float = Field(1.25, ge=1)
+    """length_matched: the longer of the two has at most so many times the tokens of the shorter."""
+    seed: int = 0
+    """random_pair: which pair is drawn."""
     tau: float = Field(1.0, ge=0)
     """Scale of a pointwise score: P(i beats j) = sigmoid((r_i - r_j) / tau); 0: the better one wins for sure."""
     max_drop_rate: float = Field(0.9, ge=0, le=1)
@@ -65,7 +81,7 @@ def run(job: Job) -> None:
     for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "scored_pairs"):
         candidates = [groups[prompt["prompt_id"]] for prompt in chunk] if groups else [[]] * len(chunk)
         with job.timed("busy"):
-            scores = scoring.of(chunk, candidates) if scoring else [Scores(None, None, [])] * len(chunk)
+            scores = scoring.of(chunk, candidates, index) if scoring else [Scores(None, None, [])] * len(chunk)
             results = [
                 _rows(prompt, rows, score, texts, config, pairing) for prompt, rows, score in zip(chunk, candidates, scores, strict=True)
             ]
@@ -109,12 +125,31 @@ class _Scoring:
         self.start = _StartLogps(job) if self.scorer_class.needs_start_logps(self.config) else None
         self.scorer: Any = None
 
-    def of(self, prompts: Sequence[dict[str, Any]], candidates: list[list[dict[str, Any]]]) -> list[Scores]:
+    def of(self, prompts: Sequence[dict[str, Any]], candidates: list[list[dict[str, Any]]], shard: int) -> list[Scores]:
         if self.scorer is None:
-            with self.job.timed("load"):
-                self.scorer = self.scorer_class(self.config, self.job.config.runtime.device)
+            self._open()
         means = self.start.of(candidates) if self.start else [None] * len(prompts)
-        return self.scorer.score([Candidates(*item) for item in zip(prompts, candidates, means, strict=True)])
+        batch = [Candidates(*item) for item in zip(prompts, candidates, means, strict=True)]
+        begin = time.monotonic()
+        scores, sizes = score_once(self.scorer, batch)
+        self._tell(shard, sizes, scores, time.monotonic() - begin)
+        return scores
+
+    def _open(self) -> None:
+        runtime = self.job.config.runtime
+        with self.job.timed("load"):
+            surroundings = Surroundings(self.job.store_root, runtime.batch_tokens, self.job.log)
+            self.scorer = prepared(self.scorer_class, self.config, runtime.device, surroundings)
+
+    def _tell(self, shard: int, sizes: list[int], scores: list[Scores], seconds: float) -> None:
+        """One event per shard: how much was scored, how fast, and what a pair scorer's two orders say of it."""
+        matrices = [score.preference_logits for score in scores if score.preference_logits is not None]
+        count, unit = (sum(k * (k - 1) for k in sizes), "comparisons") if matrices else (sum(sizes), "candidates")
+        facts: dict[str, float] = {unit: count, "seconds": round(seconds, 3), f"{unit}_per_second": round(count / max(seconds, 1e-9), 1)}
+        facts |= pair_statistics(matrices).rates() if matrices else {}
+        facts |= self.scorer.metrics() if hasattr(self.scorer, "metrics") else {}
+        self.job.event("scored", index=shard, **facts)
+        self.job.log(f"shard {shard}: " + ", ".join(f"{name} {value:.4g}" for name, value in facts.items()))
 
 
 class _StartLogps:
@@ -155,7 +190,7 @@ def _rows(
     prompt: dict[str, Any], candidates: list[dict[str, Any]], scores: Scores, texts: _Texts | None, config: ScoringConfig, pairing: str
 ) -> list[dict[str, Any]] | str:
     """The rows of one prompt, or the reason why it gives none."""
-    group = None if scores.scores is None and scores.preference_logits is None else group_of(scores, config.tau)
+    group = None if scores.scores is None and scores.preference_logits is None else group_of(scores, config.tau, config.preference)
     common = {
         "prompt_id": prompt["prompt_id"],
         "prompt_ids": candidates[0]["prompt_ids"] if candidates else texts.prompt(prompt),
@@ -164,7 +199,8 @@ def _rows(
         "group_win_rates": None if group is None else group.win_rates.tolist(),
     }
     if texts is None:
-        choices = CHOOSE[pairing](group)
+        lengths = tuple(len(row["token_ids"]) for row in candidates)
+        choices = CHOOSE[pairing](group, Rules(lengths, prompt["prompt_id"], config.seed, config.max_length_ratio, config.min_preference))
         if isinstance(choices, str):
             return choices
         return [
@@ -201,7 +237,7 @@ def _text_side(side: str, texts: _Texts, prompt: dict[str, Any], field: str, win
 
 def _score_row(prompt: dict[str, Any], scores: Scores) -> dict[str, Any]:
     plain = None if scores.scores is None else [None if np.isnan(value) else float(value) for value in scores.scores]
-    logits = None if scores.preference_logits is None else scores.preference_logits.ravel().tolist()
+    logits = None if scores.preference_logits is None else np.asarray(scores.preference_logits, dtype=float).ravel().tolist()
     return {"prompt_id": prompt["prompt_id"], "scores": plain, "preference_logits": logits, "reasons": scores.reasons}
 
 
@@ -219,6 +255,12 @@ def _summarise(job: Job, num_prompts: int) -> None:
     job.metrics |= {f"spoilt/{reason}": count for reason, count in spoilt.items()}
     if len(scored):
         job.metrics["mean_score"] = float(scored.mean())
+    flat = [row for row in raw["preference_logits"].to_pylist() if row is not None]
+    if flat:
+        matrices = [np.array(row, dtype=float).reshape(round(len(row) ** 0.5), -1) for row in flat]
+        known = [matrix for matrix in matrices if matrix.size]
+        job.metrics["unscored"] = sum(int(np.isnan(matrix).any(axis=1).sum()) for matrix in known)
+        job.metrics |= {f"pairwise/{name}": value for name, value in pair_statistics(known).rates().items()}
     if pairs.num_rows:
         for side in ("chosen", "rejected"):
             job.metrics[f"mean_tokens/{side}"] = float(pairs[f"{side}_ids"].combine_chunks().value_lengths().to_numpy().mean())

@@ -1,6 +1,6 @@
 """Freeze what llm-blender 0.0.2 says of the tiny checkpoint: run in its own environment (deploy/setup/oracle.sh), writes pairrm_golden.json.
 
-    .venv-oracle/bin/python tests/assets/make_pairrm_golden.py
+.venv-oracle/bin/python tests/assets/make_pairrm_golden.py
 """
 
 import json

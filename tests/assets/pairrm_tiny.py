@@ -4,6 +4,8 @@ No torch and no transformers: the same file builds them in llm-blender's own env
 the backbone that the one without `-hf` names.
 """
 
+# ruff: noqa: RUF001 - full-width letters and signs are part of the cases
+
 import json
 from pathlib import Path
 
@@ -11,14 +13,102 @@ import numpy as np
 
 CONTROLS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
-WORDS = (
-    "the a of and to in is it that was for on are as with his they be at one have this from or had by not but what all were we when your "
-    "can said there use an each which she do how their if will up other about out many then them these so some her would make like him "
-    "into time has look two more write go see number no way could people my than first water been call who oil its now find long down day"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "it",
+    "that",
+    "was",
+    "for",
+    "on",
+    "are",
+    "as",
+    "with",
+    "his",
+    "they",
+    "be",
+    "at",
+    "one",
+    "have",
+    "this",
+    "from",
+    "or",
+    "had",
+    "by",
+    "not",
+    "but",
+    "what",
+    "all",
+    "were",
+    "we",
+    "when",
+    "your",
+    "can",
+    "said",
+    "there",
+    "use",
+    "an",
+    "each",
+    "which",
+    "she",
+    "do",
+    "how",
+    "their",
+    "if",
+    "will",
+    "up",
+    "other",
+    "about",
+    "out",
+    "many",
+    "then",
+    "them",
+    "these",
+    "so",
+    "some",
+    "her",
+    "would",
+    "make",
+    "like",
+    "him",
+    "into",
+    "time",
+    "has",
+    "look",
+    "two",
+    "more",
+    "write",
+    "go",
+    "see",
+    "number",
+    "no",
+    "way",
+    "could",
+    "people",
+    "my",
+    "than",
+    "first",
+    "water",
+    "been",
+    "call",
+    "who",
+    "oil",
+    "its",
+    "now",
+    "find",
+    "long",
+    "down",
+    "day",
+]
 SIZES = {
     "tiny": {"hidden": 64, "layers": 3, "heads": 4, "feed": 128, "buckets": 32},
     "mid": {"hidden": 256, "layers": 6, "heads": 4, "feed": 1024, "buckets": 256},
+    "large": {"hidden": 1024, "layers": 24, "heads": 16, "feed": 4096, "buckets": 256},
 }
 
 
@@ -138,7 +228,7 @@ def cases() -> dict[str, dict]:
             "candidates": ["ｈａｌｆ\u3000of it", "zero\u200bwidth  and   spaces\t\n", "中文字 é e\u0301 ü ß 🙂", " ≯ \u0338 leads"],
         },
         "empty": {"prompt": "", "candidates": ["", "one", " "]},
-        "punctuation": {"prompt": "a.b,c;d", "candidates": ["(x)", "[y] <z> |", "don't - \"quote\""]},
+        "punctuation": {"prompt": "a.b,c;d", "candidates": ["(x)", "[y] <z> |", 'don\'t - "quote"']},
         "800 tokens": {"prompt": long(60), "candidates": [long(800), long(800, 3), "short"]},
         "source cut": {"prompt": long(1300), "candidates": [long(420), long(500, 5), "a"]},
         "source at its limit": {"prompt": long(1221), "candidates": [long(409), long(410, 1), long(411, 2)]},

@@ -93,10 +93,11 @@ def wait_for_the_moment(run: Run, chance: random.Random, unit: float) -> None:
 
 
 def kill_one(run: Run, chance: random.Random) -> str:
-    """SIGKILL to one process of the tree; says which. Those that do the work are hit more often than those that watch."""
+    """SIGKILL to one process of the tree; says which. Those that do the work are hit more often than those that watch over it."""
     alive = sorted(run.processes(), key=lambda process: process.create_time())
     roles = [role(process) for process in alive]
-    number = chance.choices(range(len(alive)), [1 if "server" in name or "supervisor" in name else 3 for name in roles])[0]
+    weight = [4 if name.startswith("stage ") and "supervisor" not in name else 2 if name == "main" else 1 for name in roles]
+    number = chance.choices(range(len(alive)), weight)[0]
     try:
         alive[number].send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:

@@ -97,7 +97,13 @@ def weighing(store: Store, iteration: int, ones: bool) -> Built:
     for number in range(6):
         row = dict.fromkeys(SCHEMAS["weighted_pairs"].names)
         (chosen, good), (rejected, bad) = side(number, 60), side(number, 90)
-        row |= {"pair_id": f"p{number}/0-1", "prompt_id": f"p{number}", "prompt_ids": [5, 6], "win_rate_chosen": 0.7, "win_rate_rejected": 0.3}
+        row |= {
+            "pair_id": f"p{number}/0-1",
+            "prompt_id": f"p{number}",
+            "prompt_ids": [5, 6],
+            "win_rate_chosen": 0.7,
+            "win_rate_rejected": 0.3,
+        }
         row |= {"chosen_ids": chosen, "chosen_weights": good, "rejected_ids": rejected, "rejected_weights": bad}
         row |= {"chosen_candidate": 0, "rejected_candidate": 1}
         rows.append(row)
@@ -134,7 +140,15 @@ def told(store, make_run, tiny_model, make_prompts, make_rows, published):
             place = Place(str(store.root), "paper", f"iter_{iteration:02d}")
             directory = store.directory("checkpoint", f"c{iteration}")
             directory.mkdir(parents=True, exist_ok=True)
-            names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "loss")
+            names = (
+                "rewards/chosen",
+                "rewards/rejected",
+                "rewards/margins",
+                "rewards/accuracies",
+                "logps/chosen",
+                "logps/rejected",
+                "loss",
+            )
             lines = [{"step": step, **{name: 0.1 * step * (-1 if "rejected" in name else 1) for name in names}} for step in range(1, 9)]
             (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             score = sign(store, "scored_pairs", f"s{iteration}", "score", metrics={"dropped/all equal": 4.0, "spoilt/repeats itself": 7.0})
@@ -251,7 +265,14 @@ def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(told,
     probed.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</head>", PROBE))
     host = tmp_path / "host.html"  # a frame: no window is narrower than 500 pixels
     host.write_text(HOST % width)
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
     quiet += ["--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=1500,1600"]
 
     def visit(path: Path, name: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,130 @@
+r"""Stages - Arena-Hard: two games per prompt against a baseline, five verdicts, score with style control (Li et al. 2024, arXiv:2406.11939).
+
+Game 1 shows the baseline's answer as A, game 2 the model's. A strong verdict (`>>`) counts three times. The plain score is the mean outcome;
+under style control the outcomes of all M models are fitted together by a logistic (Bradley-Terry) regression
+
+    logit P(model m wins game g) = strength_m + sum_f style_f * z_gf,        score_m = sigmoid(strength_m)
+
+with z the standardised differences of style between model and baseline. Axes: G outcomes, M models, F = 4 features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stages.evaluation.judging import Judge, ask_all, report_row
+from stages.evaluation.logistic import fit, sigmoid
+
+STRONG = 3
+OUTCOMES = {"A>>B": (1.0, STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, STRONG)}
+OUTCOMES |= {"A<<B": (0.0, STRONG), "A<B": (0.0, 1), "B<A": (1.0, 1), "B<<A": (1.0, STRONG), "B=A": (0.5, 1)}
+STYLES = ("length", "headers", "lists", "bold")
+
+
+class Game(NamedTuple):
+    """One judgment, as the model sees it."""
+
+    model: str
+    prompt_id: str
+    outcome: float | None
+    """1 the model wins, 0 the baseline; None: the judge failed."""
+    weight: int
+    style: tuple[float, ...]
+    """Differences model minus baseline, in the order of STYLES."""
+
+
+def verdict(judgment: str) -> tuple[float, int] | None:
+    """(P(A wins), weight) of the last verdict in the text."""
+    found = re.findall(r"\[\[([AB<>=]+)\]\]", judgment)
+    return OUTCOMES.get(found[-1]) if found else None
+
+
+def style_of(text: str, count_tokens: Callable[[str], int] = lambda text: len(text.split())) -> dict[str, float]:
+    """Length and counts of markdown marks, code blocks left out for the marks."""
+    prose = re.sub(r"```[^`]*```", "", text)  # as the official script cuts them
+    return {
+        "length": float(count_tokens(text)),
+        "headers": float(len(re.findall(r"^#{1,6}\s", prose, flags=re.MULTILINE))),
+        "lists": float(len(re.findall(r"^\s*(?:\d+\.|[-*+])\s", prose, flags=re.MULTILINE))),
+        "bold": float(len(re.findall(r"\*\*[^*\n]+\*\*|__[^_\n]+__", prose))),
+    }
+
+
+def style_difference(model: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[float, ...]:
+    """Length: (l_m - l_b) / (l_m + l_b). Marks: (d_m - d_b) / (d_m + d_b + 1) of densities per token, d = count / (length + 1)."""
+    total = model["length"] + baseline["length"]
+    out = [(model["length"] - baseline["length"]) / total if total else 0.0]
+    for name in STYLES[1:]:
+        ours, theirs = (side[name] / (side["length"] + 1) for side in (model, baseline))
+        out.append((ours - theirs) / (ours + theirs + 1))
+    return tuple(out)
+
+
+def play(judge: Judge, system: str, template: str, model: str, rows: Sequence[Mapping[str, str]], **options: Any) -> list[Game]:
+    """Two games per row {"prompt_id", "prompt", "answer", "baseline"}; template fields: question_1, answer_1, answer_2."""
+    prompts = []
+    for row in rows:
+        for a, b in ((row["baseline"], row["answer"]), (row["answer"], row["baseline"])):
+            text = template.format(question_1=row["prompt"], answer_1=a, answer_2=b)
+            prompts.append([{"role": "system", "content": system}, {"role": "user", "content": text}])
+    replies = iter(ask_all(judge, prompts, **({"temperature": 0.0, "max_tokens": 4096} | options)))
+    games = []
+    for row in rows:
+        style = style_difference(style_of(row["answer"]), style_of(row["baseline"]))
+        for model_is_a in (False, True):
+            reply = next(replies)
+            found = None if reply is None else verdict(reply.text)
+            outcome = None if found is None else found[0] if model_is_a else 1 - found[0]
+            games.append(Game(model, row["prompt_id"], outcome, found[1] if found else 1, style))
+    return games
+
+
+def scores(games: Sequence[Game], style_control: bool = True) -> tuple[dict[str, float], dict[str, float]]:
+    """Model -> score in percent, and style -> coefficient (empty without control). Failed games are left out."""
+    known = [game for game in games if game.outcome is not None]
+    models = sorted({game.model for game in known})
+    outcome = np.array([game.outcome for game in known])
+    weight = np.array([game.weight for game in known], dtype=np.float64)
+    index = np.array([models.index(game.model) for game in known], dtype=int)
+    if not style_control or not known:
+        return {name: 100 * float((outcome * weight)[index == i].sum() / weight[index == i].sum()) for i, name in enumerate(models)}, {}
+    style = np.array([game.style for game in known], dtype=np.float64)
+    spread = style.std(axis=0)
+    varies = spread > 1e-12
+    # Centred at the baseline (difference 0), not at the mean: the score is at equal style.
+    scaled = style[:, varies] / spread[varies]
+    coefficients = fit(np.concatenate([np.eye(len(models))[index], scaled], axis=1), outcome, weight)
+    found = dict(
+        zip([name for name, keep in zip(STYLES, varies, strict=True) if keep], map(float, coefficients[len(models) :]), strict=True)
+    )
+    return {name: 100 * float(sigmoid(coefficients[i])) for i, name in enumerate(models)}, found
+
+
+def interval(games: Sequence[Game], model: str, style_control: bool = True, draws: int = 100, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of a model's score; prompts are resampled, their games kept together."""
+    groups: dict[str, list[Game]] = {}
+    for game in games:
+        groups.setdefault(game.prompt_id, []).append(game)
+    names, rng, found = sorted(groups), np.random.default_rng(seed), []
+    for _ in range(draws):
+        drawn = [game for pick in rng.integers(0, len(names), len(names)) for game in groups[names[pick]]]
+        value = scores(drawn, style_control)[0].get(model)
+        if value is not None:
+            found.append(value)
+    return (float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))) if found else (float("nan"), float("nan"))
+
+
+def report(games: Sequence[Game], judge: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of eval_report per model, in percent; failures counted."""
+    out = []
+    for metric, control in (("score", False), ("style_controlled_score", True)):
+        for model, value in scores(games, control)[0].items():
+            own = [game for game in games if game.model == model and game.outcome is not None]
+            low, high = interval(games, model, control, seed=seed)
+            out.append(report_row("arena_hard", f"arena_hard/{model}", metric, value, len(own), None, low, high, judge))
+    failed = sum(game.outcome is None for game in games)
+    return [*out, report_row("arena_hard", "arena_hard", "failed_judgments", failed, len(games), version=judge)]

@@ -1,0 +1,155 @@
+"""Win rates against published numbers and against scikit-learn; the judge's prompt, order and token, by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from stages.evaluation.alpaca_eval import Gamed, annotate, is_swapped, messages, preference, report, win_rates
+from stages.evaluation.judging import JudgeFailed, Reply
+
+
+def judgements(shared, model):
+    rows = [json.loads(line) for line in (shared / "data" / "alpaca_eval" / f"judgements_{model}.jsonl").read_text().splitlines()]
+    return [row["preference"] - 1 for row in rows], [row["len_2"] for row in rows], [row["len_1"] for row in rows]
+
+
+# Leaderboard of weighted_alpaca_eval_gpt4_turbo: win_rate, standard_error, discrete_win_rate, n_total.
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        ("alpaca-7b", (2.591450540223603, 0.4870855382635108, 2.298136645962733, 805)),
+        ("text_davinci_001", (2.764005231108344, 0.5177668863975088, 3.051058530510585, 803)),
+    ],
+)
+def test_win_rates_are_the_leaderboards(shared, model, published):
+    rates = win_rates(*judgements(shared, model))
+    assert (rates.win_rate, rates.stderr, rates.discrete, rates.n) == pytest.approx(published, abs=1e-9)
+    assert rates.failed == 0
+
+
+def simulated(seed, strength, longer, n=805):
+    """A judge who likes length, harder instructions, and two gamed baselines, as the package's data look."""
+    rng = np.random.default_rng(seed)
+    baseline = rng.gamma(4, 500, n).round()
+    model = (baseline * rng.lognormal(longer, 0.4, n)).round()
+    difficulty = rng.normal(0, 1, n)
+    delta = baseline - model
+
+    def judge(scaled, strength, hard):
+        return 1 / (1 + np.exp(-(strength - 1.5 * np.tanh(scaled) + 0.8 * hard + rng.normal(0, 1, len(hard)))))
+
+    preferences = judge(delta / delta.std(ddof=1), strength, difficulty)
+    scaled = np.concatenate([rng.normal(-1, 0.5, n), rng.normal(1, 0.5, n)])
+    twice = np.concatenate([difficulty, difficulty])
+    return preferences, model, baseline, difficulty, Gamed(judge(scaled, 0.0, twice), scaled, twice)
+
+
+def by_scikit_learn(preferences, model, baseline, difficulty, gamed) -> float:
+    """The package's estimator: soft labels as doubled rows with weights, L1 by liblinear, its strength by 5 folds of whole instructions."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+
+    delta = baseline - model
+    own = np.stack([np.tanh(delta / delta.std(ddof=1)), difficulty, np.ones(len(delta))], axis=1)
+    more = np.stack([np.tanh(gamed.scaled_lengths), gamed.difficulty, np.zeros(len(gamed.difficulty))], axis=1)
+    x, y = np.concatenate([more, own]), np.concatenate([gamed.preferences, preferences])
+    weight = np.concatenate([np.full(len(more), 0.1), np.ones(len(own))])
+    doubled, label, group = np.concatenate([x, x]), np.repeat([1, 0], len(x)), np.tile(np.arange(len(x)), 2)
+    mass = np.concatenate([y, 1 - y]) * np.concatenate([weight, weight])
+
+    def fit(rows, strength):
+        estimator = LogisticRegression(l1_ratio=1.0, C=strength, solver="liblinear", fit_intercept=False, random_state=123)
+        return estimator.fit(doubled[rows], label[rows], sample_weight=mass[rows])
+
+    def loss(strength):
+        total = 0.0
+        for train, test in GroupKFold(5).split(doubled, label, group):
+            p = np.clip(fit(train, strength).predict_proba(doubled[test])[np.arange(len(test)), label[test]], 1e-15, 1)
+            total -= float((mass[test] * np.log(p)).sum())
+        return total
+
+    best = min(np.logspace(-4, 4, 10), key=loss)
+    test = np.stack([np.zeros(len(delta)), difficulty, np.ones(len(delta))], axis=1)
+    return 100 * float(fit(np.arange(len(doubled)), best).predict_proba(test)[:, 1].mean())
+
+
+@pytest.mark.parametrize(("strength", "longer"), [(0.5, 0.4), (-1.0, -0.2), (-2.5, -0.8)])
+def test_length_controlled_win_rates_are_the_packages_estimators(strength, longer):
+    data = simulated(7, strength, longer)
+    ours = win_rates(*data[:4], gamed=data[4]).length_controlled
+    assert ours == pytest.approx(by_scikit_learn(*data), abs=0.1)
+
+
+def test_length_control_takes_away_what_length_gave():
+    preferences, model, baseline, difficulty, gamed = simulated(3, strength=0.0, longer=0.6)
+    rates = win_rates(preferences, model, baseline, difficulty, gamed)
+    assert rates.win_rate > 58
+    assert rates.length_controlled == pytest.approx(50, abs=3)
+
+
+def test_failed_judgments_are_counted_and_in_no_mean():
+    rates = win_rates([1.0, math.nan, 0.0, math.nan], [10, 20, 30, 40], [20, 20, 20, 20])
+    assert (rates.win_rate, rates.n, rates.failed) == (50.0, 2, 2)
+    rows = {row["metric"]: row["value"] for row in report(rates, "judge-x")}
+    assert rows["failed_judgments"] == 2
+
+
+def test_a_judge_that_is_away_leaves_only_the_count():
+    rates = win_rates([math.nan, math.nan], [10, 20], [20, 20])
+    assert [(row["metric"], row["value"]) for row in report(rates, "x")] == [("failed_judgments", 2.0)]
+
+
+def test_the_official_prompt_becomes_messages_and_answers_are_never_read_as_fields(shared):
+    template = (shared / "data" / "alpaca_eval" / "prompt_alpaca_eval_clf.txt").read_text()
+    found = messages(template, "Say {output_2}", "first {instruction}", "second")
+    assert [message["role"] for message in found] == ["system", "user"]
+    body = found[1]["content"]
+    assert '"instruction": """Say {output_2}""",' in body
+    assert '"output": """first {instruction}"""' in body
+    assert '"output": """second"""' in body
+    assert body.endswith("## Best Model Identifier")
+    assert "<|im" not in body
+    rebuilt = "".join(
+        f"<|im_start|>{message['role']}\n{message['content']}\n<|im_end|>\n"
+        for message in messages(template, *(["{" + n + "}" for n in ("instruction", "output_1", "output_2")]))
+    )
+    assert rebuilt.strip() == template.strip()
+
+
+def test_the_preference_is_the_mass_of_the_second_name():
+    reply = Reply("M", {"M": math.log(0.6), "m": math.log(0.2), "The": math.log(0.2)})
+    assert preference(reply, swapped=False) == pytest.approx(0.75)
+    assert preference(reply, swapped=True) == pytest.approx(0.25)
+    assert preference(Reply("m"), swapped=False) == 0.0
+    assert math.isnan(preference(Reply("both"), swapped=False))
+    assert math.isnan(preference(Reply("x", {"x": 0.0}), swapped=False))
+    assert math.isnan(preference(None, swapped=False))
+
+
+class Partial:
+    """Prefers the output with 'good' in it, wherever it stands; away for one instruction."""
+
+    name = "partial"
+
+    def __init__(self):
+        self.options = []
+
+    def complete(self, messages, **options):
+        self.options.append(options)
+        body = messages[-1]["content"]
+        if "unreachable" in body:
+            raise JudgeFailed("no answer")
+        return Reply("M" if body.index("good") > body.index("bad") else "m")
+
+
+def test_annotations_do_not_depend_on_where_an_answer_stands():
+    template = "<|im_start|>user\n{instruction}\n{output_1}\n{output_2}\n<|im_end|>"
+    rows = [{"instruction": f"task {i}", "output": "good", "baseline": "bad"} for i in range(20)]
+    assert {is_swapped(row["instruction"]) for row in rows} == {True, False}
+    judge = Partial()
+    assert annotate(judge, template, rows) == [1.0] * 20
+    assert judge.options[0] == {"temperature": 0.0, "max_tokens": 1, "top_logprobs": 5}
+    found = annotate(judge, template, [*rows, {"instruction": "unreachable", "output": "good", "baseline": "bad"}])
+    assert math.isnan(found[-1])
