@@ -93,10 +93,11 @@ class RunConfig(Config):
             part = getattr(self, section)
             if part is not None and getattr(part, field) != type(part).model_fields[field].get_default(call_default_factory=True):
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
-        if self.pairing == "best_vs_worst" and self.sampling.num_candidates < 2:
-            raise ValueError("pairs of the best and the worst candidate need sampling.num_candidates >= 2")
+        pairs = self.pairing in CHOOSE and self.pairing != "each"
+        if pairs and self.sampling.num_candidates < 2:
+            raise ValueError(f"pairs of candidates ({self.pairing}) need sampling.num_candidates >= 2")
         single = self.spec.sides(self.method) == ("chosen",)
-        if single and self.pairing in ("best_vs_worst", "truth_vs_generation"):
+        if single and (pairs or self.pairing == "truth_vs_generation"):
             raise ValueError(
                 f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, not {self.pairing}"
             )

@@ -24,7 +24,7 @@ from stages.methods.base import Pairs, Responses
 from stages.methods.tidpo import triplet_loss
 from stages.numerics import kl_divergence, token_logps
 from stages.scoring.base import Scores
-from stages.scoring.pairing import best_vs_worst
+from stages.scoring.pairing import best_vs_worst, group_of
 from stages.weighting.weights import WEIGHTS, swift, swift_released, tis_dpo
 from stages.weighting.weights.alignment import align, merge_empty
 from stages.weighting.weights.base import ResponseBatch, Tokens
@@ -470,14 +470,14 @@ def tgdpo_weights(args: dict[str, Any]) -> dict[str, Any]:
 def sppo_labels(args: dict[str, Any]) -> dict[str, Any]:
     logits = np.asarray(args["s"], dtype=np.float64)
     matrix, code = preferences.preference_matrix(logits), preferences.aggregated_preference_matrix(logits)
-    generations = [{"token_ids": [number]} for number in range(len(logits))]
-    pair = best_vs_worst(Scores(None, logits, []), generations, tau=1.0)
+    group = group_of(Scores(None, logits, [""] * len(logits)), 1.0, "one_order")
+    choices = best_vs_worst(group)
     rates = preferences.win_rates(matrix)
     return {
         "result": matrix,
-        "win_rates": rates if isinstance(pair, str) else pair.win_rates,
-        "best": int(np.argmax(logits.mean(axis=1))) if isinstance(pair, str) else pair.chosen,
-        "worst": int(np.argmin(logits.mean(axis=1))) if isinstance(pair, str) else pair.rejected,
+        "win_rates": group.win_rates,
+        "best": int(np.argmax(group.rewards)) if isinstance(choices, str) else choices[0].chosen,
+        "worst": int(np.argmin(group.rewards)) if isinstance(choices, str) else choices[0].rejected,
         "log_z": lambda expect: preferences.log_partition(expect["log_z_eta"], rates),
         "code_pref": code,
         "code_rates": preferences.win_rates(code),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,9 +30,10 @@ class Finished(NamedTuple):
         """What the run printed at its end: the table, the headline, the report's path."""
         return self.out[self.out.index("self-play run ") :]
 
-    def states(self, name: str) -> int:
-        """How many task runs ended in the state `name`."""
-        return sum("Task run" in line and f"Finished in state {name}" in line for line in self.out.splitlines())
+    def names(self, state: str) -> list[str]:
+        """The task runs that ended in a state, in their order."""
+        ends = (re.search(r"Task run '([^']+)' - Finished in state (\S+)", line) for line in self.out.splitlines())
+        return [end[1] for end in ends if end and end[2].startswith(state)]
 
 
 def table_of(store: Path, run: str) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ def copy(undisturbed, tmp_path):
 
 def test_two_iterations_end_with_a_table_a_headline_and_a_report(undisturbed):
     first = undisturbed.first
-    assert first.states("Completed()") == STAGES_OF_TWO_ITERATIONS + 3  # the three prompt sets
+    assert len(first.names("Completed()")) == STAGES_OF_TWO_ITERATIONS + 3  # the three prompt sets
     assert "95 % interval" in first.table
     report = undisturbed.store / "runs" / "tiny" / "report.md"
     assert str(report) in first.table
@@ -58,7 +58,7 @@ def test_iterations_train_on_different_prompts_and_never_on_heldout_ones(undistu
 def test_run_again_it_builds_nothing_and_prints_the_same_table(undisturbed, tools):
     again = tools.play(undisturbed.config, undisturbed.store)
     assert again.code == 0, again.out
-    assert again.states("Cached") == STAGES_OF_TWO_ITERATIONS
+    assert len(again.names("Cached")) == STAGES_OF_TWO_ITERATIONS
     assert again.table == undisturbed.first.table
     assert Store(undisturbed.store).root.joinpath("mlflow.db").is_file()
 
@@ -66,25 +66,26 @@ def test_run_again_it_builds_nothing_and_prints_the_same_table(undisturbed, tool
 def test_another_learning_rate_rebuilds_training_and_what_follows(undisturbed, copy, tools):
     other = tools.play(undisturbed.config, copy, "training.learning_rate=0.0005", "iterations=1")
     assert other.code == 0, other.out
-    built = [line.split("Task run '")[1].split("'")[0] for line in other.out.splitlines() if " built in " in line]
+    built = [name for name in other.names("Completed()") if "prompts" not in name]
     assert built == ["train-iter_01", "heldout_generations-iter_01", "evaluate-iter_01"]
-    assert other.states("Cached") == 2 + 3
+    assert len(other.names("Cached")) == 2 + 3
 
 
-@pytest.mark.parametrize(
-    ("method", "cached"),
-    [
-        ("{name: dpo, beta: 0.2}", 2 + 3),  # the same pairs, another loss
-        ("{name: spin}", 2 + 1),  # the same samples, other pairs: ground truth against generation
-    ],
-)
-def test_another_method_shares_what_it_can(undisturbed, copy, tools, method, cached):
-    other = tools.play(undisturbed.config, copy, f"method={method}", "iterations=1", "name=other")
+def test_another_loss_trains_on_the_same_pairs(undisturbed, copy, tools):
+    other = tools.play(undisturbed.config, copy, "method={name: dpo, beta: 0.2}", "iterations=1", "name=other")
     assert other.code == 0, other.out
-    assert other.states("Cached") == cached
+    assert {"sample-iter_01", "score-iter_01"} <= set(other.names("Cached"))
+    assert {"train-iter_01", "evaluate-iter_01"} <= set(other.names("Completed()"))
+
+
+def test_spin_prefers_the_ground_truth_to_the_same_samples(undisturbed, copy, tools):
+    other = tools.play(undisturbed.config, copy, "method={name: spin}", "iterations=1", "name=other")
+    assert other.code == 0, other.out
+    assert "sample-iter_01" in other.names("Cached")
+    assert {"score-iter_01", "train-iter_01"} <= set(other.names("Completed()"))
+    prompts = read_shards(copy / "runs" / "other" / "iter_01" / "prompts", "prompts").to_pylist()
     pairs = read_shards(copy / "runs" / "other" / "iter_01" / "score", "scored_pairs").to_pylist()
-    assert len(pairs) > 2
-    assert all(pair["pair_id"].endswith("/truth-0") == ("spin" in method) for pair in pairs)
+    assert {pair["prompt_id"]: pair["chosen"] for pair in pairs} == {prompt["prompt_id"]: prompt["response"] for prompt in prompts}
 
 
 def test_mlflow_has_a_parent_run_and_a_child_for_each_iteration(undisturbed):
@@ -115,7 +116,7 @@ def test_two_iterations_with_vllm_build_once_and_are_found_again(make_run, tmp_p
     config = make_run("engine", sampling={"backend": {"name": "vllm"}, "runtime": {"prompts_per_shard": 12}})
     first = tools.play(config, tmp_path / "store")
     assert first.code == 0, first.out
-    assert first.states("Completed()") == STAGES_OF_TWO_ITERATIONS + 3
+    assert len(first.names("Completed()")) == STAGES_OF_TWO_ITERATIONS + 3
     again = tools.play(config, tmp_path / "store")
-    assert again.states("Cached") == STAGES_OF_TWO_ITERATIONS
+    assert len(again.names("Cached")) == STAGES_OF_TWO_ITERATIONS
     assert again.table == first.table
