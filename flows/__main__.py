@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
         table.add_row(*(str(row.get(name, "")) for name in rows[-1]))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     print(history["headline"])
-    print(f"report: {history['report']}")
+    print(f"report: {history['report']} (and .html beside it, with curves)")
     return 0
 
 
