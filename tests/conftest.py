@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for _name in ("SELFPLAY_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
 
+import http.server
 import json
 import subprocess
 import sys
@@ -31,6 +32,9 @@ from data_contracts.store import Store
 # The same examples every time, and as long as a busy machine takes.
 settings.register_profile("ours", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ours")
+
+# The fake judges are asked by many threads at once; the default backlog of 5 resets a connection now and then on a busy machine.
+http.server.ThreadingHTTPServer.request_queue_size = 128
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 320
