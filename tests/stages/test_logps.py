@@ -41,7 +41,11 @@ def test_a_row_is_computed_once_and_read_in_the_order_asked_for(make_pass):
     score = Counting()
     one = make_pass(score)
     assert one.fill(PROMPTS, RESPONSES) == 3 and one.fill(PROMPTS[::-1], RESPONSES[::-1]) == 0
-    assert [row.tolist() for row in one.get(PROMPTS[::-1], RESPONSES[::-1])] == [pytest.approx([0.1] * 3), pytest.approx([0.8, 0.9]), pytest.approx([0.7])]
+    assert [row.tolist() for row in one.get(PROMPTS[::-1], RESPONSES[::-1])] == [
+        pytest.approx([0.1] * 3),
+        pytest.approx([0.8, 0.9]),
+        pytest.approx([0.7]),
+    ]
     assert (score.rows, one.misses, one.hits) == (3, 3, 3)
 
 
@@ -93,7 +97,9 @@ def test_tokens_beyond_the_models_context_are_nan(make_pass, tiny_model):
 
 
 def test_nan_log_probs_stop_the_pass_and_nothing_is_stored(make_pass):
-    broken = make_pass(lambda model, prompts, responses, budget: [np.full(len(response), np.nan, dtype=np.float32) for response in responses])
+    broken = make_pass(
+        lambda model, prompts, responses, budget: [np.full(len(response), np.nan, dtype=np.float32) for response in responses]
+    )
     with pytest.raises(ContractError, match="NaN or infinity"):
         broken.fill(PROMPTS, RESPONSES)
     assert not list(broken.directory.glob("part-*"))
