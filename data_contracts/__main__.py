@@ -1,4 +1,5 @@
-"""python -m data_contracts ls [--kind K] | show KEY | explain KEY | verify [KEY ...]   [--store DIR]: what is in the store, and why.
+"""python -m data_contracts ls [--kind K] | show KEY | explain KEY | verify [KEY ...] | ledger RUN [--csv]   [--store DIR]: what is in the store,
+why, and what it cost.
 
 KEY is a key, the start of one, or kind/key. Exit codes: 0, 2 the request is wrong, 4 `verify` found damage.
 """
@@ -6,12 +7,14 @@ KEY is a key, the start of one, or kind/key. Exit codes: 0, 2 the request is wro
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_contracts import ledger as ledgers
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
 from data_contracts.errors import ArtifactError, PipelineError
 from data_contracts.identity import fingerprint
@@ -40,7 +43,7 @@ def show(store: Store, key: str) -> int:
     print(f"built    {_when(record)} on {record.provenance.get('host', '?')}, {record.rows} rows")
     print(f"content  {record.content}")
     sections = {"config": _flat(record.config), "inputs": record.inputs, "metrics": record.metrics, "facts": _flat(record.facts)}
-    for title, values in (sections | {"seconds": record.seconds}).items():
+    for title, values in (sections | {"seconds": record.seconds, "cost": record.cost}).items():
         if values:
             print(f"\n{title}")
             _print_table((), [(f"  {name}", _say(value)) for name, value in values.items()])
@@ -95,6 +98,26 @@ def verify(store: Store, keys: Sequence[str]) -> int:
     print(f"{num_signed - num_bad} of {num_signed} finished artifact(s) are intact", flush=True)
     if num_bad:
         raise ArtifactError(f"{num_bad} artifact(s) in {store.root} are damaged; the next run that needs one of them builds it again")
+    return 0
+
+
+def ledger(store: Store, run: str, as_csv: bool = False) -> int:
+    """What a run cost: each artifact, each stage, everything; what was found instead of made; and the time that no stage accounts for."""
+    account = ledgers.read(store, run)
+    rows = ledgers.rows(account)
+    if as_csv:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(sys.stdout, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        return 0
+    for by in (("step", "shown_as"), ("step",), ("stage",), ()):
+        part = ledgers.total(rows, by)
+        head, cells = ledgers.table(part, by)
+        _print_table(head, cells, right=range(len(by), len(head)))
+        print()
+    for line in ledgers.summary(account):
+        print(line)
     return 0
 
 
@@ -166,7 +189,7 @@ def _last_written(directory: Path) -> float:
     return max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
     lines = [head, *rows] if head else list(rows)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))] if lines else []
     for line in lines:
@@ -188,6 +211,9 @@ def main(arguments: list[str]) -> int:
     commands.add_parser("verify", parents=[shared], help="read every byte again; exit code 4 if one is wrong").add_argument(
         "keys", nargs="*", metavar="KEY"
     )
+    bill = commands.add_parser("ledger", parents=[shared], help="what a run cost")
+    bill.add_argument("run")
+    bill.add_argument("--csv", action="store_true", help="one row per artifact, for a spreadsheet")
     options = parser.parse_args(arguments)
     store = Store(getattr(options, "store", None))
     try:
@@ -195,6 +221,8 @@ def main(arguments: list[str]) -> int:
             return ls(store, options.kind)
         if options.command == "verify":
             return verify(store, options.keys)
+        if options.command == "ledger":
+            return ledger(store, options.run, options.csv)
         return {"show": show, "explain": explain}[options.command](store, options.key)
     except PipelineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -55,7 +55,9 @@ class ArtifactRecord(_Plain):
     facts: dict[str, Any] = Field(default_factory=dict)
     """Provenance that is not a number: tokenizer and template digests, library versions, device."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """wall (all tries together), load, busy; plus what a stage adds."""
+    """All tries together: wall = start_up + waiting + busy; last_try; plus what a stage adds."""
+    cost: dict[str, float] = Field(default_factory=dict)
+    """tokens_in, tokens_out, flops, peak_rss_bytes, peak_gpu_bytes, gpus, cpu_seconds (last try), cache_hits, cache_misses."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Who, when, on what: commit, host, python, runtime settings, number of starts."""
 

@@ -5,16 +5,20 @@ prompts -> sample -> score -> weigh -> train -> evaluate, and the checkpoint is 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
+from data_contracts.ledger import Ledger
 from data_contracts.shards import read_shards
-from data_contracts.store import Store
+from data_contracts.store import Store, write_atomic
 from flows.config import (
     EvaluationConfig,
     PromptsConfig,
@@ -37,18 +41,36 @@ from tasks.stages import Place, run
 from tasks.tracking import Tracker
 
 
+def read_answers(answers: ArtifactRef) -> dict[str, str]:
+    return {row["prompt_id"]: row["completion"] for row in read_shards(answers.path, "generations").to_pylist()}
+
+
+class Hands(NamedTuple):
+    """What `play` does things with; a rehearsal (flows/rehearsal.py) has others, which only look."""
+
+    run: Callable[..., Built] = run
+    publish: Callable[..., ArtifactRef] = select_prompts
+    read_answers: Callable[[ArtifactRef], dict[str, str]] = read_answers
+
+
+HANDS = Hands()
+OWN_PROCESS = "SELFPLAY_OWN_PROCESS"
+"""Environment: set by the command line, whose process is there for one run."""
+
+
 def play(
     config: RunConfig,
     checked: Checked,
-    store: Store,
+    place: Place,
     start: ArtifactRef,
     models: dict[str, ArtifactRef],
-    history: History,
+    history: Any,
     gate: Gate | None = None,
+    hands: Hands = HANDS,
 ) -> ArtifactRef:
     """The algorithm. Every name is a finished artifact; nothing else is passed on."""
-    place = Place(str(store.root), config.name, "iter_00")
-    heldout = select_prompts(checked.heldout, place, "heldout_prompts")
+    run = hands.run
+    heldout = hands.publish(checked.heldout, place, "heldout_prompts")
 
     def measure(policy: ArtifactRef, place: Place) -> None:
         answers = run("sample", config.sampling_for_heldout(), place, "heldout_generations", prompts=heldout, policy=policy)
@@ -59,7 +81,7 @@ def play(
     measure(policy, place)
     for iteration in range(config.iterations):
         place = place._replace(step=f"iter_{iteration + 1:02d}")
-        prompts = prompts_of(config, checked, iteration, place, models)
+        prompts = prompts_of(config, checked, iteration, place, models, hands)
         made: dict[str, Built] = {}
         inputs = {"prompts": prompts, "policy": policy, "start": start}
         if config.pairing not in WITHOUT_GENERATIONS:
@@ -67,7 +89,7 @@ def play(
             inputs["generations"] = made["sample"].ref
         made["score"] = pairs = run("score", config.scoring_for_pairs(), place, **inputs)
         reference = policy if config.spec.REFERENCE == "iterate" else start
-        made |= (helpers := auxiliary_models(config, place, pairs.ref, policy, models))
+        made |= (helpers := auxiliary_models(config, place, pairs.ref, policy, models, hands.run))
         roles = (
             {"prompts": prompts, "reference": reference, "policy": policy} | models | {role: built.ref for role, built in helpers.items()}
         )
@@ -87,22 +109,22 @@ def play(
     return policy if gate is None else gate.final(policy)
 
 
-def prompts_of(config: RunConfig, checked: Checked, iteration: int, place: Place, models: dict[str, ArtifactRef]) -> ArtifactRef:
+def prompts_of(
+    config: RunConfig, checked: Checked, iteration: int, place: Place, models: dict[str, ArtifactRef], hands: Hands
+) -> ArtifactRef:
     """The prompts of an iteration, with the teacher's answers as their responses where the run says so."""
     rows = part_of(checked.train, iteration, config.iterations, config.prompts.per_iteration, config.prompts.reuse, config.seed)
-    prompts = select_prompts(rows, place)
+    prompts = hands.publish(rows, place)
     if not config.prompts.answers_from_teacher:
         return prompts
     sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1})
-    answers = run("sample", sampling, place, "teacher_answers", prompts=prompts, policy=models["teacher"])
-    texts = {row["prompt_id"]: row["completion"] for row in read_shards(answers.ref.path, "generations").to_pylist()}
-    return select_prompts(
-        [row | {"response": texts[row["prompt_id"]]} for row in rows if texts[row["prompt_id"]].strip()], place, "prompts_with_answers"
-    )
+    texts = hands.read_answers(hands.run("sample", sampling, place, "teacher_answers", prompts=prompts, policy=models["teacher"]).ref)
+    answered = [row | {"response": texts[row["prompt_id"]]} for row in rows if texts.get(row["prompt_id"], "").strip()]
+    return hands.publish(answered, place, "prompts_with_answers")
 
 
 def auxiliary_models(
-    config: RunConfig, place: Place, pairs: ArtifactRef, policy: ArtifactRef, models: dict[str, ArtifactRef]
+    config: RunConfig, place: Place, pairs: ArtifactRef, policy: ArtifactRef, models: dict[str, ArtifactRef], run: Callable[..., Built]
 ) -> dict[str, Built]:
     """Train the positive, negative and reward models that nobody gave, on these pairs, from this policy: the same stages once more."""
     built: dict[str, Built] = {}
@@ -175,25 +197,45 @@ def self_play(
     return run_self_play(resolved, Store(store))
 
 
-def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
-    """Check, play, report. Inside a flow run."""
-    logger = get_run_logger()
-    checked = preflight(config, store)
+def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:
+    """The start model, and the models beside it that the user gave."""
     start = resolve(config.policy, config.sampling.template == "chat", store)
     models = {role: resolve(model, False, store) for role in config.roles if (model := getattr(config.models, role)) is not None}
     if config.weighting.positive_system is not None or config.weighting.negative_system is not None:
         models |= {"positive": start, "negative": start}  # TIS-DPO (P): one model, two system prompts
+    return start, models
+
+
+def keep_settings(config: RunConfig, store: Store) -> None:
+    """`runs/<name>/run.json`: the resolved settings, so that the run can be resumed, asked about and shown by its name."""
+    path = store.root / "runs" / config.name / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, config.model_dump_json(indent=1) + "\n")
+
+
+def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
+    """Check, play, report. Inside a flow run."""
+    logger = get_run_logger()
+    checked = preflight(config, store)
+    start, models = models_of(config, store)
     if config.live_reference:
         logger.info("%s holds the reference model in memory beside the policy while it trains", config.method.name)
     tracker = Tracker(store, config.name, logger.warning)
     tracker.parameters(config.model_dump(mode="json"))
     history = History(config, store, tracker)
+    keep_settings(config, store)
+    ledger = Ledger(store, config.name)
+    # Imports belong to the run where the process was made for it: by the command line, or by a worker.
+    is_own = OWN_PROCESS in os.environ or "PREFECT__FLOW_RUN_ID" in os.environ
+    ledger.begin(psutil.Process().create_time() if is_own else None)
+    place = Place(str(store.root), config.name, "iter_00", ledger.session)
     try:
-        final = play(config, checked, store, start, models, history, Gate(config.evaluation.gate, history, start))
+        final = play(config, checked, place, start, models, history, Gate(config.evaluation.gate, history, start))
     except BaseException:
         tracker.finish(None, "FAILED")
         raise
     report = history.write_report()
     tracker.finish(report)
+    ledger.end()
     logger.info("report: %s", report)
-    return {"final": final.path, "report": str(report), "headline": history.headline(), "rows": history.rows}
+    return {"final": final.path, "report": str(report), "headline": history.headline(), "rows": history.rows, "session": ledger.session}

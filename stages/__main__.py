@@ -17,6 +17,7 @@ for _name, _value in {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": 
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
         stage = STAGES[arguments[0]]
         config = stage.parse(spec["config"])
         inputs = {name: _input(value, store) for name, value in spec["inputs"].items()}
-        record = execute(stage, config, inputs, store)
+        record = execute(stage, config, inputs, store, launched=_launched())
     except PipelineError as error:
         print(f"@error {json.dumps({'type': type(error).__name__, 'message': str(error)})}", flush=True)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -47,6 +48,14 @@ def main(arguments: list[str]) -> int:
     if LOCK_HELD not in os.environ:
         print(store.directory(record.kind, record.key))
     return 0
+
+
+def _launched() -> float:
+    """When the kernel started this process, in seconds since the epoch."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+    since_boot = ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
 
 def _read(path: Path) -> dict[str, Any]:

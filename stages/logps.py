@@ -47,6 +47,9 @@ class Pass:
         self.model, self.dtype, self.device, self.budget, self.score = model, dtype, device, budget, score
         self.loaded: Any = None
         self.hits, self.misses = 0, 0
+        self.told = (0, 0)
+        self.tokens_read = 0
+        """Prompts and responses that went through the model; what was found stored cost nothing."""
         self.where: dict[bytes, tuple[Path, int]] = {}
         self.cached: tuple[Path | None, list[Any]] = (None, [])
         self.seen: set[Path] = set()
@@ -86,6 +89,7 @@ class Pass:
         kept = [(prompt, response if context is None else response[: max(0, context - len(prompt))]) for prompt, response in rows]
         inside = [(prompt, response) for prompt, response in kept if len(response)]
         scored = iter(self.score(self._load(), *zip(*inside, strict=True), self.budget)) if inside else iter(())
+        self.tokens_read += sum(len(prompt) + len(response) for prompt, response in inside)
         values = []
         for (_, response), (_, cut) in zip(rows, kept, strict=True):
             row = np.full(len(response), np.nan, dtype=np.float32)
@@ -119,6 +123,11 @@ class Pass:
             pin_threads(None)
             self.loaded = load_causal_lm(self.model.path, self.dtype, pick_device(self.device)).eval()
         return self.loaded
+
+    def account(self, job: Any) -> None:
+        """Tell the job what was read since the last time, and what was found."""
+        job.used(self.model.path, self.tokens_read, cache_hits=self.hits - self.told[0], cache_misses=self.misses - self.told[1])
+        self.tokens_read, self.told = 0, (self.hits, self.misses)
 
     def release(self) -> None:
         """Drop the model: the next pass needs the memory."""

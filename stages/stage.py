@@ -26,6 +26,7 @@ from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.identity import fingerprint
 from data_contracts.shards import count_rows, shard_is_whole, shard_path, to_table, write_shard
 from data_contracts.store import Store, write_atomic
+from stages.cost import FORWARD, MemoryWatch, cost_of, parameters
 
 LOCK_HELD = "SELFPLAY_LOCK_HELD"
 """Environment: kind-key of the artifact whose lock the launcher already holds for us."""
@@ -127,7 +128,6 @@ class Job:
         self.stage, self.config, self.inputs, self.out = stage, config, inputs, out
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
         self._bar: Any = None
 
     def path(self, name: str) -> Path:
@@ -147,11 +147,18 @@ class Job:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
+        """Count these seconds under `name` in the record. "load" is start-up and "waiting" is not ours: neither is busy."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self.event("seconds", what=name, seconds=time.monotonic() - start)
+
+    def used(self, model: Path | str, tokens_in: int, tokens_out: int = 0, per_token: int = FORWARD, **counts: int) -> None:
+        """Account for tokens that a model read and wrote, and so for FLOPs; `counts`: cache_hits, cache_misses. Tokens that are padding
+        do not count."""
+        flops = per_token * parameters(str(model)) * (tokens_in + tokens_out)
+        self.event("used", tokens_in=int(tokens_in), tokens_out=int(tokens_out), flops=int(flops), **counts)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """A bar for a person; one line of JSON for the task that watches this process."""
@@ -187,21 +194,24 @@ class Job:
         self.event("shard", index=index, rows=len(rows))
 
 
-def execute(stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store) -> ArtifactRecord:
-    """Build the artifact unless it is there; returns its record. The caller may already hold its lock (see LOCK_HELD)."""
+def execute(stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store, launched: float | None = None) -> ArtifactRecord:
+    """Build the artifact unless it is there; returns its record. The caller may already hold its lock (see LOCK_HELD).
+
+    `launched`: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None: now.
+    """
     stage.check_inputs(inputs)
     key = stage.key(config, inputs)
     name = f"{stage.produces}-{key}"
     if os.environ.get(LOCK_HELD) == name:
-        return _build(stage, config, inputs, store, key)
+        return _build(stage, config, inputs, store, key, launched)
     with store.lock(stage.produces, key, lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True)):
         if store.find(stage.produces, key):
             print(f"{stage.produces} {key} is already built", flush=True)
             return store.load(stage.produces, key)
-        return _build(stage, config, inputs, store, key)
+        return _build(stage, config, inputs, store, key, launched)
 
 
-def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str) -> ArtifactRecord:
+def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str, launched: float | None) -> ArtifactRecord:
     for name, ref in inputs.items():
         if not Path(ref.path).is_dir():
             raise ArtifactError(f"the input {name!r} of the stage {stage.name} is gone: {ref.path}")
@@ -210,10 +220,11 @@ def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: 
     for litter in out.glob(".*.tmp-*"):
         litter.unlink()
     job = Job(stage, config, inputs, out)
-    job.event("start")
-    start = time.monotonic()
-    stage.load().run(job)
+    job.event("start", launched=launched or time.time())
+    with MemoryWatch() as watch:
+        stage.load().run(job)
     job.event("end")
+    history = events(out)
     record = ArtifactRecord(
         kind=stage.produces,
         key=key,
@@ -226,8 +237,9 @@ def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: 
         rows=count_rows(out),
         metrics=job.metrics,
         facts=job.facts,
-        seconds={"wall": _wall_seconds(out), "last_try": time.monotonic() - start, **job.seconds},
-        provenance=provenance(config, out),
+        seconds=seconds_of(history),
+        cost=cost_of(history, watch),
+        provenance=provenance(config, history),
     )
     shutil.rmtree(out / "resume", ignore_errors=True)
     return store.sign(record)
@@ -245,25 +257,37 @@ def events(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _wall_seconds(out: Path) -> float:
-    """Seconds of all tries: each from its start to the last thing it is known to have done."""
-    total, began, last = 0.0, None, None
-    for event in events(out):
+def seconds_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of all tries together.
+
+    wall: each try from the launch of its process to the last thing it is known to have done. start_up: importing and loading. waiting: for
+    others (a judge's server). busy: wall less these two. last_try: the wall of the last one. And whatever the stage timed by name.
+    """
+    tries: list[list[float]] = []
+    named: dict[str, float] = {}
+    imports = 0.0
+    for event in history:
         if event["event"] == "start":
-            total += last - began if began is not None else 0.0
-            began = event["time"]
-        last = event["time"]
-    return total + (last - began if began is not None else 0.0)
+            tries.append([event.get("launched", event["time"]), event["time"]])
+            imports += event["time"] - tries[-1][0]
+        elif tries:
+            tries[-1][1] = event["time"]
+        if event["event"] == "seconds":
+            named[event["what"]] = named.get(event["what"], 0.0) + event["seconds"]
+    walls = [last - began for began, last in tries] or [0.0]
+    start_up, waiting = imports + named.pop("load", 0.0), named.pop("waiting", 0.0)
+    busy = max(0.0, sum(walls) - start_up - waiting)
+    return {"wall": sum(walls), "last_try": walls[-1], "start_up": start_up, "waiting": waiting, "busy": busy, **named}
 
 
-def provenance(config: Config, out: Path) -> dict[str, Any]:
+def provenance(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Who, when, on what. Never part of a key."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "python": platform.python_version(),
         "argv": sys.argv,
-        "starts": sum(event["event"] == "start" for event in events(out)),
+        "starts": sum(event["event"] == "start" for event in history),
         "settings": config.model_dump(mode="json"),
         "versions": {
             name: getattr(module, "__version__", "?")

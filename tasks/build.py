@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ class Built(NamedTuple):
     record: ArtifactRecord
     cached: bool
     """Whether it was there already."""
+    waited: float = 0.0
+    """Seconds until nobody else was building it."""
 
 
 def build(
@@ -40,10 +43,12 @@ def build(
     stage.check_inputs(inputs)
     key = stage.key(config, inputs)
     kind = stage.produces
+    asked = time.monotonic()
     with store.lock(kind, key, lambda owner: log(f"{kind} {key} is being built by {owner}: waiting")) as lock:
+        waited = time.monotonic() - asked
         found = _look(store, kind, key, log)
         if found:
-            return Built(found.ref(str(store.directory(kind, key))), found, True)
+            return Built(found.ref(str(store.directory(kind, key))), found, True, waited)
         directory = store.directory(kind, key)
         directory.mkdir(parents=True, exist_ok=True)
         spec = {
@@ -69,7 +74,7 @@ def build(
             raise ArtifactError(
                 f"{kind} {key}: the stage {stage_name} ended well, but " + "; ".join(problems) + f"; log: {directory}/stage.log"
             )
-        return Built(record.ref(str(directory)), record, False)
+        return Built(record.ref(str(directory)), record, False, waited)
 
 
 def _look(store: Store, kind: str, key: str, log: Callable[[str], None]) -> ArtifactRecord | None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config
 from data_contracts.errors import TransientError
+from data_contracts.ledger import Ledger
 from data_contracts.store import Store
 from tasks.build import Built, build
 from tasks.launch import Progress
@@ -27,6 +28,8 @@ class Place(NamedTuple):
     run: str
     step: str
     """iter_00 (the start model), iter_01, ..."""
+    session: str = ""
+    """Of the ledger."""
 
 
 def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
@@ -46,10 +49,13 @@ def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
 def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place: Place, shown_as: str) -> Any:
     """Build one artifact and show it in the run's view."""
     logger, store = get_run_logger(), Store(place.store)
+    ledger, began = Ledger(store, place.run, place.session), time.time()
+    ledger.started(place.step, shown_as, stage)
     artifact = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{shown_as}", f"{stage} of {place.step}")
     with _TerminalBar(f"{place.step} {stage}") as bar:
         built = build(stage, config, inputs, store, logger.info, lambda progress: (artifact(progress), bar(progress)))
     store.show_in_run(place.run, place.step, shown_as, built.ref)
+    ledger.finished(place.step, shown_as, stage, built.record, built.cached, began, built.waited)
     if built.cached:
         return Completed(name="Cached", message=f"found {built.ref}", data=built)
     logger.info("%s built in %.1f s: %s", built.ref, built.record.seconds["wall"], built.ref.path)

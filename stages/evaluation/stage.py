@@ -153,6 +153,7 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     start = Pass(job.store_root, job.inputs["start"], config.dtype, config.runtime.device, config.runtime.batch_tokens)
     prompt_ids, response_ids = [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows]
     start.fill(prompt_ids, response_ids)
+    start.account(job)
     means = [float(row.mean()) for row in start.get(prompt_ids, response_ids)]
     scorer_class = SCORERS.get(config.scorer.name)
     scorer_class.check_prompts(config.scorer, list(prompts.values()))

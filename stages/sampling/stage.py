@@ -85,9 +85,10 @@ def run(job: Job) -> None:
         if sampler is None:
             with job.timed("load"):
                 sampler = SAMPLERS.get(config.backend.name)(config.backend, config, model, stops, device)
-        with job.timed("busy"):
+        with job.timed("generate"):
             candidates = sampler.generate(chunk)
         job.write(index, [row for prompt, group in zip(chunk, candidates, strict=True) for row in _rows(prompt, group, tokenizer, stops)])
+        job.used(model, sum(len(prompt.ids) for prompt in chunk), sum(len(one.token_ids) for group in candidates for one in group))
     _summarise(job, model, tokenizer, len(prompts), device)
 
 

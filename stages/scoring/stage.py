@@ -80,7 +80,7 @@ def run(job: Job) -> None:
         raise ConfigError(f"pairing {pairing} needs a scorer: set scoring.scorer")
     for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "scored_pairs"):
         candidates = [groups[prompt["prompt_id"]] for prompt in chunk] if groups else [[]] * len(chunk)
-        with job.timed("busy"):
+        with job.timed("score"):
             scores = scoring.of(chunk, candidates, index) if scoring else [Scores(None, None, [])] * len(chunk)
             results = [
                 _rows(prompt, rows, score, texts, config, pairing) for prompt, rows, score in zip(chunk, candidates, scores, strict=True)
@@ -158,13 +158,14 @@ class _StartLogps:
     def __init__(self, job: Job):
         if "start" not in job.inputs:
             raise ConfigError(f"the scorer {job.config.scorer.name} has a fluency floor and needs the start model: give the input `start`")
-        runtime = job.config.runtime
+        self.job, runtime = job, job.config.runtime
         self.start = Pass(job.store_root, job.inputs["start"], "bfloat16", runtime.device, runtime.batch_tokens)
 
     def of(self, groups: list[list[dict[str, Any]]]) -> list[list[float]]:
         rows = [row for group in groups for row in group]
         prompts, responses = [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows]
         self.start.fill(prompts, responses)
+        self.start.account(self.job)
         means = iter([float(row.mean()) for row in self.start.get(prompts, responses)])
         return [[next(means) for _ in group] for group in groups]
 

@@ -19,6 +19,7 @@ from data_contracts.checkpoint import check_model_directory
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ContractError, StageError
 from data_contracts.shards import read_shards
+from stages.cost import TRAIN
 from stages.methods import METHODS
 from stages.policy import pick_device, pin_threads
 from stages.stage import Job, StageRuntime
@@ -75,8 +76,27 @@ def run(job: Job) -> None:
     shutil.rmtree(job.out / ".export", ignore_errors=True)
     metrics = train_rank(job.out, config, _inputs(job), job) if config.runtime.num_processes == 1 else _launch(job)
     _adopt(job)
+    _account(job)
     job.metrics |= metrics
     job.facts |= {"device": pick_device(config.runtime.device), "world_size": config.runtime.num_processes}
+
+
+def _account(job: Job) -> None:
+    """Tokens of every sequence trained on, prompts counted once for each, and the passes of the models that stand beside the policy."""
+    config: TrainingConfig = job.config
+    sides = METHODS.get(config.method.name).sides(config.method)
+    tokens = 0
+    for name in ("pairs", "more_pairs"):
+        if name in job.inputs:
+            table = read_shards(job.path(name), "weighted_pairs")
+            lengths = {
+                column: table[column].combine_chunks().value_lengths().to_numpy() for column in ("prompt_ids", "chosen_ids", "rejected_ids")
+            }
+            tokens += sum(int((lengths["prompt_ids"] + lengths[f"{side}_ids"])[lengths[f"{side}_ids"] > 0].sum()) for side in sides)
+    job.used(job.path("policy"), tokens * config.epochs, per_token=TRAIN)
+    for beside in ("reference", "teacher"):
+        if beside in job.inputs:
+            job.used(job.path(beside), tokens * config.epochs)
 
 
 def _inputs(job: Job) -> dict[str, str | None]:

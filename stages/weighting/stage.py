@@ -70,7 +70,7 @@ def run(job: Job) -> None:
         raise ContractError(f"scored_pairs {job.inputs['pairs'].key}: no token in chosen_ids of {empty[:3]}")
     sources = _Sources(job, provider.needs(settings), pairs)
     size = config.runtime.pairs_per_shard
-    with job.timed("busy"):
+    with job.timed("passes"):
         sources.fill([pairs[start : start + size] for start in range(0, len(pairs), size)])
     for index, chunk in job.missing_shards(pairs, size, "weighted_pairs"):
         rows, dropped = [], []
@@ -142,6 +142,7 @@ class _Sources:
             for number, rows in enumerate(shards):
                 if one.fill(*responses(rows)):
                     self.job.event("pass", role=role, index=number)
+                one.account(self.job)
                 done += 1
                 self.job.progress(done, total, "passes")
             one.release()

@@ -13,15 +13,16 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 
 import flows.preflight
-import flows.self_play
 import stages.training.engine
 import tasks.prompts
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.preflight import preflight
+from flows.self_play import Hands, models_of
+from flows.self_play import play as play_whole
 from stages.stage import STAGES, execute
 from tasks.build import Built
-from tasks.models import resolve
+from tasks.stages import Place
 
 
 def run(stage, config, place, shown_as=None, **inputs):
@@ -46,19 +47,15 @@ class History:
 def play(case, store):
     config = load_run(case["config"], case["set"])
     checked = preflight(config, store)
-    start = resolve(config.policy, True, store)
-    models = {role: resolve(getattr(config.models, role), False, store) for role in config.roles if getattr(config.models, role)}
-    if config.weighting.positive_system is not None:
-        models |= {"positive": start, "negative": start}
+    start, models = models_of(config, store)
     history = History()
-    final = flows.self_play.play(config, checked, store, start, models, history)
+    hands = Hands(run, lambda rows, place, shown_as="": tasks.prompts.publish(rows, store))
+    final = play_whole(config, checked, Place(str(store.root), config.name, "iter_00"), start, models, history, hands=hands)
     return {"final": final.path, "iterations": history.iterations}
 
 
 def main(request: str, out: str) -> None:
-    flows.self_play.run = run
     flows.preflight._check_tokens = lambda *_: None  # a process of its own, too; see test_bad_input.py
-    flows.self_play.select_prompts = lambda rows, place, shown_as="": tasks.prompts.publish(rows, Store(place.store))
     # DeepSpeed keeps the first process group for ever; several trainings in one process share it.
     stages.training.engine.Engine.close = lambda self: None
     work = json.loads(Path(request).read_text())
