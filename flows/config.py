@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -192,14 +193,19 @@ def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunCo
     A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is written.
     Raises: ConfigError.
     """
-    data = _read(Path(path), ())
-    for key, value in (overrides or {}).items():
+    return parse(RunConfig, apply(read_run(Path(path)), overrides or {}), os.fspath(path))
+
+
+def apply(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`data` with single settings replaced, by dotted name."""
+    data = copy.deepcopy(data)
+    for key, value in overrides.items():
         _set(data, key, value)
-    return parse(RunConfig, data, os.fspath(path))
+    return data
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file on top of the ones it extends."""
+def read_run(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file on top of the ones it extends, not yet validated."""
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself, through {', '.join(map(str, seen))}")
     data = read_yaml(path)
@@ -209,17 +215,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: `extends` must name a file, or a list of files, relative to this one; got {parents!r}")
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = _merge(merged, _read(path.parent / parent, (*seen, path.resolve())))
-    return _merge(merged, data)
+        merged = merge(merged, read_run(path.parent / parent, (*seen, path.resolve())))
+    return merge(merged, data)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Sections are merged key by key; a plug-in of another name replaces the one below it as a whole."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
         mergeable = isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name")
-        merged[key] = _merge(old, value) if mergeable else value
+        merged[key] = merge(old, value) if mergeable else value
     return merged
 
 

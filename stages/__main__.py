@@ -30,7 +30,7 @@ from stages.stage import LOCK_HELD, STAGES, execute
 
 def main(arguments: list[str]) -> int:
     if arguments == ["methods"]:
-        return _print_methods()
+        return print_methods()
     if len(arguments) != 2 or arguments[0] not in STAGES:
         print(f"usage: python -m stages {{{'|'.join(STAGES)}}} SPEC.json\n       python -m stages methods", file=sys.stderr)
         return 2
@@ -79,7 +79,7 @@ def _input(value: Any, store: Store) -> ArtifactRef:
     return record.ref(str(store.directory(record.kind, record.key)))
 
 
-def _print_methods() -> int:
+def print_methods() -> int:
     from stages.methods import METHODS
     from stages.weighting.weights import WEIGHTS
 

@@ -11,7 +11,9 @@ import os
 import resource
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,27 @@ FORWARD, TRAIN = 2, 6
 SUMMED = ("tokens_in", "tokens_out", "flops", "cache_hits", "cache_misses")
 SECONDS_BETWEEN_LOOKS = 1.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class _Loading:
+    """Seconds that this process spent on importing libraries and loading models."""
+
+    def __init__(self) -> None:
+        self.seconds, self._depth = 0.0, 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._depth += 1
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:  # a model's load imports its library: counted once
+                self.seconds += time.monotonic() - start
+
+
+loading = _Loading()
 
 
 @cache

@@ -6,7 +6,10 @@ A flow validates every setting of a run in a process that may have no torch at a
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
+
+from stages.cost import loading
 
 
 class LazyModule:
@@ -16,7 +19,10 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        if self._name not in sys.modules:
+            with loading():
+                importlib.import_module(self._name)
+        return getattr(sys.modules[self._name], attribute)
 
 
 torch = LazyModule("torch")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from stages.cost import loading
 from stages.lazy import torch
 from stages.numerics import token_logps
 
@@ -49,9 +50,10 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> Any:
 
     Policy and reference must be the same function at the start of training: dropout would make their log-ratios noise.
     """
-    from transformers import AutoModelForCausalLM
+    with loading():
+        from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

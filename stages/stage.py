@@ -26,7 +26,7 @@ from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.identity import fingerprint
 from data_contracts.shards import count_rows, shard_is_whole, shard_path, to_table, write_shard
 from data_contracts.store import Store, write_atomic
-from stages.cost import FORWARD, MemoryWatch, cost_of, parameters
+from stages.cost import FORWARD, MemoryWatch, cost_of, loading, parameters
 
 LOCK_HELD = "SELFPLAY_LOCK_HELD"
 """Environment: kind-key of the artifact whose lock the launcher already holds for us."""
@@ -147,7 +147,7 @@ class Job:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count these seconds under `name` in the record. "load" is start-up and "waiting" is not ours: neither is busy."""
+        """Count these seconds under `name` in the record; "waiting" is for a server that is not ours, and not busy."""
         start = time.monotonic()
         try:
             yield
@@ -221,8 +221,10 @@ def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: 
         litter.unlink()
     job = Job(stage, config, inputs, out)
     job.event("start", launched=launched or time.time())
+    loading.seconds = 0.0
     with MemoryWatch() as watch:
         stage.load().run(job)
+    job.event("seconds", what="load", seconds=loading.seconds)
     job.event("end")
     history = events(out)
     record = ArtifactRecord(
@@ -260,8 +262,9 @@ def events(directory: Path) -> list[dict[str, Any]]:
 def seconds_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds of all tries together.
 
-    wall: each try from the launch of its process to the last thing it is known to have done. start_up: importing and loading. waiting: for
-    others (a judge's server). busy: wall less these two. last_try: the wall of the last one. And whatever the stage timed by name.
+    wall: each try from the launch of its process to the last thing it is known to have done. start_up: importing libraries and loading
+    models (of tries that were killed: until the stage began). waiting: for others, e.g. a judge's server. busy: wall less these two.
+    last_try: the wall of the last one. And whatever the stage timed by name.
     """
     tries: list[list[float]] = []
     named: dict[str, float] = {}

@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file, digest_text
+from stages.cost import loading
 
 Template = Literal["chat", "plain"]
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    from transformers import AutoTokenizer
+    with loading():
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: Template) -> list[int]:

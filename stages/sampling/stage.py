@@ -9,6 +9,7 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
+from stages.cost import loading
 from stages.policy import pick_device
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
@@ -83,7 +84,7 @@ def run(job: Job) -> None:
     sampler = None
     for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "generations"):
         if sampler is None:
-            with job.timed("load"):
+            with loading():
                 sampler = SAMPLERS.get(config.backend.name)(config.backend, config, model, stops, device)
         with job.timed("generate"):
             candidates = sampler.generate(chunk)

@@ -14,6 +14,7 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
+from stages.cost import loading
 from stages.logps import Pass
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scores, Surroundings, prepared, score_once
@@ -137,7 +138,7 @@ class _Scoring:
 
     def _open(self) -> None:
         runtime = self.job.config.runtime
-        with self.job.timed("load"):
+        with loading():
             surroundings = Surroundings(self.job.store_root, runtime.batch_tokens, self.job.log)
             self.scorer = prepared(self.scorer_class, self.config, runtime.device, surroundings)
 

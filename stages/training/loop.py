@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ContractError
+from stages.cost import loading
 from stages.training.batches import Step, micro_batches, plan_steps, row_length
 from stages.training.engine import Engine
 from stages.training.streams import Streams
@@ -26,8 +27,9 @@ def train(
     `report(done, total, step metrics)` is called on the main rank after every step. Returns: metrics of the last epoch, averaged.
     """
     steps = plan_steps(len(rows), config.batch_size, config.epochs, config.seed)
-    engine = Engine(config, policy, len(steps), device)
-    streams = Streams(config, engine, reference, teacher)
+    with loading():
+        engine = Engine(config, policy, len(steps), device)
+        streams = Streams(config, engine, reference, teacher)
     resume = out / "resume"
     done = engine.resume(resume)
     log = _Log(out / METRICS, done) if engine.is_main else None

@@ -1,0 +1,253 @@
+"""selfplay: the command line. Every command imports what it needs when it runs, so that --help answers at once.
+
+Exit codes: 0 done, 2 the request is wrong and nothing was written, 130 interrupted, else see data_contracts/errors.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="selfplay", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    help="Let a language model improve by playing against itself: sample, score, weigh, train, evaluate, again.",
+)  # fmt: skip
+
+STORE = Annotated[str | None, typer.Option("--store", metavar="DIR", help="artifact store; default: $SELFPLAY_STORE or ./store")]
+SET = Annotated[list[str] | None, typer.Option("--set", metavar="section.field=value", help="override one setting; repeatable")]
+RUN_FILE = Annotated[str, typer.Argument(metavar="RUN.yaml", help="run config, e.g. deploy/runs/quickstart.yaml")]
+RUN_NAME = Annotated[str, typer.Argument(metavar="RUN", help="name of a run in the store, or a run config")]
+KEY = Annotated[str, typer.Argument(help="a key, the start of one, or kind/key")]
+
+
+@app.command()
+def run(config: RUN_FILE, set: SET = None, store: STORE = None) -> None:
+    """One self-play run, here and now.
+
+    Run it again after anything - a finish, a kill, a power cut - and it goes on.
+    """
+    _play(config, set, store)
+
+
+@app.command()
+def resume(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
+    """Go on with a run by its name.
+
+    With the settings it was started with last, as runs/NAME/run.json keeps them.
+    """
+    _play(str(_settings_of(name, store)), set, store)
+
+
+@app.command()
+def compare(config: Annotated[str, typer.Argument(metavar="COMPARISON.yaml", help="e.g. deploy/runs/compare/table3.yaml")],
+            set: SET = None, store: STORE = None) -> None:  # fmt: skip
+    """Several methods or seeds on shared artifacts.
+
+    One table, with intervals; what does not depend on the method is built once.
+    """
+    from data_contracts.store import Store
+    from flows.comparison import load_comparison
+
+    root = Store(store)
+    comparison = load_comparison(config, _overrides(set))
+    comparison.check(root)
+    with _server(root) as url:
+        from flows.compare import compare as flow
+
+        print(f"watch it at {url.removesuffix('/api')}", flush=True)
+        result = flow(config=config, overrides=_overrides(set), store=str(root.root))
+    print(result["text"])
+    print(f"report: {result['report']}")
+
+
+@app.command()
+def estimate(config: RUN_FILE, set: SET = None, store: STORE = None,
+             price: Annotated[float | None, typer.Option(help="money per hour of this machine")] = None,
+             calibrate: Annotated[bool, typer.Option(help="measure on this machine what the store's records do not tell")] = True) -> None:  # fmt: skip
+    """What a run will cost, before it is started.
+
+    Seconds, tokens, FLOPs, memory, disk and money per stage. What is built already costs nothing.
+    """
+    from data_contracts.store import Store
+    from flows.config import load_run
+    from flows.estimate import estimate as predict
+    from flows.estimate import show
+
+    print(show(predict(load_run(config, _overrides(set)), Store(store), price_per_hour=price, calibrate=calibrate)))
+
+
+@app.command()
+def status(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
+    """What of a run is built, and what is to come."""
+    from data_contracts.store import Store
+    from flows.config import load_run
+    from flows.status import status as look
+
+    print(look(load_run(_settings_of(name, store), _overrides(set)), Store(store)))
+
+
+@app.command()
+def report(name: RUN_NAME, store: STORE = None) -> None:
+    """Write a run's report again, from its artifacts."""
+    from data_contracts.store import Store
+    from flows.config import load_run
+    from flows.status import report_again
+
+    print(report_again(load_run(_settings_of(name, store)), Store(store)))
+
+
+@app.command()
+def init(method: Annotated[str, typer.Argument(help="a name of `selfplay methods`")],
+         out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default: METHOD.yaml; - prints it")] = None) -> None:  # fmt: skip
+    """Write a commented run config for a method."""
+    from data_contracts.errors import ConfigError
+    from flows.init import commented_config
+
+    text = commented_config(method)
+    path = out or Path(f"{method}.yaml")
+    if str(path) == "-":
+        print(text)
+        return
+    if path.exists():
+        raise ConfigError(f"{path} is there already: name another file with --out")
+    path.write_text(text, encoding="utf-8")
+    print(f"{path}: a run config for {method}. Try: selfplay run {path}")
+
+
+@app.command()
+def methods() -> None:
+    """What can be trained: name, equation, source, needs."""
+    from stages.__main__ import print_methods
+
+    print_methods()
+
+
+@app.command()
+def ls(kind: Annotated[str | None, typer.Option(help="only generations, checkpoint, ...")] = None, store: STORE = None) -> None:
+    """Every finished artifact, oldest first."""
+    _contracts("ls", store, kind)
+
+
+@app.command()
+def show(key: KEY, store: STORE = None) -> None:
+    """Everything a record says."""
+    _contracts("show", store, key)
+
+
+@app.command()
+def explain(key: KEY, store: STORE = None) -> None:
+    """Why an artifact is not one of the others."""
+    _contracts("explain", store, key)
+
+
+@app.command()
+def verify(keys: Annotated[list[str] | None, typer.Argument(help="keys; default: all")] = None, store: STORE = None) -> None:
+    """Read every byte again, compare with what was signed."""
+    _contracts("verify", store, keys or [])
+
+
+@app.command()
+def ledger(run: Annotated[str, typer.Argument(metavar="RUN", help="name of a run in the store")],
+           csv: Annotated[bool, typer.Option(help="one row per artifact, for a spreadsheet")] = False, store: STORE = None) -> None:  # fmt: skip
+    """What a run cost, stage by stage."""
+    _contracts("ledger", store, run, csv)
+
+
+def _contracts(command: str, store: str | None, *arguments: Any) -> None:
+    import data_contracts.__main__ as contracts
+    from data_contracts.store import Store
+
+    getattr(contracts, command)(Store(store), *arguments)
+
+
+def _overrides(assignments: list[str] | None) -> dict[str, Any]:
+    from flows.config import parse_assignment
+
+    return dict(parse_assignment(text) for text in assignments or [])
+
+
+def _settings_of(name: str, store: str | None) -> Path:
+    """The run config itself, or the settings that the store keeps of a run by that name."""
+    from data_contracts.errors import ConfigError
+    from data_contracts.store import Store
+
+    if Path(name).is_file():
+        return Path(name)
+    root = Store(store).root
+    path = root / "runs" / name / "run.json"
+    if not path.is_file():
+        known = sorted(found.parent.name for found in (root / "runs").glob("*/run.json"))
+        raise ConfigError(
+            f"{name!r} is neither a run config nor a run in {root}; runs there: {', '.join(known) or 'none'} (--store names another store)"
+        )
+    return path
+
+
+@contextmanager
+def _server(store: Any) -> Iterator[str]:
+    from flows.server import prefect_server
+
+    with prefect_server(store.root / "prefect") as url:
+        yield url
+
+
+def _play(config: str, assignments: list[str] | None, store: str | None) -> None:
+    from data_contracts.ledger import Ledger
+    from data_contracts.store import Store
+    from flows.config import load_run
+    from flows.preflight import preflight
+
+    root, overrides = Store(store), _overrides(assignments)
+    settings = load_run(config, overrides)
+    preflight(settings, root)
+    os.environ["SELFPLAY_OWN_PROCESS"] = "1"
+    with _server(root) as url:
+        # Prefect reads its settings when it is imported: after the server is known.
+        from flows.self_play import self_play
+
+        print(f"watch it at {url.removesuffix('/api')}", flush=True)
+        history = self_play(config=config, overrides=overrides, store=str(root.root))
+    _print_rows(settings.name, history["rows"])
+    print(history["headline"])
+    print(f"report: {history['report']} (and .html beside it, with curves)")
+    print(f"what it cost: selfplay ledger {settings.name}")
+    Ledger(root, settings.name, history["session"]).end()
+
+
+def _print_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"self-play run {name}")
+    for column in rows[-1]:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in rows[-1]))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from data_contracts.errors import PipelineError
+
+    try:
+        app(arguments, prog_name="selfplay", standalone_mode=False)
+    except PipelineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except SystemExit as error:
+        return int(error.code or 0)
+    except typer.Abort:
+        return 130
+    except typer.TyperException as error:
+        error.show()
+        return error.exit_code
+    return 0

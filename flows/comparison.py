@@ -1,0 +1,309 @@
+"""Flows - a comparison: variants of one run, what may differ between them, and what came out, from the records alone.
+
+Prompts, generations, scores and log-probs that do not depend on a variant are built once: equal settings and inputs have equal keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from data_contracts.config import Config, parse, read_yaml
+from data_contracts.errors import ConfigError
+from data_contracts.shards import read_shards
+from data_contracts.store import Store, write_atomic
+from flows import figures
+from flows.config import NAME, TRAINABLE_ROLES, RunConfig, apply, merge, read_run
+from flows.page import STYLE
+from flows.preflight import preflight
+from flows.rehearsal import Step, rehearse
+from stages.evaluation.intervals import Interval, paired_bootstrap
+from stages.evaluation.stage import per_prompt
+
+PHASES = ("generation", "weights", "training", "scoring", "evaluation")
+AUXILIARY = {name for role in TRAINABLE_ROLES for name in (role, f"{role}_pairs")}
+
+
+class ComparisonConfig(Config):
+    """Variants of one run config."""
+
+    name: str = Field(pattern=NAME, max_length=40)
+    base: str
+    """Run config, relative to this file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Sections laid over `base`, for all variants."""
+    vary: tuple[str, ...] = Field(min_length=1)
+    """Fields (dotted; a section means all of it) in which variants may differ. A difference anywhere else is refused."""
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Name -> sections laid over `base` and `set`; the first one is what the others are compared with."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    paper: dict[str, float] = Field(default_factory=dict)
+    """Published figures to print beside the measured ones: weights_ratio (second variant / first), weights_share (of the first's training)."""
+
+
+class Variant(NamedTuple):
+    name: str
+    seed: int
+    config: RunConfig
+
+
+class Comparison(NamedTuple):
+    config: ComparisonConfig
+    variants: list[Variant]
+
+    def check(self, store: Store) -> None:
+        """Every variant's own checks, before the first is started. Raises: ConfigError."""
+        for one in self.variants:
+            try:
+                preflight(one.config, store)
+            except ConfigError as error:
+                raise ConfigError(f"variant {one.name}: {error}") from None
+
+
+def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -> Comparison:
+    """`overrides` are settings of the runs, laid over all variants. Raises: ConfigError; for variants that differ in more than `vary`, with the fields."""
+    path = Path(path)
+    config = parse(ComparisonConfig, read_yaml(path), str(path))
+    base = merge(read_run(path.parent / config.base), config.set)
+    variants = []
+    for name, settings in config.variants.items():
+        for seed in config.seeds:
+            data = apply(merge(base, settings), overrides or {}) | {"name": f"{config.name}-{name}-s{seed}".replace("_", "-"), "seed": seed}
+            variants.append(Variant(name, seed, parse(RunConfig, data, f"{path}, variant {name}")))
+    first = _flat(variants[0].config.model_dump(mode="json"))
+    for one in variants[1:]:
+        other = _flat(one.config.model_dump(mode="json"))
+        found = [field for field in sorted(first.keys() | other.keys()) if first.get(field) != other.get(field)]
+        if strange := [field for field in found if not _may_differ(field, (*config.vary, "name", "seed"))]:
+            raise ConfigError(
+                f"{path}: variant {one.name} differs from {variants[0].name} in {', '.join(strange)}, and `vary` names only "
+                f"{', '.join(config.vary)}: the comparison would be of more than it says. Make them equal, or name them in `vary`"
+            )
+    return Comparison(config, variants)
+
+
+def _may_differ(field: str, vary: tuple[str, ...]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in vary)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix.removesuffix("."): value}
+    return {name: item for key, part in value.items() for name, item in _flat(part, f"{prefix}{key}.").items()}
+
+
+class Outcome(NamedTuple):
+    """One variant with one seed, as its records tell it."""
+
+    variant: Variant
+    steps: list[Step]
+    heldout: list[list[dict[str, Any]]]
+    """Rows of the held-out answers, by iteration."""
+
+    def seconds(self, iteration: int, what: str = "wall") -> dict[str, float]:
+        """Phase -> seconds that its artifacts cost whoever built them: what the variant would have cost on a store of its own, except that
+        log-probs stored by an earlier variant were found."""
+        found = dict.fromkeys(PHASES, 0.0)
+        for one in self.steps:
+            if one.iteration == iteration and one.record is not None:
+                found[phase_of(one)] += one.record.seconds.get(what, 0.0)
+        return found
+
+
+def phase_of(step: Step) -> str:
+    """Column of the paper's Table 3: auxiliary models are trained for the sake of the weights."""
+    if step.shown_as in AUXILIARY or step.stage == "weigh":
+        return "weights"
+    if step.stage == "evaluate" or step.shown_as == "heldout_generations":
+        return "evaluation"
+    return {"sample": "generation", "score": "scoring", "train": "training"}[step.stage]
+
+
+def outcomes(comparison: Comparison, store: Store) -> list[Outcome]:
+    """Raises: ConfigError for a comparison that is not complete."""
+    found = []
+    for one in comparison.variants:
+        steps = rehearse(one.config, store).steps
+        if missing := [step.shown_as for step in steps if step.record is None]:
+            raise ConfigError(f"{one.config.name} is not complete ({missing[0]} is not built): run the comparison again, it goes on")
+        reports = [step for step in steps if step.stage == "evaluate"]
+        heldout = [read_shards(store.directory("eval_report", str(step.key)), "heldout", "heldout").to_pylist() for step in reports]
+        found.append(Outcome(one, steps, heldout))
+    return found
+
+
+def sharing(found: list[Outcome]) -> dict[str, int]:
+    """How many artifacts the variants asked for, how many exist, and how many serve more than one variant."""
+    uses = Counter((step.stage, step.key) for one in found for step in one.steps)
+    return {"asked for": sum(uses.values()), "built": len(uses), "shared": sum(count > 1 for count in uses.values())}
+
+
+def _scores(one: Outcome, iteration: int) -> dict[str, float]:
+    """Mean score of each prompt; the seed is part of a prompt's name, so that seeds are pooled prompt by prompt."""
+    return {f"{one.variant.seed}/{name}": value for name, value in per_prompt(one.heldout[iteration], "score").items()}
+
+
+def _pooled(found: list[Outcome], iteration: int) -> dict[str, float]:
+    return {name: value for one in found for name, value in _scores(one, iteration).items()}
+
+
+def table(comparison: Comparison, found: list[Outcome]) -> list[dict[str, Any]]:
+    """One row per variant, seeds pooled: what it gained over its start, and over the first variant; what it cost per seed."""
+    rows = []
+    names = list(comparison.config.variants)
+    groups = {name: [one for one in found if one.variant.name == name] for name in names}
+    last = comparison.variants[0].config.iterations
+    for name in names:
+        group = groups[name]
+        # An ablation of iterations may stop early (the gate); every variant is measured at its own last one.
+        before, after = _pooled(group, 0), _pooled(group, -1)
+        row: dict[str, Any] = {"variant": name, "seeds": len(group), "start": _mean(before), "final": _mean(after)}
+        row["gain"] = _interval(before, after)
+        row[f"against {names[0]}"] = _interval(_pooled(groups[names[0]], -1), after) if name != names[0] else None
+        row["start_logp"] = float(np.mean([line["start_logp"] for one in group for line in one.heldout[-1]]))
+        for phase in PHASES:
+            row[f"{phase} s"] = sum(one.seconds(i)[phase] for one in group for i in range(1, last + 1)) / len(group)
+        rows.append(row)
+    return rows
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def _interval(before: dict[str, float], after: dict[str, float]) -> Interval | None:
+    return paired_bootstrap(before, after) if before.keys() & after.keys() else None
+
+
+def seconds_table(comparison: Comparison, found: list[Outcome]) -> list[dict[str, Any]]:
+    """The paper's Table 3: seconds of generation, weights and training, per iteration and variant (mean over seeds), and their sums."""
+    rows = []
+    for name in comparison.config.variants:
+        group = [one for one in found if one.variant.name == name]
+        for iteration in range(1, comparison.variants[0].config.iterations + 1):
+            row: dict[str, Any] = {"variant": name, "iteration": iteration}
+            for phase in PHASES[:3]:
+                row[phase] = float(np.mean([one.seconds(iteration)[phase] for one in group]))
+                row[f"{phase} busy"] = float(np.mean([one.seconds(iteration, "busy")[phase] for one in group]))
+            rows.append(row)
+    return rows
+
+
+def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
+    """The second variant's weight seconds over the first's; the first's weight seconds over its training's, by iteration."""
+    names, paper, lines = list(comparison.config.variants), comparison.config.paper, []
+
+    def beside(name: str) -> str:
+        return f" (paper: {paper[name]:g})" if name in paper else ""
+
+    for suffix, label in (("", "wall"), (" busy", "busy: without start-up")):
+        total = {name: sum(row[f"weights{suffix}"] for row in seconds if row["variant"] == name) for name in names}
+        for other in names[1:]:
+            if total[names[0]] > 0:
+                lines.append(f"weights, {other} / {names[0]}: {total[other] / total[names[0]]:.2f}{beside('weights_ratio')} [{label}]")
+        own = [row for row in seconds if row["variant"] == names[0]]
+        shares = ", ".join(
+            f"iteration {row['iteration']}: {row[f'weights{suffix}'] / row[f'training{suffix}']:.3f}"
+            for row in own
+            if row[f"training{suffix}"] > 0
+        )
+        lines.append(f"weights / training of {names[0]}: {shares}{beside('weights_share')} [{label}]")
+    return lines
+
+
+def text(comparison: Comparison, found: list[Outcome]) -> str:
+    """Everything as Markdown."""
+    seconds = seconds_table(comparison, found)
+    share = sharing(found)
+    parts = [
+        f"# Comparison {comparison.config.name}",
+        "",
+        _markdown(table(comparison, found)),
+        "",
+        f"Intervals: 95 %, paired bootstrap over prompts, seeds pooled ({len(comparison.config.seeds)}). Seconds per seed, without iteration 0.",
+        f"{share['asked for']} artifacts asked for, {share['built']} built, {share['shared']} of them shared by several runs. "
+        "Log-probs of one model and response are computed once: who comes first pays.",
+        "",
+        "## Seconds per iteration",
+        "",
+        _markdown(seconds),
+        "",
+        *(f"- {line}" for line in ratios(comparison, seconds)),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    return "\n".join(lines + ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Interval):
+        return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def write_report(comparison: Comparison, found: list[Outcome], store: Store) -> Path:
+    """`runs/<name>/comparison.md`, `.json` and `.html`; returns the page."""
+    directory = store.root / "runs" / comparison.config.name
+    directory.mkdir(parents=True, exist_ok=True)
+    rows, seconds = table(comparison, found), seconds_table(comparison, found)
+    write_atomic(directory / "comparison.md", text(comparison, found))
+    plain = [{name: value._asdict() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows]
+    write_atomic(
+        directory / "comparison.json", json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(found)}, indent=1) + "\n"
+    )
+    page = directory / "comparison.html"
+    write_atomic(page, _page(comparison, found, rows, seconds))
+    return page
+
+
+def _page(comparison: Comparison, found: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
+    names = list(comparison.config.variants)
+    curves = []
+    for name in names:
+        group = [one for one in found if one.variant.name == name]
+        count = min(len(one.heldout) for one in group)
+        gains = [_interval(_pooled(group, 0), _pooled(group, i)) for i in range(count)]
+        curves.append(
+            figures.Series(
+                name, list(range(count)), [one.mean if one else None for one in gains],
+                [one.low if one else None for one in gains], [one.high if one else None for one in gains],
+            )
+        )  # fmt: skip
+    bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
+    stacked = [(phase, [row[phase] for row in seconds]) for phase in PHASES[:3]]
+    body = [
+        _figure("Held-out gain over the start, 95 %", figures.lines("gain", curves, "iteration", "gain", zero=True), names),
+        _figure("Seconds per iteration", figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"), PHASES[:3]),
+    ]
+    tables = "".join(_html(part) for part in (rows, seconds))
+    lines = "".join(f"<li>{escape(line)}</li>" for line in ratios(comparison, seconds))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        f'<link rel="icon" href="data:,"><title>{escape(comparison.config.name)}: comparison</title><style>{STYLE}</style></head><body>'
+        f'<header><h1>{escape(comparison.config.name)}</h1></header><main><section><div class="grid">{"".join(body)}</div></section>'
+        f"<section>{tables}<ul>{lines}</ul></section></main></body></html>\n"
+    )
+
+
+def _figure(caption: str, svg: str, labels: Any) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{figures.legend(labels)}{svg}</figure>"
+
+
+def _html(rows: list[dict[str, Any]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
