@@ -1,6 +1,6 @@
 # Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart test test-all lint
+.PHONY: help venv model quickstart table3 test test-all lint
 
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export TOKENIZERS_PARALLELISM := false
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 venv:  ## the pinned environment, in .venv (LOCK=gpu: with CUDA; PYTHON=...: made with that interpreter)
 	@python=$$(deploy/setup/find_python.sh) && "$$python" deploy/setup/setup_venv.py --lock $(LOCK)
@@ -24,7 +24,10 @@ model: venv  ## the quickstart's model, in models/smollm2-135m-instruct
 	@$(PY) deploy/setup/get_smollm2.py
 
 quickstart: venv model  ## three self-play iterations on the CPU, and how much they improved the model (RUN=another.yaml)
-	@$(PY) -m flows $(RUN)
+	@$(PY) -m flows run $(RUN)
+
+table3: venv model  ## SWIFT against TIS-DPO (D): seconds of generation, weights and training, as in the paper's Table 3
+	@$(PY) -m flows compare deploy/runs/compare/table3.yaml
 
 # Tests never ask the hub for anything unless told to (HF_HUB_OFFLINE=0 make test ARGS="-m hub").
 test test-all: export HF_HUB_OFFLINE ?= 1

@@ -116,7 +116,7 @@ def ledger(store: Store, run: str, as_csv: bool = False) -> int:
         head, cells = ledgers.table(part, by)
         _print_table(head, cells, right=range(len(by), len(head)))
         print()
-    for line in ledgers.summary(account):
+    for line in ledgers.summary(account) + ledgers.predicted(store, run):
         print(line)
     return 0
 

@@ -176,6 +176,34 @@ def rows(account: Account) -> list[dict[str, Any]]:
     ]
 
 
+def predicted(store: Store, run: str) -> list[str]:
+    """Lines that set `selfplay estimate`'s last prediction beside what was measured; none without one.
+
+    Compared are the artifacts that the estimate had to predict and that this run has built since.
+    """
+    path = store.root / "runs" / run / "estimate.json"
+    if not path.is_file():
+        return []
+    said = json.loads(path.read_text(encoding="utf-8"))
+    account = read(store, run)
+    measured = {(row["step"], row["shown_as"]): row["wall"] for row in rows(account) if not row["cached"]}
+    pairs = [
+        (one["seconds"], measured[one["step"], one["shown_as"]])
+        for one in said["steps"]
+        if one["source"] != "built" and (one["step"], one["shown_as"]) in measured
+    ]
+    lines = []
+    if pairs:
+        foreseen, took = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        lines.append(f"predicted for these {len(pairs)} stages: {foreseen:.1f} s, measured {took:.1f} s ({foreseen / took - 1:+.0%})")
+    if len(account.sessions) == 1 and account.sessions[0].is_finished:
+        wall = account.sessions[0].wall
+        lines.append(
+            f"predicted for the run: {said['seconds']:.1f} s +- {said['half_width']:.1f} s, measured {wall:.1f} s ({said['seconds'] / wall - 1:+.0%})"
+        )
+    return lines
+
+
 def total(rows: Iterable[dict[str, Any]], by: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Add rows up by columns; peaks and GPU counts are the largest, not the sum."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -251,3 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     return 0
+
+
+def run_command() -> None:
+    """Entry point of an installed package."""
+    sys.exit(main())

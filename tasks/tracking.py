@@ -78,6 +78,7 @@ class Tracker:
         child = self._child(iteration)
         metrics = [_metric(f"{shown_as}/{name}", value) for name, value in record.metrics.items()]
         metrics += [_metric(f"{shown_as}/seconds/{name}", value) for name, value in record.seconds.items()]
+        metrics += [_metric(f"{shown_as}/cost/{name}", value) for name, value in record.cost.items()]
         metrics += [_metric(f"{shown_as}/cached", float(cached))]
         curve = self.store.directory(record.kind, record.key) / "metrics.jsonl"
         for line in curve.read_text().splitlines() if curve.is_file() else []:

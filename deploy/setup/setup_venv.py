@@ -101,8 +101,16 @@ def set_up(which: str, digest: str, lock) -> None:
         libnuma.provide(VENV, site_packages())
     # A .pth line instead of an editable install: the same effect for an application, with no build at all.
     (site_packages() / "selfplay_pipeline.pth").write_text(f"{ROOT}\n")
+    write_command()
     DONE.write_text(f"{digest} {which}\n")
     say(f"{len(pins)} packages ready in {VENV} ({time.monotonic() - started:.0f} s)")
+
+
+def write_command() -> None:
+    """.venv/bin/selfplay. A shell line, because a #! line breaks at spaces in the path."""
+    command = VENV / "bin" / "selfplay"
+    command.write_text(f'#!/bin/sh\nexec "{PYTHON}" -m flows "$@"\n')
+    command.chmod(0o755)
 
 
 def read_pins(path: Path) -> dict[str, str]:

@@ -61,8 +61,8 @@ def finish(command: list[str], timeout: float = 300, **more: str) -> Finished:
 
 
 def play(config: Path, store: Path, *settings: str, **more: str) -> Finished:
-    """`python -m flows CONFIG --store STORE --set ...`"""
-    command = [sys.executable, "-m", "flows", str(config), "--store", str(store)]
+    """`selfplay run CONFIG --store STORE --set ...`"""
+    command = [sys.executable, "-m", "flows", "run", str(config), "--store", str(store)]
     return finish(command + [word for setting in settings for word in ("--set", setting)], **more)
 
 

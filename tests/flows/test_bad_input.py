@@ -23,7 +23,7 @@ def refuse(tmp_path, make_run):
     def check(*message: str, store: Path | None = None, config: Path | None = None, settings=(), **sections) -> str:
         store = store or tmp_path / "store"
         before = sorted(path for path in tmp_path.rglob("*"))
-        command = [sys.executable, "-m", "flows", str(config or make_run("bad", **sections)), "--store", str(store)]
+        command = [sys.executable, "-m", "flows", "run", str(config or make_run("bad", **sections)), "--store", str(store)]
         command += [word for setting in settings for word in ("--set", setting)]
         environment = os.environ | {"HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)

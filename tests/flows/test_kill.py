@@ -25,7 +25,7 @@ REMAINS_SECONDS = 20
 
 
 class Run:
-    """One `python -m flows`, and every process that came from it: all inherit a mark, wherever they hang."""
+    """One `selfplay run`, and every process that came from it: all inherit a mark, wherever they hang."""
 
     def __init__(self, tools, config: Path, store: Path, log: Path):
         self.tools, self.mark, self.log = tools, f"KILL_TEST={uuid.uuid4().hex}", log
@@ -33,7 +33,7 @@ class Run:
         self.from_byte = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as file:
             self.main = subprocess.Popen(
-                [sys.executable, "-m", "flows", str(config), "--store", str(store)], cwd=tools.root, env=tools.environment(**{name: value}),
+                [sys.executable, "-m", "flows", "run", str(config), "--store", str(store)], cwd=tools.root, env=tools.environment(**{name: value}),
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
         self.began, self.hits = time.monotonic(), 0
