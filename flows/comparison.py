@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -22,9 +22,11 @@ from flows import figures
 from flows.config import NAME, TRAINABLE_ROLES, RunConfig, apply, merge, read_run
 from flows.page import STYLE
 from flows.preflight import preflight
-from flows.rehearsal import Step, rehearse
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.evaluation.stage import per_prompt
+
+if TYPE_CHECKING:
+    from flows.rehearsal import Step
 
 PHASES = ("generation", "weights", "training", "scoring", "evaluation")
 AUXILIARY = {name for role in TRAINABLE_ROLES for name in (role, f"{role}_pairs")}
@@ -127,6 +129,8 @@ def phase_of(step: Step) -> str:
 
 def outcomes(comparison: Comparison, store: Store) -> list[Outcome]:
     """Raises: ConfigError for a comparison that is not complete."""
+    from flows.rehearsal import rehearse  # and so prefect, which must not be imported before its server is known
+
     found = []
     for one in comparison.variants:
         steps = rehearse(one.config, store).steps

@@ -17,7 +17,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +97,9 @@ def estimate(config: RunConfig, store: Store, price_per_hour: float | None = Non
     checked = preflight(config, store)
     rehearsal = rehearse(config, store, checked)
     missing = [one for one in rehearsal.steps if one.record is None]
-    rates = {kind: rate for one in missing if (rate := _from_records(one, store)) for kind in [_kind(one, rehearsal.start)]}
+    rates = {
+        kind: rate for one in missing if (rate := _from_records(one, store, rehearsal.start)) for kind in [_kind(one, rehearsal.start)]
+    }
     if calibrate and {_kind(one, rehearsal.start) for one in missing} - rates.keys():
         rates = _calibrate(config, checked, store) | rates
     steps = [_predict(one, rates.get(_kind(one, rehearsal.start)), config, checked, rehearsal.num_prompts) for one in rehearsal.steps]
@@ -158,12 +160,14 @@ def _prompts_of(step: Step, config: RunConfig, checked: Checked, num_prompts: Ma
     return config.prompts.per_iteration or share
 
 
-def _from_records(step: Step, store: Store) -> Rate | None:
+def _from_records(step: Step, store: Store, start: ArtifactRef) -> Rate | None:
     """The newest record on this host of the same stage, settings (seeds apart) and size of model: what it took, as it is."""
-    wanted, size = _unseeded(step.config), _size(step.inputs)
+    # A checkpoint that is to be trained will have as many parameters as the one it starts from.
+    inputs = [start if ref.kind == "checkpoint" and not ref.path else ref for ref in step.inputs.values()]
+    wanted, size = _unseeded(step.config), _size(inputs)
     for record in reversed(list(store.records(STAGES[step.stage].produces))):
         like = (record.version == STAGES[step.stage].version and record.provenance.get("host") == platform.node()
-                and record.config is not None and _unseeded_dict(record.config) == wanted and _size(record.inputs) == size
+                and record.config is not None and _unseeded_dict(record.config) == wanted and _size(record.inputs.values()) == size
                 and record.inputs.keys() == step.inputs.keys() and record.provenance.get("starts", 1) == 1)  # fmt: skip
         if like and (step.stage != "weigh" or record.cost.get("tokens_in", 0) > 0):
             units = _measured_units(record, step.config)
@@ -180,10 +184,9 @@ def _unseeded_dict(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name not in ("seed", "learning_rate")}
 
 
-def _size(inputs: Mapping[str, ArtifactRef]) -> tuple[int, ...]:
-    """Parameters of the models a step reads. A model that is to be trained has as many as the one it starts from."""
-    found = {parameters(ref.path) for ref in inputs.values() if ref.kind == "checkpoint" and ref.path}
-    return tuple(sorted(found))
+def _size(inputs: Iterable[ArtifactRef]) -> tuple[int, ...]:
+    """Parameters of the models a step reads."""
+    return tuple(sorted({parameters(ref.path) for ref in inputs if ref.kind == "checkpoint"}))
 
 
 def _measured_units(record: ArtifactRecord, config: Any) -> float:

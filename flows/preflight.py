@@ -48,7 +48,8 @@ def preflight(run: RunConfig, store: Store) -> Checked:
 def _preflight(settings: str, store_root: Path) -> Checked:
     run = RunConfig.model_validate_json(settings)
     Store(store_root).check_writable()
-    train, heldout = load_prompts(run.prompts.train), load_prompts(run.prompts.heldout)
+    checked = gather(run)
+    train, heldout, _ = checked
     check_disjoint(train, heldout, run.prompts.duplicate_similarity)
     _check_amount(run, train)
     for scorer, rows in ((run.scoring.scorer if run.pairing in CHOOSE else None, train), (run.evaluation.scorer, heldout)):
@@ -65,11 +66,15 @@ def _preflight(settings: str, store_root: Path) -> Checked:
         raise ConfigError(
             f"evaluation.best_of needs {max(run.evaluation.best_of)} held-out answers per prompt, heldout_sampling.num_candidates is {answers}"
         )
-    evaluation = _with_digests(run.evaluation)
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
     _check_tokens(run, model, train, heldout)
-    return Checked(train, heldout, evaluation)
+    return checked
+
+
+def gather(run: RunConfig) -> Checked:
+    """What a run reads, with no more checks than reading takes. Raises: ConfigError for a file that is missing or malformed."""
+    return Checked(load_prompts(run.prompts.train), load_prompts(run.prompts.heldout), _with_digests(run.evaluation))
 
 
 def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from data_contracts.config import Config
 from data_contracts.identity import canonical_json, digest_text, fingerprint
 from data_contracts.store import Store
 from flows.config import RunConfig
-from flows.preflight import Checked, preflight
+from flows.preflight import Checked, gather
 from flows.self_play import Hands, models_of, play, read_answers
 from stages.stage import STAGES
 from tasks.build import Built
@@ -57,7 +57,7 @@ def rehearse(config: RunConfig, store: Store, checked: Checked | None = None, hi
     looker = _Looker(store)
     teller = _Teller(history)
     hands = Hands(looker.run, looker.publish, looker.read_answers)
-    play(config, checked or preflight(config, store), Place(str(store.root), config.name, "iter_00"), start, models, teller, hands=hands)
+    play(config, checked or gather(config), Place(str(store.root), config.name, "iter_00"), start, models, teller, hands=hands)
     return Rehearsal(config, looker.steps, looker.num_prompts, start, models)
 
 

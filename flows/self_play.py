@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import psutil
 from prefect import flow, get_run_logger
+from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
-from data_contracts.ledger import Ledger
+from data_contracts.ledger import Ledger, read, rows, table, total
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
 from flows.config import (
@@ -213,6 +214,16 @@ def keep_settings(config: RunConfig, store: Store) -> None:
     write_atomic(path, config.model_dump_json(indent=1) + "\n")
 
 
+def _show_costs(name: str, store: Store) -> None:
+    """The ledger by iteration and stage, as a table in Prefect; MLflow has each record's figures already."""
+    by = ("step", "stage")
+    head, cells = table(total(rows(read(store, name)), by), by)
+    try:
+        create_table_artifact([dict(zip(head, line, strict=True)) for line in cells], key=f"{name}-costs", description=f"what {name} cost")
+    except Exception as error:  # a server that went away costs the picture, not the run
+        get_run_logger().warning("the costs could not be sent to Prefect: %s", error)
+
+
 def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     """Check, play, report. Inside a flow run."""
     logger = get_run_logger()
@@ -237,5 +248,6 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     report = history.write_report()
     tracker.finish(report)
     ledger.end()
+    _show_costs(config.name, store)
     logger.info("report: %s", report)
     return {"final": final.path, "report": str(report), "headline": history.headline(), "rows": history.rows, "session": ledger.session}

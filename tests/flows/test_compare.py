@@ -17,9 +17,9 @@ METHODS = ("dpo", "ipo", "simpo", "sppo", "rdpo", "rebel")
 PRESETS = sorted((ROOT / "deploy" / "runs" / "compare").glob("*.yaml"))
 
 
-def write(directory, base, **more):
+def write(directory, run, **more):
     path = directory / "comparison.yaml"
-    body = {"name": "six", "base": str(base), "vary": ["method"], "variants": {name: {"method": {"name": name}} for name in METHODS}}
+    body = {"name": "six", "base": str(run), "vary": ["method"], "variants": {name: {"method": {"name": name}} for name in METHODS}}
     path.write_text(yaml.safe_dump(body | more, sort_keys=False))
     return path
 
