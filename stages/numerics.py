@@ -19,10 +19,11 @@ def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
     Shapes: logits [N, T, V] (row t predicts token t), ids [N, T], mask [N, T] bool -> [N, T].
     """
+    from stages.kernels import TokenLogps
+
     check_shapes("token_logps", ids=ids, mask=mask)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return torch.where(mask, chosen - wide.logsumexp(-1), torch.zeros((), dtype=wide.dtype, device=wide.device))
+    logps = TokenLogps.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1)).view(ids.shape)
+    return torch.where(mask, logps, torch.zeros((), dtype=logps.dtype, device=logps.device))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stages.lazy import torch
-from stages.policy import Batch, batches_by_budget, collate
+from stages.policy import Batch, Packed, batches_by_budget, batches_by_sum, collate, pack
 
 
 class Step(NamedTuple):
@@ -32,24 +32,27 @@ def plan_steps(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[S
     return steps
 
 
-def micro_batches(lengths: list[int], budget: int, rank: int, world_size: int) -> list[list[int]]:
+def micro_batches(lengths: list[int], budget: int, rank: int, world_size: int, packed: bool = False) -> list[list[int]]:
     """This rank's micro-batches of a step, as positions in `lengths`; an empty one where there are fewer than ranks.
 
     Every rank gets the same number of them: collective operations inside forward and backward must meet.
     """
-    batches = list(batches_by_budget(lengths, budget))
+    batches = batches_by_sum(lengths, budget) if packed else list(batches_by_budget(lengths, budget))
     batches += [[]] * (-len(batches) % world_size)
     return batches[rank::world_size]
 
 
-def row_length(row: dict[str, Any], sides: tuple[str, ...]) -> int:
-    """Tokens of a row in a padded batch: every side as long as the longest one."""
+def row_length(row: dict[str, Any], sides: tuple[str, ...], packed: bool = False) -> int:
+    """Tokens of a row in a batch. Padded: every side as long as the longest one, with the prompt; packed: the prompt once, and no padding."""
+    if packed:
+        return len(row["prompt_ids"]) + sum(len(row[f"{side}_ids"]) for side in sides)
     return len(sides) * (len(row["prompt_ids"]) + max(len(row[f"{side}_ids"]) for side in sides))
 
 
-def collate_rows(rows: list[dict[str, Any]], sides: tuple[str, ...]) -> Batch:
+def collate_rows(rows: list[dict[str, Any]], sides: tuple[str, ...], packed: bool = False) -> Batch | Packed:
     """B rows as one batch of B responses per side, chosen first."""
-    return collate([row["prompt_ids"] for row in rows] * len(sides), [row[f"{side}_ids"] for side in sides for row in rows])
+    build = pack if packed else collate
+    return build([row["prompt_ids"] for row in rows] * len(sides), [row[f"{side}_ids"] for side in sides for row in rows])
 
 
 def column(rows: list[dict[str, Any]], name: str, length: int) -> Any:

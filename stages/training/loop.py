@@ -55,7 +55,8 @@ def _one_step(engine: Engine, streams: Streams, config: Any, step: Step, rows: l
     began = time.monotonic()
     partners = rows[1:] + rows[:1]  # of a mismatched pair: the step's rows, rotated by one
     streams.sample_anchors(rows, step.number)
-    batches = micro_batches([row_length(row, streams.sides) for row in rows], config.runtime.batch_tokens, engine.rank, engine.world_size)
+    lengths = [row_length(row, streams.sides, streams.packed) for row in rows]
+    batches = micro_batches(lengths, config.runtime.batch_tokens, engine.rank, engine.world_size, streams.packed)
     constants = _step_constants(engine, streams, rows, partners, batches)
     num_tokens = streams.token_count(rows)
     sums: dict[str, float] = {"tokens": 0.0}

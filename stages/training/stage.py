@@ -33,7 +33,9 @@ class TrainingRuntime(StageRuntime):
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory (ZeRO 1-3)."""
     batch_tokens: int = Field(4096, ge=1)
-    """Padded tokens per micro-batch: the memory dial. One pair at least."""
+    """Tokens per micro-batch: the memory dial. One pair at least."""
+    packing: bool = True
+    """Compute the prompt once for chosen and rejected, and no padding, where model and method allow it. Moves the last bits of a loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
     save_every_steps: int = Field(100, ge=1)

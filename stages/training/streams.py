@@ -16,11 +16,14 @@ from stages.methods import METHODS
 from stages.methods.base import Method, PairLoss, Pairs, Responses
 from stages.methods.importance import token_importance
 from stages.numerics import kl_divergence, token_logps
-from stages.policy import Batch, collate, load_causal_lm, response_logits, response_logps
+from stages.policy import Batch, Packed, collate, load_causal_lm, packable, response_logits, response_logps
 from stages.training.batches import collate_rows, column
 
 LIVE_REFERENCE = frozenset({"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"})
 """Needs for which the reference model itself must be in memory while training."""
+
+PADDED = frozenset({"kl_policy_reference", "kl_reference_policy", "policy_logits", "importance"})
+"""Needs for which the policy's logits or embeddings must lie in padded rows."""
 
 Rows = list[dict[str, Any]]
 
@@ -34,6 +37,7 @@ class Streams:
         self.needs, self.sides = self.method.needs(config.method), self.method.sides(config.method)
         self.reference = self._frozen(reference, "reference") if self.needs & LIVE_REFERENCE else None
         self.teacher = self._frozen(teacher, "teacher") if "teacher_logits" in self.needs else None
+        self.packed = config.runtime.packing and not self.needs & PADDED and packable(engine.module)
         self.anchors: dict[str, list[int]] = {}
         if self.needs & {"importance", "anchor"} and config.runtime.zero_stage == 3:
             raise ConfigError(
@@ -54,7 +58,7 @@ class Streams:
         """Tokens that the method's per-token losses are means over, in the whole step; 0 if it has none."""
         if self.method.token_count is Method.token_count:
             return 0.0
-        batch = collate_rows(rows, self.sides)
+        batch = collate_rows(rows, self.sides, self.packed)
         counts = self.method.token_count(self.method_config, self._pairs(rows, batch, torch.zeros(batch.response_ids.shape)))
         return 0.0 if counts is None else float(counts.sum())
 
@@ -68,16 +72,16 @@ class Streams:
 
     # -- a micro-batch -------------------------------------------------------------------------------------------------------------
 
-    def loss(self, rows: Rows, partners: Rows, step: dict[str, float]) -> tuple[PairLoss, Batch]:
+    def loss(self, rows: Rows, partners: Rows, step: dict[str, float]) -> tuple[PairLoss, Batch | Packed]:
         pairs, batch = self.pairs(rows, partners)
         constants = {
             name: torch.tensor(value, dtype=pairs.chosen.logps.dtype, device=pairs.chosen.logps.device) for name, value in step.items()
         }
         return self.method.pair_loss(self.method_config, pairs._replace(step=constants)), batch
 
-    def pairs(self, rows: Rows, partners: Rows) -> tuple[Pairs, Batch]:
+    def pairs(self, rows: Rows, partners: Rows) -> tuple[Pairs, Batch | Packed]:
         """One forward of the policy, and everything the method wants beside it. `partners`: the row whose response each one borrows."""
-        batch = collate_rows(rows, self.sides).to(self.engine.torch_device)
+        batch = collate_rows(rows, self.sides, self.packed).to(self.engine.torch_device)
         model = self.engine.model
         extra: dict[str, Any] = {}
         if "importance" in self.needs:
@@ -105,7 +109,7 @@ class Streams:
         left, right = (logits, other) if "kl_policy_reference" in self.needs else (other, logits)
         return {"kl": kl_divergence(left, right, batch.response_mask)}
 
-    def _pairs(self, rows: Rows, batch: Batch, logps: Any, extra: dict[str, Any] | None = None) -> Pairs:
+    def _pairs(self, rows: Rows, batch: Batch | Packed, logps: Any, extra: dict[str, Any] | None = None) -> Pairs:
         count, length = len(rows), batch.response_ids.shape[1]
         responses = []
         for number, side in enumerate(self.sides):

@@ -1,0 +1,123 @@
+r"""Stages - the two inner loops of every pass: attention over packed responses, and log-probabilities out of logits.
+
+Packed: all tokens of a batch are one row, without padding, and a prompt stands there once, followed by its responses. Everything in a
+transformer but attention treats tokens one by one, so only attention needs to know: its queries, keys and values are moved into one padded
+row per prompt, where a token sees its prompt and what stands before it in its own response, and the outcome is moved back.
+
+Axes: S packed tokens, G groups (a prompt and its responses), L cells of the longest group, H heads, D units of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NAME = "packed_or_sdpa"
+"""The attention's name among transformers' implementations."""
+SHORT = 512
+"""Groups up to this long take plain products in bf16 on a CPU: torch's fused kernel takes 2-4 times as long there, its backward most of it."""
+CHUNK = 1 << 22
+"""Logits that exist in float32 at a time."""
+
+
+def register() -> str:
+    """Make the attention known to transformers, with the masks of its `sdpa` for batches that are not packed. Returns: its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: tuple[Tensor, Tensor] | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention. `packing`: (cells, tokens), see policy.Packed; without it, transformers' own over padded rows.
+
+    Shapes: query [1, H, S, D], key and value with H or fewer heads, attention_mask [G, 1, L, L] bool -> [1, S, H, D].
+    """
+    if packing is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    cells, tokens = packing
+    groups, _, length, _ = attention_mask.shape
+    heads, _, units = query.shape[1:]
+
+    def spread(rows: Tensor) -> Tensor:
+        """[1, h, S, D] -> [G, H, L, D]."""
+        out = _Move.apply(rows[0].transpose(0, 1), cells, tokens).view(groups, length, rows.shape[1], units).transpose(1, 2)
+        return out if rows.shape[1] == heads else out.repeat_interleave(heads // rows.shape[1], dim=1)
+
+    spread_out = (spread(query), spread(key), spread(value))
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and length <= SHORT:
+        out = _products(*spread_out, attention_mask, scaling or units**-0.5)
+    else:
+        out = functional.scaled_dot_product_attention(*spread_out, attn_mask=attention_mask, scale=scaling)
+    return _Move.apply(out.transpose(1, 2).reshape(groups * length, heads, units), tokens, cells)[None], None
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    return torch.softmax(query * scale @ key.transpose(-1, -2) + bias, -1) @ value
+
+
+class _Move(torch.autograd.Function):
+    """Rows `index` of a tensor; an index of -1 is an empty row. `back` is the inverse: both ways are a plain read, unlike the scattered
+    addition that torch would do backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(index, back)
+        return _read(rows, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        _, back = ctx.saved_tensors
+        return _read(gradient, back), None, None
+
+
+def _read(rows: Tensor, index: Tensor) -> Tensor:
+    out = rows.index_select(0, index.clamp_min(0))
+    return out.masked_fill_((index < 0).view(-1, 1, 1), 0.0)
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[ids] of n tokens, `CHUNK` logits in float32 at a time, forwards and backwards. Shapes: [n, V], [n] -> [n]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        normaliser = torch.empty(ids.shape, dtype=wide, device=logits.device)
+        for part in _parts(logits):
+            torch.logsumexp(logits[part].to(wide), -1, out=normaliser[part])
+        ctx.save_for_backward(logits, ids, normaliser)
+        return logits.gather(-1, ids[:, None])[:, 0].to(wide) - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """d logp / d logits = onehot(id) - softmax(logits)."""
+        logits, ids, normaliser = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for part in _parts(logits):
+            g = gradient[part, None]
+            rows = (logits[part].to(normaliser.dtype) - normaliser[part, None]).exp_().mul_(-g)
+            out[part] = rows.scatter_add_(-1, ids[part, None], g)
+        return out, None
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    size = max(1, CHUNK // logits.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
