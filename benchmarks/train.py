@@ -12,7 +12,8 @@ Sides, each in a process of its own, repetitions interleaved, medians reported:
 Both trainers take the same tokens in the same order: optimizer AdamW, linear schedule, clip 1, `--batch` pairs per update. TRL pads every
 micro-batch of `--micro` pairs to its longest response (its only way); the stage cuts by `--batch-tokens`. TRL runs without activation
 checkpointing, its default is slower; `--trl-dtype weights` gives it pure bfloat16 weights, which is faster than its default (autocast over
-float32 weights) and keeps no float32 master copy. Time: from the end of the first update to the end of the last. Memory: the process's
+float32 weights) and keeps no float32 master copy. Time: from the end of the first update to the end of the last, on the wall and on the
+processor (which other work on the machine does not stretch). Memory: the process's
 peak resident set (ru_maxrss), interpreter and libraries included. It fails if the losses of any update differ by more than --tolerance.
 """
 
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -73,11 +75,16 @@ def reference(work: dict) -> dict:
     prompts = [row["prompt_ids"] for row in rows] * 2
     responses = [row[f"{side}_ids"] for side in ("chosen", "rejected") for row in rows]
     score_responses(model, prompts[:2], responses[:2], work["batch_tokens"])
-    began = time.perf_counter()
+    began = _now()
     logps = score_responses(model, prompts, responses, work["batch_tokens"])
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = (now - before for now, before in zip(_now(), began, strict=True))
     Path(work["directory"], "logps.json").write_text(json.dumps([values.tolist() for values in logps]))
-    return {"seconds": seconds, "pairs": len(rows), "losses": []}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "pairs": len(rows), "losses": []}
+
+
+def _now() -> tuple[float, float]:
+    """The clock on the wall, and the processor's time of this process."""
+    return time.perf_counter(), time.process_time()
 
 
 def ours(work: dict) -> dict:
@@ -100,16 +107,14 @@ def ours(work: dict) -> dict:
         "dtype": work["dtype"], "warmup_ratio": 0.0, "seed": SEED,
         "runtime": {"device": "cpu", "batch_tokens": work["batch_tokens"], "save_every_steps": 10**6, **work["runtime"]},
     })  # fmt: skip
-    seen: list[tuple[float, float]] = []
+    seen: list[tuple[Any, float]] = []
     out = Path(work["directory"], "ours")
     out.mkdir(exist_ok=True)
     (out / "metrics.jsonl").unlink(missing_ok=True)
     from stages.training.engine import Engine
 
     Engine.export = lambda self, directory: None  # TRL does not save either
-    train(
-        config, rows, work["model"], None, None, out, "cpu", lambda done, total, metrics: seen.append((time.perf_counter(), metrics["loss"]))
-    )
+    train(config, rows, work["model"], None, None, out, "cpu", lambda done, total, metrics: seen.append((_now(), metrics["loss"])))
     return _between(seen, work)
 
 
@@ -136,11 +141,11 @@ def trl(work: dict, precompute: bool) -> dict:
         def _get_train_sampler(self, dataset=None):
             return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
 
-    seen: list[tuple[float, float]] = []
+    seen: list[tuple[Any, float]] = []
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
-            seen.append((time.perf_counter(), 0.0))
+            seen.append((_now(), 0.0))
 
     pure = work["dtype"] == "bfloat16" and work["trl_dtype"] == "weights"
     dtype = torch.bfloat16 if pure else torch.float32
@@ -163,8 +168,10 @@ def trl(work: dict, precompute: bool) -> dict:
     return _between([(at, loss) for (at, _), loss in zip(seen, losses, strict=True)], work) | {"start_seconds": started - began}
 
 
-def _between(seen: list[tuple[float, float]], work: dict) -> dict:
-    return {"seconds": seen[-1][0] - seen[0][0], "pairs": len(work["pairs"]) - work["batch"], "losses": [loss for _, loss in seen]}
+def _between(seen: list[tuple[Any, float]], work: dict) -> dict:
+    seconds, cpu_seconds = (last - first for first, last in zip(seen[0][0], seen[-1][0], strict=True))
+    pairs = len(work["pairs"]) - work["batch"]
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "pairs": pairs, "losses": [loss for _, loss in seen]}
 
 
 SIDES = {
@@ -237,24 +244,26 @@ def report(runs: dict[str, list[dict]], pairs: list[dict], options: argparse.Nam
         f"update; TRL {options.micro} pairs per forward, ours {options.batch_tokens} tokens; {options.threads} threads, {options.repeats} repetitions\n"
     )
     rate = {side: statistics.median(run["pairs"] / run["seconds"] for run in of) for side, of in runs.items()}
+    cpu = {side: statistics.median(run["pairs"] / run["cpu_seconds"] for run in of) for side, of in runs.items()}
     peak = {side: statistics.median(run["peak_mib"] for run in of) for side, of in runs.items()}
     losses = {side: of[0]["losses"] for side, of in runs.items() if of and of[0]["losses"]}
     if {"ours", "reference"} <= rate.keys():
-        rate["ours + reference"] = 1 / (1 / rate["ours"] + 1 / rate["reference"])
+        for one in (rate, cpu):
+            one["ours + reference"] = 1 / (1 / one["ours"] + 1 / one["reference"])
         peak["ours + reference"] = max(peak["ours"], peak["reference"])
     theirs = [side for side in ("trl live", "trl precomputed") if side in rate]
-    print("| side | pairs/s | peak MiB | " + " | ".join(f"speed / {side} | memory / {side}" for side in theirs) + " |")
-    print("|---|---|---|" + "---|---|" * len(theirs))
+    print("| side | pairs/s | pairs/CPU s | peak MiB | " + " | ".join(f"speed / {o} | CPU | memory" for o in theirs) + " |")
+    print("|---|---|---|---|" + "---|---|---|" * len(theirs))
     for side in rate:
-        ratios = [f"{rate[side] / rate[other]:.2f} | {peak[side] / peak[other]:.2f}" for other in theirs]
-        print(f"| {side} | {rate[side]:.2f} | {peak[side]:.0f} | " + " | ".join(ratios) + " |")
+        ratios = [f"{rate[side] / rate[o]:.2f} | {cpu[side] / cpu[o]:.2f} | {peak[side] / peak[o]:.2f}" for o in theirs]
+        print(f"| {side} | {rate[side]:.2f} | {cpu[side]:.2f} | {peak[side]:.0f} | " + " | ".join(ratios) + " |")
     tolerance, worst = options.tolerance or TOLERANCE[options.dtype], 0.0
     for side in theirs:
         if "ours" in losses:
             worst = max(worst, *(abs(a - b) for a, b in zip(losses["ours"], losses[side], strict=True)))
     print(f"\nlosses {[round(loss, 5) for loss in losses.get('ours', [])]}; largest difference from TRL's {worst:.1e}")
     if options.json:
-        record = {"rate": rate, "peak_mib": peak, "runs": runs, "tokens": means, "worst_loss_difference": worst}
+        record = {"rate": rate, "cpu_rate": cpu, "peak_mib": peak, "runs": runs, "tokens": means, "worst_loss_difference": worst}
         options.json.write_text(json.dumps(record | {"options": {k: str(v) for k, v in vars(options).items()}}, indent=1))
     if worst > tolerance:
         raise SystemExit(f"the losses differ by {worst:.2e}: the comparison is void")

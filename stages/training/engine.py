@@ -181,7 +181,9 @@ def _step_in_parts(self: Any, closure: None = None) -> bool:
     """The update of bf16 weights without ZeRO, from their float32 copies: DeepSpeed's own numbers, but a part of the weights after the other,
     where its own step makes float32 gradients of all of them at once and reads them twice more. Returns: whether the gradient was not finite.
     """
-    pairs = [(low, high) for lows, highs in zip(self.fp16_groups, self.fp32_groups, strict=True) for low, high in zip(lows, highs, strict=True)]
+    pairs = [
+        (low, high) for lows, highs in zip(self.fp16_groups, self.fp32_groups, strict=True) for low, high in zip(lows, highs, strict=True)
+    ]
     norms = [torch.linalg.vector_norm(low.grad, dtype=torch.float32) for low, _ in pairs if low.grad is not None]
     self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms)).item()
     self.overflow = not math.isfinite(self._global_grad_norm)
