@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -196,10 +197,43 @@ def shard_is_whole(path: Path, kind: str) -> bool:
 
 def read_shards(directory: Path | str, kind: str, prefix: str = "part") -> pa.Table:
     """All shards of an artifact as one table, in shard order. Raises: ArtifactError if there is none."""
+    return pa.concat_tables([read_shard(path, kind) for path in _shards_of(directory, kind, prefix)])
+
+
+def _shards_of(directory: Path | str, kind: str, prefix: str) -> list[Path]:
     paths = sorted(Path(directory).glob(f"{prefix}-*.parquet"))
     if not paths:
         raise ArtifactError(f"{directory} holds no {prefix}-*.parquet shard of {kind}")
-    return pa.concat_tables([read_shard(path, kind) for path in paths])
+    return paths
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """The rows of artifacts, one after the other, as dicts that are made when they are asked for: columns take a tenth of the memory."""
+
+    def __init__(self, directories: Iterable[Path | str], kind: str):
+        self.shards = [read_shard(path, kind) for directory in directories for path in _shards_of(directory, kind, "part")]
+        self.ends = np.cumsum([shard.num_rows for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            if not 0 <= index < len(self):
+                raise IndexError(index)
+            return self[index : index + 1][0]
+        start, stop, _ = index.indices(len(self))
+        rows: list[dict[str, Any]] = []
+        while start < stop:
+            number = int(np.searchsorted(self.ends, start, side="right"))
+            shard, end = self.shards[number], min(stop, int(self.ends[number]))
+            rows += shard.slice(start - (int(self.ends[number]) - shard.num_rows), end - start).to_pylist()
+            start = end
+        return rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), 256):
+            yield from self[start : start + 256]
 
 
 def count_rows(directory: Path) -> int:

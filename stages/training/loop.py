@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 
 def train(
-    config: Any, rows: list[dict[str, Any]], policy: str, reference: str | None, teacher: str | None, out: Path, device: str, report: Report
+    config: Any, rows: Sequence[dict[str, Any]], policy: str, reference: str | None, teacher: str | None, out: Path, device: str, report: Report
 ) -> dict[str, float]:
     """Train `policy` on weighted pairs and export it into `out`; goes on from `out/resume` if an earlier try left a checkpoint there.
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic import Field
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ContractError, StageError
-from data_contracts.shards import read_shards
+from data_contracts.shards import Rows
 from stages.cost import TRAIN
 from stages.methods import METHODS
 from stages.policy import pick_device, pin_threads
@@ -109,7 +110,7 @@ def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None],
     """What every rank does; `job` reports, and is there on the main rank only."""
     from stages.training.loop import train
 
-    rows = [row for name in ("pairs", "more_pairs") if inputs[name] for row in read_shards(inputs[name], "weighted_pairs").to_pylist()]
+    rows = Rows([inputs[name] for name in ("pairs", "more_pairs") if inputs[name]], "weighted_pairs")
     check_rows(rows, config.method)
     pin_threads(max(1, len(os.sched_getaffinity(0)) // config.runtime.num_processes))
 
@@ -125,7 +126,7 @@ def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None],
     return train(config, rows, inputs["policy"], inputs["reference"], inputs["teacher"], out, pick_device(config.runtime.device), report)
 
 
-def check_rows(rows: list[dict[str, Any]], method: Any) -> None:
+def check_rows(rows: Sequence[dict[str, Any]], method: Any) -> None:
     """Every per-token column that the method needs is there, as long as its tokens, and finite. Raises: ContractError, row and column."""
     if not rows:
         raise ContractError("weighted_pairs: no rows to train on")

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
-from data_contracts.shards import read_shards, shard_path, to_table, write_shard
+from data_contracts.shards import Rows, read_shards, shard_path, to_table, write_shard
 from stages.logps import Pass
 from stages.stage import Job, StageRuntime, events
 from stages.weighting.teacher import TeacherView
@@ -22,7 +22,7 @@ from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import ResponseBatch, Tokens, add_stats
 
 SIDES = ("chosen", "rejected")
-Rows = list[dict[str, Any]]
+Pairs = list[dict[str, Any]]
 
 
 class WeightingRuntime(StageRuntime):
@@ -63,17 +63,16 @@ def run(job: Job) -> None:
     config: WeightingConfig = job.config
     settings = config.weights or WEIGHTS.config("ones")
     provider = WEIGHTS.get(settings.name)
-    pairs = read_shards(job.path("pairs"), "scored_pairs").to_pylist()
-    if config.swap:
-        pairs = [_swapped(pair) for pair in pairs]
-    if empty := [pair["pair_id"] for pair in pairs if not pair["chosen_ids"]]:
+    pairs = Rows([job.path("pairs")], "scored_pairs")
+    if empty := [pair["pair_id"] for pair in pairs if not pair["rejected_ids" if config.swap else "chosen_ids"]]:
         raise ContractError(f"scored_pairs {job.inputs['pairs'].key}: no token in chosen_ids of {empty[:3]}")
     sources = _Sources(job, provider.needs(settings), pairs)
     size = config.runtime.pairs_per_shard
     with job.timed("passes"):
-        sources.fill([pairs[start : start + size] for start in range(0, len(pairs), size)])
+        sources.fill(pairs, size)
     for index, chunk in job.missing_shards(pairs, size, "weighted_pairs"):
         rows, dropped = [], []
+        chunk = _sided(chunk, config.swap)
         weights, stats = sources.weights(chunk, provider, settings)
         for row in sources.rows(chunk, weights):
             identical = row["chosen_ids"] == row["rejected_ids"] and np.array_equal(row["chosen_weights"], row["rejected_weights"])
@@ -83,6 +82,10 @@ def run(job: Job) -> None:
         write_shard(shard_path(job.out, index, "dropped"), to_table(reasons, "dropped"))
         job.write(index, rows)
     _summarise(job, settings, sources)
+
+
+def _sided(pairs: Pairs, swap: bool) -> Pairs:
+    return [_swapped(pair) for pair in pairs] if swap else pairs
 
 
 def _swapped(pair: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def _swapped(pair: dict[str, Any]) -> dict[str, Any]:
 class _Sources:
     """Everything that goes into the rows: the models' passes over the responses, by role."""
 
-    def __init__(self, job: Job, needs: frozenset[str], pairs: Rows):
+    def __init__(self, job: Job, needs: frozenset[str], pairs: Pairs):
         self.job, self.needs, config = job, needs, job.config
         self.passes: dict[str, tuple[Pass, str | None]] = {}
         self.teacher: TeacherView | None = None
@@ -130,16 +133,18 @@ class _Sources:
             system,
         )
 
-    def fill(self, shards: Sequence[Rows]) -> None:
-        """Every model's pass, one model in memory at a time."""
+    def fill(self, pairs: Sequence[dict[str, Any]], size: int) -> None:
+        """Every model's pass over `size` pairs at a time, one model in memory at a time."""
+        starts = range(0, len(pairs), size)
         scored = self.teacher is not None and self.teacher.scored
-        total = len(shards) * (len(self.passes) + scored)
+        total = len(starts) * (len(self.passes) + scored)
         done = 0
         everyone = [(role, one, lambda rows, system=system: self._responses(rows, system)) for role, (one, system) in self.passes.items()]
         if scored:
             everyone.append(("teacher", self.teacher.scores, self.teacher.responses))
         for role, one, responses in everyone:
-            for number, rows in enumerate(shards):
+            for number, start in enumerate(starts):
+                rows = _sided(pairs[start : start + size], self.job.config.swap)
                 if one.fill(*responses(rows)):
                     self.job.event("pass", role=role, index=number)
                 one.account(self.job)
@@ -147,7 +152,7 @@ class _Sources:
                 self.job.progress(done, total, "passes")
             one.release()
 
-    def _responses(self, rows: Rows, system: str | None = None) -> tuple[list[list[int]], list[list[int]]]:
+    def _responses(self, rows: Pairs, system: str | None = None) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and responses of both sides, chosen first; a side without a response is left out."""
         sides = [(row, side) for side in SIDES for row in rows if row[f"{side}_ids"]]
         prompts = [row["prompt_ids"] if system is None else self._under(system, row) for row, _ in sides]
@@ -160,7 +165,7 @@ class _Sources:
             self._system_prompts = SystemPrompts(self.job)
         return self._system_prompts.encode(row["prompt_id"], system)
 
-    def weights(self, rows: Rows, provider: Any, settings: Any) -> tuple[list[np.ndarray], dict[str, Any]]:
+    def weights(self, rows: Pairs, provider: Any, settings: Any) -> tuple[list[np.ndarray], dict[str, Any]]:
         """One array per response, in the order of `_responses`, and the provider's statistics."""
         _, responses = self._responses(rows)
         sides = [(row, side) for side in SIDES for row in rows if row[f"{side}_ids"]]
@@ -177,7 +182,7 @@ class _Sources:
         result = provider.weights(settings, batch)
         return result.per_response(batch.student), result.stats
 
-    def rows(self, rows: Rows, weights: list[np.ndarray]) -> Rows:
+    def rows(self, rows: Pairs, weights: list[np.ndarray]) -> Pairs:
         """Rows of weighted_pairs."""
         prompts, responses = self._responses(rows)
         columns: dict[str, list[Any]] = {"weights": weights}

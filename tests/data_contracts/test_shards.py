@@ -11,7 +11,7 @@ import pytest
 
 import data_contracts.shards
 from data_contracts.errors import ArtifactError, ContractError
-from data_contracts.shards import SCHEMAS, count_rows, read_shard, read_shards, shard_is_whole, shard_path, to_table, write_shard
+from data_contracts.shards import SCHEMAS, Rows, count_rows, read_shard, read_shards, shard_is_whole, shard_path, to_table, write_shard
 
 
 def row(number: int = 0, **changes):
@@ -152,3 +152,15 @@ def test_only_the_shards_that_no_earlier_try_finished_are_made_again(tmp_path):
     assert run(3) == [0, 1, 2]
     assert count_rows(tmp_path) == 7
     assert list(tmp_path.glob("dropped-*")) == []
+
+
+def test_rows_of_several_shards_are_those_of_the_table(tmp_path):
+    rows = [{"prompt_id": f"p{number}", "reason": "r"} for number in range(10)]
+    for index, part in enumerate((rows[:4], rows[4:5], rows[5:])):
+        write_shard(shard_path(tmp_path / "a", index), to_table(part, "dropped"))
+    write_shard(shard_path(tmp_path / "b", 0), to_table(rows[:2], "dropped"))
+    found, expected = Rows([tmp_path / "a", tmp_path / "b"], "dropped"), rows + rows[:2]
+    assert len(found) == 12 and list(found) == expected and [found[i] for i in (0, 4, 11)] == [expected[i] for i in (0, 4, 11)]
+    assert all(found[a:b] == expected[a:b] for a in range(13) for b in range(14))
+    with pytest.raises(IndexError):
+        found[12]
