@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from data_contracts.artifact import FileDigest
 from data_contracts.errors import ConfigError, StageError
-from data_contracts.identity import digest_file
+from data_contracts.identity import digest_file, digest_text
 from data_contracts.prompts import check_disjoint, load_prompts
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
@@ -41,11 +41,16 @@ def preflight(run: RunConfig, store: Store) -> Checked:
 
     Remembered for this process: the command line asks before it starts a server, the flow asks again.
     """
-    return _preflight(run.model_dump_json(), store.root)
+    checked, passed = _preflight(run.model_dump_json(), store.root)
+    if passed and store.root.is_dir():  # a check alone makes no store
+        passed.parent.mkdir(exist_ok=True)
+        passed.touch()
+    return checked
 
 
 @cache
-def _preflight(settings: str, store_root: Path) -> Checked:
+def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
+    """What was read, and the file that remembers that the prompts passed."""
     run = RunConfig.model_validate_json(settings)
     Store(store_root).check_writable()
     checked = gather(run)
@@ -68,8 +73,7 @@ def _preflight(settings: str, store_root: Path) -> Checked:
         )
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
-    _check_tokens(run, model, train, heldout)
-    return checked
+    return checked, _check_tokens(run, model, train, heldout, store_root / "checked_prompts")
 
 
 def gather(run: RunConfig) -> Checked:
@@ -125,8 +129,12 @@ def _with_digest(task: Any) -> Any:
     return task.model_copy(update={"digest": content_digest(files)})
 
 
-def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
-    """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no transformers."""
+def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]], memory: Path) -> Path:
+    """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no transformers.
+
+    Asking takes seconds, and a finished run is asked again: a file in `memory`, named after the content of everything the answer depends on,
+    says that this very request has passed. Returns: that file.
+    """
     python = run.sampling.runtime.python or sys.executable
     request = {
         "model": str(model),
@@ -135,6 +143,10 @@ def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], held
             [run.sampling_for_heldout().model_dump(mode="json"), heldout],
         ],
     }
+    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
+    told = digest_text(json.dumps([python, request["sets"], [[path.name, digest_file(path)] for path in files]]))
+    if (memory / told).is_file():
+        return memory / told
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(request, file)
         file.flush()
@@ -149,3 +161,4 @@ def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], held
         raise ConfigError(result.stdout.strip())
     if result.returncode:
         raise StageError(f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}")
+    return memory / told

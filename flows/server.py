@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -46,6 +47,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     os.environ.update(own)
     server = _Server(port, home / "server.log")
     try:
+        importlib.import_module("flows.self_play")  # prefect and mlflow: as long as the server's start, and beside it
         _wait(server, url)
         yield url
     finally:

@@ -19,7 +19,7 @@ from pydantic import Field
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ContractError, StageError
-from data_contracts.shards import Rows
+from data_contracts.shards import Rows, read_shards
 from stages.cost import TRAIN
 from stages.methods import METHODS
 from stages.policy import pick_device, pin_threads
