@@ -84,7 +84,9 @@ def main() -> None:
         runs["bare"].append(bare())
         runs["stage"].append(staged())
     rate = {name: statistics.median(tokens / seconds for tokens, seconds in of) for name, of in runs.items()}
-    print(f"\n{Path(options.model).name}, {len(rows)} prompts x {options.candidates} candidates of up to {options.new_tokens} tokens, medians of {options.repeats}")
+    print(
+        f"\n{Path(options.model).name}, {len(rows)} prompts x {options.candidates} candidates of up to {options.new_tokens} tokens, medians of {options.repeats}"
+    )
     print(f"starting the engine: {start_seconds:.1f} s\n\n| side | tokens/s | / bare |\n|---|---|---|")
     for name, value in rate.items():
         print(f"| {name} | {value:.0f} | {value / rate['bare']:.3f} |")

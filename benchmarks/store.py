@@ -57,6 +57,7 @@ def shards(count: int) -> Iterator[tuple[int, list[dict]]]:
 def measure(count: int, directory: Path) -> dict:
     import numpy as np
     import torch  # noqa: F401 - its import is not a phase's cost
+
     from data_contracts.artifact import ArtifactRecord, ArtifactRef
     from data_contracts.shards import Rows, shard_path, to_table, write_shard
     from data_contracts.store import Store
@@ -86,7 +87,9 @@ def measure(count: int, directory: Path) -> dict:
     phase("verify", began)
     model = ArtifactRef(kind="checkpoint", key="external", path=str(directory), content="0" * 64)
     (directory / "config.json").write_text("{}")
-    one = Pass(directory, model, "float32", "cpu", 4096, score=lambda _, prompts, responses, __: [np.zeros(len(r), np.float32) for r in responses])
+    one = Pass(
+        directory, model, "float32", "cpu", 4096, score=lambda _, prompts, responses, __: [np.zeros(len(r), np.float32) for r in responses]
+    )
     one._load = lambda: None
     rows = Rows([out], "weighted_pairs")
     began = now()
@@ -131,13 +134,21 @@ def main() -> None:
         results.append(json.loads(done.stdout.splitlines()[-1]))
         result = results[-1]
         print(count, {name: round(value, 1) for name, value in result["cpu"].items()}, round(result["peak_mib"]), flush=True)
-    print("\n| rows | " + " | ".join(f"{name}, us/row" for name in PHASES) + " | all, us/row | of the first size | on the wall, us/row | peak MiB |")
+    print(
+        "\n| rows | "
+        + " | ".join(f"{name}, us/row" for name in PHASES)
+        + " | all, us/row | of the first size | on the wall, us/row | peak MiB |"
+    )
     print("|---|" + "---|" * (len(PHASES) + 4))
     first = sum(results[0]["cpu"].values()) / results[0]["rows"]
     for result in results:
         each = [1e6 * result["cpu"][name] / result["rows"] for name in PHASES]
         wall = 1e6 * sum(result["wall"].values()) / result["rows"]
-        cells = [f"{value:.1f}" for value in (*each, sum(each))] + [f"{sum(each) / first / 1e6:.2f}", f"{wall:.1f}", f"{result['peak_mib']:.0f}"]
+        cells = [f"{value:.1f}" for value in (*each, sum(each))] + [
+            f"{sum(each) / first / 1e6:.2f}",
+            f"{wall:.1f}",
+            f"{result['peak_mib']:.0f}",
+        ]
         print(f"| {result['rows']} | " + " | ".join(cells) + " |")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

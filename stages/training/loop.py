@@ -20,7 +20,14 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 
 def train(
-    config: Any, rows: Sequence[dict[str, Any]], policy: str, reference: str | None, teacher: str | None, out: Path, device: str, report: Report
+    config: Any,
+    rows: Sequence[dict[str, Any]],
+    policy: str,
+    reference: str | None,
+    teacher: str | None,
+    out: Path,
+    device: str,
+    report: Report,
 ) -> dict[str, float]:
     """Train `policy` on weighted pairs and export it into `out`; goes on from `out/resume` if an earlier try left a checkpoint there.
 
