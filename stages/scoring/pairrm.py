@@ -8,7 +8,7 @@ blanked there; (3) a lone pair of identical texts is never compared: it is a tie
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from stages.policy import batches_by_budget, pick_device, pin_threads
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, NamedModel, local_directory, locate
 
-CPU_TOKENS = 512
+CPU_TOKENS, CPU_CELLS = 2048, 2**18
+"""Of a batch on a CPU: what its cache holds. A long row by itself is the fastest; of short ones, enough to hide the calls."""
 
 
 class PairRM:
@@ -59,9 +60,10 @@ class PairRM:
             self.ranker = load_ranker(directory, tokenizer, config.dtype, pick_device(self.device))
         return self.ranker
 
-    def budget(self) -> int:
-        """On a CPU larger batches only fall out of its cache: a long row by itself is the fastest."""
-        return min(self.batch_tokens, CPU_TOKENS) if pick_device(self.device) == "cpu" else self.batch_tokens
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        if pick_device(self.device) == "cpu":
+            return batches_by_budget(lengths, min(self.batch_tokens, CPU_TOKENS), CPU_CELLS)
+        return batches_by_budget(lengths, self.batch_tokens)
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         ranker = self.load()
@@ -77,7 +79,7 @@ class PairRM:
                         places.append((number, i, j))
         lengths = [sum(map(len, pair)) for pair in pairs]
         with _bar(len(pairs)) as bar:
-            for rows in batches_by_budget(lengths, self.budget()):
+            for rows in self.batches(lengths):
                 for row, logit in zip(rows, ranker.logits([pairs[row] for row in rows]), strict=True):
                     number, i, j = places[row]
                     matrices[number][i, j] = logit
