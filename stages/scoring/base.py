@@ -42,11 +42,14 @@ class Surroundings(NamedTuple):
     """Padded tokens per forward."""
     log: Callable[[str], None]
     """A line for the stage's log."""
+    compared: Callable[[int], None] = lambda count: None
+    """Told by a pair scorer about every few comparisons that are done."""
 
 
 class Scorer(Protocol):
     """Optional beside what is below: `TEXT_ONLY = True` says that prompt and completion texts are all it looks at, so that equal completions
-    are scored once; `prepare(surroundings)` is called after the constructor; `metrics() -> {name: number}` is asked after each shard.
+    are scored once; `prepare(surroundings)` is called after the constructor; `metrics() -> {name: number}` is asked after each shard;
+    `close()` is called when nothing more will be scored.
     """
 
     Config: type[Named]
@@ -106,3 +109,9 @@ def prepared(scorer_class: Any, config: Any, device: str, surroundings: Surround
     if hasattr(scorer, "prepare"):
         scorer.prepare(surroundings)
     return scorer
+
+
+def close(scorer: Any) -> None:
+    """What a scorer holds (a server, say) is given back."""
+    if hasattr(scorer, "close"):
+        scorer.close()

@@ -26,6 +26,7 @@ from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError
 from data_contracts.identity import canonical_json, digest_text
 from data_contracts.store import write_atomic
+from stages.scoring.served import Served
 
 VERSION = "1"
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -64,13 +65,17 @@ class Reply(NamedTuple):
 
 
 class Endpoint:
-    def __init__(self, runtime: EndpointRuntime, root: Path | None):
-        self.runtime, self.root = runtime, root
-        self.url = runtime.base_url.rstrip("/") + "/chat/completions"
+    def __init__(self, runtime: EndpointRuntime, root: Path | None, server: Served | None = None):
+        """`server`: answers instead of `base_url`; started by the first request that is not in the cache."""
+        self.runtime, self.root, self.server = runtime, root, server
+        self.counts: Counter[str] = Counter()
+        self._address(runtime.base_url)
+
+    def _address(self, base_url: str) -> None:
+        self.url = base_url.rstrip("/") + "/chat/completions"
         # A server on this machine is never asked through a proxy.
         local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         self.opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
-        self.counts: Counter[str] = Counter()
 
     def ask(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
         """Each request's reply, in order; equal requests are asked once. Raises: ConfigError for what no further try would cure."""
@@ -79,11 +84,15 @@ class Endpoint:
         found = {key: reply for key in wanted if (reply := self._cached(key)) is not None}
         self.counts["cached"] += len(found)
         missing = [key for key in wanted if key not in found]
+        if missing and self.server is not None:
+            self._address(self.server.start())
         pool = ThreadPoolExecutor(self.runtime.num_parallel, thread_name_prefix="judge")
         try:
             found |= zip(missing, pool.map(lambda key: self._fetch(key, wanted[key]), missing), strict=True)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+        if self.server is not None:
+            self.server.check()
         return [found[key] for key in keys]
 
     def _path(self, key: str) -> Path:
