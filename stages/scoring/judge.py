@@ -117,10 +117,15 @@ class LLMJudge:
         # Judgements are kept by the judge's name, so that of weights of one's own says which weights.
         self.name = config.model if config.serve is None else f"{config.model}@{digest_text(canonical_json(config.serve.identity()))[:12]}"
         self.endpoint = Endpoint(config.runtime, None, self._server())
+        self.compared: Any = lambda count: None
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
         return False
+
+    @staticmethod
+    def compares(config: Config) -> bool:
+        return config.mode != "rubric"
 
     @staticmethod
     def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
@@ -129,6 +134,7 @@ class LLMJudge:
 
     def prepare(self, surroundings: Surroundings) -> None:
         self.endpoint = Endpoint(self.config.runtime, surroundings.store_root, self._server())
+        self.compared = surroundings.compared
 
     def _server(self) -> Served | None:
         config = self.config
@@ -149,7 +155,7 @@ class LLMJudge:
         texts = [[row["completion"] for row in item.generations] for item in batch]
         questions = [self._questions(prompt_text(item.prompt), answers) for item, answers in zip(batch, texts, strict=True)]
         flat = [self._request(text, sample) for one in questions for text in one for sample in range(self.config.samples)]
-        replies = self.endpoint.ask(flat)
+        replies = self.endpoint.ask(flat, lambda count: self.compared(count / self.config.samples))
         if flat and all(reply.failure == "judge cannot be reached" for reply in replies):
             raise TransientError(
                 f"nobody answers at {self.endpoint.url}: start the judge, e.g. `vllm serve {self.config.model}`, or set runtime.base_url"

@@ -7,7 +7,6 @@ blanked there; (3) a lone pair of identical texts is never compared: it is a tie
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -37,17 +36,22 @@ class PairRM:
     def __init__(self, config: Config, device: str):
         self.config, self.device, self.batch_tokens = config, device, 4096
         self.ranker: Any = None
+        self.compared: Any = lambda count: None
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
         return False
 
     @staticmethod
+    def compares(config: Config) -> bool:
+        return True
+
+    @staticmethod
     def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
         local_directory(config.model, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.batch_tokens = surroundings.batch_tokens
+        self.batch_tokens, self.compared = surroundings.batch_tokens, surroundings.compared
 
     def load(self) -> Any:
         if self.ranker is None:
@@ -78,20 +82,13 @@ class PairRM:
                         pairs.append((source, first, second))
                         places.append((number, i, j))
         lengths = [sum(map(len, pair)) for pair in pairs]
-        with _bar(len(pairs)) as bar:
-            for rows in self.batches(lengths):
-                for row, logit in zip(rows, ranker.logits([pairs[row] for row in rows]), strict=True):
-                    number, i, j = places[row]
-                    matrices[number][i, j] = logit
-                bar.update(len(rows))
+        for rows in self.batches(lengths):
+            for row, logit in zip(rows, ranker.logits([pairs[row] for row in rows]), strict=True):
+                number, i, j = places[row]
+                matrices[number][i, j] = logit
+            self.compared(len(rows))
         return [Scores(None, matrix, [""] * len(matrix)) for matrix in matrices]
 
 
 def _tokenizer_directory(model: NamedModel) -> Any:
     return Path(model.path).expanduser() if model.path is not None else locate(model, "pairrm")
-
-
-def _bar(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=" comparisons", leave=False, disable=not sys.stderr.isatty())

@@ -6,6 +6,7 @@ it ends with this process, however that ends. vLLM itself stays out of this proc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -87,14 +88,19 @@ class Served:
                 time.sleep(0.5)
             if time.monotonic() > end:
                 self.close()
-                raise TransientError(f"the judge {self.name} did not answer within {self.runtime.start_seconds:g} s: scorer.server.start_seconds")
+                raise TransientError(
+                    f"the judge {self.name} did not answer within {self.runtime.start_seconds:g} s: scorer.server.start_seconds"
+                )
 
-    def check(self, error: type[Exception] = TransientError) -> None:
-        """Raises: the error, with the last words of a server that ended by itself."""
-        if self.process is not None and (code := self.process.poll()) is not None:
+    def check(self, error: type[Exception] = TransientError, patience: float = 0.0) -> None:
+        """Raises: the error, with the last words of a server that ended by itself; `patience`: seconds in which it may still be ending."""
+        if self.process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(patience)
             self.log.seek(0)
             told = self.log.read().decode(errors="replace").strip()[-1500:]
-            self.process = None
+            self.close()
             raise error(f"the judge's server (`vllm serve {self.model}`) ended with code {code}. Its last words:\n{told}")
 
     def close(self) -> None:
