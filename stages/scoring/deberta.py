@@ -8,7 +8,7 @@ ones far off. What is saved, in the order of what it brings on a CPU:
   - Every product of matrices goes to oneDNN. torch gives float32 ones to MKL, which leaves an AMD processor's wide registers idle: 110 against
     250 GFLOP/s on one core of the EPYC this was measured on.
   - K and Q are projected once per model, not once per forward, and the products with them are of the buckets that a length can reach.
-  - The table of t is made once per batch. The term of k reads its product by columns, so that nothing is transposed; equal lengths need no mask.
+  - Where the terms of a score lie in those products is worked out once per batch; nothing is transposed, and rows of one length need no mask.
   - The last layer only computes the tokens that are asked for.
 
 Axes: N rows, L tokens, R tokens asked for (all of them but in the last layer), A heads, H units of a head, T buckets.
@@ -30,12 +30,12 @@ class Places(NamedTuple):
     first: int
     last: int
     """The buckets first ... last - 1 can be reached."""
-    by_query_NRL: Tensor
-    """The cell of a [N R, T] product that the score of (i, j) takes its term of i from, counted through."""
-    by_key_NRL: Tensor
-    """The cell of a [T, N L] product for its term of j."""
-    padding_N1L: Tensor | None
-    """-inf behind the end of a row, 0 before; None: all rows are of one length."""
+    by_query: Tensor
+    """The cell of a row's [R, T] product that the score of (i, j) takes its term of i from, counted through. [R L], or [N, R L]."""
+    by_key: Tensor
+    """The cell of a row's [T, L] product for its term of j. [R L], or [N, R L]."""
+    beyond_NL: Tensor | None
+    """True behind the end of a row; None: all rows are of one length."""
 
 
 class Encoder:
@@ -65,78 +65,83 @@ class Encoder:
 
     def __call__(self, ids_NL: Tensor, lengths: Sequence[int], wanted_NR: Tensor) -> Tensor:
         """Last hidden state of the wanted tokens. Rows are padded at their end. [N, R, A H]."""
-        rows, length = ids_NL.shape
+        (rows, length), device = ids_NL.shape, ids_NL.device
         embeddings, *layers, last = self.model.embeddings, *self.model.encoder.layer
-        everywhere, wanted = self._places(None, ids_NL, lengths), self._places(wanted_NR, ids_NL, lengths)
+        tokens = torch.arange(length, device=device)
+        beyond = tokens >= torch.tensor(lengths, device=device)[:, None] if min(lengths) < length else None
+        reached = distance_buckets(length, self.config, device)
+        everywhere = self._places(tokens, reached, beyond)
         x = embeddings.LayerNorm(embeddings.word_embeddings(ids_NL)).view(rows * length, -1)
         for layer, positions in zip(layers, self.positions[:-1], strict=True):
-            x = self._layer(layer, positions, x, x, everywhere)
-        asked = (wanted_NR + length * torch.arange(rows, device=x.device)[:, None]).view(-1)
-        return self._layer(last, self.positions[-1], x[asked], x, wanted).view(rows, wanted_NR.shape[1], -1)
+            x = self._layer(layer, positions, x, x, everywhere, rows)
+        asked = (wanted_NR + length * torch.arange(rows, device=device)[:, None]).view(-1)
+        found = self._layer(last, self.positions[-1], x[asked], x, self._places(wanted_NR, reached, beyond), rows)
+        return found.view(rows, wanted_NR.shape[1], -1)
 
-    def _places(self, queries_NR: Tensor | None, ids_NL: Tensor, lengths: Sequence[int]) -> Places:
-        """For some queries of each row, or all."""
-        (rows, length), device = ids_NL.shape, ids_NL.device
-        reached = distance_buckets(length, self.config, device)
-        first, last = int(reached[0]), int(reached[-1]) + 1
-        reached, keys = reached - first, torch.arange(length, device=device)
-        if queries_NR is None:
-            bucket = reached.flip(0).unfold(0, length, 1).flip(0).unsqueeze(0)
-        else:
-            bucket = reached[queries_NR[:, :, None] - keys + length - 1]
-        count = bucket.shape[1]
-        by_query = bucket + (last - first) * torch.arange(rows * count, device=device).view(rows, count, 1)
-        by_key = bucket * (rows * length) + torch.arange(rows * length, device=device).view(rows, 1, length)
-        padding = None
-        if min(lengths) < length:
-            padding = torch.zeros(rows, 1, length, device=device, dtype=self.positions[0][0].dtype)
-            padding.masked_fill_((keys >= torch.tensor(lengths, device=device)[:, None])[:, None], -torch.inf)
-        return Places(first, last, by_query, by_key, padding)
+    @staticmethod
+    def _places(queries: Tensor, reached: Tensor, beyond: Tensor | None) -> Places:
+        """For the queries of all rows, [R], or of each, [N, R]."""
+        first, last, length = int(reached[0]), int(reached[-1]) + 1, (len(reached) + 1) // 2
+        keys, number = torch.arange(length, device=reached.device), torch.arange(queries.shape[-1], device=reached.device)
+        bucket = (reached - first)[queries[..., None] - keys + length - 1]
+        by_query, by_key = bucket + (last - first) * number[:, None], bucket * length + keys
+        return Places(first, last, by_query.flatten(-2), by_key.flatten(-2), beyond)
 
-    def _layer(self, layer: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places) -> Tensor:
-        context = self._attention(layer.attention.self, positions, queries, x, places)
+    def _layer(self, layer: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int) -> Tensor:
+        context = self._attention(layer.attention.self, positions, queries, x, places, rows)
         dense = layer.attention.output
         queries = dense.LayerNorm(self._linear(context, dense.dense, add=queries))
         inner = self._linear(queries, layer.intermediate.dense, gelu=True)
         return layer.output.LayerNorm(self._linear(inner, layer.output.dense, add=queries))
 
-    def _attention(self, module: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places) -> Tensor:
+    def _attention(self, module: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int) -> Tensor:
         query = self._heads(self._linear(queries, module.query_proj) * self._scale(module))
         key, value = self._heads(self._linear(x, module.key_proj)), self._heads(self._linear(x, module.value_proj))
         position_key, position_query = (x[:, places.first : places.last] for x in positions)
         # One head at a time stays in a processor's cache; a GPU wants all of them in one call.
         heads = range(self.num_heads) if self.on_cpu else [slice(None)]
-        found = [self._head(*(x[head] for x in (query, key, value, position_key, position_query)), places) for head in heads]
+        parts = [t.unflatten(1, (rows, -1)) for t in (query, key, value)]
+        found = [self._head(*(t[head] for t in (*parts, position_key, position_query)), places) for head in heads]
         return torch.cat(found, dim=-1) if self.on_cpu else found[0].transpose(0, 1).reshape(len(queries), -1)
 
     def _head(self, query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor, places: Places) -> Tensor:
-        """Of one head, [N R, H], or of several, [A, N R, H]."""
-        lead, (rows, count, length) = query.shape[:-2], places.by_query_NRL.shape
-        by_query, by_key = self._product(query, position_key), self._product(position_query, key)  # [N R, T], [T, N L]
-        bias = by_query.view(*lead, -1).index_select(-1, places.by_query_NRL.view(-1))
-        bias += by_key.view(*lead, -1).index_select(-1, places.by_key_NRL.view(-1))
-        bias = bias.view(*lead, rows, count, length)
-        if places.padding_N1L is not None:
-            bias += places.padding_N1L
-        if self.onednn and rows == 1:
-            weights = torch.softmax(self._product(query, key, bias[0]), dim=-1)
-            return self._product(weights, value.t())
-        query, key, value = (x.view(*lead, rows, -1, x.shape[-1]) for x in (query, key, value))
+        """Of one head: query [N, R, H], key and value [N, L, H] -> [N R, H]; of several, each with A before."""
+        by_query, by_key = self._product(query, position_key[..., None, :, :]), self._product(position_query[..., None, :, :], key)
+        if places.beyond_NL is not None:
+            by_key = by_key.masked_fill_(places.beyond_NL[:, None], -torch.inf)
+        bias = _taken(by_query, places.by_query)
+        bias += _taken(by_key, places.by_key)
+        bias = bias.view(*query.shape[:-1], -1)
         if self.on_cpu:
-            return (torch.softmax(torch.baddbmm(bias, query, key.mT), dim=-1) @ value).view(rows * count, -1)
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0).reshape(*lead, rows * count, -1)
+            weights = torch.softmax(self._product(query, key, bias), dim=-1)
+            context = self._product(weights, value.mT)
+        else:
+            context = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        return context.flatten(-3, -2)
 
     def _product(self, left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
-        """left right^T, + add."""
-        if self.onednn:
-            return onednn_linear(left, right, None, add)
-        return left @ right.transpose(-1, -2) if add is None else left @ right.transpose(-1, -2) + add
+        """left right^T, + add; over leading axes."""
+        if self.onednn and left.shape[0] == right.shape[0] == 1:
+            return onednn_linear(left, right[0], None, add)
+        if add is not None and left.dim() == 3:
+            return torch.baddbmm(add, left, right.mT)
+        return left @ right.mT if add is None else left @ right.mT + add
 
     def _linear(self, x: Tensor, module: Any, gelu: bool = False, add: Tensor | None = None) -> Tensor:
         if self.onednn:
             return onednn_linear(x, module.weight, module.bias, add, gelu)
         x = functional.linear(x, module.weight, module.bias)
         return functional.gelu(x) if gelu else x if add is None else x + add
+
+
+def _taken(products: Tensor, cells: Tensor) -> Tensor:
+    """Those cells of each row's matrix. [..., N, m, n] -> [..., N, R L]."""
+    products = products.flatten(-2)
+    if cells.dim() > 1:  # other ones in every row
+        return products.gather(-1, cells.expand(*products.shape[:-1], -1))
+    if products.numel() == products.shape[-1]:  # of one row torch is faster by itself than as [1, n]
+        return products.view(-1).index_select(0, cells)
+    return products.index_select(-1, cells)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None, gelu: bool = False) -> Tensor:
