@@ -1,11 +1,13 @@
 """Pairs per second of the native PairRM against llm-blender 0.0.2, on the same checkpoints, texts and machine, in one run.
 
     deploy/setup/oracle.sh                                     once: llm-blender's own environment
-    .venv/bin/python benchmarks/pairrm.py [--size tiny mid] [--prompts 6] [--device cpu] [--oracle .venv-oracle/bin/python]
+    .venv/bin/python benchmarks/pairrm.py [--size tiny mid] [--prompts 6] [--tokens 512 | --like ANSWERS.jsonl] [--device cpu]
 
 llm-blender runs as SPPO runs it: `rank`, batch_size=1, K candidates, float32 here on both sides (and with --dtype float16 as well, which is
 its own choice on a GPU). The logits of both are compared in the same run; it fails if they differ. The checkpoints are random
-(tests/assets/pairrm_tiny.py), `large` has the size of the released one. Texts are as long as answers are: 10 to --tokens words.
+(tests/assets/pairrm_tiny.py), `large` has the size of the released one. Texts are 8 to --tokens words, or as long as the instructions and
+outputs of a file of {"instruction": ..., "outputs": {model: text}} lines. `rank` compares each of the K (K - 1) ordered pairs by a forward of its
+own, without padding, and so do we compare each of them.
 
 Both sides get the same number of threads and a warm-up; the time is that of scoring, without loading. The two run one after the other,
 twice over, and the better time of each counts. On a CPU it is the processor's time, which other work on the machine does not stretch; with
@@ -45,6 +47,20 @@ def texts(count: int, candidates: int, longest: int) -> list[dict]:
         return " ".join(draw.choice(words) for _ in range(length))
 
     return [{"prompt": text(8, 128), "candidates": [text(8, longest) for _ in range(candidates)]} for _ in range(count)]
+
+
+def texts_like(path: Path, count: int, candidates: int) -> list[dict]:
+    """Words as many as the real texts have tokens (1.3 to a word): the vocabulary of these checkpoints would take English apart."""
+    draw = random.Random(0)
+
+    def like(text: str) -> str:
+        return " ".join(draw.choice(tiny().WORDS) for _ in range(round(1.3 * len(text.split()))))
+
+    rows = draw.sample([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], count)
+    return [
+        {"prompt": like(row["instruction"]), "candidates": [like(text) for text in list(row["outputs"].values())[:candidates]]}
+        for row in rows
+    ]
 
 
 def oracle(request: dict) -> dict:
@@ -102,6 +118,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--candidates", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512, help="words of the longest answer")
+    parser.add_argument("--like", type=Path, help="take the lengths of these answers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
@@ -115,12 +132,16 @@ def main() -> None:
         request = json.loads((options.work / "request.json").read_text())
         (options.work / f"{options.side}.json").write_text(json.dumps(globals()[options.side](request)))
         return
+    cases = (
+        texts_like(options.like, options.prompts, options.candidates)
+        if options.like
+        else texts(options.prompts, options.candidates, options.tokens)
+    )
     for size in options.size:
         with tempfile.TemporaryDirectory() as work:
             paths = tiny().build(Path(work) / size, size)
             request = {
-                "ranker": str(paths["ranker"]), "cases": texts(options.prompts, options.candidates, options.tokens), "device": options.device,
-                "dtype": options.dtype, "threads": options.threads, "batch_tokens": options.batch_tokens,
+                "ranker": str(paths["ranker"]), "cases": cases, "device": options.device, "dtype": options.dtype, "threads": options.threads, "batch_tokens": options.batch_tokens,
             }  # fmt: skip
             runs = [
                 (in_process(options.oracle, "oracle", request, Path(work)), in_process(sys.executable, "native", request, Path(work)))
@@ -129,10 +150,11 @@ def main() -> None:
         old, new = (min(run[side]["seconds"] for run in runs) for side in (0, 1))
         rows = zip(runs[0][0]["scores"], runs[0][1]["scores"], strict=True)
         worst = max(abs(a - b) for left, right in rows for a, b in zip(left, right, strict=True))
+        each = ", ".join(f"{left['seconds'] / right['seconds']:.2f}" for left, right in runs)
         pairs = options.prompts * options.candidates * (options.candidates - 1)
         print(
             f"{size:6} {options.device} {options.dtype}: llm-blender {pairs / old:8.1f} pairs/s, native {pairs / new:8.1f} pairs/s, "
-            f"{old / new:5.2f} times as fast; largest difference of a score {worst:.1e} over {pairs} pairs"
+            f"{old / new:5.2f} times as fast ({each}); largest difference of a score {worst:.1e} over {pairs} pairs"
         )
         if worst > TOLERANCE[options.dtype]:
             raise SystemExit(f"the scores differ by {worst:.2e}: the comparison is void")

@@ -83,19 +83,32 @@ def print_methods() -> int:
     from stages.methods import METHODS
     from stages.weighting.weights import WEIGHTS
 
-    pairs = {"best_vs_worst": "K candidates and a scorer, or given pairs", "each": "K candidates and a scorer", "truth": "ground truths"}
-    pairs["truth_vs_generation"] = "ground truths and one generation each"
     for name in METHODS.names():
         method = METHODS.get(name)
         line = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0].removeprefix("Method - ")
         models = set(WEIGHTS.get(method.WEIGHTS).NEEDS) - {"reference", "importance"} | (
             {"teacher"} if "teacher_logits" in method.NEEDS else set()
         )
-        needs = [pairs.get(method.PAIRING, method.PAIRING), *sorted(model.removesuffix("_unshifted") + " model" for model in models)]
+        needs = [_pairings(method), *sorted(model.removesuffix("_unshifted") + " model" for model in models)]
         live = method.NEEDS & {"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"}
         needs += ["the reference in memory while training"] if live else []
         print(f"{name:16} {line}\n{'':16} {method.SOURCE}\n{'':16} needs {'; '.join(needs)}")
     return 0
+
+
+def _pairings(method: Any) -> str:
+    """What the rows of a method can be made of, and the pairings that make them; its own first."""
+    from stages.scoring.pairing import CHOOSE
+
+    of = dict.fromkeys(CHOOSE, "K candidates and a scorer")
+    of |= {"given": "given pairs", "truth_vs_generation": "ground truths and one generation each", "truth": "ground truths"}
+    single = method.sides(method.Config()) == ("chosen",)
+    usable = [name for name in of if (name in ("each", "truth")) == single]
+    groups: dict[str, list[str]] = {of[method.PAIRING]: [method.PAIRING]}
+    for name in usable:
+        if name != method.PAIRING:
+            groups.setdefault(of[name], []).append(name)
+    return ", or ".join(f"{need} (pairing {', '.join(names)})" for need, names in groups.items())
 
 
 if __name__ == "__main__":

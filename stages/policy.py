@@ -6,6 +6,7 @@ prompt and response, so the logits of the last T + 1 positions are all that is n
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -176,14 +177,15 @@ def response_logps(model: Any, batch: Batch | Packed) -> Tensor:
     return logps.new_zeros(batch.response_ids.shape).masked_scatter(batch.response_mask, logps)
 
 
-def batches_by_budget(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `budget` padded tokens (one row at least), longest first.
+def batches_by_budget(lengths: Sequence[int], budget: int, cells: float = math.inf) -> Iterator[list[int]]:
+    """Indices in batches of at most `budget` padded tokens and `cells` of an attention matrix (one row at least), longest first.
 
     Longest first shows an out-of-memory at once; equal lengths beside each other waste the least padding. Deterministic: ties by index.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+        longest, rows = lengths[batch[0]] if batch else 0, len(batch) + 1
+        if rows * longest > budget or rows * longest**2 > cells:
             yield batch
             batch = []
         batch.append(index)

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -129,6 +129,8 @@ class Job:
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self._bar: Any = None
+        self.on_shard: Callable[[int, int], None] = lambda done, total: self.progress(done, total, "shards")
+        """Told how many shards are done; a stage that counts in something smaller puts its own here."""
 
     def path(self, name: str) -> Path:
         return Path(self.inputs[name].path)
@@ -186,7 +188,7 @@ class Job:
         for index in range(count):
             if not shard_is_whole(shard_path(self.out, index), kind):
                 yield index, items[index * size : (index + 1) * size]
-            self.progress(index + 1, count, "shards")
+            self.on_shard(index + 1, count)
 
     def write(self, index: int, rows: list[dict[str, Any]], kind: str | None = None) -> None:
         """Write one shard of the artifact, atomically."""

@@ -57,7 +57,7 @@ def test_imports_go_downward_only():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "deepspeed", "lm_eval"])
+@pytest.mark.parametrize("engine", ["vllm", "deepspeed", "lm_eval", "llm_blender"])
 def test_a_heavy_engine_is_imported_in_one_file_and_at_use(engine):
     homes = {path.relative_to(ROOT).as_posix() for path in SOURCES if engine in dict(imports_of(path))}
     assert len(homes) == 1, f"{engine} must be imported in exactly one file, is in {sorted(homes)}"

@@ -22,7 +22,7 @@ from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.stage import SamplingConfig
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates
+from stages.scoring.base import Candidates, Surroundings, close, prepared
 from stages.scoring.checks import repetition
 from stages.scoring.endpoint import Endpoint, EndpointRuntime
 from stages.stage import Job, StageRuntime
@@ -161,7 +161,9 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         groups.setdefault(row["prompt_id"], []).append(number)
     batch = [Candidates(prompts[name], [rows[i] for i in numbers], [means[i] for i in numbers]) for name, numbers in groups.items()]
-    scores = scorer_class(config.scorer, device).score(batch)
+    scorer = prepared(scorer_class, config.scorer, device, Surroundings(job.store_root, config.runtime.batch_tokens, job.log))
+    scores = scorer.score(batch)
+    close(scorer)
     heldout = []
     for numbers, result in zip(groups.values(), scores, strict=True):
         for k, i in enumerate(numbers):

@@ -42,11 +42,15 @@ class Surroundings(NamedTuple):
     """Padded tokens per forward."""
     log: Callable[[str], None]
     """A line for the stage's log."""
+    compared: Callable[[float], None] = lambda count: None
+    """Told by a pair scorer about every few comparisons that are done."""
 
 
 class Scorer(Protocol):
     """Optional beside what is below: `TEXT_ONLY = True` says that prompt and completion texts are all it looks at, so that equal completions
-    are scored once; `prepare(surroundings)` is called after the constructor; `metrics() -> {name: number}` is asked after each shard.
+    are scored once; `prepare(surroundings)` is called after the constructor; `metrics() -> {name: number}` is asked after each shard;
+    `compares(config) -> bool`: whether it is a pair scorer, so that progress counts comparisons; `close()` is called when nothing more will be
+    scored.
     """
 
     Config: type[Named]
@@ -106,3 +110,17 @@ def prepared(scorer_class: Any, config: Any, device: str, surroundings: Surround
     if hasattr(scorer, "prepare"):
         scorer.prepare(surroundings)
     return scorer
+
+
+def compares(config: Named) -> bool:
+    """Whether the scorer of these settings compares candidates pair by pair."""
+    from stages.scoring import SCORERS
+
+    scorer_class = SCORERS.get(config.name)
+    return hasattr(scorer_class, "compares") and scorer_class.compares(config)
+
+
+def close(scorer: Any) -> None:
+    """What a scorer holds (a server, say) is given back."""
+    if hasattr(scorer, "close"):
+        scorer.close()

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from data_contracts.config import Config as BaseConfig
 from stages.registry import Named
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Scores, Surroundings, prepared, score_once
+from stages.scoring.base import Candidates, Scores, Surroundings, close, compares, prepared, score_once
 
 
 class Part(BaseConfig):
@@ -64,6 +64,14 @@ class Combination:
     def _open(self, config: Named) -> Any:
         scorer_class = SCORERS.get(config.name)
         return prepared(scorer_class, config, self.device, self.surroundings) if self.surroundings else scorer_class(config, self.device)
+
+    @staticmethod
+    def compares(config: Config) -> bool:
+        return any(compares(part.scorer) for part in config.parts)
+
+    def close(self) -> None:
+        for scorer in self.scorers or []:
+            close(scorer)
 
     def metrics(self) -> dict[str, float]:
         return {

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,11 @@ from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError
 from data_contracts.identity import canonical_json, digest_text
 from data_contracts.store import write_atomic
+from stages.scoring.served import Served
 
 VERSION = "1"
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+LOST = ("judge cannot be reached", "judge's answer was damaged")
 FATAL = {401: "refuses the key", 403: "forbids it", 404: "knows no such model or address", 405: "is no chat endpoint"}
 
 
@@ -64,26 +66,41 @@ class Reply(NamedTuple):
 
 
 class Endpoint:
-    def __init__(self, runtime: EndpointRuntime, root: Path | None):
-        self.runtime, self.root = runtime, root
-        self.url = runtime.base_url.rstrip("/") + "/chat/completions"
+    def __init__(self, runtime: EndpointRuntime, root: Path | None, server: Served | None = None):
+        """`server`: answers instead of `base_url`; started by the first request that is not in the cache."""
+        self.runtime, self.root, self.server = runtime, root, server
+        self.counts: Counter[str] = Counter()
+        self._address(runtime.base_url)
+
+    def _address(self, base_url: str) -> None:
+        self.url = base_url.rstrip("/") + "/chat/completions"
         # A server on this machine is never asked through a proxy.
         local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         self.opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
-        self.counts: Counter[str] = Counter()
 
-    def ask(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
-        """Each request's reply, in order; equal requests are asked once. Raises: ConfigError for what no further try would cure."""
+    def ask(self, requests: Sequence[dict[str, Any]], answered: Callable[[int], None] = lambda count: None) -> list[Reply]:
+        """Each request's reply, in order; equal requests are asked once. `answered`: told about every few that are.
+
+        Raises: ConfigError for what no further try would cure.
+        """
         keys = [digest_text(canonical_json({"version": VERSION, **request})) for request in requests]
         wanted = dict(zip(keys, requests, strict=True))
         found = {key: reply for key in wanted if (reply := self._cached(key)) is not None}
         self.counts["cached"] += len(found)
+        times = Counter(keys)
+        answered(sum(times[key] for key in found))
         missing = [key for key in wanted if key not in found]
+        if missing and self.server is not None:
+            self._address(self.server.start())
         pool = ThreadPoolExecutor(self.runtime.num_parallel, thread_name_prefix="judge")
         try:
-            found |= zip(missing, pool.map(lambda key: self._fetch(key, wanted[key]), missing), strict=True)
+            for key, reply in zip(missing, pool.map(lambda key: self._fetch(key, wanted[key]), missing), strict=True):
+                found[key] = reply
+                answered(times[key])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+        if self.server is not None and any(found[key].failure in LOST for key in missing):
+            self.server.check(patience=5)
         return [found[key] for key in keys]
 
     def _path(self, key: str) -> Path:

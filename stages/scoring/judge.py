@@ -14,15 +14,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from data_contracts.errors import TransientError
+from data_contracts.identity import canonical_json, digest_text
+from stages.policy import pick_device
 from stages.registry import Named
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.endpoint import Endpoint, EndpointRuntime, Reply
+from stages.scoring.models import NamedModel, local_directory, locate
+from stages.scoring.served import Served, ServerRuntime
 
 RUBRIC = """You are grading one answer to a user's request. Start at 0 and add one point for each statement that is true of it:
 
@@ -76,6 +80,8 @@ class LLMJudge:
     class Config(Named):
         """One greedy judgement by the additive rubric."""
 
+        NEUTRAL: ClassVar[dict[str, Any]] = {"serve": None}
+
         name: Literal["llm_judge"] = "llm_judge"
         model: str
         """The judge's name at the endpoint. With `mode` and prompts it is what a score depends on; the address is not."""
@@ -91,6 +97,11 @@ class LLMJudge:
         """Another wording: with {prompt} and {response} for `rubric`, with {prompt}, {first} and {second} otherwise."""
         extra: dict[str, Any] = Field(default_factory=dict)
         """More fields of the request, e.g. {chat_template_kwargs: {enable_thinking: false}}."""
+        serve: NamedModel | None = None
+        """The judge's own weights: the stage runs `vllm serve` of them for as long as it lasts, and base_url is not asked. `model` is then
+        only a label. None: somebody else serves it."""
+        server: ServerRuntime = ServerRuntime()
+        """How it is served then."""
         runtime: EndpointRuntime = EndpointRuntime()
 
         @field_validator("prompt")
@@ -102,19 +113,38 @@ class LLMJudge:
             return value
 
     def __init__(self, config: Config, device: str):
-        self.config, self.reasons = config, Counter()
-        self.endpoint = Endpoint(config.runtime, None)
+        self.config, self.device, self.reasons = config, device, Counter()
+        # Judgements are kept by the judge's name, so that of weights of one's own says which weights.
+        self.name = config.model if config.serve is None else f"{config.model}@{digest_text(canonical_json(config.serve.identity()))[:12]}"
+        self.endpoint = Endpoint(config.runtime, None, self._server())
+        self.compared: Any = lambda count: None
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
         return False
 
     @staticmethod
+    def compares(config: Config) -> bool:
+        return config.mode != "rubric"
+
+    @staticmethod
     def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
-        return None
+        if config.serve is not None:
+            local_directory(config.serve, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.endpoint = Endpoint(self.config.runtime, surroundings.store_root)
+        self.endpoint = Endpoint(self.config.runtime, surroundings.store_root, self._server())
+        self.compared = surroundings.compared
+
+    def _server(self) -> Served | None:
+        config = self.config
+        if config.serve is None:
+            return None
+        return Served(config.server, locate(config.serve, config.name), self.name, pick_device(self.device))
+
+    def close(self) -> None:
+        if self.endpoint.server is not None:
+            self.endpoint.server.close()
 
     def metrics(self) -> dict[str, float]:
         """Since the start: requests asked, found in the cache and failed; replies that could not be used, by reason."""
@@ -125,7 +155,7 @@ class LLMJudge:
         texts = [[row["completion"] for row in item.generations] for item in batch]
         questions = [self._questions(prompt_text(item.prompt), answers) for item, answers in zip(batch, texts, strict=True)]
         flat = [self._request(text, sample) for one in questions for text in one for sample in range(self.config.samples)]
-        replies = self.endpoint.ask(flat)
+        replies = self.endpoint.ask(flat, lambda count: self.compared(count / self.config.samples))
         if flat and all(reply.failure == "judge cannot be reached" for reply in replies):
             raise TransientError(
                 f"nobody answers at {self.endpoint.url}: start the judge, e.g. `vllm serve {self.config.model}`, or set runtime.base_url"
@@ -147,7 +177,7 @@ class LLMJudge:
     def _request(self, text: str, sample: int) -> dict[str, Any]:
         config = self.config
         request = {
-            "model": config.model,
+            "model": self.name,
             "messages": [{"role": "user", "content": text}],
             "temperature": config.temperature,
             "max_tokens": config.max_tokens,

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_contracts.errors import ConfigError
 from stages.policy import pick_device
-from stages.scoring.base import Candidates, Scores, prompt_text
+from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, NamedModel, local_directory, locate
 
 
@@ -28,14 +28,22 @@ class LLMBlender:
     def __init__(self, config: Config, device: str):
         self.config, self.device = config, device
         self.blender: Any = None
+        self.compared: Any = lambda count: None
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
         return False
 
     @staticmethod
+    def compares(config: Config) -> bool:
+        return True
+
+    @staticmethod
     def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
         local_directory(config.model, config.name)
+
+    def prepare(self, surroundings: Surroundings) -> None:
+        self.compared = surroundings.compared
 
     def _load(self) -> Any:
         if self.blender is None:
@@ -68,4 +76,5 @@ class LLMBlender:
                     except RuntimeError:  # a marker inside a text: tensors of different sizes
                         logits[i, j] = np.nan
                         reasons[i] = "llm-blender cannot read a marker inside a text"
+                    self.compared(1)
         return Scores(None, logits, reasons)

@@ -7,8 +7,7 @@ blanked there; (3) a lone pair of identical texts is never compared: it is a tie
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,8 @@ from stages.policy import batches_by_budget, pick_device, pin_threads
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, NamedModel, local_directory, locate
 
-CPU_TOKENS = 512
+CPU_TOKENS, CPU_CELLS = 2048, 2**18
+"""Of a batch on a CPU: what its cache holds. A long row by itself is the fastest; of short ones, enough to hide the calls."""
 
 
 class PairRM:
@@ -36,17 +36,22 @@ class PairRM:
     def __init__(self, config: Config, device: str):
         self.config, self.device, self.batch_tokens = config, device, 4096
         self.ranker: Any = None
+        self.compared: Any = lambda count: None
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
         return False
 
     @staticmethod
+    def compares(config: Config) -> bool:
+        return True
+
+    @staticmethod
     def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
         local_directory(config.model, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.batch_tokens = surroundings.batch_tokens
+        self.batch_tokens, self.compared = surroundings.batch_tokens, surroundings.compared
 
     def load(self) -> Any:
         if self.ranker is None:
@@ -59,9 +64,10 @@ class PairRM:
             self.ranker = load_ranker(directory, tokenizer, config.dtype, pick_device(self.device))
         return self.ranker
 
-    def budget(self) -> int:
-        """On a CPU larger batches only fall out of its cache: a long row by itself is the fastest."""
-        return min(self.batch_tokens, CPU_TOKENS) if pick_device(self.device) == "cpu" else self.batch_tokens
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        if pick_device(self.device) == "cpu":
+            return batches_by_budget(lengths, min(self.batch_tokens, CPU_TOKENS), CPU_CELLS)
+        return batches_by_budget(lengths, self.batch_tokens)
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         ranker = self.load()
@@ -76,20 +82,13 @@ class PairRM:
                         pairs.append((source, first, second))
                         places.append((number, i, j))
         lengths = [sum(map(len, pair)) for pair in pairs]
-        with _bar(len(pairs)) as bar:
-            for rows in batches_by_budget(lengths, self.budget()):
-                for row, logit in zip(rows, ranker.logits([pairs[row] for row in rows]), strict=True):
-                    number, i, j = places[row]
-                    matrices[number][i, j] = logit
-                bar.update(len(rows))
+        for rows in self.batches(lengths):
+            for row, logit in zip(rows, ranker.logits([pairs[row] for row in rows]), strict=True):
+                number, i, j = places[row]
+                matrices[number][i, j] = logit
+            self.compared(len(rows))
         return [Scores(None, matrix, [""] * len(matrix)) for matrix in matrices]
 
 
 def _tokenizer_directory(model: NamedModel) -> Any:
     return Path(model.path).expanduser() if model.path is not None else locate(model, "pairrm")
-
-
-def _bar(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=" comparisons", leave=False, disable=not sys.stderr.isatty())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data_contracts.errors import ConfigError
-from stages.scoring.deberta_attention import make_fast
+from stages.scoring.deberta import Encoder, covers
 from stages.scoring.models import load_strictly, read_tensors
 from stages.scoring.pairrm_tokens import Limits, PairTokenizer, load_tokenizer
 
@@ -38,21 +38,29 @@ class PairNetwork(nn.Module):
         from transformers import DebertaV2Model
 
         self.pretrained_model = DebertaV2Model(config)
-        make_fast(self.pretrained_model)
+        self._encoder: Any = None
         hidden = config.hidden_size
         # Numbered as in the released weights; the dropout of 0.05 is for training only.
         self.head_layer = nn.Sequential(
             nn.Dropout(0.0), nn.Linear(2 * hidden, hidden), nn.Tanh(), nn.Dropout(0.0), nn.Linear(hidden, num_tasks)
         )
 
-    def forward(self, input_ids_NL: Tensor, attention_mask_NL: Tensor, markers_N3: Tensor) -> Tensor:
+    def forward(self, input_ids_NL: Tensor, lengths: Sequence[int], markers_N3: Tensor) -> Tensor:
         """l_ij of every row, float32. [N]."""
-        hidden_NLH = self.pretrained_model(input_ids=input_ids_NL, attention_mask=attention_mask_NL).last_hidden_state
-        rows = torch.arange(len(input_ids_NL), device=input_ids_NL.device)
-        source_NH, first_NH, second_NH = (hidden_NLH[rows, markers_N3[:, i]] for i in range(3))
+        source_NH, first_NH, second_NH = self._encode(input_ids_NL, lengths, markers_N3).unbind(1)
         first = self.head_layer(torch.cat([source_NH, first_NH], dim=-1))
         second = self.head_layer(torch.cat([source_NH, second_NH], dim=-1))
         return (first.float() - second.float()).mean(dim=-1)
+
+    def _encode(self, input_ids_NL: Tensor, lengths: Sequence[int], markers_N3: Tensor) -> Tensor:
+        """[N, 3, H]."""
+        if covers(self.pretrained_model.config):
+            self._encoder = self._encoder or Encoder(self.pretrained_model)
+            return self._encoder(input_ids_NL, lengths, markers_N3)
+        places = torch.arange(input_ids_NL.shape[1], device=input_ids_NL.device)
+        mask = places < torch.tensor(lengths, device=input_ids_NL.device)[:, None]
+        hidden_NLH = self.pretrained_model(input_ids=input_ids_NL, attention_mask=mask.long()).last_hidden_state
+        return hidden_NLH.gather(1, markers_N3[:, :, None].expand(-1, -1, hidden_NLH.shape[-1]))
 
 
 class PairRanker(NamedTuple):
@@ -64,14 +72,13 @@ class PairRanker(NamedTuple):
         device = next(self.network.parameters()).device
         lengths = [sum(map(len, pair)) for pair in pairs]
         ids = torch.full((len(pairs), max(lengths)), self.tokenizer.pad_id, dtype=torch.long)
-        mask, markers = torch.zeros_like(ids), torch.zeros((len(pairs), 3), dtype=torch.long)
+        markers = torch.zeros((len(pairs), 3), dtype=torch.long)
         for row, (source, first, second) in enumerate(pairs):
             ids[row, : lengths[row]] = torch.tensor([*source, *first, *second])
             ids[row, len(source) + len(first) + 1] = self.tokenizer.second_id
-            mask[row, : lengths[row]] = 1
             markers[row] = torch.tensor([1, len(source) + 1, len(source) + len(first) + 1])
         with torch.inference_mode():
-            return self.network(ids.to(device), mask.to(device), markers.to(device)).float().cpu().tolist()
+            return self.network(ids.to(device), lengths, markers.to(device)).float().cpu().tolist()
 
 
 def load_ranker(directory: Path, tokenizer_directory: Path | None, dtype: str, device: str) -> PairRanker:

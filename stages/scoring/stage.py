@@ -17,9 +17,9 @@ from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.cost import loading
 from stages.logps import Pass
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Scores, Surroundings, prepared, score_once
+from stages.scoring.base import Candidates, Scores, Surroundings, close, compares, prepared, score_once
 from stages.scoring.pairing import CHOOSE, Group, Preference, Rules, group_of, pair_statistics
-from stages.stage import Job, StageRuntime
+from stages.stage import Job, StageRuntime, events
 from stages.tokens import Template, encode_prompt, encode_response, load_tokenizer
 
 Pairing = Literal[
@@ -76,7 +76,7 @@ def run(job: Job) -> None:
     prompts = read_shards(job.path("prompts"), "prompts").to_pylist()
     groups = _generations(job, prompts, pairing)
     texts = _Texts(job) if "truth" in pairing or pairing == "given" else None
-    scoring = _Scoring(job, prompts) if config.scorer is not None and groups else None
+    scoring = _Scoring(job, prompts, groups) if config.scorer is not None and groups else None
     if scoring is None and pairing in CHOOSE:
         raise ConfigError(f"pairing {pairing} needs a scorer: set scoring.scorer")
     for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "scored_pairs"):
@@ -96,6 +96,8 @@ def run(job: Job) -> None:
         ]
         write_shard(shard_path(job.out, index, "dropped"), to_table(dropped, "dropped"))
         job.write(index, [row for result in results if not isinstance(result, str) for row in result])
+    if scoring is not None:
+        close(scoring.scorer)
     _summarise(job, len(prompts))
 
 
@@ -119,8 +121,9 @@ def _generations(job: Job, prompts: list[dict[str, Any]], pairing: str) -> dict[
 class _Scoring:
     """The scorer, loaded at the first shard that needs it."""
 
-    def __init__(self, job: Job, prompts: list[dict[str, Any]]):
+    def __init__(self, job: Job, prompts: list[dict[str, Any]], groups: dict[str, list[dict[str, Any]]]):
         self.job, self.config = job, job.config.scorer
+        self.progress = _Comparisons(job, [len(groups[prompt["prompt_id"]]) for prompt in prompts]) if compares(self.config) else None
         self.scorer_class = SCORERS.get(self.config.name)
         self.scorer_class.check_prompts(self.config, prompts)
         self.start = _StartLogps(job) if self.scorer_class.needs_start_logps(self.config) else None
@@ -139,7 +142,8 @@ class _Scoring:
     def _open(self) -> None:
         runtime = self.job.config.runtime
         with loading():
-            surroundings = Surroundings(self.job.store_root, runtime.batch_tokens, self.job.log)
+            told = {"compared": self.progress.add} if self.progress else {}
+            surroundings = Surroundings(self.job.store_root, runtime.batch_tokens, self.job.log, **told)
             self.scorer = prepared(self.scorer_class, self.config, runtime.device, surroundings)
 
     def _tell(self, shard: int, sizes: list[int], scores: list[Scores], seconds: float) -> None:
@@ -151,6 +155,29 @@ class _Scoring:
         facts |= self.scorer.metrics() if hasattr(self.scorer, "metrics") else {}
         self.job.event("scored", index=shard, **facts)
         self.job.log(f"shard {shard}: " + ", ".join(f"{name} {value:.4g}" for name, value in facts.items()))
+
+
+class _Comparisons:
+    """Progress of a pair scorer in comparisons, over all shards; said once a second."""
+
+    def __init__(self, job: Job, sizes: Sequence[int]):
+        self.job, per_shard = job, job.config.runtime.prompts_per_shard
+        counts = [size * (size - 1) for size in sizes]
+        self.shards = [sum(counts[start : start + per_shard]) for start in range(0, len(counts), per_shard)]
+        self.before, self.done, self.said = 0, 0.0, 0.0
+        job.on_shard = self.shard
+
+    def shard(self, done: int, total: int) -> None:
+        """Equal candidates were not compared, but they are done."""
+        self.before = sum(self.shards[:done])
+        self.done = 0.0
+        self.job.progress(self.before, sum(self.shards), "comparisons")
+
+    def add(self, count: float) -> None:
+        self.done += count
+        if time.monotonic() - self.said >= 1:
+            self.said = time.monotonic()
+            self.job.progress(self.before + round(self.done), sum(self.shards), "comparisons")
 
 
 class _StartLogps:
@@ -255,6 +282,11 @@ def _summarise(job: Job, num_prompts: int) -> None:
     job.metrics |= {"pairs": pairs.num_rows, "drop_rate": drop_rate, "unscored": len(values) - len(scored)}
     job.metrics |= {f"dropped/{reason}": count for reason, count in reasons.items()}
     job.metrics |= {f"spoilt/{reason}": count for reason, count in spoilt.items()}
+    # The last time that each shard was scored, whichever try it was.
+    told = {event["index"]: event for event in events(job.out) if event["event"] == "scored"}.values()
+    for unit in ("comparisons", "candidates"):
+        if rates := [event for event in told if unit in event]:
+            job.metrics[f"{unit}_per_second"] = sum(event[unit] for event in rates) / max(sum(event["seconds"] for event in rates), 1e-9)
     if len(scored):
         job.metrics["mean_score"] = float(scored.mean())
     flat = [row for row in raw["preference_logits"].to_pylist() if row is not None]

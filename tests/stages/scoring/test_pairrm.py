@@ -233,3 +233,41 @@ def test_the_released_weights_give_the_published_logits(scoring, repository):
     assert scorer.load().tokenizer.source_id == 128001
     full_width = scorer.load().tokenizer.source("Ｗｈａｔ")
     assert full_width == scorer.load().tokenizer.source("What")  # the NFKC map is there
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("lengths", [(1,), (7, 7), (40, 33, 2), (130,)])
+def test_the_encoder_is_that_of_transformers(scorers, lengths, onednn):
+    """Hidden states of some tokens of each row; both ways to multiply, one row and several, with and without padding."""
+    import torch
+
+    from stages.scoring.deberta import Encoder, covers
+
+    model = scorers["ranker"].load().network.pretrained_model
+    assert covers(model.config)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 100, (len(lengths), max(lengths)), generator=draw)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids[~mask] = 0
+    wanted = torch.tensor([[0, length // 2, length - 1] for length in lengths])
+    encoder = Encoder(model)
+    encoder.onednn = encoder.onednn and onednn
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        found = encoder(ids, lengths, wanted)
+        # As on a GPU: all heads in one call.
+        encoder.on_cpu = encoder.onednn = False
+        together = encoder(ids, lengths, wanted)
+    for row in range(len(lengths)):
+        assert (found[row] - expected[row, wanted[row]]).abs().max() < 2e-5
+        assert (together[row] - expected[row, wanted[row]]).abs().max() < 2e-5
+
+
+def test_another_deberta_than_v3_goes_through_transformers(scoring, checkpoints, monkeypatch):
+    """The scores are the same, only slower."""
+    import stages.scoring.pairrm_model as pairrm_model
+
+    settings = {"name": "pairrm", "model": {"path": str(checkpoints["hf"])}}
+    fast = matrix(scoring, scoring.scorer(settings), "how can it be", TEXTS[:3])
+    monkeypatch.setattr(pairrm_model, "covers", lambda config: False)
+    assert np.abs(matrix(scoring, scoring.scorer(settings), "how can it be", TEXTS[:3]) - fast).max() < 2e-6

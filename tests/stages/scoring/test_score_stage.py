@@ -95,6 +95,23 @@ def test_raw_logits_are_kept_and_preferences_derived(score, ranker):
     assert told[0]["position_bias"] == pytest.approx(0.5) and told[0]["comparisons_per_second"] > 0
 
 
+def test_progress_counts_comparisons_and_goes_on_where_an_earlier_try_stopped(score, ranker, capsys):
+    def told():
+        lines = [json.loads(line.split(" ", 1)[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("@progress")]
+        assert {(line["unit"], line["total"]) for line in lines} == {("comparisons", 24)}
+        return [line["done"] for line in lines]
+
+    ranker.fail_after = 12  # the first shard of two prompts
+    with pytest.raises(KeyboardInterrupt):
+        score(lambda number: ["aaaa", "b", "cc"])
+    assert told()[-1] == 12
+    ranker.fail_after = None
+    record, _ = score(lambda number: ["aaaa", "b", "cc"])
+    done = told()
+    assert done[0] == 12 and done[-1] == 24 and done == sorted(done)
+    assert record.metrics["comparisons_per_second"] > 0
+
+
 def test_equal_completions_are_compared_once_and_tie(score, ranker):
     _, out = score(lambda number: ["aaaa", "b", "aaaa", "b", "aaaa"], prompts=1)
     assert sorted(ranker.asked) == [(1, 4), (4, 1)]
