@@ -113,39 +113,14 @@ def test_judgements_lie_in_the_store_and_unreadable_ones_are_told(played):
 
 
 @pytest.mark.slow
-def test_a_judge_served_by_vllm(tmp_path, tiny_model):
-    """`vllm serve` of a model that can say anything: one-token judging reads its probabilities, whatever it would have said."""
-    import socket
-    import time
-    import urllib.request
-
+def test_a_judge_served_by_the_stage_with_vllm(tmp_path, tiny_model):
+    """A model that can say anything: one-token judging reads its probabilities, whatever it would have said."""
     model = ROOT / "models" / "smollm2-135m-instruct"
     if not model.is_dir():
         pytest.skip("make model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "judge"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--dtype", "float32", "--enforce-eager"]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = (tmp_path / "vllm.log").open("w")
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        end = time.monotonic() + 300
-        while True:
-            assert server.poll() is None and time.monotonic() < end, (tmp_path / "vllm.log").read_text()[-3000:]
-            try:
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(1)
-        runtime = {"base_url": f"http://127.0.0.1:{port}/v1", "num_parallel": 4, "timeout_seconds": 120}
-        scorers = {"vllm": {"name": "llm_judge", "model": "judge", "mode": "logprob", "runtime": runtime}}
-        result = play(tmp_path, tiny_model, scorers)["vllm"]
-        assert "error" not in result, result["error"] + (tmp_path / "vllm.log").read_text()[-2000:]
-        assert len(result["iterations"]) == 2 and result["iterations"][0]["score"]["pairs"] >= 1
-    finally:
-        import signal
-
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+    server = {"arguments": {"max_model_len": 1024, "dtype": "float32"}}
+    scorer = {"name": "llm_judge", "model": "smollm2", "mode": "logprob", "serve": {"path": str(model)}, "server": server}
+    scorer["runtime"] = {"num_parallel": 4, "timeout_seconds": 120}
+    result = play(tmp_path, tiny_model, {"vllm": scorer})["vllm"]
+    assert "error" not in result, result["error"]
+    assert len(result["iterations"]) == 2 and result["iterations"][0]["score"]["pairs"] >= 1

@@ -249,3 +249,23 @@ def test_another_wording_must_have_a_place_for_everything():
     with pytest.raises(ValueError, match=r"no place for \{response\}"):
         SCORERS.config({"name": "llm_judge", "model": "m", "prompt": "Grade {prompt}"})
     assert "{prompt}" in RUBRIC and "{response}" in RUBRIC and "{first}" in PAIRWISE
+
+
+def test_the_evaluate_stage_keeps_what_its_judge_said(server, store, tiny_model, make_prompts, make_artifact):
+    from data_contracts.checkpoint import external_model
+    from stages.evaluation.stage import EvaluationConfig
+    from stages.stage import STAGES, execute
+
+    server.answer = lambda request: "Score: 4"
+    rows = [
+        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 1], "token_logps": [-1.0] * 2,
+         "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
+        for i in range(3)
+    ]  # fmt: skip
+    model = external_model(tiny_model, store.root / "digests")
+    inputs = {"prompts": make_prompts(store, 3), "generations": make_artifact(store, "generations", rows), "policy": model, "start": model}
+    scorer = {"name": "llm_judge", "model": "grader", "runtime": {"base_url": server.url}}
+    config = EvaluationConfig.model_validate({"scorer": scorer, "dtype": "float32", "runtime": {"device": "cpu"}})
+    record = execute(STAGES["evaluate"], config, inputs, store)
+    assert record.metrics["heldout/score"] == 4.0 and len(server.requests) == 3
+    assert len(list((store.root / "judgements").rglob("*.json"))) == 3

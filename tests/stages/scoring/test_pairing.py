@@ -5,6 +5,7 @@ probability of 3/4.
 """
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -108,3 +109,14 @@ def test_the_order_of_the_candidates_does_not_matter(values):
     ((chosen, rejected),) = best_vs_worst(group)
     assert (values[chosen], values[rejected]) == (3.0, 0.0)
     assert group.win_rates[chosen] == pytest.approx((0.5 + 0.75 + 0.9 + 27 / 28) / 4)
+
+
+def test_the_list_of_methods_names_every_pairing(capsys):
+    from stages.__main__ import print_methods
+    from stages.scoring.stage import Pairing
+
+    print_methods()
+    listed = capsys.readouterr().out
+    assert all(f" {name}" in listed for name in get_args(Pairing))
+    sppo = listed.split("\nsppo ")[1].split("\n")[2]
+    assert "(pairing best_vs_worst, random_pair, length_matched, all_pairs)" in sppo and "(pairing each" not in sppo
