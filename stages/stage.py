@@ -159,7 +159,7 @@ class Job:
     def used(self, model: Path | str, tokens_in: int, tokens_out: int = 0, per_token: int = FORWARD, **counts: int) -> None:
         """Account for tokens that a model read and wrote, and so for FLOPs; `counts`: cache_hits, cache_misses. Tokens that are padding
         do not count."""
-        flops = per_token * parameters(str(model)) * (tokens_in + tokens_out)
+        flops = per_token * parameters(str(model)) * (tokens_in + tokens_out) if model else 0  # "": a model behind a server
         self.event("used", tokens_in=int(tokens_in), tokens_out=int(tokens_out), flops=int(flops), **counts)
 
     def progress(self, done: int, total: int, unit: str) -> None:

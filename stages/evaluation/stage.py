@@ -161,7 +161,12 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         groups.setdefault(row["prompt_id"], []).append(number)
     batch = [Candidates(prompts[name], [rows[i] for i in numbers], [means[i] for i in numbers]) for name, numbers in groups.items()]
-    scorer = prepared(scorer_class, config.scorer, device, Surroundings(job.store_root, config.runtime.batch_tokens, job.log))
+    scorer = prepared(
+        scorer_class,
+        config.scorer,
+        device,
+        Surroundings(job.store_root, config.runtime.batch_tokens, job.log, used=job.used, waiting=lambda: job.timed("waiting")),
+    )
     scores = scorer.score(batch)
     close(scorer)
     heldout = []

@@ -6,6 +6,7 @@ Axes: K candidates of one prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +45,10 @@ class Surroundings(NamedTuple):
     """A line for the stage's log."""
     compared: Callable[[float], None] = lambda count: None
     """Told by a pair scorer about every few comparisons that are done."""
+    used: Callable[..., None] = lambda model, tokens_in, tokens_out=0, **counts: None
+    """Told about tokens that a model read and wrote; Job.used."""
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around what others do for us: a judge's server."""
 
 
 class Scorer(Protocol):

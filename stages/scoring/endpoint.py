@@ -97,6 +97,8 @@ class Endpoint:
             for key, reply in zip(missing, pool.map(lambda key: self._fetch(key, wanted[key]), missing), strict=True):
                 found[key] = reply
                 answered(times[key])
+                for name, count in ((reply.body or {}).get("usage") or {}).items():
+                    self.counts[name] += count if isinstance(count, int) else 0  # what the reply says it cost
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         if self.server is not None and any(found[key].failure in LOST for key in missing):

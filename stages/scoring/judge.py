@@ -14,6 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -118,6 +119,7 @@ class LLMJudge:
         self.name = config.model if config.serve is None else f"{config.model}@{digest_text(canonical_json(config.serve.identity()))[:12]}"
         self.endpoint = Endpoint(config.runtime, None, self._server())
         self.compared: Any = lambda count: None
+        self.surroundings: Surroundings | None = None
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
@@ -134,7 +136,7 @@ class LLMJudge:
 
     def prepare(self, surroundings: Surroundings) -> None:
         self.endpoint = Endpoint(self.config.runtime, surroundings.store_root, self._server())
-        self.compared = surroundings.compared
+        self.compared, self.surroundings = surroundings.compared, surroundings
 
     def _server(self) -> Served | None:
         config = self.config
@@ -155,13 +157,24 @@ class LLMJudge:
         texts = [[row["completion"] for row in item.generations] for item in batch]
         questions = [self._questions(prompt_text(item.prompt), answers) for item, answers in zip(batch, texts, strict=True)]
         flat = [self._request(text, sample) for one in questions for text in one for sample in range(self.config.samples)]
-        replies = self.endpoint.ask(flat, lambda count: self.compared(count / self.config.samples))
+        replies = self._ask(flat)
         if flat and all(reply.failure == "judge cannot be reached" for reply in replies):
             raise TransientError(
                 f"nobody answers at {self.endpoint.url}: start the judge, e.g. `vllm serve {self.config.model}`, or set runtime.base_url"
             )
         found = iter([self._mean([self._read(reply) for reply in group]) for group in _grouped(replies, self.config.samples)])
         return [self._scores(len(answers), [next(found) for _ in one]) for answers, one in zip(texts, questions, strict=True)]
+
+    def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
+        """Their replies; the stage learns of the tokens, and that it waited for somebody else's server."""
+        before = Counter(self.endpoint.counts)
+        told = self.surroundings
+        with told.waiting() if told is not None and self.config.serve is None else nullcontext():
+            replies = self.endpoint.ask(requests, lambda count: self.compared(count / self.config.samples))
+        if told is not None:
+            spent = self.endpoint.counts - before
+            told.used(self.endpoint.server.model if self.endpoint.server else "", spent["prompt_tokens"], spent["completion_tokens"])
+        return replies
 
     def _questions(self, prompt: str, answers: Sequence[str]) -> list[str]:
         if self.config.mode == "rubric":

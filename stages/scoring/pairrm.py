@@ -37,6 +37,8 @@ class PairRM:
         self.config, self.device, self.batch_tokens = config, device, 4096
         self.ranker: Any = None
         self.compared: Any = lambda count: None
+        self.used: Any = lambda model, tokens_in: None
+        self.directory: Path | str = ""
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
@@ -51,7 +53,7 @@ class PairRM:
         local_directory(config.model, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.batch_tokens, self.compared = surroundings.batch_tokens, surroundings.compared
+        self.batch_tokens, self.compared, self.used = surroundings.batch_tokens, surroundings.compared, surroundings.used
 
     def load(self) -> Any:
         if self.ranker is None:
@@ -59,7 +61,7 @@ class PairRM:
 
             pin_threads(None)
             config = self.config
-            directory = locate(config.model, config.name)
+            self.directory = directory = locate(config.model, config.name)
             tokenizer = None if config.tokenizer is None else _tokenizer_directory(config.tokenizer)
             self.ranker = load_ranker(directory, tokenizer, config.dtype, pick_device(self.device))
         return self.ranker
@@ -87,6 +89,7 @@ class PairRM:
                 number, i, j = places[row]
                 matrices[number][i, j] = logit
             self.compared(len(rows))
+        self.used(self.directory, sum(lengths))
         return [Scores(None, matrix, [""] * len(matrix)) for matrix in matrices]
 
 

@@ -38,6 +38,8 @@ class PointwiseScorer:
 
     def __init__(self, config: Any, device: str):
         self.config, self.device, self.batch_tokens = config, device, 4096
+        self.used: Any = lambda model, tokens_in: None
+        self.directory: Path | str = ""
         self.network: Any = None
 
     @staticmethod
@@ -50,7 +52,7 @@ class PointwiseScorer:
             refuse_remote_code(json.loads((directory / "config.json").read_text()), directory, getattr(config, "trust_remote_code", False))
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.batch_tokens = surroundings.batch_tokens
+        self.batch_tokens, self.used = surroundings.batch_tokens, surroundings.used
 
     def open(self, directory: Path) -> None:
         """Set `network` and whatever `encode` needs."""
@@ -65,12 +67,14 @@ class PointwiseScorer:
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         if self.network is None:
             pin_threads(None)
-            self.open(locate(self.config.model, self.config.name))
+            self.directory = locate(self.config.model, self.config.name)
+            self.open(self.directory)
         encoded = [self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations]
         values = np.full(len(encoded), np.nan)
         with torch.inference_mode():
             for rows in batches_by_budget([len(ids) for ids in encoded], self.batch_tokens):
                 values[rows] = self.forward([encoded[row] for row in rows])
+        self.used(self.directory, sum(map(len, encoded)))
         if not np.isfinite(values).all():
             raise ContractError(
                 f"the scorer {self.config.name} gives NaN or infinity: its weights are damaged, or {self.config.dtype} is too narrow"

@@ -143,7 +143,14 @@ class _Scoring:
         runtime = self.job.config.runtime
         with loading():
             told = {"compared": self.progress.add} if self.progress else {}
-            surroundings = Surroundings(self.job.store_root, runtime.batch_tokens, self.job.log, **told)
+            surroundings = Surroundings(
+                self.job.store_root,
+                runtime.batch_tokens,
+                self.job.log,
+                used=self.job.used,
+                waiting=lambda: self.job.timed("waiting"),
+                **told,
+            )
             self.scorer = prepared(self.scorer_class, self.config, runtime.device, surroundings)
 
     def _tell(self, shard: int, sizes: list[int], scores: list[Scores], seconds: float) -> None:

@@ -29,6 +29,7 @@ class TeacherLogp:
     def __init__(self, config: Config, device: str):
         self.config, self.device, self.root, self.batch_tokens = config, device, None, 4096
         self.teacher: Pass | None = None
+        self.surroundings: Surroundings | None = None
 
     @staticmethod
     def needs_start_logps(config: Config) -> bool:
@@ -39,7 +40,7 @@ class TeacherLogp:
         local_directory(config.model, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.root, self.batch_tokens = surroundings.store_root, surroundings.batch_tokens
+        self.root, self.batch_tokens, self.surroundings = surroundings.store_root, surroundings.batch_tokens, surroundings
 
     def _open(self) -> None:
         import tempfile
@@ -63,6 +64,8 @@ class TeacherLogp:
             responses += [self._response(row) for row in item.generations]
         full = [k for k, response in enumerate(responses) if response]
         self.teacher.fill([prompts[k] for k in full], [responses[k] for k in full])
+        if self.surroundings is not None:
+            self.teacher.account(self.surroundings)
         rows = dict(zip(full, self.teacher.get([prompts[k] for k in full], [responses[k] for k in full]), strict=True))
         results, start = [], 0
         for item in batch:

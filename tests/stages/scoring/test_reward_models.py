@@ -16,6 +16,7 @@ import torch
 from data_contracts.errors import ConfigError, ContractError
 from stages.scoring import SCORERS
 from stages.scoring.armorm import last_occurrence
+from stages.scoring.base import Surroundings
 
 ANSWERS = ["the sea", "a fox jumps over the lazy dog and then over another one, for sure", "wood", ""]
 
@@ -251,3 +252,12 @@ def test_beyond_the_teachers_context_there_is_no_score(scoring, tiny_model):
     settings = {"name": "teacher_logp", "model": {"path": str(tiny_model)}, "dtype": "float32"}
     (scores,) = scoring.scorer(settings).score([scoring.candidates("Say a word.", ["sea " * 300, "sea"])])
     assert math.isnan(scores.scores[0]) and scores.reasons == ["longer than the teacher's context", ""]
+
+
+def test_the_stage_is_told_of_the_tokens_it_read(tmp_path, scoring, reward_model):
+    told = []
+    scorer = SCORERS.get("reward_model")(SCORERS.config({"name": "reward_model", "model": {"path": str(reward_model)}}), "cpu")
+    scorer.prepare(Surroundings(tmp_path, 100, print, used=lambda model, count: told.append((model, count))))
+    scorer.score([scoring.candidates("Say a word.", ANSWERS)])
+    prompt = [{"role": "user", "content": "Say a word."}]
+    assert told == [(reward_model, sum(len(scorer.encode(prompt, answer)) for answer in ANSWERS))]
