@@ -1,6 +1,6 @@
 # Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart table3 test test-all lint
+.PHONY: help venv model quickstart table3 test test-all faults soak lint
 
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
@@ -36,6 +36,12 @@ test: venv  ## the test suite, without the slow ones (ARGS="-k name": some of th
 
 test-all: venv model  ## the slow ones too: the real model, and killing a run ten times
 	@$(PY) -m pytest -m "not gpu and not hub" $(ARGS)
+
+faults: venv  ## 220 faults (kills, full disks, damage, outages), struck one by one; the table of docs/reliability.md (ARGS="--count 20")
+	@$(PY) -m benchmarks.faults --count 215 --whole $(ARGS)
+
+soak: venv  ## tiny runs for two hours: does anything grow? (ARGS="--minutes 15")
+	@$(PY) -m benchmarks.soak $(ARGS)
 
 lint: venv  ## style and import rules
 	@$(PY) -m ruff check . && .venv/bin/lint-imports --no-cache

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 RECORD = "record.json"
 NOT_DATA = frozenset({RECORD, "spec.json", "stage.log", "metrics.jsonl"})
@@ -20,6 +21,13 @@ class FileDigest(_Plain):
     """Relative to the artifact's directory, with forward slashes."""
     size: int
     sha256: str
+
+    @field_validator("name")
+    @classmethod
+    def _stays_inside(cls, name: str) -> str:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not name:
+            raise ValueError(f"{name!r} leads out of the artifact's directory")
+        return name
 
 
 class ArtifactRef(_Plain):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import struct
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file
-from data_contracts.store import content_digest
+from data_contracts.store import content_digest, write_atomic
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -41,7 +41,12 @@ class ModelRef(Config):
 def weight_files(directory: Path) -> list[Path]:
     index = directory / WEIGHTS_INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} is not an index of weights ({type(error).__name__}: {error}); fetch it again") from None
+        if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ConfigError(f"{index} names files outside of the model directory, e.g. {outside[0]!r}")
         return [directory / name for name in names]
     return sorted(directory.glob("*.safetensors"))
 
@@ -59,9 +64,9 @@ def check_model_directory(directory: Path | str, chat_template: bool = True) -> 
         config = json.loads((directory / "config.json").read_text())
     except FileNotFoundError:
         raise ConfigError(f"{directory} has no config.json: not a Hugging Face model directory") from None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{directory}/config.json is not valid JSON: {error}") from None
-    if "architectures" not in config:
+    if not isinstance(config, dict) or not config.get("architectures"):
         raise ConfigError(f"{directory}/config.json names no `architectures`: cannot tell which model class to load")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{directory} has no tokenizer file (tokenizer.json): an engine would invent one in silence")
@@ -70,11 +75,24 @@ def check_model_directory(directory: Path | str, chat_template: bool = True) -> 
             f"the model in {directory} has no chat template (chat_template.jinja or `chat_template` in tokenizer_config.json), and chat prompts need one. "
             "Use an instruct model, or set `sampling.template: plain`"
         )
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        _check_json(directory / name)
     files = weight_files(directory)
     if not files:
         raise ConfigError(f"{directory} has no *.safetensors weights (pickled .bin files are not read)")
     for path in files:
         check_safetensors(path)
+
+
+def _check_json(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}; fetch it again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}; fetch it again")
 
 
 def check_safetensors(path: Path) -> None:
@@ -85,7 +103,9 @@ def check_safetensors(path: Path) -> None:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < size else None
         end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, struct.error, AttributeError, TypeError) as error:
+        if not isinstance(end, int):
+            raise TypeError("an offset that is no number")
+    except (OSError, ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ConfigError(f"{path} is not a readable safetensors file ({error})") from None
     if size != 8 + length + end:
         raise ConfigError(
@@ -98,7 +118,7 @@ def has_chat_template(directory: Path) -> bool:
         return True
     try:
         return bool(json.loads((directory / "tokenizer_config.json").read_text()).get("chat_template"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -121,11 +141,9 @@ def _digest(path: Path, name: str, cache: Path | None) -> FileDigest:
     if cache is None or stat.st_size < 1 << 20:
         return FileDigest(name=name, size=stat.st_size, sha256=digest_file(path))
     memo = cache / f"{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}"
-    if memo.is_file() and len(known := memo.read_text()) == 64:
+    if memo.is_file() and re.fullmatch("[0-9a-f]{64}", known := memo.read_text(errors="replace")):
         return FileDigest(name=name, size=stat.st_size, sha256=known)
     sha256 = digest_file(path)
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = memo.with_name(f".{memo.name}.tmp-{os.getpid()}")
-    temporary.write_text(sha256)
-    os.replace(temporary, memo)
+    write_atomic(memo, sha256)
     return FileDigest(name=name, size=stat.st_size, sha256=sha256)

@@ -62,23 +62,54 @@ def parse(cls, data: Any, where: str):
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
                 message = "unknown key"
-            lines.append(
-                f"  {path}: {message}" + ("" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r:.120})")
-            )
+            untold = problem["type"] in ("missing", "extra_forbidden") or "secret" in message or "password" in message
+            lines.append(f"  {path}: {message}" + ("" if untold else f" (got {problem['input']!r:.120})"))
         raise ConfigError(f"{where}: {len(lines)} problem(s) in the settings\n" + "\n".join(lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as it is meant: a key given twice is a mistake, not a wish for the second one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key in seen and key != "<<":
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice, again in line {mark.line + 1}: remove one", mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Raises: ConfigError for what is not YAML, or would need Python to be run, or never ends."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:  # the 30th of February, a list as a key, a thousand brackets
+        raise ConfigError(f"{where} is not valid YAML: {str(error) or type(error).__name__}") from None
 
 
 def read_yaml(path: os.PathLike | str) -> dict[str, Any]:
     """A YAML file as a mapping. Raises: ConfigError if it is missing, malformed or not a mapping."""
     try:
         with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
+            text = file.read()
     except OSError as error:
         raise ConfigError(f"cannot read the run config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except ValueError as error:  # a name with a NUL in it
+        raise ConfigError(f"cannot read the run config {path!r}: {error}") from None
+    data = load_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
     return data

@@ -33,6 +33,8 @@ def load_prompts(path: Path | str) -> list[dict[str, Any]]:
         raise ConfigError(f"cannot read the prompt file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except ValueError as error:  # a name with a NUL in it
+        raise ConfigError(f"cannot read the prompt file {path!r}: {error}") from None
     rows, seen = [], {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -55,8 +57,12 @@ def _row(line: str, where: str) -> dict[str, Any]:
         json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply to be a prompt") from None
     except UnicodeEncodeError:
         raise ConfigError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): that is no text") from None
+    except ValueError as error:  # a number of five thousand digits
+        raise ConfigError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must be a JSON object, got {type(data).__name__}")
     if unknown := data.keys() - KEYS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.errors import ArtifactError, ContractError
-from data_contracts.store import sync_directory
+from data_contracts.identity import digest_file
+from data_contracts.store import writing
 
 TOKENS = pa.list_(pa.int32())
 PER_TOKEN = pa.list_(pa.float32())
@@ -157,24 +157,31 @@ def to_table(rows: Iterable[Mapping[str, Any]], kind: str) -> pa.Table:
         raise ContractError(f"{kind}: {error}") from None
 
 
+def seal_path(path: Path) -> Path:
+    """Beside a shard: the digest that it was written with. Hidden, so it is no data of the artifact."""
+    return path.with_name(f".{path.name}.sha256")
+
+
 def write_shard(path: Path, table: pa.Table) -> None:
     """Write, flush to disk, then rename: a shard that exists is a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
+    with writing(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+        digest = digest_file(Path(file.name))
+    # Parquet's own checksums leave out page headers and footer. A seal that a crash cut, or kept from being made, is no seal.
+    seal_path(path).write_text(digest)
 
 
 def read_shard(path: Path, kind: str) -> pa.Table:
     """Raises: ArtifactError if it cannot be read, ContractError if its columns are not those of `kind`."""
+    seal = seal_path(path)
     try:
+        if seal.is_file() and len(wanted := seal.read_text(errors="replace")) == 64 and digest_file(path) != wanted:
+            raise ValueError("it is not what was written")
         # Without the checksums nine of ten flipped bits would be read as data.
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise ArtifactError(f"{path} cannot be read as Parquet ({error}). Delete it and run again: only this shard is made anew") from None
     if table.schema.remove_metadata() != SCHEMAS[kind]:
         raise ContractError(

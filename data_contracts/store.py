@@ -2,38 +2,123 @@
 
     <root>/artifacts/<kind>/<key>/            part-00000.parquet ... record.json (last)
     <root>/runs/<run>/iter_02/<stage>      -> the artifact, for people; deletable
-    <root>/locks/<kind>-<key>                 held (flock) while somebody builds it
+    <root>/locks/<kind>-<key>                 held (flock, or a lease: lease.py) while somebody builds it
 
 A directory without `record.json` is unfinished work: its whole shards are kept and the next build goes on from them.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
 
+from data_contracts import lease
 from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord, ArtifactRef, FileDigest
 from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.identity import digest_file
 
+QUICK_BYTES = 64 << 20
+"""Files up to this size are read whole when an artifact is looked up (some 50 ms each, at most); larger ones are weighed, and read by `verify`."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ESTALE)
+MAX_BYTES, MIN_FREE_BYTES = "SELFPLAY_STORE_MAX_BYTES", "SELFPLAY_STORE_MIN_FREE_BYTES"
+DEFAULT_MIN_FREE = 256 << 20
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+TEMPORARY = re.compile(r"\..+\.tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)")
+SHARD = re.compile(r"[a-z_]+-(\d{5})\.parquet")
+FORGOTTEN_SECONDS = 86400
+"""A temporary file of another host is left alone for so long."""
+
+
+@contextmanager
+def writing(path: Path, mode: str = "wb") -> Iterator[Any]:
+    """A file that takes the place of `path` in one step, on disk, when the block ends: a reader, or a crash, sees the old one or the new one.
+
+    What a killed writer leaves is named after its host and process; `sweep` knows it by that.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: a reader, or a crash, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
+    """Replace `path` by `text` in one step."""
+    with writing(path, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file is the temporary one of a writer that is no more."""
+    match = TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    if match["host"] in (None, os.uname().nodename):
+        return not Path(f"/proc/{match['pid']}").exists()
+    with suppress(OSError):
+        return time.time() - path.lstat().st_mtime > FORGOTTEN_SECONDS
+    return False
+
+
+@contextmanager
+def disk_errors_explained(root: Path) -> Iterator[None]:
+    """What the disk refuses becomes one sentence. Raises: ArtifactError instead of OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        advice = {
+            errno.EROFS: "Mount it writable, or set SELFPLAY_STORE (or --store) to a directory you can write",
+            errno.EMFILE: "Raise the limit (`ulimit -n 65536`)",
+            errno.EIO: "Look at the disk (`dmesg`)",
+        }.get(error.errno, "Free some space (`python -m data_contracts.gc --keep-runs 3 --dry-run` shows what can go)")
+        raise ArtifactError(
+            f"the store {root} cannot be written: {error.strerror} ({error.filename or 'while writing'}). {advice}, then run again: what is whole is kept"
+        ) from error
+
+
+def bytes_setting(name: str, default: int | None) -> int | None:
+    """An amount of bytes from the environment: 500000000, 500M, 2T. Raises: ConfigError."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{name} is {text!r}: it must be an amount of bytes, e.g. 500G")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def bytes_below(path: Path) -> int:
+    """What a directory takes on disk; files that vanish meanwhile count nothing."""
+    total = 0
+    with suppress(OSError):
+        for entry in os.scandir(path):
+            with suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    total += bytes_below(Path(entry.path))
+                else:
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+    return total
 
 
 def sync_directory(path: Path) -> None:
@@ -61,6 +146,40 @@ def data_files(directory: Path) -> list[Path]:
     )
 
 
+def inside(name: str) -> str:
+    """A kind, key, run or step as one part of a path. Raises: ConfigError for what would lead elsewhere."""
+    if not NAME_PART.fullmatch(name):
+        raise ConfigError(f"{name!r:.80} cannot name something in the store: letters, digits, dots, dashes and underscores, no path")
+    return name
+
+
+def size_in_words(count: float) -> str:
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.4g} {units[0]}"
+
+
+@contextmanager
+def _flock(path: Path, waiting: Callable[[str], None], poll: float) -> Iterator[Any]:
+    told = False
+    while True:
+        with open(path, "a+", encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    file.seek(0)
+                    waiting(file.read().strip())
+                    told = True
+                time.sleep(poll)
+                continue
+            # `gc` may have removed the file between our opening and our locking it: then somebody else may hold a new one.
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                yield file
+                return
+
+
 class Store:
     """A directory of artifacts. Opening one writes nothing."""
 
@@ -84,33 +203,85 @@ class Store:
                 f"the store {self.root} is not writable ({error.strerror}: {nearest}). Set SELFPLAY_STORE (or --store) to a directory you can write"
             ) from None
 
+    def check_room(self) -> None:
+        """Raises: ArtifactError if the store is over its budget, or its disk nearly full: better now than inside a checkpoint."""
+        budget, least = bytes_setting(MAX_BYTES, None), bytes_setting(MIN_FREE_BYTES, DEFAULT_MIN_FREE)
+        advice = "`python -m data_contracts.gc --keep-runs 3 --dry-run` shows what can go"
+        if budget is not None and (used := bytes_below(self.root)) >= budget:
+            raise ArtifactError(
+                f"the store {self.root} takes {size_in_words(used)}, its budget {MAX_BYTES} is {size_in_words(budget)}. {advice}"
+            )
+        nearest = self.root
+        while not nearest.exists():
+            nearest = nearest.parent
+        free = shutil.disk_usage(nearest).free
+        if free < least:
+            raise ArtifactError(
+                f"the disk of the store {self.root} has {size_in_words(free)} left, less than {size_in_words(least)} ({MIN_FREE_BYTES}). {advice}"
+            )
+
+    def sweep(self) -> int:
+        """Remove the temporary files of writers that are no more, outside of artifacts (a build tidies its own). How many there were."""
+        found = 0
+        for place in ("locks", "digests", "judgements", "logps", "runs"):
+            for directory, _, names in os.walk(self.root / place):
+                for name in names:
+                    path = Path(directory, name)
+                    if ".tmp-" in name and is_abandoned(path):
+                        path.unlink(missing_ok=True)
+                        found += 1
+        return found
+
     def directory(self, kind: str, key: str) -> Path:
-        return self.root / "artifacts" / kind / key
+        """Raises: ConfigError for a name that would leave the store."""
+        return self.root / "artifacts" / inside(kind) / inside(key)
 
     def load(self, kind: str, key: str) -> ArtifactRecord | None:
         """The record, if the artifact was signed. Says nothing of the files; see `problems`."""
         try:
-            return ArtifactRecord.model_validate_json((self.directory(kind, key) / RECORD).read_bytes())
+            record = ArtifactRecord.model_validate_json((self.directory(kind, key) / RECORD).read_bytes())
+            if (record.kind, record.key) != (kind, key):
+                raise ValueError(f"it is that of {record.kind} {record.key}")
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise ArtifactError(
                 f"{kind} {key}: record.json is damaged ({str(error).splitlines()[0]}). Delete {self.directory(kind, key)} and run again"
             ) from None
+        return record
 
     def problems(self, record: ArtifactRecord, deep: bool = False) -> list[str]:
-        """What is wrong with a signed artifact's files: missing, of another size, or (`deep`) of other content."""
+        """What is wrong with a signed artifact's files: missing, of another size, or of other content (large files only if `deep`)."""
+        return list(self.damaged(record, deep).values())
+
+    def damaged(self, record: ArtifactRecord, deep: bool = False) -> dict[str, str]:
+        """File -> what is wrong with it."""
         directory = self.directory(record.kind, record.key)
-        found = []
+        found = {}
         for file in record.files:
             path = directory / file.name
             if not path.is_file():
-                found.append(f"{file.name} is missing")
+                found[file.name] = f"{file.name} is missing"
             elif path.stat().st_size != file.size:
-                found.append(f"{file.name} has {path.stat().st_size} bytes, not {file.size}")
-            elif deep and digest_file(path) != file.sha256:
-                found.append(f"{file.name} has other content than was signed")
+                found[file.name] = f"{file.name} has {path.stat().st_size} bytes, not {file.size}"
+            elif (deep or file.size <= QUICK_BYTES) and digest_file(path) != file.sha256:
+                found[file.name] = f"{file.name} has other content than was signed"
         return found
+
+    def set_back(self, kind: str, key: str) -> None:
+        """Make unfinished work of a damaged artifact: whole shards stay, damaged ones go with all that was written beside them, and so does
+        everything that is no shard. The next build makes what is missing. Under the artifact's lock."""
+        directory = self.directory(kind, key)
+        try:
+            record = self.load(kind, key)
+        except ArtifactError:
+            record = None
+        gone = {match[1] for name in (self.damaged(record, deep=True) if record else ()) if (match := SHARD.fullmatch(name))}
+        (directory / RECORD).unlink(missing_ok=True)
+        for path in data_files(directory):
+            match = SHARD.fullmatch(path.name)
+            if match is None or match[1] in gone:
+                path.unlink()
 
     def find(self, kind: str, key: str) -> ArtifactRef | None:
         """The finished, intact artifact, or None."""
@@ -132,6 +303,7 @@ class Store:
         if not files:
             raise ArtifactError(f"{record.kind} {record.key}: the stage {record.stage} ended without writing any file in {directory}")
         signed = record.model_copy(update={"files": files, "content": content_digest(files)})
+        lease.check(self.root, f"{record.kind}-{record.key}")
         write_atomic(directory / RECORD, signed.model_dump_json(indent=1))
         return signed
 
@@ -148,31 +320,31 @@ class Store:
         flock belongs to the open file: the kernel drops it when the last process that has it is gone, however it died. A stage tree that
         inherits it keeps others out for as long as any of its processes lives. `waiting(owner)` is called once per wait.
         """
-        path = self.root / "locks" / f"{kind}-{key}"
+        name, host, shared = f"{inside(kind)}-{inside(key)}", os.uname().nodename, lease.is_wanted()
+        # Under leases flock is for the processes of one host only, and has a file per host: whatever the filesystem makes of it is right.
+        path = self.root / "locks" / (f"{name}@{host}" if shared else name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+", encoding="utf-8") as file:
-            told = False
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not told:
-                        file.seek(0)
-                        waiting(file.read().strip())
-                        told = True
-                    time.sleep(poll)
+        owner = {"pid": os.getpid(), "host": host, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with _flock(path, waiting, poll) as file:
             file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+            file.write(json.dumps(owner))
             file.flush()
-            yield file.fileno()
+            if not shared:
+                yield file.fileno()
+                return
+            held = lease.Lease(path.parent, name, owner)
+            held.acquire(waiting, poll)
+            try:
+                yield file.fileno()
+            finally:
+                held.release()
 
     def show_in_run(self, run: str, step: str, name: str, ref: ArtifactRef) -> None:
         """Point `runs/<run>/<step>/<name>` at the artifact."""
-        link = self.root / "runs" / run / step / name
+        link = self.root / "runs" / inside(run) / inside(step) / inside(name)
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(ref.path, link.parent)
-        temporary = link.with_name(f".{name}.tmp-{os.getpid()}")
+        temporary = link.with_name(f".{name}.tmp-{os.uname().nodename}-{os.getpid()}")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
         os.replace(temporary, link)

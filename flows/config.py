@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, model_validator
 
 from data_contracts.checkpoint import ModelRef
-from data_contracts.config import Config, parse, read_yaml
+from data_contracts.config import Config, load_yaml, parse, read_yaml
 from data_contracts.errors import ConfigError
 from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
@@ -234,10 +233,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ConfigError(f"an override looks like section.field=value, got {text!r}")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of the override {text!r} is not valid YAML: {error}") from None
+    return key, load_yaml(value, f"the value of the override {text!r}")
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.artifact import ArtifactRef
-from data_contracts.checkpoint import external_model
+from data_contracts.checkpoint import check_model_directory, external_model
+from data_contracts.config import parse
 from data_contracts.errors import ConfigError, PipelineError
-from data_contracts.store import Store
+from data_contracts.store import Store, disk_errors_explained
 from stages.stage import LOCK_HELD, STAGES, execute
 
 
@@ -40,7 +41,8 @@ def main(arguments: list[str]) -> int:
         stage = STAGES[arguments[0]]
         config = stage.parse(spec["config"])
         inputs = {name: _input(value, store) for name, value in spec["inputs"].items()}
-        record = execute(stage, config, inputs, store, launched=_launched())
+        with disk_errors_explained(store.root):
+            record = execute(stage, config, inputs, store, launched=_launched())
     except PipelineError as error:
         print(f"@error {json.dumps({'type': type(error).__name__, 'message': str(error)})}", flush=True)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -63,17 +65,21 @@ def _read(path: Path) -> dict[str, Any]:
         spec = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(spec, dict) or not {"config", "inputs"} <= spec.keys() <= {"config", "inputs", "store"}:
+    named = isinstance(spec, dict) and {"config", "inputs"} <= spec.keys() <= {"config", "inputs", "store"}
+    if not named or not isinstance(spec["inputs"], dict) or not isinstance(spec.get("store", ""), str):
         raise ConfigError(f'{path} must hold {{"config": ..., "inputs": ..., "store": ...}}')
     return spec
 
 
 def _input(value: Any, store: Store) -> ArtifactRef:
     if isinstance(value, dict):
-        return ArtifactRef.model_validate(value)
+        return parse(ArtifactRef, value, "an input")
+    if not isinstance(value, str):
+        raise ConfigError(f"an input must be a key in the store, a model directory or a reference, got {value!r:.80}")
     if Path(value).is_dir():
+        check_model_directory(value, chat_template=False)
         return external_model(Path(value), store.root / "digests")
     record = store.resolve(value)
     return record.ref(str(store.directory(record.kind, record.key)))

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ArtifactError, ContractError
-from data_contracts.shards import to_table, write_shard
+from data_contracts.shards import read_shard, to_table, write_shard
 from stages.policy import load_causal_lm, pick_device, pin_threads, score_responses
 from stages.tokens import context_length
 
@@ -62,9 +62,10 @@ class Pass:
     def _index(self, path: Path) -> None:
         self.seen.add(path)
         try:
-            keys = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].to_pylist()
-        except (OSError, ValueError):
-            path.unlink()  # damaged: computed again
+            # The numbers too, though only the keys are kept: damage must be found here, where the rows are still computed again.
+            keys = read_shard(path, "token_logps")["key"].to_pylist()
+        except (ArtifactError, ContractError):
+            path.unlink(missing_ok=True)
             return
         for number, key in enumerate(keys):
             self.where.setdefault(key, (path, number))

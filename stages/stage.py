@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -18,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from data_contracts import lease
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config, Runtime, parse
 from data_contracts.errors import ArtifactError, ConfigError
@@ -31,6 +33,8 @@ from stages.cost import FORWARD, MemoryWatch, cost_of, loading, parameters
 LOCK_HELD = "SELFPLAY_LOCK_HELD"
 """Environment: kind-key of the artifact whose lock the launcher already holds for us."""
 EVENTS = ".events.jsonl"
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY|AUTH)($|_)", re.IGNORECASE)
+"""Names of environment variables whose values are nobody's business."""
 
 
 class StageRuntime(Runtime):
@@ -44,6 +48,15 @@ class StageRuntime(Runtime):
     """More environment variables for the stage process, e.g. CUDA_VISIBLE_DEVICES."""
     timeout_seconds: float | None = Field(None, gt=0)
     """Stop the stage after so long; None: never."""
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        if secret := [name for name in env if SECRET.search(name)]:
+            raise ValueError(
+                f"{secret[0]} looks like a secret, and settings end in records, logs and MLflow: export it in the shell, every stage inherits it"
+            )
+        return env
 
 
 class Stage(NamedTuple):
@@ -173,25 +186,34 @@ class Job:
         else:
             print("@progress " + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)
 
-    def missing_shards(self, items: Sequence[Any], size: int, kind: str) -> Iterator[tuple[int, Sequence[Any]]]:
+    def missing_shards(self, items: Sequence[Any], size: int, kind: str, beside: Sequence[str] = ()) -> Iterator[tuple[int, Sequence[Any]]]:
         """Cut `items` into shards and yield those that no earlier try finished: (index, items of the shard).
+
+        `beside`: what is written with every shard, under the same number (scores, dropped); one that is gone or damaged costs its shard.
 
         Another shard size than an earlier try's makes its shards useless: they are removed.
         """
         count = max(1, -(-len(items) // size))
         plan = self.out / ".plan"
         wanted = json.dumps({"items": len(items), "size": size})
-        if not plan.is_file() or plan.read_text() != wanted:
+        if not plan.is_file() or plan.read_text(errors="replace") != wanted:
             for path in self.out.glob("*-?????.parquet"):  # the shards, and the scores and drops beside them
                 path.unlink()
             write_atomic(plan, wanted)
         for index in range(count):
-            if not shard_is_whole(shard_path(self.out, index), kind):
+            if not self.has_shard(index, kind, beside):
                 yield index, items[index * size : (index + 1) * size]
             self.on_shard(index + 1, count)
 
+    def has_shard(self, index: int, kind: str, beside: Sequence[str] = ()) -> bool:
+        """Whether an earlier try left the shard, and all that belongs to it, whole."""
+        return shard_is_whole(shard_path(self.out, index), kind) and all(
+            shard_is_whole(shard_path(self.out, index, other), other) for other in beside
+        )
+
     def write(self, index: int, rows: list[dict[str, Any]], kind: str | None = None) -> None:
         """Write one shard of the artifact, atomically."""
+        lease.check(self.store_root, f"{self.stage.produces}-{self.out.name}")
         write_shard(shard_path(self.out, index), to_table(rows, kind or self.stage.produces))
         self.event("shard", index=index, rows=len(rows))
 
@@ -219,7 +241,7 @@ def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: 
             raise ArtifactError(f"the input {name!r} of the stage {stage.name} is gone: {ref.path}")
     out = store.directory(stage.produces, key)
     out.mkdir(parents=True, exist_ok=True)
-    for litter in out.glob(".*.tmp-*"):
+    for litter in out.rglob(".*.tmp-*"):
         litter.unlink()
     job = Job(stage, config, inputs, out)
     job.event("start", launched=launched or time.time())
@@ -245,19 +267,23 @@ def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: 
         cost=cost_of(history, watch),
         provenance=provenance(config, history),
     )
+    signed = store.sign(record)
+    # After the signature: a kill in between costs the clean-up (the next look does it), not the training.
     shutil.rmtree(out / "resume", ignore_errors=True)
-    return store.sign(record)
+    return signed
 
 
 def events(directory: Path) -> list[dict[str, Any]]:
-    """The history of a build: start, shard, step, end of every try. A line cut by a kill is left out."""
+    """The history of a build: start, shard, step, end of every try. A line cut by a kill, or damaged, is left out."""
     path = directory / EVENTS
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), float):
+            found.append(event)
     return found
 
 
@@ -274,12 +300,12 @@ def seconds_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for event in history:
         if event["event"] == "start":
             tries.append([event.get("launched", event["time"]), event["time"]])
-            imports += event["time"] - tries[-1][0]
+            imports += max(0.0, event["time"] - tries[-1][0])
         elif tries:
             tries[-1][1] = event["time"]
-        if event["event"] == "seconds":
+        if event["event"] == "seconds" and {"what", "seconds"} <= event.keys():
             named[event["what"]] = named.get(event["what"], 0.0) + event["seconds"]
-    walls = [last - began for began, last in tries] or [0.0]
+    walls = [max(0.0, last - began) for began, last in tries] or [0.0]  # a clock that was set back takes no time away
     start_up, waiting = imports + named.pop("load", 0.0), named.pop("waiting", 0.0)
     busy = max(0.0, sum(walls) - start_up - waiting)
     return {"wall": sum(walls), "last_try": walls[-1], "start_up": start_up, "waiting": waiting, "busy": busy, **named}

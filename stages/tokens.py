@@ -19,10 +19,17 @@ Template = Literal["chat", "plain"]
 
 
 def load_tokenizer(directory: str | Path) -> Any:
+    """Raises: ConfigError if it cannot be loaded. Code that comes with a model is never run."""
     with loading():
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            said = (str(error) or type(error).__name__).partition("\n")[0]
+            raise ConfigError(
+                f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {said:.300}): fetch the model again"
+            ) from error
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: Template) -> list[int]:

@@ -6,12 +6,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
+from data_contracts import lease
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
-from data_contracts.errors import ArtifactError
-from data_contracts.store import Store, write_atomic
+from data_contracts.errors import ArtifactError, StageError
+from data_contracts.store import Store, disk_errors_explained, write_atomic
 from stages.stage import LOCK_HELD, STAGES
 from tasks.launch import Progress, run_stage
 
@@ -44,11 +46,16 @@ def build(
     key = stage.key(config, inputs)
     kind = stage.produces
     asked = time.monotonic()
-    with store.lock(kind, key, lambda owner: log(f"{kind} {key} is being built by {owner}: waiting")) as lock:
+    with (
+        disk_errors_explained(store.root),
+        store.lock(kind, key, lambda owner: log(f"{kind} {key} is being built by {owner}: waiting")) as lock,
+    ):
         waited = time.monotonic() - asked
         found = _look(store, kind, key, log)
         if found:
             return Built(found.ref(str(store.directory(kind, key))), found, True, waited)
+        store.check_room()
+        store.sweep()
         directory = store.directory(kind, key)
         directory.mkdir(parents=True, exist_ok=True)
         spec = {
@@ -58,16 +65,23 @@ def build(
         }
         write_atomic(directory / "spec.json", json.dumps(spec, indent=1))
         runtime = getattr(config, "runtime", None)
-        run_stage(
-            [stage_name, str(directory / "spec.json")],
-            log_file=directory / "stage.log",
-            log=log,
-            on_progress=on_progress,
-            python=getattr(runtime, "python", None),
-            env={LOCK_HELD: f"{kind}-{key}", **getattr(runtime, "env", {})},
-            inherit=[lock],
-            timeout=getattr(runtime, "timeout_seconds", None),
-        )
+        try:
+            run_stage(
+                [stage_name, str(directory / "spec.json")],
+                log_file=directory / "stage.log",
+                log=log,
+                on_progress=on_progress,
+                python=getattr(runtime, "python", None),
+                env={LOCK_HELD: f"{kind}-{key}", **lease.environment(f"{kind}-{key}"), **getattr(runtime, "env", {})},
+                inherit=[lock],
+                timeout=getattr(runtime, "timeout_seconds", None),
+            )
+        except (ArtifactError, StageError) as error:
+            if damaged := _set_back_damaged(inputs, store):
+                raise ArtifactError(
+                    f"{error}\nIts input is damaged: {damaged}. Run again: what is damaged is made anew, and nothing else"
+                ) from error
+            raise
         record = store.load(kind, key)
         problems = ["it has no record.json"] if record is None else store.problems(record)
         if problems:
@@ -86,10 +100,23 @@ def _look(store: Store, kind: str, key: str, log: Callable[[str], None]) -> Arti
         record, problems = None, [str(error)]
     if problems:
         log(f"{kind} {key} is damaged ({'; '.join(problems)}): building it again")
-        store.discard(kind, key)
+        store.set_back(kind, key)
         return None
-    if (
-        record is not None
-    ):  # a kill between the signature and the clean-up leaves checkpoints to resume from, many times the artifact's size
+    if record is not None:
+        # A kill between the signature and the clean-up leaves checkpoints to resume from, many times the artifact's size.
         shutil.rmtree(store.directory(kind, key) / "resume", ignore_errors=True)
     return record
+
+
+def _set_back_damaged(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
+    """A stage failed: read every byte of its inputs, once; one that is not what was signed becomes unfinished work. What was wrong, or ""."""
+    found = []
+    for ref in inputs.values():
+        if ref.key == "external":
+            continue
+        with store.lock(ref.kind, ref.key), suppress(ArtifactError):
+            record = store.load(ref.kind, ref.key)
+            if record is not None and (problems := store.problems(record, deep=True)):
+                store.set_back(ref.kind, ref.key)
+                found.append(f"{ref.kind} {ref.key} ({'; '.join(problems)})")
+    return ", ".join(found)

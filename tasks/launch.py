@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -110,10 +111,17 @@ def _python_path() -> str:
 
 
 def _pump(stream: Any, log_file: Path, lines: SimpleQueue[str]) -> None:
-    with stream, open(log_file, "a", encoding="utf-8", buffering=1) as file:
+    # A full disk costs the file, never the reading: a stage whose pipe nobody empties stands still for ever.
+    file = None
+    with stream:
         for line in stream:
-            file.write(line)
             lines.put(line.rstrip("\n"))
+            with suppress(OSError):
+                file = file or open(log_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+                file.write(line)
+        with suppress(OSError):
+            if file:
+                file.close()
 
 
 def _drain(lines: SimpleQueue[str], tail: deque[str], reported: dict[str, Any], progress: Progress, log: Callable[[str], None]) -> None:

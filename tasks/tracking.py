@@ -44,9 +44,9 @@ class Tracker:
             do(*arguments)
         except Exception as error:  # MLflow raises whatever its transport raises; none of it may end a run
             self.working = False
-            said = str(error).partition("\n")[0]
+            said = without_password(str(error).partition("\n")[0])
             self.log(
-                f"MLflow at {self.uri} does not work ({type(error).__name__}: {said:.200}): this run is not mirrored there; nothing else is lost"
+                f"MLflow at {without_password(self.uri)} does not work ({type(error).__name__}: {said:.200}): this run is not mirrored there; nothing else is lost"
             )
 
     def _open(self, run: str) -> None:
@@ -112,6 +112,11 @@ class Tracker:
                     self.client.log_artifact(self.parent, str(path))
         for run in [*self.children.values(), self.parent]:
             self.client.set_terminated(run, status)
+
+
+def without_password(text: str) -> str:
+    """user:password@ in an address, as user:***@."""
+    return re.sub(r"(?<=://)([^/@\s:]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def _metric(name: str, value: float, step: int = 0) -> Any:

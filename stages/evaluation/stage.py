@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
-from data_contracts.shards import read_shards, shard_is_whole, shard_path, to_table, write_shard
+from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.evaluation.gate import GateConfig
 from stages.evaluation.intervals import Interval, bootstrap
 from stages.evaluation.judging import report_row
@@ -126,17 +126,17 @@ def run(job: Job) -> None:
     total = 1 + benchmarks + (config.mt_bench is not None)
     pin_threads(None)
     device = pick_device(config.runtime.device)
-    if not shard_is_whole(shard_path(job.out, 0), "eval_report"):
+    if not job.has_shard(0, "eval_report", beside=("heldout",)):
         with job.timed("heldout"):
             heldout = _heldout_rows(job, device)
         write_shard(shard_path(job.out, 0, "heldout"), to_table(heldout, "heldout"))
         job.write(0, _heldout_report(heldout, config.scorer) + _more_heldout_rows(job, heldout))
     job.progress(1, total, "parts")
-    if benchmarks and not shard_is_whole(shard_path(job.out, LM_EVAL_SHARD), "eval_report"):
+    if benchmarks and not job.has_shard(LM_EVAL_SHARD, "eval_report"):
         with job.timed("lm_eval"):
             job.write(LM_EVAL_SHARD, _lm_eval_report(job, device))
         job.progress(2, total, "parts")
-    if config.mt_bench is not None and not shard_is_whole(shard_path(job.out, MT_BENCH_SHARD), "eval_report"):
+    if config.mt_bench is not None and not job.has_shard(MT_BENCH_SHARD, "eval_report"):
         with job.timed("mt_bench"):
             job.write(MT_BENCH_SHARD, _mt_bench_report(job, config.mt_bench, device))
         job.progress(total, total, "parts")

@@ -16,11 +16,12 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError
@@ -50,6 +51,16 @@ class EndpointRuntime(Runtime):
     backoff_seconds: float = Field(1.0, ge=0)
     """Wait before the first further try; doubled each time, at most 60 s. `Retry-After` is obeyed."""
 
+    @field_validator("base_url")
+    @classmethod
+    def _an_address_and_nothing_secret(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be the address of an endpoint, e.g. http://127.0.0.1:8000/v1")
+        if parts.username or parts.password:
+            raise ValueError("holds a user or password, and settings end in records: put the key into the variable named by api_key_env")
+        return url
+
 
 class Reply(NamedTuple):
     body: dict[str, Any] | None
@@ -60,7 +71,8 @@ class Reply(NamedTuple):
     @property
     def text(self) -> str:
         try:
-            return self.body["choices"][0]["message"]["content"] or ""
+            content = self.body["choices"][0]["message"]["content"]
+            return content if isinstance(content, str) else ""
         except (KeyError, IndexError, TypeError):
             return ""
 
@@ -138,7 +150,7 @@ class Endpoint:
                 failure = "judge timed out"
             except urllib.error.URLError as error:
                 failure = "judge timed out" if isinstance(error.reason, TimeoutError) else "judge cannot be reached"
-            except (OSError, ValueError):  # cut off in mid-sentence, or no JSON
+            except (OSError, ValueError, HTTPException):  # cut off in mid-sentence, or no JSON
                 failure = "judge's answer was damaged"
             else:
                 self.counts["asked"] += 1

@@ -79,7 +79,7 @@ def run(job: Job) -> None:
     scoring = _Scoring(job, prompts, groups) if config.scorer is not None and groups else None
     if scoring is None and pairing in CHOOSE:
         raise ConfigError(f"pairing {pairing} needs a scorer: set scoring.scorer")
-    for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "scored_pairs"):
+    for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "scored_pairs", beside=("scores", "dropped")):
         candidates = [groups[prompt["prompt_id"]] for prompt in chunk] if groups else [[]] * len(chunk)
         with job.timed("score"):
             scores = scoring.of(chunk, candidates, index) if scoring else [Scores(None, None, [])] * len(chunk)
@@ -308,6 +308,7 @@ def _summarise(job: Job, num_prompts: int) -> None:
             job.metrics[f"win_rate/{side}"] = float(np.mean(pairs[f"win_rate_{side}"].to_numpy()))
     if drop_rate > job.config.max_drop_rate or not pairs.num_rows:
         raise ContractError(
-            f"scored_pairs {Path(job.out).name}: {dropped.num_rows} of {num_prompts} prompts give no row (limit {job.config.max_drop_rate:.0%}): {dict(reasons)}. "
+            f"scored_pairs {Path(job.out).name}: {dropped.num_rows} of {num_prompts} prompts give no row (limit {job.config.max_drop_rate:.0%}): {dict(reasons)}, "
+            f"e.g. {dropped['prompt_id'].to_pylist()[:3]}. "
             "More candidates or a higher temperature give more varied ones; scoring.max_drop_rate moves the limit"
         )

@@ -10,16 +10,16 @@ import ctypes
 import json
 import math
 import os
-import shutil
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
-from data_contracts.errors import ArtifactError, ConfigError, ContractError
+from data_contracts.errors import ConfigError, ContractError, TransientError
 from stages.lazy import torch
 from stages.policy import load_causal_lm
 from stages.tokens import load_tokenizer, stop_ids
+from stages.training.resume import forget, seal, sealed
 
 
 class Engine:
@@ -102,23 +102,27 @@ class Engine:
         return tensor.tolist()
 
     def save(self, directory: Path, step: int) -> None:
-        """A checkpoint to resume from, then removal of the one before. `latest` is written last, so a kill leaves the old one valid."""
+        """A checkpoint to resume from, then removal of the one before. It is sealed last, so a kill leaves the old one valid."""
         tag = f"step{step}"
-        self.engine.save_checkpoint(str(directory), tag=tag, client_state={"step": step})
+        self.engine.save_checkpoint(str(directory), tag=tag, client_state={"step": step}, save_latest=False)
         self.barrier()
         if self.is_main:
-            for path in directory.glob("step*"):
-                if path.name != tag:
-                    shutil.rmtree(path, ignore_errors=True)
+            seal(directory, tag)
 
     def resume(self, directory: Path) -> int:
-        """Load the last checkpoint if there is one; the number of steps already done."""
-        if not (directory / "latest").is_file():
+        """Load the last checkpoint if there is a whole one; the number of steps already done."""
+        if (tag := sealed(directory)) is None:
             return 0
-        path, state = self.engine.load_checkpoint(str(directory))
-        if path is None:
-            raise ArtifactError(f"{directory} names a checkpoint that cannot be loaded: delete {directory} to train from the start")
-        return int(state["step"])
+        try:
+            path, state = self.engine.load_checkpoint(str(directory), tag=tag)
+            if path is None:
+                raise ValueError("DeepSpeed finds no checkpoint in it")
+            return int(state["step"])
+        except Exception as error:  # whatever torch makes of damaged bytes; half of it may be loaded already
+            forget(directory)
+            raise TransientError(
+                f"the checkpoint {directory}/{tag} cannot be loaded ({type(error).__name__}: {error}): the next try trains from the start"
+            ) from error
 
     def export(self, directory: Path) -> None:
         """The policy as a Hugging Face directory, weights in the configured dtype, from the float32 master copy."""

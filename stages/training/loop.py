@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_contracts.errors import ContractError
 from stages.cost import loading
 from stages.training.batches import Step, micro_batches, plan_steps, row_length
 from stages.training.engine import Engine
+from stages.training.replay import BadStep, what_is_wrong
 from stages.training.streams import Streams
 
 METRICS = "metrics.jsonl"
@@ -32,6 +31,7 @@ def train(
     """Train `policy` on weighted pairs and export it into `out`; goes on from `out/resume` if an earlier try left a checkpoint there.
 
     `report(done, total, step metrics)` is called on the main rank after every step. Returns: metrics of the last epoch, averaged.
+    Raises: BadStep where the numbers go wrong.
     """
     steps = plan_steps(len(rows), config.batch_size, config.epochs, config.seed)
     with loading():
@@ -41,15 +41,12 @@ def train(
     done = engine.resume(resume)
     log = _Log(out / METRICS, done) if engine.is_main else None
     for step in steps[done:]:
-        metrics = _one_step(engine, streams, config, step, [rows[i] for i in step.rows])
+        metrics = one_step(engine, streams, config, step, [rows[i] for i in step.rows])
         if log:
             log.append(metrics)
             report(step.number + 1, len(steps), metrics)
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
-            raise ContractError(
-                f"step {step.number + 1}: the loss is {metrics['loss']}, the gradient norm {metrics.get('grad_norm')}; rows of the step: "
-                f"{[rows[i]['pair_id'] for i in step.rows[:8]]}. Lower training.learning_rate"
-            )
+        if wrong := what_is_wrong(metrics, len(step.rows)):
+            raise BadStep(wrong, step, metrics, done)
         if (step.number + 1) % config.runtime.save_every_steps == 0 and step.number + 1 < len(steps):
             engine.save(resume, step.number + 1)
     engine.export(out / ".export")
@@ -57,7 +54,7 @@ def train(
     return log.summary(steps[-1].epoch) if log else {}
 
 
-def _one_step(engine: Engine, streams: Streams, config: Any, step: Step, rows: list[dict[str, Any]]) -> dict[str, float]:
+def one_step(engine: Engine, streams: Streams, config: Any, step: Step, rows: list[dict[str, Any]]) -> dict[str, float]:
     """One optimizer update. Its loss is the mean over the step's rows (and tokens), however they are cut up and dealt to ranks."""
     began = time.monotonic()
     partners = rows[1:] + rows[:1]  # of a mismatched pair: the step's rows, rotated by one
@@ -118,7 +115,7 @@ class _Log:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:

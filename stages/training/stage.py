@@ -109,6 +109,7 @@ def _inputs(job: Job) -> dict[str, str | None]:
 def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None], job: Job | None) -> dict[str, float]:
     """What every rank does; `job` reports, and is there on the main rank only."""
     from stages.training.loop import train
+    from stages.training.replay import BadStep, save
 
     rows = Rows([inputs[name] for name in ("pairs", "more_pairs") if inputs[name]], "weighted_pairs")
     check_rows(rows, config.method)
@@ -123,7 +124,11 @@ def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None],
             job.event("step", index=done)
             job.progress(done, total, "steps")
 
-    return train(config, rows, inputs["policy"], inputs["reference"], inputs["teacher"], out, pick_device(config.runtime.device), report)
+    models = [inputs[name] for name in ("policy", "reference", "teacher")]
+    try:
+        return train(config, rows, *models, out, pick_device(config.runtime.device), report)
+    except BadStep as bad:  # on every rank at once; the main one writes it down
+        raise (save(bad, out, config, inputs, rows) if os.environ.get("RANK", "0") == "0" else ContractError(bad.wrong)) from None
 
 
 def check_rows(rows: Sequence[dict[str, Any]], method: Any) -> None:

@@ -70,7 +70,7 @@ def run(job: Job) -> None:
     size = config.runtime.pairs_per_shard
     with job.timed("passes"):
         sources.fill(pairs, size)
-    for index, chunk in job.missing_shards(pairs, size, "weighted_pairs"):
+    for index, chunk in job.missing_shards(pairs, size, "weighted_pairs", beside=("dropped",)):
         rows, dropped = [], []
         chunk = _sided(chunk, config.swap)
         weights, stats = sources.weights(chunk, provider, settings)
@@ -232,7 +232,10 @@ def _summarise(job: Job, settings: Any, sources: _Sources) -> None:
     table = read_shards(job.out, "weighted_pairs")
     dropped = read_shards(job.out, "dropped", "dropped")
     if not table.num_rows:
-        raise ContractError(f"weighted_pairs {job.out.name}: all {dropped.num_rows} pairs have equal responses: nothing to train on")
+        raise ContractError(
+            f"weighted_pairs {job.out.name}: all {dropped.num_rows} pairs have equal responses, e.g. of the prompts "
+            f"{dropped['prompt_id'].to_pylist()[:3]}: nothing to train on. A higher sampling.temperature gives more varied ones"
+        )
     job.metrics |= {"pairs": table.num_rows, "dropped": dropped.num_rows}
     for side in SIDES:
         weights = table[f"{side}_weights"].combine_chunks().flatten().to_numpy()

@@ -3,6 +3,7 @@
 Strategy: rows of the smallest schema with a per-token column; crashes are an exception in the middle of writing.
 """
 
+import os
 import random
 
 import pyarrow as pa
@@ -11,7 +12,18 @@ import pytest
 
 import data_contracts.shards
 from data_contracts.errors import ArtifactError, ContractError
-from data_contracts.shards import SCHEMAS, Rows, count_rows, read_shard, read_shards, shard_is_whole, shard_path, to_table, write_shard
+from data_contracts.shards import (
+    SCHEMAS,
+    Rows,
+    count_rows,
+    read_shard,
+    read_shards,
+    seal_path,
+    shard_is_whole,
+    shard_path,
+    to_table,
+    write_shard,
+)  # fmt: skip
 
 
 def row(number: int = 0, **changes):
@@ -69,7 +81,7 @@ def test_a_shard_interrupted_while_written_is_not_there(tmp_path, monkeypatch, s
             arguments[1].write(b"PAR1 and then")
         raise KeyboardInterrupt
 
-    owner = data_contracts.shards.pq if step == "write_table" else data_contracts.shards.os
+    owner = data_contracts.shards.pq if step == "write_table" else os
     monkeypatch.setattr(owner, step, crash)
     with pytest.raises(KeyboardInterrupt):
         write_shard(shard_path(tmp_path, 0), to_table([row()], "generations"))
@@ -81,7 +93,7 @@ def test_a_shard_interrupted_while_written_is_not_there(tmp_path, monkeypatch, s
 def test_an_interrupted_rewrite_leaves_the_old_shard(tmp_path, monkeypatch):
     path = shard_path(tmp_path, 0)
     write_shard(path, to_table([row(1)], "generations"))
-    monkeypatch.setattr(data_contracts.shards.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, to_table([row(2)], "generations"))
     assert read_shard(path, "generations")["prompt_id"].to_pylist() == ["p1"]
@@ -164,3 +176,38 @@ def test_rows_of_several_shards_are_those_of_the_table(tmp_path):
     assert all(found[a:b] == expected[a:b] for a in range(13) for b in range(14))
     with pytest.raises(IndexError):
         found[12]
+
+
+def test_every_single_flipped_bit_of_a_shard_is_found(tmp_path):
+    """Also those in page headers and the footer, which Parquet's checksums leave out."""
+    path = shard_path(tmp_path, 0)
+    write_shard(path, to_table([row(number) for number in range(4)], "generations"))
+    good = path.read_bytes()
+    chance = random.Random(0)
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[chance.randrange(len(bad))] ^= 1 << chance.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(ArtifactError, match="cannot be read as Parquet"):
+            read_shard(path, "generations")
+    path.write_bytes(good)
+    assert shard_is_whole(path, "generations")
+
+
+@pytest.mark.parametrize("seal", [None, "", "0" * 12, "x" * 9999])
+def test_a_shard_without_its_seal_is_read_by_parquets_own_checksums(tmp_path, seal):
+    path = shard_path(tmp_path, 0)
+    write_shard(path, to_table([row()], "generations"))
+    seal_path(path).unlink()
+    if seal is not None:
+        seal_path(path).write_text(seal)
+    assert shard_is_whole(path, "generations")
+
+
+def test_a_shard_that_was_replaced_without_a_new_seal_is_made_again(tmp_path):
+    path = shard_path(tmp_path, 0)
+    write_shard(path, to_table([row()], "generations"))
+    seal_path(path).write_text("0" * 64)
+    assert not shard_is_whole(path, "generations") and not path.exists()
+    write_shard(path, to_table([row()], "generations"))
+    assert shard_is_whole(path, "generations")

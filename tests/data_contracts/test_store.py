@@ -82,9 +82,11 @@ def test_an_artifact_with_a_missing_or_resized_file_is_not_found(store, damage):
     assert len(store.problems(signed)) == 1 and "data.txt" in store.problems(signed)[0]
 
 
-def test_a_changed_byte_is_found_by_a_deep_look_only(store):
+def test_a_changed_byte_is_found_at_once_in_a_small_file_and_by_a_deep_look_in_a_large_one(store, monkeypatch):
     signed = make(store)
     (store.directory("generations", KEY) / "data.txt").write_text("hallo")
+    assert store.problems(signed) == ["data.txt has other content than was signed"] and store.find("generations", KEY) is None
+    monkeypatch.setattr(data_contracts.store, "QUICK_BYTES", 3)
     assert store.problems(signed) == []
     assert store.problems(signed, deep=True) == ["data.txt has other content than was signed"]
 

@@ -134,10 +134,21 @@ class Undisturbed(NamedTuple):
     first: Finished
 
 
+PLANTED = {
+    name: f"planted-{number}-{name.lower()}-value" for number, name in enumerate(("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"))
+}
+"""Secrets in the environment of the undisturbed run: test_secrets.py looks for them in everything it wrote."""
+
+
+@pytest.fixture(scope="session")
+def planted() -> dict[str, str]:
+    return PLANTED
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, make_run) -> Undisturbed:
     """Two iterations with the transformers sampler and DeepSpeed, start to end. Read it, go on from a copy, never write into it."""
     config, store = make_run("tiny"), tmp_path_factory.mktemp("undisturbed") / "store"
-    first = play(config, store)
+    first = play(config, store, **PLANTED)
     assert first.code == 0, first.out
     return Undisturbed(config, store, first)

@@ -127,7 +127,7 @@ def test_a_damaged_artifact_is_made_again_by_one_of_those_who_want_it(copy, buil
     results, logged = [], []
 
     def want() -> None:
-        results.append(build("sample", sampling(runtime={"prompts_per_shard": 4}), inputs, store, logged.append))
+        results.append(build("sample", sampling(), inputs, store, logged.append))
 
     threads = [threading.Thread(target=want) for _ in range(2)]
     for thread in threads:
@@ -139,7 +139,7 @@ def test_a_damaged_artifact_is_made_again_by_one_of_those_who_want_it(copy, buil
     damage = f"generations {directory.name} is damaged (part-00003.parquet has 4 bytes, not "
     assert [line for line in logged if line.startswith(damage) and line.endswith("building it again")]
     assert [line for line in logged if line.startswith(f"generations {directory.name} is being built by") and line.endswith(": waiting")]
-    assert shards_made(directory) == [[0, 1, 2]]
+    assert shards_made(directory) == [list(range(NUM_PROMPTS)), [3]]  # what was whole is kept
     assert read_shards(directory, "generations").equals(read_shards(built[2].ref.path, "generations"))
     assert store.problems(again.record, deep=True) == []
 

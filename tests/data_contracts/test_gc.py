@@ -1,0 +1,204 @@
+"""Garbage collection: nothing that a kept run can still ask for goes, all else does, and a dry run only says so.
+
+Strategy: chains of small signed artifacts (prompts -> generations -> checkpoint), shown by runs of different ages.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data_contracts.store
+from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
+from data_contracts.errors import ArtifactError, ConfigError
+from data_contracts.gc import gc, main
+from data_contracts.store import Store, bytes_setting, is_abandoned
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(store: Store, kind: str, key: str, **inputs: ArtifactRef) -> ArtifactRef:
+    directory = store.directory(kind, key)
+    directory.mkdir(parents=True)
+    (directory / "part-00000.parquet").write_text(f"{kind} {key} " * 100)
+    inputs |= {"start": ArtifactRef(kind="checkpoint", key="external", path="/m", content="ab" * 32)}
+    record = ArtifactRecord(
+        kind=kind, key=key, stage="test", version="1", config={}, inputs=inputs, content="", files=[], rows=1, seconds={"wall": 1.0}
+    )
+    return store.sign(record).ref(str(directory))
+
+
+def grow_old(store: Store, seconds: float = 7200) -> None:
+    then = time.time() - seconds
+    for path in store.root.rglob("*"):
+        if not path.is_symlink():
+            os.utime(path, (then, then))
+
+
+@pytest.fixture
+def three_runs(store) -> dict[str, ArtifactRef]:
+    """Runs a, b, c, the oldest first; b and c share prompts; c's checkpoint came from b's."""
+    made = {"p-a": make(store, "prompts", "pa"), "p": make(store, "prompts", "p")}
+    made["g-a"] = make(store, "generations", "ga", prompts=made["p-a"])
+    made["c-a"] = make(store, "checkpoint", "ca", pairs=made["g-a"])
+    made["g-b"] = make(store, "generations", "gb", prompts=made["p"])
+    made["c-b"] = make(store, "checkpoint", "cb", pairs=made["g-b"])
+    made["c-c"] = make(store, "checkpoint", "cc", policy=made["c-b"])
+    for run, names in (("a", ("p-a", "g-a", "c-a")), ("b", ("p", "g-b", "c-b")), ("c", ("c-c",))):
+        for name in names:
+            store.show_in_run(run, "iter_01", name, made[name])
+        (store.root / "runs" / run / "report.md").write_text("report")
+    grow_old(store)
+    for age, run in enumerate("cba"):
+        for link in (store.root / "runs" / run / "iter_01").iterdir():
+            then = time.time() - 7200 - 60 * age
+            os.utime(link, (then, then), follow_symlinks=False)
+    return made
+
+
+def left(store: Store) -> set[str]:
+    return {f"{path.parent.name}/{path.name}" for path in store.root.glob("artifacts/*/*")}
+
+
+EVERYTHING = {"prompts/pa", "prompts/p", "generations/ga", "generations/gb", "checkpoint/ca", "checkpoint/cb", "checkpoint/cc"}
+OF_C = {"prompts/p", "generations/gb", "checkpoint/cb", "checkpoint/cc"}
+
+
+@pytest.mark.parametrize(("runs", "kept"), [(3, EVERYTHING), (2, OF_C), (1, OF_C), (0, set())])
+def test_what_a_kept_run_came_from_stays_all_the_way_back(store, three_runs, runs, kept):
+    assert left(store) == EVERYTHING
+    removed = {
+        f"{one.path.parent.name}/{one.path.name}" for one in gc(store, runs, dry_run=True) if one.path.parents[1].name == "artifacts"
+    }
+    assert left(store) == EVERYTHING and EVERYTHING - kept == removed
+    gc(store, runs)
+    assert left(store) == kept
+    assert all((store.root / "runs" / run / "report.md").is_file() for run in "abc")
+    assert [problem for record in store.records() for problem in store.problems(record, deep=True)] == []
+    assert gc(store, runs) == []
+
+
+def test_what_is_young_or_being_built_stays_with_its_inputs(store, three_runs):
+    fresh = make(store, "generations", "fresh")
+    building = store.directory("checkpoint", "busy")
+    building.mkdir()
+    (building / "spec.json").write_text(json.dumps({"inputs": {"pairs": three_runs["g-a"].model_dump()}}))
+    then = time.time() - 90 * 86400
+    for path in (building, building / "spec.json"):
+        os.utime(path, (then, then))
+    with store.lock("checkpoint", "busy"):
+        gc(store, 0)
+        assert left(store) == {"generations/fresh", "checkpoint/busy", "generations/ga", "prompts/pa"}
+    gc(store, 0)
+    assert left(store) == {"generations/fresh"} and Path(fresh.path).is_dir()
+
+
+def test_interrupted_work_of_a_kept_run_waits_a_week_for_it(store, three_runs):
+    for key, ref in (("wanted", three_runs["c-c"]), ("orphan", three_runs["g-a"])):
+        directory = store.directory("checkpoint", key)
+        directory.mkdir()
+        (directory / "spec.json").write_text(json.dumps({"inputs": {"x": ref.model_dump()}}))
+    grow_old(store)
+    gc(store, 1)
+    assert left(store) == OF_C | {"checkpoint/wanted"}
+    grow_old(store, 8 * 86400)
+    gc(store, 1)
+    assert left(store) == OF_C
+
+
+def test_the_state_to_resume_from_goes_when_the_training_is_finished(store, three_runs):
+    for key in ("cc", "ca"):
+        (store.directory("checkpoint", key) / "resume" / "step1").mkdir(parents=True)
+    half = store.directory("checkpoint", "half")
+    (half / "resume").mkdir(parents=True)
+    (half / "spec.json").write_text(json.dumps({"inputs": {"x": three_runs["c-c"].model_dump()}}))
+    gc(store, 3)
+    assert not (store.directory("checkpoint", "cc") / "resume").exists() and (half / "resume").is_dir()
+
+
+def test_passes_of_forgotten_models_temporary_files_and_idle_locks_go(store, three_runs):
+    known, forgotten = store.root / "logps" / f"{'ab' * 8}-float32-logps-1", store.root / "logps" / f"{'ef' * 8}-float32-logps-1"
+    for path in (known, forgotten):
+        path.mkdir(parents=True)
+    (known / ".part-1.parquet.tmp-1").touch()
+    dead = known / f".part-2.parquet.tmp-{os.uname().nodename}-{2**22 - 1}"
+    alive = known / f".part-3.parquet.tmp-{os.uname().nodename}-{os.getpid()}"
+    elsewhere = known / ".part-4.parquet.tmp-elsewhere-77"
+    for path in (dead, alive, elsewhere):
+        path.touch()
+    for name in ("ca", "gone"):
+        with store.lock("checkpoint", name):
+            pass
+    with store.lock("checkpoint", "held"):
+        (store.root / "locks" / "mlflow-schema").touch()
+        grow_old(store)
+        gc(store, 3)
+        locks = {path.name for path in (store.root / "locks").iterdir()}
+    assert known.is_dir() and not forgotten.exists()
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
+    assert {"checkpoint-ca", "checkpoint-held", "mlflow-schema"} <= locks and "checkpoint-gone" not in locks
+    then = time.time() - 2 * 86400
+    os.utime(elsewhere, (then, then))
+    assert is_abandoned(elsewhere) and not is_abandoned(alive) and not is_abandoned(known / "part-1.parquet")
+
+
+def test_a_lock_whose_file_was_removed_between_opening_and_locking_is_taken_on_the_new_one(store):
+    with store.lock("generations", "k"):
+        (store.root / "locks" / "generations-k").unlink()
+        with store.lock("generations", "k"):
+            assert (store.root / "locks" / "generations-k").is_file()
+
+
+def test_a_damaged_record_keeps_nothing_alive_and_stops_nothing(store, three_runs):
+    (store.directory("checkpoint", "cc") / RECORD).write_text("{")
+    grow_old(store)
+    gc(store, 1)
+    assert left(store) == {"checkpoint/cc"}
+
+
+def test_the_command_says_what_and_how_much(store, three_runs, capsys):
+    assert main(["--keep-runs", "1", "--dry-run", "--store", str(store.root)]) == 0
+    said = capsys.readouterr().out
+    assert "artifacts/generations/ga  (of no kept run)" in said and "links of the run a" in said
+    assert "would free " in said.splitlines()[-1] and "that the last 1 run(s) do not need" in said
+    done = subprocess.run(
+        [sys.executable, "-m", "data_contracts.gc", "--keep-runs", "-1", "--store", str(store.root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "--keep-runs is -1: it must be 0 or more" in done.stderr
+
+
+# --- the budget
+
+
+@pytest.mark.parametrize(("text", "count"), [("", 7), ("12", 12), ("1.5K", 1536), ("2 GiB", 2 << 30), ("3tb", 3 << 40)])
+def test_an_amount_of_bytes(monkeypatch, text, count):
+    monkeypatch.setenv("AMOUNT", text)
+    assert bytes_setting("AMOUNT", 7) == count
+
+
+def test_a_store_beyond_its_budget_or_on_a_full_disk_is_not_built_in(store, three_runs, monkeypatch):
+    store.check_room()
+    monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "1G")
+    store.check_room()
+    monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "1K")
+    with pytest.raises(ArtifactError, match="its budget SELFPLAY_STORE_MAX_BYTES is 1 KiB. `python -m data_contracts.gc"):
+        store.check_room()
+    monkeypatch.delenv("SELFPLAY_STORE_MAX_BYTES")
+    monkeypatch.setenv("SELFPLAY_STORE_MIN_FREE_BYTES", "999T")
+    with pytest.raises(ArtifactError, match="left, less than 999 TiB"):
+        store.check_room()
+    monkeypatch.setenv("SELFPLAY_STORE_MIN_FREE_BYTES", "much")
+    with pytest.raises(ConfigError, match="SELFPLAY_STORE_MIN_FREE_BYTES is 'much'"):
+        store.check_room()
+    monkeypatch.delenv("SELFPLAY_STORE_MIN_FREE_BYTES")
+    monkeypatch.setattr(data_contracts.store.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 255 << 20}))
+    with pytest.raises(ArtifactError, match="has 255 MiB left, less than 256 MiB"):
+        Store(store.root / "not" / "yet").check_room()
