@@ -159,6 +159,37 @@ def ledger(run: Annotated[str, typer.Argument(metavar="RUN", help="name of a run
     _contracts("ledger", store, run, csv)
 
 
+@app.command()
+def doctor(store: STORE = None) -> None:
+    """What is wrong with this machine, store or server.
+
+    Zombie runs, stuck locks, versions that do not fit, too little memory or disk; each with the command that mends it.
+    """
+    _hand_over("flows.doctor", [], store)
+
+
+@app.command()
+def gc(keep_runs: Annotated[int, typer.Option(metavar="N", help="the last N runs stay as they are")],
+       dry_run: Annotated[bool, typer.Option(help="say what would be removed, remove nothing")] = False, store: STORE = None) -> None:  # fmt: skip
+    """Remove what the last N runs do not need."""
+    _hand_over("data_contracts.gc", ["--keep-runs", str(keep_runs), *(["--dry-run"] if dry_run else [])], store)
+
+
+@app.command("replay-batch")
+def replay_batch(path: Annotated[str, typer.Argument(help="the directory that the stopped training named")]) -> None:
+    """Repeat the training step at which numbers went wrong."""
+    _hand_over("stages.training.replay", [path], None)
+
+
+def _hand_over(module: str, arguments: list[str], store: str | None) -> None:
+    """To a command that can also be called by itself: `python -m MODULE`."""
+    import importlib
+
+    code = importlib.import_module(module).main([*arguments, *(["--store", store] if store else [])])
+    if code:
+        raise SystemExit(code)
+
+
 def _contracts(command: str, store: str | None, *arguments: Any) -> None:
     import data_contracts.__main__ as contracts
     from data_contracts.store import Store
