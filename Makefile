@@ -5,6 +5,8 @@
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
 ARGS ?=
+# Two workers: most tests wait for processes to start. PARALLEL= runs them one after the other.
+PARALLEL ?= -n 2 --dist loadfile
 PY := .venv/bin/python
 
 # Nobody is told about your runs, and forked tokenizers do not warn.
@@ -32,7 +34,7 @@ table3: venv model  ## SWIFT against TIS-DPO (D): seconds of generation, weights
 # Tests never ask the hub for anything unless told to (HF_HUB_OFFLINE=0 make test ARGS="-m hub").
 test test-all: export HF_HUB_OFFLINE ?= 1
 test: venv  ## the test suite, without the slow ones (ARGS="-k name": some of them)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-all: venv model  ## the slow ones too: the real model, and killing a run ten times
 	@$(PY) -m pytest -m "not gpu and not hub" $(ARGS)
