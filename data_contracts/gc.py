@@ -124,7 +124,8 @@ def _inputs(store: Store, path: Path) -> list[tuple[str, str]]:
             refs = [(ref["kind"], ref["key"]) for ref in json.loads((path / "spec.json").read_text())["inputs"].values()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
-    return [ref for ref in refs if ref[1] != "external"]
+    # A checkpoint from the middle of a training ("<key>/steps/000004") lies in the artifact of the training.
+    return [(kind, key.partition("/")[0]) for kind, key in refs if key != "external"]
 
 
 def _is_wanted(store: Store, path: Path, kept: set[Path], young_seconds: float) -> bool:

@@ -134,6 +134,11 @@ class RunConfig(Config):
         return ["teacher"] * teacher + [role for role in TRAINABLE_ROLES if role in needs]
 
     @property
+    def baselines(self) -> dict[str, ModelRef]:
+        """Models that only play in the tournament."""
+        return {} if self.evaluation.tournament is None else self.evaluation.tournament.baselines
+
+    @property
     def live_reference(self) -> bool:
         """Whether training holds the reference model in memory beside the policy."""
         return bool(self.spec.needs(self.method) & LIVE_REFERENCE)
@@ -182,6 +187,7 @@ class RunConfig(Config):
             "optimizer": "adamw",
             "weight_decay": 0.01,
             "seed": self.seed,
+            "checkpoints": (),
         }
         return self.training.model_copy(update=update)
 

@@ -151,7 +151,7 @@ def _predict(
 
 
 def _prompts_of(step: Step, config: RunConfig, checked: Checked, num_prompts: Mapping[str, int]) -> int:
-    if step.stage == "evaluate" or step.shown_as == "heldout_generations":
+    if step.stage == "evaluate" or step.shown_as.endswith("heldout_generations"):
         return len(checked.heldout)
     ref = step.inputs.get("prompts")
     if ref is not None and num_prompts.get(ref.key):
@@ -280,7 +280,7 @@ class _Measurer:
         if stage == "score":
             self.pairs_per_prompt = built.record.metrics["pairs"] / max(1, len(self.checked.train))
         record = built.record.model_copy(update={"cost": built.record.cost | {"pairs_per_prompt": self.pairs_per_prompt}})
-        prompts = len(self.checked.heldout if shown_as == "heldout_generations" or stage == "evaluate" else self.checked.train)
+        prompts = len(self.checked.heldout if str(shown_as).endswith("heldout_generations") or stage == "evaluate" else self.checked.train)
         units = _units(step, self.config, prompts, self.pairs_per_prompt)
         rate = _rate(record, self.store, max(units, 1.0), took, "calibration")
         self.rates[kind] = _whole_evaluation(rate, self.checked) if stage == "evaluate" else rate
@@ -293,6 +293,12 @@ class _Measurer:
         pass
 
     def measured(self, place: Place, answers: Built, report: Built) -> None:
+        pass
+
+    def selected(self, *what: Any) -> None:
+        pass
+
+    def compared(self, *what: Any) -> None:
         pass
 
 

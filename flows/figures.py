@@ -180,7 +180,8 @@ def stacks(title: str, names: Sequence[str], parts: Sequence[tuple[str, Sequence
 
 def matrix(title: str, names: Sequence[str], values: Sequence[Sequence[float | None]], x_label: str, y_label: str) -> str:
     """A square of win rates in [0, 1]; row against column."""
-    left, top, count = 52.0, 30.0, max(len(names), 1)
+    longest = max(map(len, names), default=0)
+    left, top, count = 38.0 + min(7.0 * longest, 110.0), 30.0, max(len(names), 1)
     cell = min((WIDTH - left - RIGHT) / count, 64.0)
     height = top + cell * count + 8
     out = [f'<text class="label" x="{left + cell * count / 2:.0f}" y="11" text-anchor="middle">{escape(x_label)}</text>']
@@ -189,8 +190,9 @@ def matrix(title: str, names: Sequence[str], values: Sequence[Sequence[float | N
         f'<text class="label" x="12" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 12 {middle:.0f})">{escape(y_label)}</text>'
     )
     for i, name in enumerate(names):
-        out.append(f'<text x="{left + cell * (i + 0.5):.1f}" y="25" text-anchor="middle">{escape(name)}</text>')
-        out.append(f'<text x="{left - 6:.1f}" y="{top + cell * (i + 0.5) + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        column, row = _cut(name, int(cell / 8)), _cut(name, 15)
+        out.append(f'<text x="{left + cell * (i + 0.5):.1f}" y="25" text-anchor="middle">{escape(column)}</text>')
+        out.append(f'<text x="{left - 6:.1f}" y="{top + cell * (i + 0.5) + 4:.1f}" text-anchor="end">{escape(row)}</text>')
         for j, other in enumerate(names):
             value = values[i][j]
             x, y = left + cell * j, top + cell * i
@@ -206,6 +208,10 @@ def matrix(title: str, names: Sequence[str], values: Sequence[Sequence[float | N
                 f'<text class="cell" x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}" text-anchor="middle">{100 * value:.0f}</text>'
             )
     return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title, quote=True)}">{"".join(out)}</svg>'
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(length - 1, 1)] + "\u2026"
 
 
 def legend(labels: Sequence[str]) -> str:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
 from flows import figures
 from flows.figures import Series
+from flows.tournament import Standing
 
 LONGEST_TEXT = 1500
 SHOWN_ITERATIONS = 6
+MOST_BENCHMARKS = 24
 
 
 class WeightPicture(NamedTuple):
@@ -57,6 +60,9 @@ class Story(NamedTuple):
     """Stage -> seconds."""
     decisions: list[dict[str, Any]]
     """Of the promotion gate."""
+    selections: list[dict[str, Any]]
+    """Checkpoints of each training: rows of a table."""
+    tournament: Standing | None
     settings: str
 
 
@@ -64,6 +70,7 @@ def render(story: Story) -> str:
     sections = [
         ("score", "Did it get better?", _progress(story)),
         ("gate", "Promotion gate", _gate(story)),
+        ("checkpoints", "Checkpoints of each training", _selections(story)),
         ("benchmarks", "Benchmarks", _benchmarks(story)),
         ("training", "Training", _training(story)),
         ("weights", "Token weights", _weights(story)),
@@ -87,6 +94,15 @@ def render(story: Story) -> str:
         f'<link rel="icon" href="data:,"><title>{escape(story.name)}: self-play report</title><style>{STYLE}</style></head><body>'
         f"<header><h1>{escape(story.name)}</h1><p>{escape(story.headline)}</p>{_tiles(story)}</header><nav>{nav}</nav><main>{body}</main></body></html>\n"
     )
+
+
+def standalone_figures(page: str) -> dict[str, str]:
+    """Name -> SVG file of each figure of a rendered page, with its caption as the title and the page's colours."""
+    found = re.findall(r'<figure id="fig-([^"]+)"><figcaption>(.*?)</figcaption>.*?<svg ([^>]*)>(.*?)</svg>', page, flags=re.DOTALL)
+    return {
+        name: f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}><title>{caption}</title><style>{STYLE}</style>{body}</svg>\n'
+        for name, caption, attributes, body in found
+    }
 
 
 def _figure(name: str, caption: str, svg: str, labels: Sequence[str] = ()) -> str:
@@ -148,6 +164,11 @@ def _progress(story: Story) -> str:
         names, values = [str(number) for number in story.win_rates], list(story.win_rates.values())
         picture = figures.matrix("win rates between iterations", names, values, "against iteration", "iteration")
         items.append(_figure("win-rates", "How often (%) an iteration beats another on the same prompt; ties count half", picture))
+    if story.tournament is not None:
+        one = story.tournament
+        caption = f"Tournament: how often (%) the row beats the column, by {one.scorer}, {one.prompts} prompts"
+        caption += f"; {one.failed} comparisons failed" if one.failed else ""
+        items.append(_figure("tournament", caption, figures.matrix("tournament", one.names, one.rates, "against", "policy")))
     return _grid(*items)
 
 
@@ -184,20 +205,35 @@ def _gate(story: Story) -> str:
     return f"<p>{note}</p>{_table(rows)}"
 
 
+def _selections(story: Story) -> str:
+    note = "Of the checkpoints of one training, the one that measures best on the held-out prompts goes on."
+    return f"<p>{note}</p>{_table(story.selections)}" if story.selections else ""
+
+
 def _benchmarks(story: Story) -> str:
     found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    failures = []
     for row, report in zip(story.rows, story.reports, strict=True):
         for item in report:
-            if item["suite"] != "heldout":
+            if item["metric"] == "failed_judgments":
+                if item["value"]:
+                    all_failed = item["value"] == item["n"]
+                    told = {"iteration": row["iteration"], "benchmark": item["task"], "failed": int(item["value"]), "of": item["n"]}
+                    failures.append(told | {"judge": item["task_version"], "result": "unscored" if all_failed else "of the others"})
+            elif item["suite"] != "heldout":
                 found.setdefault((item["suite"], item["task"], item["metric"]), {})[row["iteration"]] = item
     items = []
-    for (suite, task, metric), values in list(found.items())[:24]:
-        numbers = sorted(values)
-        rows = [values[number] for number in numbers]
-        series = Series(f"{task} {metric}", numbers, *([row[name] for row in rows] for name in ("value", "low", "high")))
-        caption = f"{suite}: {task}, {metric} ({rows[-1]['n']} questions" + (f", {rows[-1]['n_shot']}-shot)" if rows[-1]["n_shot"] else ")")
+    for (suite, task, metric), values in list(found.items())[:MOST_BENCHMARKS]:
+        numbers = [row["iteration"] for row in story.rows]
+        rows = [values.get(number, {}) for number in numbers]  # a gap where it could not be measured
+        series = Series(f"{task} {metric}", numbers, *([row.get(name) for row in rows] for name in ("value", "low", "high")))
+        last = values[max(values)]
+        caption = f"{suite}: {task}, {metric} ({last['n']} questions" + (f", {last['n_shot']}-shot)" if last["n_shot"] else ")")
         items.append(_figure(f"benchmark-{len(items)}", caption, figures.lines(caption, [series], "iteration", metric)))
-    return _grid(*items)
+    more = len(found) - len(items)
+    note = f'<p>{more} more are in <a href="#table">the table</a>.</p>' if more else ""
+    told = f"<h3>Judgments that failed: they are in no mean</h3>{_table(failures)}" if failures else ""
+    return _grid(*items) + note + told
 
 
 def _training(story: Story) -> str:
@@ -437,6 +473,7 @@ svg{display:block;width:100%;height:auto}svg text{font:11.5px system-ui,-apple-s
 .legend{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:.8rem;color:var(--soft);margin-bottom:4px}.legend i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px;background:var(--card)}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}tr:last-child td{border-bottom:0}#gate td:nth-child(3),#gate td:last-child,#gate th:last-child{text-align:left}
+.grid+h3{margin-top:18px}
 .card{padding:12px;margin-bottom:12px;min-width:0}.prompt{margin:0 0 10px;white-space:pre-wrap;overflow-wrap:anywhere;max-width:100ch}
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(230px,100%),1fr));gap:10px}.answer{border-left:3px solid var(--rule);padding-left:10px;min-width:0}.answer h4 b{color:var(--ink)}
 .answer p{margin:0;font-size:.9rem;white-space:pre-wrap;overflow-wrap:anywhere}.tokens{overflow-wrap:anywhere;white-space:pre-wrap;margin:0 0 8px;line-height:1.75}.tokens em{color:var(--soft);font-size:.8rem;margin-right:4px}

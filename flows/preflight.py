@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from data_contracts.identity import digest_file, digest_text
 from data_contracts.prompts import check_disjoint, load_prompts
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
-from stages.evaluation import mt_bench
+from stages.evaluation.judged import BENCHMARKS, check
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig
 from stages.scoring import SCORERS
@@ -57,7 +58,9 @@ def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
     train, heldout, _ = checked
     check_disjoint(train, heldout, run.prompts.duplicate_similarity)
     _check_amount(run, train)
-    for scorer, rows in ((run.scoring.scorer if run.pairing in CHOOSE else None, train), (run.evaluation.scorer, heldout)):
+    tournament = run.evaluation.tournament
+    scorers = [(run.scoring.scorer if run.pairing in CHOOSE else None, train), (run.evaluation.scorer, heldout)]
+    for scorer, rows in [*scorers, (tournament and tournament.scorer, heldout)]:
         if scorer is None:
             continue
         SCORERS.get(scorer.name).check_prompts(scorer, rows)
@@ -93,6 +96,10 @@ def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:
 
 def _check_models(run: RunConfig, policy: Path) -> None:
     """The other models are there, and their tokens fit what is asked of them."""
+    for name, model in run.baselines.items():
+        if re.fullmatch(r"\d+|start", name):
+            raise ConfigError(f"evaluation.tournament.baselines: {name!r} would be taken for an iteration; give it another name")
+        locate(model, run.sampling.template == "chat")
     for role in run.roles:
         named = getattr(run.models, role)
         if named is None:
@@ -113,9 +120,10 @@ def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
     for task in evaluation.lm_eval:
         load_task(task.path)
     update: dict[str, Any] = {"lm_eval": tuple(_with_digest(task) for task in evaluation.lm_eval)}
-    if evaluation.mt_bench is not None:
-        mt_bench.load(evaluation.mt_bench.path)
-        update["mt_bench"] = _with_digest(evaluation.mt_bench)
+    for name in BENCHMARKS:
+        if (settings := getattr(evaluation, name)) is not None:
+            check(name, settings)
+            update[name] = _with_digest(settings)
     return evaluation.model_copy(update=update)
 
 

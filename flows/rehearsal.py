@@ -6,6 +6,7 @@ yet (keys hash the content of inputs): such a step is known by its settings alon
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
@@ -14,7 +15,9 @@ from data_contracts.identity import canonical_json, digest_text, fingerprint
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.preflight import Checked, gather
-from flows.self_play import Hands, models_of, play, read_answers
+from flows.self_play import Hands, models_of, play, read_answers, read_report
+from flows.tournament import merge_key
+from stages.evaluation.gate import Measured
 from stages.stage import STAGES
 from tasks.build import Built
 from tasks.prompts import VERSION
@@ -56,7 +59,7 @@ def rehearse(config: RunConfig, store: Store, checked: Checked | None = None, hi
     start, models = models_of(config, store)
     looker = _Looker(store)
     teller = _Teller(history)
-    hands = Hands(looker.run, looker.publish, looker.read_answers)
+    hands = Hands(looker.run, looker.publish, looker.read_answers, looker.read_report, looker.merge)
     play(config, checked or gather(config), Place(str(store.root), config.name, "iter_00"), start, models, teller, hands=hands)
     return Rehearsal(config, looker.steps, looker.num_prompts, start, models)
 
@@ -87,6 +90,13 @@ class _Looker:
     def read_answers(self, answers: ArtifactRef) -> dict[str, str]:
         return read_answers(answers) if answers.content != UNKNOWN else {}
 
+    def read_report(self, report: ArtifactRef) -> Measured:
+        return read_report(report) if report.content != UNKNOWN else Measured({}, {})
+
+    def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
+        key = merge_key(players) if all(ref.content != UNKNOWN for ref in players.values()) else UNKNOWN
+        return self.store.find("generations", key) or ArtifactRef(kind="generations", key=key, path="", content=UNKNOWN)
+
 
 class _Teller:
     """Hands on what is complete, until the first thing that is not."""
@@ -105,3 +115,13 @@ class _Teller:
             self.history.measured(place, answers, report)
         else:
             self.history = None
+
+    def selected(self, place: Place, checkpoints: Sequence[ArtifactRef], found: Sequence[Measured], *more: Any) -> None:
+        if self.history is not None and all(one.tokens for one in found):
+            self.history.selected(place, checkpoints, found, *more)
+        else:
+            self.history = None
+
+    def compared(self, scorer: str, names: Sequence[str], scored: Built | None, prompts: int) -> None:
+        if self.history is not None and scored is not None and scored.record:
+            self.history.compared(scorer, names, scored, prompts)

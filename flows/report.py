@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
 from flows.config import RunConfig
-from flows.page import Story, WeightPicture, render, spread
+from flows.page import Story, WeightPicture, render, spread, standalone_figures
+from flows.tournament import Standing, standing
 from stages.evaluation.gate import Measured, measured, paired_gain
 from stages.evaluation.intervals import Interval, paired_bootstrap
+from stages.evaluation.rows import column_names
 from stages.evaluation.stage import per_prompt
 from stages.evaluation.win_rates import win_rate_matrix
 from tasks.build import Built
@@ -42,6 +45,9 @@ class History:
         self.reports: list[list[dict[str, Any]]] = []
         self.decisions: list[dict[str, Any]] = []
         """Of the promotion gate."""
+        self.selections: list[dict[str, Any]] = []
+        """Checkpoints of a training that were compared."""
+        self.tournament: Standing | None = None
         self._built: dict[str, dict[str, Built]] = {}
         self._seconds: list[dict[str, float]] = []
         self._gains: list[dict[str, Any]] = []
@@ -68,13 +74,13 @@ class History:
         self.tracker.stage(_number(place), answers.record, answers.cached, "heldout_generations")
         self.tracker.stage(_number(place), report.record, report.cached, "evaluate")
         self.reports.append(read_shards(report.ref.path, "eval_report").to_pylist())
-        rows = {(row["task"], row["metric"]): row for row in self.reports[-1]}
+        rows = {row["metric"]: row for row in self.reports[-1] if row["suite"] == "heldout"}
         self.heldout.append(read_shards(report.ref.path, "heldout", "heldout").to_pylist())
         if not self._prompts and "prompts" in report.record.inputs:
             self._prompts = _prompt_texts(report.record.inputs["prompts"])
 
         def value(metric: str, column: str, digits: int) -> float | None:
-            found = rows.get(("heldout", metric))
+            found = rows.get(metric)
             return None if found is None else round(found[column], digits)
 
         row: dict[str, Any] = {
@@ -89,7 +95,11 @@ class History:
         }
         if missing := sum(one["score"] is None for one in self.heldout[-1]):
             row["unscored"] = missing
-        row |= {f"{task}/{metric}": round(item["value"], 3) for (task, metric), item in rows.items() if item["suite"] != "heldout"}
+        named = zip(column_names(self.reports[-1]), self.reports[-1], strict=True)
+        row |= {name: round(item["value"], 3) for name, item in named if item["suite"] != "heldout"}
+        row |= {
+            one["task"]: None for one in self.reports[-1] if one["metric"] == "failed_judgments" and one["value"] == one["n"]
+        }  # its judge was away: shown as unscored
         seconds = dict.fromkeys(STAGES, 0.0)
         for built in stages.values():  # auxiliary models count under the stage that made them
             seconds[built.record.stage] += built.record.seconds["wall"]
@@ -105,6 +115,30 @@ class History:
     def measured_at(self, iteration: int) -> Measured:
         """What the promotion gate compares."""
         return measured(self.heldout[iteration], self.reports[iteration])
+
+    def selected(
+        self, place: Place, checkpoints: Sequence[ArtifactRef], found: Sequence[Measured], gains: Sequence[Interval | None], chosen: int
+    ) -> None:
+        """Which checkpoint of the iteration's training goes on, and how all of them measured."""
+        for number, (ref, one, gain) in enumerate(zip(checkpoints, found, gains, strict=True)):
+            self.selections.append(
+                {
+                    "iteration": _number(place),
+                    "checkpoint": ref.key.partition("/")[2] or "end of training",
+                    "heldout_score": round(float(np.mean(list(one.scores.values()))), 4) if one.scores else None,
+                    "gain over the first": f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain else "",
+                    "goes on": "yes" if number == chosen else "",
+                }
+            )
+
+    def compared(self, scorer: str, names: Sequence[str], scored: Built | None, prompts: int) -> None:
+        """The tournament at the end of the run; kept in `runs/<name>/tournament.json` too. `scored` None: its judge was away."""
+        self.tournament = found = standing(scorer, names, scored and scored.ref, prompts)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.directory / "tournament.json", json.dumps(found._asdict(), indent=1) + "\n")
+        for name, line in zip(names, found.rates, strict=True):
+            if line[0] is not None and name.isdigit():
+                self.tracker.summary(int(name), {"tournament/win_rate_against_start": line[0]})
 
     def decided(self, decision: dict[str, Any]) -> None:
         """The gate's decision about the iteration that was measured last."""
@@ -133,8 +167,8 @@ class History:
             f"(paired bootstrap over {len(per_prompt(self.heldout[0], 'score'))} prompts); start-model log-prob per token {self.fluency_change():+.3f} nats"
         )
 
-    def write_report(self) -> Path:
-        """`runs/<name>/report.md` (its path is returned) and `report.html` beside it."""
+    def write_report(self, plots: bool = False) -> Path:
+        """`runs/<name>/report.md` (its path is returned) and `report.html` beside it; its figures as `plots/*.svg` too, if asked for."""
         path = self.directory / "report.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"# Self-play run {self.config.name}", "", self.headline(), "", markdown_table(self.rows), ""]
@@ -144,11 +178,21 @@ class History:
                 f"- iteration {one['iteration']} against {one['against']}: {one['outcome']} ({one['reason']})" for one in self.decisions
             ]
             lines += [""]
+        if self.selections:
+            lines += ["## Checkpoints of each training", "", markdown_table(self.selections), ""]
+        if self.tournament:
+            lines += ["## Tournament", "", *_tournament_lines(self.tournament), ""]
         lines += ["## The same prompts, iteration by iteration", ""]
         lines += self._examples(8)
         lines += ["", "## Settings", "", "```json", self._settings(), "```", ""]
         write_atomic(path, "\n".join(lines))
-        write_atomic(path.with_suffix(".html"), render(self.story()))
+        page = render(self.story())
+        write_atomic(path.with_suffix(".html"), page)
+        if plots:
+            shutil.rmtree(path.with_name("plots"), ignore_errors=True)
+            path.with_name("plots").mkdir()
+            for name, svg in standalone_figures(page).items():
+                (path.with_name("plots") / f"{name}.svg").write_text(svg, encoding="utf-8")
         return path
 
     def story(self) -> Story:
@@ -171,6 +215,8 @@ class History:
             dropped=self._dropped,
             seconds=self._seconds,
             decisions=self.decisions,
+            selections=self.selections,
+            tournament=self.tournament,
             settings=self._settings(),
         )
 
@@ -222,13 +268,23 @@ class History:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[-1])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     return "\n".join(lines + ["| " + " | ".join(_shown(row.get(name, "")) for name in names) + " |" for row in rows])
 
 
 def _shown(value: Any) -> str:
     return "unscored" if value is None else str(value)
+
+
+def _tournament_lines(standing: Standing) -> list[str]:
+    rows = [
+        {"": name}
+        | {f"against {other}": "" if rate is None else f"{100 * rate:.1f} %" for other, rate in zip(standing.names, line, strict=True)}
+        for name, line in zip(standing.names, standing.rates, strict=True)
+    ]
+    said = f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed and are in no mean."
+    return [said, "", markdown_table(rows)]
 
 
 def _number(place: Place) -> int:

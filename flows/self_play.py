@@ -6,7 +6,7 @@ prompts -> sample -> score -> weigh -> train -> evaluate, and the checkpoint is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from prefect.runtime import flow_run
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
+from data_contracts.errors import TransientError
 from data_contracts.ledger import Ledger, read, rows, table, total
 from data_contracts.shards import read_shards
-from data_contracts.store import Store, write_atomic
+from data_contracts.store import Store, content_digest, write_atomic
 from flows.config import (
     EvaluationConfig,
     PromptsConfig,
@@ -31,19 +32,34 @@ from flows.config import (
     load_run,
 )
 from flows.gate import Gate
+from flows.page import spread
 from flows.preflight import Checked, preflight
 from flows.report import History
+from flows.tournament import merged, scoring_of
+from stages.evaluation.gate import Measured, measured, select
 from stages.methods import METHODS
 from stages.scoring.stage import WITHOUT_GENERATIONS
+from stages.training.batches import STEPS
 from tasks.build import Built
 from tasks.models import resolve
 from tasks.prompts import part_of, select_prompts
 from tasks.stages import Place, run
 from tasks.tracking import Tracker
 
+MOST_ITERATIONS = 8
+"""Of a longer run, so many evenly spaced ones play in the tournament: its cost is quadratic."""
+
 
 def read_answers(answers: ArtifactRef) -> dict[str, str]:
     return {row["prompt_id"]: row["completion"] for row in read_shards(answers.path, "generations").to_pylist()}
+
+
+def read_report(report: ArtifactRef) -> Measured:
+    return measured(read_shards(report.path, "heldout", "heldout").to_pylist(), read_shards(report.path, "eval_report").to_pylist())
+
+
+def merge(players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
+    return merged(players, Store(place.store))
 
 
 class Hands(NamedTuple):
@@ -52,6 +68,8 @@ class Hands(NamedTuple):
     run: Callable[..., Built] = run
     publish: Callable[..., ArtifactRef] = select_prompts
     read_answers: Callable[[ArtifactRef], dict[str, str]] = read_answers
+    read_report: Callable[[ArtifactRef], Measured] = read_report
+    merge: Callable[[Mapping[str, ArtifactRef], Place], ArtifactRef] = merge
 
 
 HANDS = Hands()
@@ -73,10 +91,25 @@ def play(
     run = hands.run
     heldout = hands.publish(checked.heldout, place, "heldout_prompts")
 
+    answered: dict[str, ArtifactRef] = {}
+
     def measure(policy: ArtifactRef, place: Place) -> None:
         answers = run("sample", config.sampling_for_heldout(), place, "heldout_generations", prompts=heldout, policy=policy)
         report = run("evaluate", checked.evaluation, place, prompts=heldout, generations=answers.ref, policy=policy, start=start)
         history.measured(place, answers, report)
+        answered[str(int(place.step.removeprefix("iter_")))] = answers.ref
+
+    def best_checkpoint(trained: Built, place: Place) -> ArtifactRef:
+        """Of those that the training kept, the one with the best held-out score (SPPO's rule)."""
+        candidates, found = checkpoints_of(trained, config.training.checkpoints), []
+        for number, policy in enumerate(candidates, start=1):
+            shown_as = f"checkpoint_{number}_heldout_generations"
+            answers = run("sample", config.sampling_for_heldout(), place, shown_as, prompts=heldout, policy=policy)
+            inputs = {"prompts": heldout, "generations": answers.ref, "policy": policy, "start": start}
+            found.append(hands.read_report(run("evaluate", checked.evaluation.heldout_only(), place, f"checkpoint_{number}", **inputs).ref))
+        chosen, gains = select(found, config.evaluation.gate)
+        history.selected(place, candidates, found, gains, chosen)
+        return candidates[chosen]
 
     policy, previous = start, None
     measure(policy, place)
@@ -100,14 +133,48 @@ def play(
         if config.mix_previous and previous is not None:
             extra["more_pairs"] = run("weigh", config.weighting_for_pairs(), place, "weigh_previous", pairs=previous, **roles).ref
         made["train"] = trained = run("train", config.training_for(iteration), place, pairs=weighted.ref, policy=policy, **extra)
-        policy, previous = trained.ref, pairs.ref
         history.built(place, **made)
+        previous = pairs.ref
+        policy = best_checkpoint(trained, place) if config.training.checkpoints else trained.ref
         measure(policy, place)
         if gate is not None:
             policy, stop = gate.next(policy)
             if stop:
                 break
+    if config.evaluation.tournament is not None:
+        names, scored = tournament(config, place, heldout, start, answered, hands)
+        history.compared(config.evaluation.tournament.scorer.name, names, scored, len(checked.heldout))
     return policy if gate is None else gate.final(policy)
+
+
+def tournament(
+    config: RunConfig, place: Place, heldout: ArtifactRef, start: ArtifactRef, answered: Mapping[str, ArtifactRef], hands: Hands
+) -> tuple[list[str], Built | None]:
+    """Everybody against everybody: the iterations' answers, and the baselines'. None: the judge is away, every comparison failed."""
+    settings = config.evaluation.tournament
+    players = {name: answered[name] for name in [list(answered)[i] for i in spread(len(answered), MOST_ITERATIONS)]}
+    for name, model in settings.baselines.items():
+        policy = resolve(model, config.sampling.template == "chat", Store(place.store))
+        shown_as = f"{name}_heldout_generations"
+        players[name] = hands.run("sample", config.sampling_for_heldout(), place, shown_as, prompts=heldout, policy=policy).ref
+    inputs = {"prompts": heldout, "generations": hands.merge(players, place), "start": start}
+    try:
+        return list(players), hands.run("score", scoring_of(settings.scorer), place, "tournament", **inputs)
+    except TransientError:
+        return list(players), None
+
+
+def checkpoints_of(trained: Built, parts: Sequence[float]) -> list[ArtifactRef]:
+    """What a training left, in the order of its steps, the end last. One from the middle is addressed by its own files."""
+    if trained.record is None:  # on paper
+        return [trained.ref] * (len(parts) + 1)
+    found, files = [], trained.record.files
+    for name in sorted({file.name.split("/")[1] for file in files if file.name.startswith(f"{STEPS}/")}):
+        below = f"{STEPS}/{name}/"
+        own = [file.model_copy(update={"name": file.name.removeprefix(below)}) for file in files if file.name.startswith(below)]
+        place = {"key": f"{trained.ref.key}/{STEPS}/{name}", "path": f"{trained.ref.path}/{STEPS}/{name}"}
+        found.append(trained.ref.model_copy(update=place | {"content": content_digest(own)}))
+    return [*found, trained.ref]
 
 
 def prompts_of(
@@ -240,12 +307,14 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     is_own = OWN_PROCESS in os.environ or "PREFECT__FLOW_RUN_ID" in os.environ
     ledger.begin(psutil.Process().create_time() if is_own else None)
     place = Place(str(store.root), config.name, "iter_00", ledger.session)
+    gate = Gate(config.evaluation.gate, history, start)
     try:
-        final = play(config, checked, place, start, models, history, Gate(config.evaluation.gate, history, start))
+        final = play(config, checked, place, start, models, history, gate)
     except BaseException:
         tracker.finish(None, "FAILED")
         raise
-    report = history.write_report()
+    report = history.write_report(plots=True)
+    tracker.register({"best": gate.best, "final": final})
     tracker.finish(report)
     ledger.end()
     _show_costs(config.name, store)

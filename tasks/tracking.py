@@ -10,11 +10,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_contracts.artifact import ArtifactRecord
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.store import Store
 
 # A server that does not answer would hold each call for four minutes otherwise.
@@ -30,7 +30,7 @@ class Tracker:
     """Best effort. After the first failure it says so and does nothing more."""
 
     def __init__(self, store: Store, run: str, log: Callable[[str], None], uri: str | None = None):
-        self.store, self.log, self.working = store, log, True
+        self.store, self.run, self.log, self.working = store, run, log, True
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
         self.client: Any = None
         self.parent = ""
@@ -57,7 +57,7 @@ class Tracker:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         # Two processes that make the sqlite schema at once break each other.
         with self.store.lock("mlflow", "schema"):
-            self.client = MlflowClient(tracking_uri=self.uri)
+            self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             experiment = self.client.get_experiment_by_name("self-play")
             if experiment is None:
                 location = (self.store.root / "mlflow-artifacts").as_uri() if self.uri.startswith("sqlite") else None
@@ -102,14 +102,48 @@ class Tracker:
         """Headline numbers in the parent run, with the iteration as step: one curve per run."""
         self._try(lambda: self.client.log_batch(self.parent, metrics=[_metric(name, value, iteration) for name, value in values.items()]))
 
+    def register(self, policies: Mapping[str, ArtifactRef]) -> None:
+        """Alias -> checkpoint: versions of the registered model that has the run's name, one per content, however often the run is repeated."""
+        self._try(self._register, policies)
+
+    def _register(self, policies: Mapping[str, ArtifactRef]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(self.run)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = {one.tags.get("digest"): one.version for one in self.client.search_model_versions(f"name='{self.run}'")}
+        for alias, ref in policies.items():
+            if ref.content not in versions:
+                versions[ref.content] = self._new_version(ref)
+            self.client.set_registered_model_alias(self.run, alias, versions[ref.content])
+
+    def _new_version(self, ref: ArtifactRef) -> str:
+        """The checkpoint where it lies, nothing is copied. A server takes no path of this machine: there it is a tag, and the source is the run."""
+        from mlflow.exceptions import MlflowException
+
+        tags = {"artifact": f"{ref.kind}/{ref.key}", "digest": ref.content, "path": ref.path}
+        try:
+            source = Path(ref.path).absolute().as_uri()
+            return self.client.create_model_version(self.run, source=source, run_id=self.parent, tags=tags).version
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+        source = self.client.get_run(self.parent).info.artifact_uri
+        return self.client.create_model_version(self.run, source=source, run_id=self.parent, tags=tags).version
+
     def finish(self, report: Path | None, status: str = "FINISHED") -> None:
         self._try(self._finish, report, status)
 
     def _finish(self, report: Path | None, status: str) -> None:
         if report is not None:
-            for path in (report, report.with_suffix(".html"), report.with_name("gate.json")):
+            for path in (report, report.with_suffix(".html"), report.with_name("gate.json"), report.with_name("tournament.json")):
                 if path.is_file():
                     self.client.log_artifact(self.parent, str(path))
+            if (plots := report.with_name("plots")).is_dir():
+                self.client.log_artifacts(self.parent, str(plots), "plots")
         for run in [*self.children.values(), self.parent]:
             self.client.set_terminated(run, status)
 

@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
-from stages.evaluation.judging import Judge, ask_all, report_row
+from data_contracts.errors import ConfigError
+from stages.evaluation.judging import Judge, ask_all, read_lines
 from stages.evaluation.logistic import fit, sigmoid
+from stages.evaluation.rows import report_row
 
 STRONG = 3
 OUTCOMES = {"A>>B": (1.0, STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, STRONG)}
 OUTCOMES |= {"A<<B": (0.0, STRONG), "A<B": (0.0, 1), "B<A": (1.0, 1), "B<<A": (1.0, STRONG), "B=A": (0.5, 1)}
+POLICY = "policy"
+"""Name of the model that a run measures."""
 STYLES = ("length", "headers", "lists", "bold")
 
 
@@ -65,11 +71,12 @@ def style_difference(model: Mapping[str, float], baseline: Mapping[str, float]) 
 
 
 def play(judge: Judge, system: str, template: str, model: str, rows: Sequence[Mapping[str, str]], **options: Any) -> list[Game]:
-    """Two games per row {"prompt_id", "prompt", "answer", "baseline"}; template fields: question_1, answer_1, answer_2."""
+    """Two games per row {"prompt_id", "prompt", "answer", "baseline"}; template fields: question_1, answer_1, answer_2, or QUESTION, ANSWER_A, ANSWER_B."""
     prompts = []
     for row in rows:
         for a, b in ((row["baseline"], row["answer"]), (row["answer"], row["baseline"])):
-            text = template.format(question_1=row["prompt"], answer_1=a, answer_2=b)
+            names = {"question_1": row["prompt"], "answer_1": a, "answer_2": b}
+            text = template.format(**names, QUESTION=row["prompt"], ANSWER_A=a, ANSWER_B=b)  # as v0.1 and as v2.0 name them
             prompts.append([{"role": "system", "content": system}, {"role": "user", "content": text}])
     replies = iter(ask_all(judge, prompts, **({"temperature": 0.0, "max_tokens": 4096} | options)))
     games = []
@@ -125,6 +132,46 @@ def report(games: Sequence[Game], judge: str, seed: int = 0) -> list[dict[str, A
         for model, value in scores(games, control)[0].items():
             own = [game for game in games if game.model == model and game.outcome is not None]
             low, high = interval(games, model, control, seed=seed)
-            out.append(report_row("arena_hard", f"arena_hard/{model}", metric, value, len(own), None, low, high, judge))
+            task = "arena_hard" if model == POLICY else f"arena_hard/{model}"
+            out.append(report_row("arena_hard", task, metric, value, len(own), None, low, high, judge))
     failed = sum(game.outcome is None for game in games)
     return [*out, report_row("arena_hard", "arena_hard", "failed_judgments", failed, len(games), version=judge)]
+
+
+class Bench(NamedTuple):
+    rows: list[dict[str, str]]
+    """{"prompt_id", "prompt", "baseline"}"""
+    system: str
+    template: str
+
+
+def load(directory: str | Path, limit: int | None = None) -> Bench:
+    """A directory with question.jsonl, baseline.jsonl (a file of model_answer/) and judge_config.yaml. Raises: ConfigError."""
+    root = Path(directory)
+    questions = read_lines(root / "question.jsonl")[:limit]
+    baseline = {_identity(row): _answer(row) for row in read_lines(root / "baseline.jsonl")}
+    if missing := [_identity(row) for row in questions if not baseline.get(_identity(row))]:
+        raise ConfigError(f"{root}/baseline.jsonl has no answer to {len(missing)} of {len(questions)} questions, e.g. {missing[0]}")
+    try:
+        config = yaml.safe_load((root / "judge_config.yaml").read_text(encoding="utf-8"))
+        system, template = config["system_prompt"], config["prompt_template"]
+    except OSError as error:
+        raise ConfigError(f"cannot read {root}/judge_config.yaml: {error.strerror}") from None
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{root}/judge_config.yaml must hold `system_prompt` and `prompt_template`: {error!r}") from None
+    rows = [{"prompt_id": _identity(row), "prompt": _prompt(row), "baseline": baseline[_identity(row)]} for row in questions]
+    return Bench(rows, system, template if isinstance(template, str) else template[0])
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    return str(row.get("uid") or row.get("question_id"))
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    return row["prompt"] if "prompt" in row else row["turns"][0]["content"]
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """Of the newer files ("messages") and of the older ones ("choices")."""
+    text = row["messages"][-1]["content"] if "messages" in row else row["choices"][0]["turns"][0]["content"]
+    return text["answer"] if isinstance(text, dict) else text

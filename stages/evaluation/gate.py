@@ -23,6 +23,7 @@ from pydantic import Field
 
 from data_contracts.config import Runtime
 from stages.evaluation.intervals import Interval
+from stages.evaluation.rows import column_names
 
 PROMOTE, KEEP_GOING, ROLL_BACK, STOP = "promote", "keep going", "roll back", "stop"
 Outcome = Literal["promote", "keep going", "roll back", "stop"]
@@ -174,17 +175,17 @@ def regressions(
     return found
 
 
-def select(candidates: Sequence[Measured], config: GateConfig | None = None, seed: int = 0) -> int:
-    """Index of the best of several checkpoints of one training, by the gate's own measure against the first; ties go to the earlier one.
+def select(candidates: Sequence[Measured], config: GateConfig | None = None, seed: int = 0) -> tuple[int, list[Interval | None]]:
+    """Index of the best of several checkpoints of one training, and the gain of each over the first, by the gate's own measure.
 
-    SPPO's rule: of the checkpoints saved while training, the one with the best held-out score goes on.
+    SPPO's rule: of the checkpoints saved while training, the one with the best held-out score goes on. Ties go to the earlier one; where
+    too few prompts were scored to compare, to the last one, as without a choice.
     """
     config = config or GateConfig()
-    gains = [0.0]
-    for candidate in candidates[1:]:
-        decision = compare(config, candidates[0], candidate, seed=seed)
-        gains.append(decision.gain.mean if decision.gain else -math.inf)
-    return int(np.argmax(gains))
+    gains = [None, *(compare(config, candidates[0], one, seed=seed).gain for one in candidates[1:])]
+    if None in gains[1:]:
+        return len(candidates) - 1, gains
+    return int(np.argmax([0.0, *(gain.mean for gain in gains[1:])])), gains
 
 
 def measured(heldout: Sequence[Mapping[str, Any]], report: Sequence[Mapping[str, Any]]) -> Measured:
@@ -196,8 +197,8 @@ def measured(heldout: Sequence[Mapping[str, Any]], report: Sequence[Mapping[str,
         if row["score"] is not None:
             scores.setdefault(row["prompt_id"], []).append(float(row["score"]))
     benchmarks = {
-        f"{row['task']}/{row['metric']}": (row["value"], row["stderr"])
-        for row in report
+        name: (row["value"], row["stderr"])
+        for name, row in zip(column_names(report), report, strict=True)
         if row["suite"] != "heldout" and row["stderr"] is not None
     }
     return Measured(_means(scores), _means(tokens), benchmarks)

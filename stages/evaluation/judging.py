@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data_contracts.errors import ConfigError
 from stages.scoring.endpoint import Endpoint
 
 Messages = Sequence[Mapping[str, str]]
@@ -73,10 +76,13 @@ def _first_token(body: dict[str, Any]) -> dict[str, float] | None:
         return None
 
 
-def report_row(
-    suite: str, task: str, metric: str, value: float, n: int, stderr: float | None = None, low: float | None = None,
-    high: float | None = None, version: str = "1",
-) -> dict[str, Any]:  # fmt: skip
-    """A row of eval_report."""
-    numbers = {"value": float(value), "stderr": stderr, "low": low, "high": high, "n": int(n), "n_shot": 0}
-    return {"suite": suite, "task": task, "metric": metric, **numbers, "task_version": version}
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, or of a JSON list. Raises: ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSONL: {error}") from None
+    return rows

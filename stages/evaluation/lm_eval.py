@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +105,9 @@ def evaluate_suite(
     Raises: ConfigError for an unknown task in `only`, missing data in `data_root`, or a task that runs the model's code without `allow_code`.
     """
     members = check_suite(suite, only, allow_code)
+    check_packages(suite, members)
     _stay_offline()
-    from lm_eval.tasks import TaskManager
-
-    manager, rows = TaskManager(), []
+    manager, rows = _official_tasks(), []
     with mirrored(data_root):
         for member in members:
             result = _evaluate(lm, [member.task], manager, limit, member.num_fewshot, member.unsafe)
@@ -118,6 +119,24 @@ def evaluate_suite(
                 if row["metric"] in wanted or row["metric"] in member.metrics
             ]
     return rows
+
+
+@cache
+def _official_tasks() -> Any:
+    """lm-eval's index of its 14,000 tasks: ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def check_packages(suite: str, members: Sequence[Member]) -> None:
+    """What the tasks import is there, in the interpreter that runs them. Raises: ConfigError."""
+    for member in members:
+        if missing := [name for name in member.packages if find_spec(name) is None]:
+            raise ConfigError(
+                f"{member.task} of the suite {suite} imports {', '.join(missing)}, which this interpreter does not have: "
+                "pip install 'lm-eval[ifeval,math]', or leave it out by `only`"
+            )
 
 
 def check_suite(suite: str, only: Sequence[str] = (), allow_code: bool = False) -> list[Member]:
@@ -139,13 +158,15 @@ def mirrored(data_root: str | None) -> Iterator[None]:
     """Official tasks read their data below a directory: `allenai/ai2_arc` is <data_root>/allenai/ai2_arc or <data_root>/ai2_arc.
 
     A mirror is a clone of the dataset's repository: Parquet or JSON Lines and a README.md whose `configs:` name the parts. None: the hub.
+    Metrics too: HumanEval's `code_eval` is <data_root>/code_eval/code_eval.py.
     """
     if data_root is None:
         yield
         return
     import datasets
+    import evaluate as metrics
 
-    load = datasets.load_dataset
+    load, load_metric = datasets.load_dataset, metrics.load
 
     def load_local(path: str, *arguments: Any, **more: Any) -> Any:
         places = [Path(data_root) / path, Path(data_root) / path.rpartition("/")[2]]
@@ -154,11 +175,15 @@ def mirrored(data_root: str | None) -> Iterator[None]:
             raise ConfigError(f"the data of {path} is not in data_root: neither {places[0]} nor {places[1]} is a directory")
         return load(str(found.absolute()) if found else path, *arguments, **more)
 
-    datasets.load_dataset = load_local
+    def load_local_metric(name: str, *arguments: Any, **more: Any) -> Any:
+        place = Path(data_root, name)
+        return load_metric(str(place.absolute()) if place.is_dir() else name, *arguments, **more)
+
+    datasets.load_dataset, metrics.load = load_local, load_local_metric
     try:
         yield
     finally:
-        datasets.load_dataset = load
+        datasets.load_dataset, metrics.load = load, load_metric
 
 
 def _evaluate(

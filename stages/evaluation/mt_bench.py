@@ -6,7 +6,6 @@ set of our own in deploy/evals/mt_bench_mini. Prompts are filled exactly as Fast
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 
 from data_contracts.errors import ConfigError
 from stages.evaluation.intervals import bootstrap
-from stages.evaluation.judging import Judge, ask_all, report_row
+from stages.evaluation.judging import Judge, ask_all, read_lines
+from stages.evaluation.rows import report_row
 
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -36,12 +36,12 @@ class Bench(NamedTuple):
     references: dict[Any, list[str]]
 
 
-def load(directory: str | Path) -> Bench:
+def load(directory: str | Path, limit: int | None = None) -> Bench:
     """Raises: ConfigError for a missing file, a question without two turns, or one that needs a reference and has none."""
     root = Path(directory)
-    questions, prompts = _lines(root / "question.jsonl"), _lines(root / "judge_prompts.jsonl")
+    questions, prompts = read_lines(root / "question.jsonl"), read_lines(root / "judge_prompts.jsonl")
     files = sorted([*root.glob("reference_answer*.jsonl"), *root.glob("reference_answer/*.jsonl")])
-    references = {row["question_id"]: row["choices"][0]["turns"] for path in files for row in _lines(path)}
+    references = {row["question_id"]: row["choices"][0]["turns"] for path in files for row in read_lines(path)}
     for question in questions:
         name = question["question_id"]
         if len(question["turns"]) != 2:
@@ -50,16 +50,16 @@ def load(directory: str | Path) -> Bench:
             raise ConfigError(
                 f"{root}: question {name} ({question['category']}) needs a reference answer and no reference_answer*.jsonl has one"
             )
-    return Bench(questions, {row["name"]: row for row in prompts}, references)
+    return Bench(questions[:limit], {row["name"]: row for row in prompts}, references)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSONL: {error}") from None
+def load_answers(path: Path, bench: Bench) -> dict[Any, list[str]]:
+    """A model's answers in FastChat's format. Raises: ConfigError for a question without an answer to both turns."""
+    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(path)}
+    for question in bench.questions:
+        if len(answers.get(question["question_id"], ())) != 2:
+            raise ConfigError(f"{path} has no answers to both turns of question {question['question_id']}")
+    return answers
 
 
 Generate = Callable[[Sequence[list[dict[str, str]]], Sequence[float], int], Sequence[str]]

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config as BaseConfig
-from data_contracts.errors import ConfigError, ContractError
+from data_contracts.config import Runtime
+from data_contracts.errors import ConfigError, ContractError, TransientError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.evaluation.gate import GateConfig
 from stages.evaluation.intervals import Interval, bootstrap
-from stages.evaluation.judging import report_row
+from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
 from stages.evaluation.rouge import rouge_l
+from stages.evaluation.rows import column_names, report_row
 from stages.evaluation.win_rates import best_of_n
 from stages.logps import Pass
 from stages.policy import load_causal_lm, pick_device, pin_threads
 from stages.registry import Named
-from stages.sampling import SAMPLERS
-from stages.sampling.base import Prompt, candidate_seeds
-from stages.sampling.stage import SamplingConfig
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Surroundings, close, prepared
+from stages.scoring.base import Candidates, Scores, Surroundings, close, prepared, score_once
 from stages.scoring.checks import repetition
-from stages.scoring.endpoint import Endpoint, EndpointRuntime
 from stages.stage import Job, StageRuntime
-from stages.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
+from stages.tokens import load_tokenizer
 
-LM_EVAL_SHARD, MT_BENCH_SHARD = 1, 2
+LM_EVAL_SHARD = 1
 
 
 class EvaluationRuntime(StageRuntime):
@@ -76,27 +77,19 @@ class LMEvalSuite(BaseConfig):
         return self
 
 
-class MTBench(BaseConfig):
-    """Two-turn questions, answered by the policy and graded by a judge."""
+class Tournament(Runtime):
+    """Everybody against everybody at the end of the run. It changes no artifact of the run."""
 
-    path: str = "deploy/evals/mt_bench_mini"
-    """Directory with question.jsonl, judge_prompts.jsonl and reference_answer*.jsonl: ours, or the official files."""
-    digest: str = ""
-    """Filled in by the flow: hash of the directory's files."""
-    judge: str
-    """The judge's name at its endpoint; only scores of the same judge compare."""
-    backend: SAMPLERS.field() = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
-    """What writes the answers."""
-    max_new_tokens: int = Field(1024, ge=1)
-    """The official length of an answer; what the model's context leaves is for the conversation before it."""
-    seed: int = 0
-    runtime: EndpointRuntime = EndpointRuntime()
+    scorer: SCORERS.field()
+    """Who compares: a pair scorer (pairrm, llm_judge) in both orders, or a score, of which the higher one wins."""
+    baselines: dict[str, ModelRef] = Field(default_factory=dict)
+    """Other models by name; they answer the held-out prompts as the policies do."""
 
 
 class EvaluationConfig(BaseConfig):
     """How a policy is measured, on prompts that never train."""
 
-    NEUTRAL: ClassVar[dict[str, Any]] = {"suites": (), "mt_bench": None, "best_of": (), "rouge_l": False}
+    NEUTRAL: ClassVar[dict[str, Any]] = {"suites": (), "best_of": (), "rouge_l": False, "tournament": None} | dict.fromkeys(BENCHMARKS)
 
     scorer: SCORERS.field()
     """Scores the held-out generations; without the floors of the training scorer."""
@@ -106,6 +99,10 @@ class EvaluationConfig(BaseConfig):
     """Published benchmarks by name."""
     mt_bench: MTBench | None = None
     """Judged two-turn questions."""
+    alpaca_eval: AlpacaEval | None = None
+    """Judged against a baseline's answers, with and without length control."""
+    arena_hard: ArenaHard | None = None
+    """Judged against a baseline's answers in two games, with style control."""
     best_of: tuple[int, ...] = ()
     """Expected held-out score of the best of n answers, for each of these n; needs heldout_sampling.num_candidates >= n."""
     rouge_l: bool = False
@@ -114,34 +111,63 @@ class EvaluationConfig(BaseConfig):
     """Arithmetic of the passes."""
     gate: GateConfig = GateConfig()
     """Whether a policy that is not better goes on. Decided by the flow; the stage does not read it."""
+    tournament: Tournament | None = None
+    """Win rates between all iterations and other models, by any scorer. Played by the flow; the stage does not read it."""
     runtime: EvaluationRuntime = EvaluationRuntime()
+
+    @model_validator(mode="after")
+    def _scores_one_answer(self) -> EvaluationConfig:
+        if only_compares(self.scorer):
+            raise ValueError(
+                f"evaluation.scorer {self.scorer.name} as set only compares two answers and gives none of them a score: take one that does, and "
+                "compare policies with it in evaluation.tournament"
+            )
+        return self
+
+    def heldout_only(self) -> EvaluationConfig:
+        """Without the benchmarks: what one training's checkpoints are compared by."""
+        return self.model_copy(update={"lm_eval": (), "suites": (), "best_of": (), "rouge_l": False} | dict.fromkeys(BENCHMARKS))
 
 
 Config = EvaluationConfig
 
 
+def only_compares(scorer: Any) -> bool:
+    """Whether a scorer, as it is set, says which of two answers is better and nothing else."""
+    if scorer.name == "combination":
+        return any(only_compares(part.scorer) for part in scorer.parts)
+    return scorer.name in ("pairrm", "llm_blender") or (scorer.name == "llm_judge" and scorer.mode != "rubric")
+
+
 def run(job: Job) -> None:
     config: EvaluationConfig = job.config
-    benchmarks = bool(config.lm_eval or config.suites)
-    total = 1 + benchmarks + (config.mt_bench is not None)
     pin_threads(None)
     device = pick_device(config.runtime.device)
-    if not job.has_shard(0, "eval_report", beside=("heldout",)):
-        with job.timed("heldout"):
-            heldout = _heldout_rows(job, device)
-        write_shard(shard_path(job.out, 0, "heldout"), to_table(heldout, "heldout"))
-        job.write(0, _heldout_report(heldout, config.scorer) + _more_heldout_rows(job, heldout))
-    job.progress(1, total, "parts")
-    if benchmarks and not job.has_shard(LM_EVAL_SHARD, "eval_report"):
-        with job.timed("lm_eval"):
-            job.write(LM_EVAL_SHARD, _lm_eval_report(job, device))
-        job.progress(2, total, "parts")
-    if config.mt_bench is not None and not job.has_shard(MT_BENCH_SHARD, "eval_report"):
-        with job.timed("mt_bench"):
-            job.write(MT_BENCH_SHARD, _mt_bench_report(job, config.mt_bench, device))
-        job.progress(total, total, "parts")
-    for row in read_shards(job.out, "eval_report").to_pylist():
-        job.metrics[f"{row['task']}/{row['metric']}"] = row["value"]
+    parts: dict[str, tuple[int, Callable[[], list[dict[str, Any]]]]] = {"heldout": (0, lambda: _heldout_report(job, device))}
+    if config.lm_eval or config.suites:
+        parts["lm_eval"] = (LM_EVAL_SHARD, lambda: _lm_eval_report(job, device))
+    for name, benchmark in BENCHMARKS.items():
+        if (settings := getattr(config, name)) is not None:
+            parts[name] = (benchmark.shard, partial(benchmark.evaluate, job, settings, device))
+    for done, (name, (shard, evaluate)) in enumerate(parts.items(), start=1):
+        if not job.has_shard(shard, "eval_report", beside=("heldout",) if name == "heldout" else ()):
+            with job.timed(name):
+                job.write(shard, evaluate())
+        job.progress(done, len(parts), "parts")
+    rows = read_shards(job.out, "eval_report").to_pylist()
+    for name, row in zip(column_names(rows), rows, strict=True):
+        job.metrics[name] = row["value"]
+        if row["metric"] == "failed_judgments" and row["value"]:
+            job.log(
+                f"{row['task']}: {row['value']:.0f} of {row['n']} judgments of {row['task_version']} failed; they are in no mean. "
+                f"To ask again, remove {job.out} and run again: what was answered is remembered"
+            )
+
+
+def _heldout_report(job: Job, device: str) -> list[dict[str, Any]]:
+    heldout = _heldout_rows(job, device)
+    write_shard(shard_path(job.out, 0, "heldout"), to_table(heldout, "heldout"))
+    return _rows_of(heldout, job.config.scorer) + _more_heldout_rows(job, heldout)
 
 
 def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
@@ -161,14 +187,17 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         groups.setdefault(row["prompt_id"], []).append(number)
     batch = [Candidates(prompts[name], [rows[i] for i in numbers], [means[i] for i in numbers]) for name, numbers in groups.items()]
-    scorer = prepared(
-        scorer_class,
-        config.scorer,
-        device,
-        Surroundings(job.store_root, config.runtime.batch_tokens, job.log, used=job.used, waiting=lambda: job.timed("waiting")),
-    )
-    scores = scorer.score(batch)
-    close(scorer)
+    surroundings = Surroundings(job.store_root, config.runtime.batch_tokens, job.log, used=job.used, waiting=lambda: job.timed("waiting"))
+    scorer = prepared(scorer_class, config.scorer, device, surroundings)
+    try:
+        scores, _ = score_once(scorer, batch)
+    except TransientError as error:  # a judge that is away: the rest of the report is worth having
+        job.log(f"the held-out answers stay unscored: {error}")
+        scores = [Scores(None, None, [])] * len(batch)
+    finally:
+        close(scorer)
+    if any(result.preference_logits is not None for result in scores):  # a plug-in's
+        raise ConfigError(f"evaluation.scorer {config.scorer.name} only compares two answers: use it in evaluation.tournament")
     heldout = []
     for numbers, result in zip(groups.values(), scores, strict=True):
         for k, i in enumerate(numbers):
@@ -196,7 +225,7 @@ def per_prompt(heldout: list[dict[str, Any]], column: str) -> dict[str, float]:
     return {name: float(np.mean(group)) for name, group in values.items()}
 
 
-def _heldout_report(heldout: list[dict[str, Any]], scorer: Named) -> list[dict[str, Any]]:
+def _rows_of(heldout: list[dict[str, Any]], scorer: Named) -> list[dict[str, Any]]:
     columns = {
         "score": "score",
         "num_tokens": "mean_tokens",
@@ -277,9 +306,19 @@ def _more_heldout_rows(job: Job, heldout: list[dict[str, Any]]) -> list[dict[str
 
 
 def _lm_eval_report(job: Job, device: str) -> list[dict[str, Any]]:
-    from stages.evaluation.lm_eval import evaluate_suite, evaluate_tasks, load_task, open_transformers, open_vllm
+    from stages.evaluation.lm_eval import (
+        check_packages,
+        check_suite,
+        evaluate_suite,
+        evaluate_tasks,
+        load_task,
+        open_transformers,
+        open_vllm,
+    )
 
     config: EvaluationConfig = job.config
+    for suite in config.suites:
+        check_packages(suite.name, check_suite(suite.name, suite.only, suite.allow_code))
     directory = job.path("policy")
     if config.runtime.lm_eval_backend == "vllm":
         lm = open_vllm(str(directory), config.dtype, device, config.runtime.vllm)
@@ -292,52 +331,3 @@ def _lm_eval_report(job: Job, device: str) -> list[dict[str, Any]]:
     for suite in config.suites:
         rows += evaluate_suite(lm, suite.name, suite.data_root, suite.limit, suite.only, suite.allow_code)
     return rows
-
-
-def _mt_bench_report(job: Job, config: MTBench, device: str) -> list[dict[str, Any]]:
-    from stages.evaluation import mt_bench
-    from stages.evaluation.judging import EndpointJudge
-
-    bench = mt_bench.load(config.path)
-    answers = mt_bench.answer(bench, _chat(str(job.path("policy")), config, device))
-    judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
-    rows = mt_bench.report(mt_bench.judge_singly(bench, answers, judge), config.judge)
-    if failed := int(rows[-1]["value"]):
-        job.log(f"{failed} of {rows[-1]['n']} judgments of {config.judge} failed; they are in no mean")
-    return rows
-
-
-def _chat(model: str, config: MTBench, device: str) -> Any:
-    """mt_bench.Generate with a sampler of the sample stage."""
-    tokenizer, context = load_tokenizer(model), context_length(model) or 4096
-    if config.max_new_tokens >= context:
-        raise ConfigError(
-            f"mt_bench.max_new_tokens = {config.max_new_tokens} leaves nothing of the model's context of {context} for the questions"
-        )
-    sampling = SamplingConfig(
-        backend=config.backend, max_new_tokens=config.max_new_tokens, max_prompt_tokens=context - config.max_new_tokens, num_candidates=1
-    )
-    stops = stop_ids(model, tokenizer)
-    sampler = SAMPLERS.get(config.backend.name)(config.backend, sampling, model, stops, device)
-
-    def generate(conversations: Any, temperatures: Any, limit: int) -> list[str]:
-        prompts = []
-        for number, conversation in enumerate(conversations):
-            ids = encode_prompt(tokenizer, conversation, "chat")
-            if len(ids) > sampling.max_prompt_tokens:
-                raise ConfigError(
-                    f"conversation {number} of {config.path} has {len(ids)} tokens, and mt_bench.max_new_tokens = {config.max_new_tokens} leaves "
-                    f"{sampling.max_prompt_tokens} of the model's context: lower it"
-                )
-            name = f"{number}/{len(conversation)}"
-            prompts.append(Prompt(name, ids, candidate_seeds(config.seed, name, 1)))
-        texts = [""] * len(prompts)
-        for temperature in sorted(set(temperatures)):
-            chosen = [i for i, one in enumerate(temperatures) if one == temperature]
-            sampler.sampling = sampling.model_copy(update={"temperature": temperature})
-            for i, (candidate,) in zip(chosen, sampler.generate([prompts[i] for i in chosen]), strict=True):
-                ids = candidate.token_ids
-                texts[i] = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids, skip_special_tokens=True)
-        return texts
-
-    return generate

@@ -17,6 +17,11 @@ class Member(NamedTuple):
     """As lm-eval keys them: "acc_norm", or "exact_match,strict-match" where a filter is named."""
     unsafe: bool = False
     """Runs code that the model wrote."""
+    packages: tuple[str, ...] = ()
+    """Modules beyond lm-eval's own that the task imports."""
+
+
+IFEVAL = ("langdetect", "immutabledict", "nltk")
 
 
 SUITES: dict[str, tuple[Member, ...]] = {
@@ -32,8 +37,8 @@ SUITES: dict[str, tuple[Member, ...]] = {
     "open_llm_v2": (
         Member("leaderboard_bbh", None, ("acc_norm",)),
         Member("leaderboard_gpqa", None, ("acc_norm",)),
-        Member("leaderboard_ifeval", None, ("inst_level_strict_acc", "prompt_level_strict_acc")),
-        Member("leaderboard_math_hard", None, ("exact_match",)),
+        Member("leaderboard_ifeval", None, ("inst_level_strict_acc", "prompt_level_strict_acc"), packages=(*IFEVAL, "pkg_resources")),
+        Member("leaderboard_math_hard", None, ("exact_match",), packages=("math_verify", "sympy", "antlr4")),
         Member("leaderboard_mmlu_pro", None, ("acc",)),
         Member("leaderboard_musr", None, ("acc_norm",)),
     ),
@@ -44,6 +49,6 @@ SUITES: dict[str, tuple[Member, ...]] = {
         Member("gpqa_main_zeroshot", 0, ("acc_norm",)),
         Member("humaneval", 0, ("pass@1",), unsafe=True),
         Member("truthfulqa_mc2", 0, ("acc",)),
-        Member("ifeval", 0, ("prompt_level_strict_acc", "inst_level_strict_acc")),
+        Member("ifeval", 0, ("prompt_level_strict_acc", "inst_level_strict_acc"), packages=IFEVAL),
     ),
 }

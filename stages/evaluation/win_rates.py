@@ -5,9 +5,7 @@ Axes: M policies, N prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping, Sequence
 
 from stages.evaluation.intervals import Interval, bootstrap
 
@@ -25,34 +23,6 @@ def _rate(one: Mapping[str, float], other: Mapping[str, float]) -> float | None:
     if not names:
         return None
     return sum(1.0 if one[name] > other[name] else 0.5 if one[name] == other[name] else 0.0 for name in names) / len(names)
-
-
-def preference_matrix(
-    prompts: Sequence[str], answers: Sequence[Mapping[str, str]], prefer: Callable[[str, str, str], float | None]
-) -> tuple[list[list[float | None]], int]:
-    """The same with a pairwise scorer: prefer(prompt_id, answer, other) = P(answer beats other), or None if it could not say.
-
-    Both orders are asked and averaged, so that a liking for a place cancels out. Returns the matrix and how many comparisons failed:
-    a comparison that failed in either order counts in no mean.
-    """
-    count, failed = len(answers), 0
-    rates: list[list[float | None]] = [[0.5 if i == j else None for j in range(count)] for i in range(count)]
-    for i in range(count):
-        for j in range(i + 1, count):
-            found = []
-            for name in prompts:
-                if name not in answers[i] or name not in answers[j]:
-                    continue
-                there = prefer(name, answers[i][name], answers[j][name])
-                back = prefer(name, answers[j][name], answers[i][name])
-                if there is None or back is None:
-                    failed += 1
-                    continue
-                found.append((there + 1 - back) / 2)
-            if found:
-                rates[i][j] = float(np.mean(found))
-                rates[j][i] = 1 - rates[i][j]
-    return rates, failed
 
 
 def best_of_n(scores: Mapping[str, Sequence[float | None]], counts: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[int, Interval]:
@@ -80,9 +50,3 @@ def best_of_n(scores: Mapping[str, Sequence[float | None]], counts: Sequence[int
         if means:
             out[n] = bootstrap(means)
     return out
-
-
-def pick_best(scores: Sequence[float | None]) -> int | None:
-    """Candidate that best-of-n answers with: the highest score, the earlier one of equals; None if nothing could be scored."""
-    known = [(value, -index) for index, value in enumerate(scores) if value is not None and value == value]
-    return -max(known)[1] if known else None

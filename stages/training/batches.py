@@ -6,12 +6,16 @@ micro-batches, and dealing them to ranks, changes neither its rows nor its loss:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from stages.lazy import torch
 from stages.policy import Batch, Packed, batches_by_budget, batches_by_sum, collate, pack
+
+STEPS = "steps"
+"""Directory of the checkpoints that are kept from the middle of a training, by number of steps."""
 
 
 class Step(NamedTuple):
@@ -30,6 +34,11 @@ def plan_steps(num_rows: int, batch_size: int, epochs: int, seed: int) -> list[S
         for start in range(0, num_rows, batch_size):
             steps.append(Step(len(steps), epoch, order[start : start + batch_size].tolist()))
     return steps
+
+
+def kept_steps(total: int, parts: Sequence[float]) -> set[int]:
+    """After how many steps a checkpoint is kept, beside the last one."""
+    return {max(1, round(part * total)) for part in parts} - {total}
 
 
 def micro_batches(lengths: list[int], budget: int, rank: int, world_size: int, packed: bool = False) -> list[list[int]]:

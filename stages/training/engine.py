@@ -144,6 +144,7 @@ class Engine:
             for name, tensor in _tied(module, state):
                 state[name] = tensor
             module.save_pretrained(directory, state_dict=state)
+            module.config.use_cache = False  # training may go on
             # transformers writes the dtype that the model computes in, and loads in the dtype that is written there.
             path = directory / "config.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": self.config.save_dtype}, indent=2) + "\n")

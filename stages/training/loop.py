@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.cost import loading
-from stages.training.batches import Step, micro_batches, plan_steps, row_length
+from stages.training.batches import STEPS, Step, kept_steps, micro_batches, plan_steps, row_length
 from stages.training.engine import Engine
 from stages.training.replay import BadStep, what_is_wrong
 from stages.training.streams import Streams
@@ -37,7 +37,7 @@ def train(
     with loading():
         engine = Engine(config, policy, len(steps), device)
         streams = Streams(config, engine, reference, teacher)
-    resume = out / "resume"
+    resume, kept = out / "resume", kept_steps(len(steps), config.checkpoints)
     done = engine.resume(resume)
     log = _Log(out / METRICS, done) if engine.is_main else None
     for step in steps[done:]:
@@ -47,6 +47,8 @@ def train(
             report(step.number + 1, len(steps), metrics)
         if wrong := what_is_wrong(metrics, len(step.rows)):
             raise BadStep(wrong, step, metrics, done)
+        if step.number + 1 in kept:  # before the state to resume from: a kill in between makes it again
+            engine.export(out / STEPS / f"{step.number + 1:06d}")
         if (step.number + 1) % config.runtime.save_every_steps == 0 and step.number + 1 < len(steps):
             engine.save(resume, step.number + 1)
     engine.export(out / ".export")

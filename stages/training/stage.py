@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -24,6 +24,7 @@ from stages.cost import TRAIN
 from stages.methods import METHODS
 from stages.policy import pick_device, pin_threads
 from stages.stage import Job, StageRuntime
+from stages.training.batches import STEPS
 
 
 class TrainingRuntime(StageRuntime):
@@ -45,6 +46,8 @@ class TrainingRuntime(StageRuntime):
 
 class TrainingConfig(BaseConfig):
     """Optimisation. Vetted (SPPO, SPIN): RMSprop, lr 5e-7, batch 64, linear with 10 % warm-up, clip 1."""
+
+    NEUTRAL: ClassVar[dict[str, Any]] = {"checkpoints": ()}
 
     method: METHODS.field() = Field(default_factory=lambda: METHODS.config("sppo"), validate_default=True)
     """The loss, by name, with its settings. Set for you from the run's `method`."""
@@ -68,6 +71,8 @@ class TrainingConfig(BaseConfig):
     """Weights of the checkpoint. bfloat16 is half the size, and rounds away updates of less than 0.4 %."""
     seed: int = 0
     """Order of the pairs."""
+    checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Also keep the policy after these parts of the steps, in `steps/`; the run goes on from the one that measures best (SPPO's rule)."""
     runtime: TrainingRuntime = TrainingRuntime()
 
 
@@ -172,15 +177,16 @@ def _launch(job: Job) -> dict[str, float]:
 
 
 def _adopt(job: Job) -> None:
-    """Move the exported model into place, with the policy's tokenizer, template and generation settings as they are."""
+    """Move the exported model into place; every checkpoint gets the policy's tokenizer, template and generation settings as they are."""
     export = job.out / ".export"
-    for path in job.path("policy").iterdir():
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and ("token" in path.name or path.name in KEPT):
-            shutil.copyfile(path, export / path.name)
     for path in sorted(export.iterdir()):
         os.replace(path, job.out / path.name)
     export.rmdir()
-    check_model_directory(job.out, chat_template=False)
+    for directory in (job.out, *sorted((job.out / STEPS).glob("*"))):
+        for path in job.path("policy").iterdir():
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and ("token" in path.name or path.name in KEPT):
+                shutil.copyfile(path, directory / path.name)
+        check_model_directory(directory, chat_template=False)
 
 
 KEPT = ("chat_template.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")

@@ -20,6 +20,7 @@ from flows.config import load_run
 from flows.preflight import preflight
 from flows.self_play import Hands, models_of
 from flows.self_play import play as play_whole
+from flows.tournament import standing
 from stages.stage import STAGES, execute
 from tasks.build import Built
 from tasks.stages import Place
@@ -35,13 +36,22 @@ class History:
     """Keeps what the iterations made."""
 
     def __init__(self):
-        self.iterations = []
+        self.iterations, self.tournament = [], None
 
     def built(self, place, **stages):
         self.iterations.append({name: built.record.metrics for name, built in stages.items()})
 
     def measured(self, place, answers, report):
         pass
+
+    def compared(self, scorer, names, scored, prompts):
+        self.tournament = standing(scorer, names, scored and scored.ref, prompts)._asdict()
+
+    def selected(self, place, checkpoints, found, gains, chosen):
+        self.iterations[-1]["checkpoints"] = {
+            "paths": [ref.path for ref in checkpoints], "content": [ref.content for ref in checkpoints], "chosen": chosen,
+            "scores": [sum(one.scores.values()) / len(one.scores) for one in found],
+        }  # fmt: skip
 
 
 def play(case, store):
@@ -51,7 +61,7 @@ def play(case, store):
     history = History()
     hands = Hands(run, lambda rows, place, shown_as="": tasks.prompts.publish(rows, store))
     final = play_whole(config, checked, Place(str(store.root), config.name, "iter_00"), start, models, history, hands=hands)
-    return {"final": final.path, "iterations": history.iterations}
+    return {"final": final.path, "iterations": history.iterations, "tournament": history.tournament}
 
 
 def main(request: str, out: str) -> None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -25,9 +26,7 @@ from tasks.build import Built
 from tasks.stages import Place
 
 HOSTILE = "<script>document.title='broken'</script> & <b>bold</b> https://example.com/x.js\x00"
-FIGURES = (
-    "score gain win-rates benchmark-0 rewards logps margins accuracy loss weights-1 weights-2 heat lengths fluency rates dropped seconds"
-)
+FIGURES = "score gain win-rates benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 heat lengths fluency rates dropped seconds"
 
 
 class Silent:
@@ -81,7 +80,10 @@ def evaluation(store: Store, iteration: int, prompts: Built, scored: bool = True
         score = {"value": 0.2 + 0.1 * iteration, "low": 0.1, "high": 0.4}
         report.append({"suite": "heldout", "task": "heldout", "metric": "score", **base, **score})
     arc = {"suite": "lm-eval", "task": "arc", "metric": "acc", "value": 0.4 + 0.05 * iteration, "stderr": 0.03, "low": 0.34, "high": 0.46}
-    report.append(base | arc)
+    judged = {"suite": "mt_bench", "task": "mt_bench", "task_version": "grader", "n": 16}
+    report += [base | judged | {"metric": "failed_judgments", "value": 16.0 if iteration == 1 else 2.0}]
+    report += [base | judged | {"metric": "score", "value": 5.0 + iteration}] if iteration != 1 else []
+    report += [base | arc, base | arc | {"suite": "open_llm", "value": 0.3}]
     rows_of(store, "eval_report", key, report)
     rows_of(store, "eval_report", key, heldout, "heldout", "heldout")
     return sign(store, "eval_report", key, "evaluate", {"prompts": prompts.ref})
@@ -172,6 +174,29 @@ def test_the_page_holds_every_figure_and_nothing_from_outside(told):
     assert "<script" not in page
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*""", page)
     assert "url(" not in page
+
+
+def test_each_figure_is_a_file_of_its_own_too(told):
+    history = told()
+    folder = history.write_report(plots=True).with_name("plots")
+    assert {path.stem for path in folder.iterdir()} == set(FIGURES.split()) - {"heat"}
+    for path in folder.iterdir():
+        root = ElementTree.parse(path).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(root) > 3
+
+
+def test_two_suites_with_one_task_have_a_column_each(told):
+    assert {"lm-eval/arc/acc": 0.5, "open_llm/arc/acc": 0.3}.items() <= told().rows[-1].items()
+
+
+def test_judgments_that_failed_are_counted_and_a_benchmark_without_any_is_unscored(told):
+    history = told()
+    page = page_of(history)
+    assert "Judgments that failed" in page
+    assert "<td>1</td><td>mt_bench</td><td>16</td><td>16</td><td>grader</td><td>unscored</td>" in page
+    assert "<td>2</td><td>mt_bench</td><td>2</td><td>16</td><td>grader</td><td>of the others</td>" in page
+    assert history.rows[1]["mt_bench"] is None and "mt_bench/score" not in history.rows[1]
+    assert history.rows[2]["mt_bench/score"] == 7.0
 
 
 def test_what_a_model_wrote_is_text(told):

@@ -4,8 +4,16 @@ Strategy: a real sqlite database, read back through MLflow's own client; a serve
 """
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
+from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -43,6 +51,8 @@ def mirrored(tmp_path_factory):
         tracker.summary(iteration, {"heldout_score": score})
     report = store.root / "report.md"
     report.write_text("# fine")
+    (store.root / "plots").mkdir()
+    (store.root / "plots" / "score.svg").write_text("<svg/>")
     tracker.finish(report)
     client = MlflowClient(tracking_uri=f"sqlite:///{store.root}/mlflow.db")
     experiment = client.get_experiment_by_name("self-play").experiment_id
@@ -86,7 +96,65 @@ def test_the_parent_has_settings_headlines_by_iteration_and_the_report(mirrored)
     }.items() <= parent.data.params.items()
     points = client.get_metric_history(parent.info.run_id, "heldout_score")
     assert [(point.step, point.value) for point in points] == [(0, 0.1), (1, 0.3)]
-    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.md"]
+    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["plots", "report.md"]
+    assert [item.path for item in client.list_artifacts(parent.info.run_id, "plots")] == ["plots/score.svg"]
+
+
+def test_best_and_final_are_versions_of_one_model_and_a_repeated_run_adds_none(mirrored):
+    client = mirrored[0]
+    root = Path(client.tracking_uri.removeprefix("sqlite:///")).parent
+    store, logged = Store(root), []
+    best, last = (store.load("checkpoint", key * 16).ref(str(store.directory("checkpoint", key * 16))) for key in "ac")
+    for _ in range(2):  # the second time everything is cached
+        tracker = Tracker(store, "quickstart", logged.append)
+        tracker.register({"best": best, "final": last})
+        tracker.finish(None)
+    assert logged == []
+    versions = client.search_model_versions("name='quickstart'")
+    assert {one.version for one in versions} == {1, 2} and len(versions) == 2
+    found = client.get_model_version_by_alias("quickstart", "best")
+    assert (found.source, found.tags["digest"]) == (Path(best.path).as_uri(), best.content)
+    assert client.get_model_version_by_alias("quickstart", "final").tags["artifact"] == f"checkpoint/{'c' * 16}"
+    # What the alias names is the checkpoint itself.
+    from mlflow.artifacts import download_artifacts
+
+    mlflow.set_registry_uri(client.tracking_uri)
+    where = Path(download_artifacts("models:/quickstart@best", dst_path=str(root / "fetched"), tracking_uri=client.tracking_uri))
+    assert (where / "model.safetensors").read_text() == "a" * 16
+    tracker = Tracker(store, "quickstart", logged.append)
+    tracker.register({"best": last, "final": last})  # another one is better now
+    assert client.get_model_version_by_alias("quickstart", "best").tags["digest"] == last.content
+    assert len(client.search_model_versions("name='quickstart'")) == 2
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_no_path_of_this_machine_gets_it_as_a_tag(store, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", str(tmp_path / "artifacts")]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as server:
+        try:
+            uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
+            while True:
+                try:
+                    urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline and server.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                    time.sleep(0.5)
+            logged, signed = [], record(store)
+            for _ in range(2):
+                tracker = Tracker(store, "elsewhere", logged.append, uri=uri)
+                tracker.register({"best": signed.ref(str(store.directory("checkpoint", signed.key)))})
+                tracker.finish(None)
+            assert logged == []
+            found = tracker.client.get_model_version_by_alias("elsewhere", "best")
+            assert found.tags["path"] == str(store.directory("checkpoint", signed.key)) and found.source.startswith("mlflow-artifacts:")
+            assert len(tracker.client.search_model_versions("name='elsewhere'")) == 1
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
 
 
 def test_a_server_that_does_not_answer_costs_one_warning_and_some_seconds(store):

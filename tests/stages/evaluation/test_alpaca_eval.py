@@ -82,6 +82,71 @@ def test_length_controlled_win_rates_are_the_packages_estimators(strength, longe
     assert ours == pytest.approx(by_scikit_learn(*data), abs=0.1)
 
 
+def stand_in():
+    """Two gamed baselines and a difficulty per instruction, in the shape of the package's df_gamed.csv, which is on the hub only."""
+    i = np.arange(805)
+    difficulty = 1.2 * np.sin(1.7 * i) + 0.4 * np.sin(0.31 * i)
+    scaled = np.concatenate([-1 + 0.6 * np.sin(2.3 * i), 1 + 0.6 * np.sin(2.9 * i)])
+    twice = np.concatenate([difficulty, difficulty])
+    preferences = 1 / (1 + np.exp(1.5 * np.tanh(scaled) - 0.3 * twice + np.sin(5.1 * np.arange(1610))))
+    return Gamed(preferences, scaled, twice)
+
+
+# (judgements, who is the model): length-controlled win rate that alpaca_eval 0.6.6 itself gives with the stand-in (its
+# `length_controlled_v1`), and without (`length_controlled_minimal`). Made by the function below.
+BY_THE_PACKAGE = {
+    ("alpaca-7b", "model"): (8.310046684210555, 19.549396078011164),
+    ("text_davinci_001", "model"): (8.597978643773326, 17.154352345449624),
+    ("alpaca-7b", "baseline"): (91.70766892145012, 80.45060392198474),
+}
+
+
+def annotations(shared, name, side):
+    """Index, preference and both lengths; as the baseline's, the sides are swapped: a model that nearly always wins."""
+    rows = [json.loads(line) for line in (shared / "data" / "alpaca_eval" / f"judgements_{name}.jsonl").read_text().splitlines()]
+    index = [row["i"] for row in rows]
+    preference, ours, theirs = np.array([(row["preference"] - 1, row["len_2"], row["len_1"]) for row in rows]).T
+    return (index, preference, ours, theirs) if side == "model" else (index, 1 - preference, theirs, ours)
+
+
+def by_the_package(index, preference, ours, theirs, tmp_path):
+    import pandas as pd
+    from alpaca_eval.metrics import glm_winrate
+
+    gamed, i = stand_in(), np.tile(np.arange(805), 2)
+    table = {"model": "gamed", "index": i, "preference": gamed.preferences, "std_delta_len": gamed.scaled_lengths}
+    table |= {"instruction_difficulty": gamed.difficulty, "not_gamed_baseline": False}
+    pd.DataFrame(table).to_csv(tmp_path / "df_gamed.csv", index=False)
+    glm_winrate.hf_hub_download = lambda **_: str(tmp_path / "df_gamed.csv")
+    rows = {
+        "index": index,
+        "preference": preference + 1,
+        "output_1": ["x" * int(n) for n in theirs],
+        "output_2": ["x" * int(n) for n in ours],
+    }
+    frame = pd.DataFrame(rows | {"generator_1": "a", "generator_2": "b", "annotator": "c"}).set_index("index")
+    return tuple(
+        glm_winrate.get_length_controlled_winrate(
+            frame.copy(), glm_name=f"length_controlled_{name}", save_weights_dir=None, is_warn_extreme_changes=False
+        )["length_controlled_winrate"]
+        for name in ("v1", "minimal")
+    )
+
+
+@pytest.mark.parametrize(("name", "side"), BY_THE_PACKAGE)
+def test_length_controlled_win_rates_of_real_judgements_are_the_packages(shared, name, side):
+    index, *found = annotations(shared, name, side)
+    gamed = stand_in()
+    with_it = win_rates(*found, gamed.difficulty[index], gamed).length_controlled
+    assert (with_it, win_rates(*found).length_controlled) == pytest.approx(BY_THE_PACKAGE[name, side], abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "side"), BY_THE_PACKAGE)
+def test_the_frozen_numbers_are_what_the_package_says(shared, tmp_path, name, side):
+    pytest.importorskip("alpaca_eval")
+    assert by_the_package(*annotations(shared, name, side), tmp_path) == pytest.approx(BY_THE_PACKAGE[name, side], abs=1e-6)
+
+
 def test_length_control_takes_away_what_length_gave():
     preferences, model, baseline, difficulty, gamed = simulated(3, strength=0.0, longer=0.6)
     rates = win_rates(preferences, model, baseline, difficulty, gamed)

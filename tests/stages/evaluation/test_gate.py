@@ -141,8 +141,15 @@ def test_nothing_scored_decides_nothing():
 
 
 def test_the_best_of_several_checkpoints_is_selected_and_the_first_of_equals():
-    assert select([of(0.1), of(0.3), of(0.2)]) == 1
-    assert select([of(0.1), of(0.1)]) == 0
+    chosen, gains = select([of(0.1), of(0.3), of(0.2)])
+    assert (chosen, gains[0]) == (1, None)
+    assert [round(gain.mean, 6) for gain in gains[1:]] == [0.2, 0.1]
+    assert select([of(0.1), of(0.1)])[0] == 0
+    assert select([of(0.3), of(0.1), of(0.2)])[0] == 0
+
+
+def test_where_too_little_was_scored_the_end_of_the_training_goes_on():
+    assert select([of(0.1), of(0.3)._replace(scores={}), of(0.2)])[0] == 2
 
 
 def test_rows_of_a_report_become_what_is_compared():

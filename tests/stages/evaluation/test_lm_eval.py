@@ -167,12 +167,18 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-def test_arc_easy_on_smollm2_is_right_and_equal_on_both_backends(shared, tmp_path):
+@pytest.fixture
+def smollm2():
     pytest.importorskip("vllm")
     model = ROOT / "models" / "smollm2-135m-instruct"
     if not (model / "config.json").is_file():
         pytest.skip(f"{model} is not there: run deploy/setup/get_smollm2.py")
+    return model
+
+
+@pytest.fixture
+def arc_easy(shared, tmp_path):
+    """A task of one's own: the first 100 questions, scored as the official task scores them."""
     with open(shared / "data" / "multiple_choice" / "arc_easy.jsonl", encoding="utf-8") as file:
         (tmp_path / "test.jsonl").write_text("".join(line for line, _ in zip(file, range(100), strict=False)))
     task = {
@@ -182,11 +188,45 @@ def test_arc_easy_on_smollm2_is_right_and_equal_on_both_backends(shared, tmp_pat
         "metadata": {"version": 1.0},
     }  # fmt: skip
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_arc_easy_on_smollm2_is_right_and_equal_on_both_backends(smollm2, arc_easy):
     found = {
-        backend: json.loads(run_python(LOGLIKS, backend, model, tmp_path, OMP_NUM_THREADS="2").partition("FOUND")[2].partition("\n")[0])
+        backend: json.loads(run_python(LOGLIKS, backend, smollm2, arc_easy, OMP_NUM_THREADS="2").partition("FOUND")[2].partition("\n")[0])
         for backend in ("transformers", "vllm")
     }
     (accuracy, ours), (other, theirs) = found["transformers"], found["vllm"]
     assert accuracy == other == pytest.approx(0.46, abs=0.02)
     assert len(ours) == len(theirs) >= 398
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_whole_stage_runs_on_vllm(smollm2, arc_easy, store, make_prompts, make_artifact, run_stage_command):
+    """lm-eval's engine, then the policy's and the start model's answers to MT-Bench: three engines one after the other in one process."""
+    rows = [
+        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 2], "token_logps": [-1.0] * 3,
+         "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
+        for i in range(2)
+    ]  # fmt: skip
+    inputs = {
+        "prompts": make_prompts(store, 2),
+        "generations": make_artifact(store, "generations", rows),
+        "policy": smollm2,
+        "start": smollm2,
+    }
+    bench = {"judge": "x", "max_new_tokens": 16, "limit": 2, "baseline": "start", "backend": {"name": "vllm", "dtype": "float32"}}
+    bench["runtime"] = {"base_url": "http://127.0.0.1:9/v1", "retries": 0}
+    config = {"scorer": {"name": "length", "target_tokens": 3}, "dtype": "float32", "lm_eval": [{"path": str(arc_easy)}], "mt_bench": bench}
+    config["runtime"] = {"lm_eval_backend": "vllm", "vllm": {"max_model_len": 512, "max_num_batched_tokens": 4096}}
+    done = run_stage_command("evaluate", config, inputs, store, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    directory = Path(done.stdout.strip().splitlines()[-1])
+    found = {(row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()}
+    accuracy = found["arc_easy_100", "acc"]
+    assert (accuracy["value"], accuracy["n"]) == (pytest.approx(0.46, abs=0.02), 100)
+    assert found["mt_bench_pairs", "failed_judgments"]["n"] == 4
+    answers = [json.loads(line)["choices"][0]["turns"] for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 2 and all(len(turns) == 2 and all(turns) for turns in answers)

@@ -1,12 +1,19 @@
-"""The evaluate stage with a judge: MT-Bench of our own on the tiny model, with a judge that answers, talks, or is away."""
+"""The evaluate stage with a judge: MT-Bench, AlpacaEval 2 and Arena-Hard on the tiny model, with a judge that answers, talks, or is away."""
 
 import json
+import math
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from data_contracts.config import parse
+from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
+from stages.evaluation.alpaca_eval import is_swapped, load
+from stages.evaluation.judged import check
 from stages.evaluation.judging import EndpointJudge, ask_all
 from stages.evaluation.stage import EvaluationConfig
 from stages.scoring.endpoint import Endpoint, EndpointRuntime
@@ -14,14 +21,17 @@ from stages.scoring.endpoint import Endpoint, EndpointRuntime
 
 @pytest.fixture
 def server():
-    """A judge that gives every single grade a 7, and nothing that can be read to the maths question."""
+    """A judge that gives a grade of 7, says nothing that can be read to the maths question, and prefers what is shown first."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append(request)
-            text = "no idea" if "180 litres" in request["messages"][-1]["content"] else "Fine. [[7]]"
+            body = request["messages"][-1]["content"]
+            text = "no idea" if "180 litres" in body else "Fine. [[7]]"
+            text = "So [[A]]" if "two AI assistants" in request["messages"][0]["content"] else text
+            text = "[[A>B]]" if "<|User Prompt|>" in body and "mumble" not in body else text
             top = [{"token": "M", "logprob": -0.1}, {"token": "m", "logprob": -2.0}]
             logprobs = {"content": [{"token": "M", "logprob": -0.1, "top_logprobs": top}]} if request.get("logprobs") else None
             body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}, "logprobs": logprobs}]}).encode()
@@ -40,11 +50,38 @@ def server():
     http.server_close()
 
 
+ARENA = (
+    "<|User Prompt|>\n{question_1}\n\n<|The Start of Assistant A's Answer|>\n{answer_1}\n<|The Start of Assistant B's Answer|>\n{answer_2}"
+)
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def benches(tmp_path):
+    """Directories with four questions each, as the official files are laid out."""
+    alpaca, arena = tmp_path / "alpaca", tmp_path / "arena"
+    alpaca.mkdir()
+    arena.mkdir()
+    words = ["Say hello.", "Count to three.", "Name a tree.", "Please mumble."]
+    (alpaca / "clf.txt").write_text("<|im_start|>user\n{instruction}\n{output_1}\n{output_2}\n<|im_end|>")
+    answers = ["Yes.", "It is.", "So they say.", "Of course it is."]
+    lines(alpaca / "baseline.jsonl", [{"instruction": text, "output": answer} for text, answer in zip(words, answers, strict=True)])
+    lines(arena / "question.jsonl", [{"uid": f"q{i}", "prompt": text} for i, text in enumerate(words)])
+    newer = [{"uid": f"q{i}", "messages": [{"role": "assistant", "content": {"answer": "**Yes**."}}]} for i in range(2)]
+    older = [{"question_id": f"q{i}", "choices": [{"turns": [{"content": "No."}]}]} for i in range(2, 4)]
+    lines(arena / "baseline.jsonl", newer + older)
+    (arena / "judge_config.yaml").write_text(json.dumps({"system_prompt": "Judge.", "prompt_template": [ARENA]}))
+    return {"alpaca_eval": {"path": str(alpaca)}, "arena_hard": {"path": str(arena)}, "mt_bench": {"baseline": "start"}}
+
+
 @pytest.fixture
 def evaluated(store, tiny_model, make_prompts, make_artifact, run_stage_command):
-    """evaluated(url) -> rows of eval_report by (task, metric)."""
+    """evaluated(url, benchmarks, **config) -> (rows of eval_report by (task, metric), its directory)."""
 
-    def run(url):
+    def run(url, benchmarks, **config):
         rows = [
             {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1], "token_logps": [-1.0] * 3,
              "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
@@ -52,33 +89,104 @@ def evaluated(store, tiny_model, make_prompts, make_artifact, run_stage_command)
         ]  # fmt: skip
         inputs = {"prompts": make_prompts(store, 3), "generations": make_artifact(store, "generations", rows)}
         inputs |= {"policy": tiny_model, "start": tiny_model}
-        bench = {"judge": "grader", "backend": {"name": "transformers", "dtype": "float32"}, "max_new_tokens": 8}
-        bench["runtime"] = {"base_url": url, "retries": 0, "timeout_seconds": 20}
-        config = {"scorer": {"name": "length", "target_tokens": 3}, "dtype": "float32", "mt_bench": bench}
-        done = run_stage_command("evaluate", config, inputs, store)
+        how = {"judge": "grader", "backend": {"name": "transformers", "dtype": "float32"}, "max_new_tokens": 8}
+        how["runtime"] = {"base_url": url, "retries": 0, "timeout_seconds": 20}
+        config = {"scorer": {"name": "length", "target_tokens": 3}, "dtype": "float32"} | config
+        done = run_stage_command("evaluate", config | {name: how | more for name, more in benchmarks.items()}, inputs, store)
         assert done.returncode == 0, done.stderr[-3000:]
-        found = read_shards(done.stdout.strip().splitlines()[-1], "eval_report").to_pylist()
-        return {(row["task"], row["metric"]): row for row in found}
+        directory = Path(done.stdout.strip().splitlines()[-1])
+        return {(row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()}, directory
 
     return run
 
 
-def test_the_policys_answers_are_graded_and_what_could_not_be_read_is_counted(server, evaluated):
+def test_all_three_benchmarks_are_judged_and_what_could_not_be_read_is_counted(server, evaluated, benches):
     url, requests = server
-    found = evaluated(url)
+    found, directory = evaluated(url, benches)
     score, failed = found["mt_bench", "score"], found["mt_bench", "failed_judgments"]
     assert (score["value"], score["n"], score["task_version"]) == (7.0, 14, "grader")
     assert (failed["value"], failed["n"]) == (2.0, 16)
-    assert len(requests) == 16
-    assert all(request["temperature"] == 0 and request["max_tokens"] == 2048 for request in requests)
+    # The policy is the start model, and the judge likes the first place: a tie in both orders, asked once where both read the same.
+    assert (found["mt_bench_pairs", "win_rate"]["value"], found["mt_bench_pairs", "win_rate"]["n"]) == (0.5, 16)
+    rate = found["alpaca_eval", "win_rate"]
+    second = math.exp(-0.1) / (math.exp(-0.1) + math.exp(-2.0))
+    shown_first = [is_swapped(text) for text in ("Say hello.", "Count to three.", "Name a tree.", "Please mumble.")]
+    assert rate["value"] == pytest.approx(100 * sum(1 - second if first else second for first in shown_first) / 4)
+    assert (rate["n"], found["alpaca_eval", "length_controlled_win_rate"]["n"]) == (4, 4)
+    # Game 1 shows the baseline as A, game 2 the policy: one win each, and the mumbled prompt is in no mean.
+    assert (found["arena_hard", "score"]["value"], found["arena_hard", "score"]["n"]) == (50.0, 6)
+    assert found["arena_hard", "style_controlled_score"]["n"] == 6
+    assert (found["arena_hard", "failed_judgments"]["value"], found["arena_hard", "failed_judgments"]["n"]) == (2.0, 8)
+    assert ("heldout", "score") in found
+    graded = [request for request in requests if request["messages"][-1]["content"] and request["max_tokens"] == 2048]
+    assert len(graded) == 16 + 16  # single and, the two orders being one request, in pairs
+    assert all(request["temperature"] == 0 for request in requests)
+    kept = [json.loads(line) for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()]
+    assert len(kept) == 8 and all(len(row["choices"][0]["turns"]) == 2 for row in kept)
+    assert {path.name for path in directory.glob("*_answers.jsonl")} == {f"{name}_answers.jsonl" for name in benches}
+
+
+def test_a_judge_that_is_away_leaves_the_rest_of_the_report(evaluated, benches):
+    found, _ = evaluated("http://127.0.0.1:9/v1", benches)
+    failed = {task: (row["value"], row["n"]) for (task, metric), row in found.items() if metric == "failed_judgments"}
+    assert failed == {"mt_bench": (16, 16), "mt_bench_pairs": (16, 16), "alpaca_eval": (4, 4), "arena_hard": (8, 8)}
+    assert {task for task, metric in found if metric != "failed_judgments"} == {"heldout"}
     assert ("heldout", "score") in found
 
 
-def test_a_judge_that_is_away_leaves_the_rest_of_the_report(evaluated):
-    found = evaluated("http://127.0.0.1:9/v1")
-    assert found["mt_bench", "failed_judgments"]["value"] == 16
-    assert ("mt_bench", "score") not in found
-    assert ("heldout", "score") in found
+def test_heldout_answers_whose_judge_is_away_are_unscored_and_the_stage_ends_well(evaluated):
+    judge = {"name": "llm_judge", "model": "m", "runtime": {"base_url": "http://127.0.0.1:9/v1", "retries": 0}}
+    found, directory = evaluated("", {}, scorer=judge)
+    assert ("heldout", "score") not in found and ("heldout", "mean_tokens") in found
+    assert [row["score"] for row in read_shards(directory, "heldout", "heldout").to_pylist()] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("scorer", "refused"),
+    [
+        ({"name": "pairrm"}, True),
+        ({"name": "llm_judge", "model": "m", "mode": "pairwise"}, True),
+        ({"name": "llm_judge", "model": "m"}, False),
+        ({"name": "combination", "parts": [{"scorer": {"name": "length"}}, {"scorer": {"name": "pairrm"}}]}, True),
+        ({"name": "combination", "parts": [{"scorer": {"name": "length"}}, {"scorer": {"name": "checks"}}]}, False),
+    ],
+)
+def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
+    with pytest.raises(ConfigError, match="only compares two answers.*evaluation.tournament") if refused else nullcontext():
+        parse(EvaluationConfig, {"scorer": scorer}, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "said"),
+    [
+        ("alpaca_eval", "more.json", "[]", "must hold exactly one .json or .jsonl file"),
+        ("alpaca_eval", "baseline.jsonl", '{"instruction": "x"}', "row 0 has no `instruction` and `output`"),
+        ("alpaca_eval", "clf.txt", "{instruction} {output_1}", "no place for {output_2}"),
+        ("alpaca_eval", "df_gamed.csv", "index,preference\n0,1\n", "is not the package's df_gamed.csv"),
+        ("alpaca_eval", "df_gamed.csv", "index,preference,std_delta_len,instruction_difficulty\n0,1,0,0\n", "no difficulty of 3 of the 4"),
+        ("arena_hard", "baseline.jsonl", "", "has no answer to 4 of 4 questions, e.g. q0"),
+        ("arena_hard", "judge_config.yaml", "system_prompt: x", "must hold `system_prompt` and `prompt_template`"),
+        ("mt_bench", None, "none.jsonl", "cannot read .*none.jsonl"),
+    ],
+)
+def test_broken_files_are_refused_by_name_before_anything_runs(benches, name, file, text, said):
+    settings = {"judge": "x"} | benches[name] | ({} if file else {"baseline": text})
+    if file:
+        Path(settings["path"], file).write_text(text)
+    config = EvaluationConfig.model_validate({"scorer": {"name": "length"}, name: settings})
+    with pytest.raises(ConfigError, match=said):
+        check(name, getattr(config, name))
+
+
+def test_the_packages_file_of_gamed_baselines_is_read(benches):
+    path = Path(benches["alpaca_eval"]["path"]) / "df_gamed.csv"
+    rows = [f"verbose,{i},0.{i},{i - 1.5},{i * 0.1:.1f},False" for i in range(4)]
+    path.write_text("\n".join(["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline", *rows]))
+    bench = load(path.parent)
+    assert bench.difficulty == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert bench.gamed.preferences == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert bench.gamed.scaled_lengths == pytest.approx([-1.5, -0.5, 0.5, 1.5])
+    assert load(path.parent, limit=2).gamed is None  # of a part of the instructions the number is nobody's
 
 
 def test_best_of_n_and_rouge_are_rows_of_the_heldout_report(store, tiny_model, make_prompts, make_artifact, run_stage_command, make_rows):

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from stages.evaluation.win_rates import best_of_n, pick_best, preference_matrix, win_rate_matrix
+from stages.evaluation.win_rates import best_of_n, win_rate_matrix
 
 
 def test_the_matrix_by_hand():
@@ -22,27 +22,6 @@ def test_opposite_entries_add_to_one():
     assert rates + rates.T == pytest.approx(np.ones((4, 4)))
 
 
-def test_a_pairwise_scorer_is_asked_in_both_orders_and_its_liking_for_a_place_cancels():
-    answers = [{"p": "good", "q": "good"}, {"p": "bad", "q": "bad"}]
-
-    def prefer(_, one, other):
-        return min(1.0, 0.5 * (one == "good") + 0.25 + 0.2)  # 0.2 for standing first
-
-    rates, failed = preference_matrix(["p", "q"], answers, prefer)
-    # there 0.95, back 0.45: (0.95 + 1 - 0.45) / 2
-    assert rates[0][1] == pytest.approx(0.75)
-    assert rates[1][0] == pytest.approx(0.25)
-    assert failed == 0
-
-
-def test_failed_comparisons_are_counted_and_in_no_mean():
-    answers = [{"p": "x", "q": "x"}, {"p": "y", "q": "y"}]
-    rates, failed = preference_matrix(["p", "q"], answers, lambda name, one, _: None if name == "q" and one == "y" else float(one == "x"))
-    assert (rates[0][1], failed) == (1.0, 1)
-    rates, failed = preference_matrix(["p"], answers, lambda *_: None)
-    assert (rates[0][1], failed) == (None, 1)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     rng = np.random.default_rng(2)
@@ -53,5 +32,3 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
 
 def test_candidates_without_a_score_do_not_compete():
     assert list(best_of_n({"p": [0.1, None, float("nan"), 0.9]}, (1, 2, 3))) == [1, 2]
-    assert pick_best([0.1, None, 0.9, 0.9]) == 2
-    assert pick_best([None, float("nan")]) is None

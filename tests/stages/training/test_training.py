@@ -371,10 +371,12 @@ def check_resumed(command: Command, every: int) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", "bfloat16"), pytest.param("base", "float32", marks=pytest.mark.slow)])
 def test_a_training_killed_in_mid_epoch_ends_with_the_very_same_weights(command, trained, tiny_model, name, dtype):
-    train = command(dtype=dtype, runtime={"save_every_steps": 2})
+    train = command(dtype=dtype, runtime={"save_every_steps": 2}, checkpoints=[0.3, 0.6])
     train.kill_after(3)
     run = train.run()
     check_resumed(train, 2)
+    for step in (3, 6):  # one was kept, or being kept, when it was killed
+        check_model_directory(train.out / "steps" / f"{step:06d}")
     assert run.losses == trained(name).losses
     assert sha256(run.model / "model.safetensors") == sha256(trained(name).model / "model.safetensors")
     # And the artifact is complete: signed, without what was needed to resume, with the policy's tokenizer.

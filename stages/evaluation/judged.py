@@ -1,0 +1,187 @@
+"""Stages - the judged benchmarks of the evaluate stage: their settings, the policy's answers, and what a judge says of them.
+
+The policy answers with a sampler of the sample stage; the judge is any OpenAI-compatible endpoint. A judgment that never came, or that
+cannot be read, is counted in `failed_judgments` and enters no mean.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import Field
+
+from data_contracts.config import Config as BaseConfig
+from data_contracts.errors import ConfigError
+from data_contracts.store import write_atomic
+from stages.evaluation import alpaca_eval, arena_hard, mt_bench
+from stages.evaluation.judging import EndpointJudge
+from stages.sampling import SAMPLERS
+from stages.sampling.base import Prompt, candidate_seeds
+from stages.sampling.stage import SamplingConfig
+from stages.scoring.endpoint import Endpoint, EndpointRuntime
+from stages.stage import Job
+from stages.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
+
+
+class Judged(BaseConfig):
+    """A benchmark whose answers a judge reads."""
+
+    NEUTRAL: ClassVar[dict[str, Any]] = {"limit": None}
+
+    path: str
+    """Directory with the questions and the judge's prompt, as docs/evaluation.md lists them."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first questions: quick, and no published number."""
+    digest: str = ""
+    """Filled in by the flow: hash of the directory's files."""
+    judge: str
+    """The judge's name at its endpoint; only scores of the same judge compare."""
+    backend: SAMPLERS.field() = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
+    """What writes the answers."""
+    max_new_tokens: int = Field(2048, ge=1)
+    """Of an answer; what the model's context leaves is for the question, and the conversation, before it."""
+    seed: int = 0
+    runtime: EndpointRuntime = EndpointRuntime()
+
+
+class MTBench(Judged):
+    """Two-turn questions, answered by the policy and graded by a judge from 1 to 10."""
+
+    NEUTRAL: ClassVar[dict[str, Any]] = Judged.NEUTRAL | {"baseline": None}
+
+    path: str = "deploy/evals/mt_bench_mini"
+    """Directory with question.jsonl, judge_prompts.jsonl and reference_answer*.jsonl: ours, or the official files."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """The official length of an answer."""
+    baseline: str | None = None
+    """Also in pairs, both orders, against `start` (the start model's answers) or a file of `path` with another model's, as FastChat writes it."""
+
+
+class AlpacaEval(Judged):
+    """AlpacaEval 2: a judge prefers the policy's or the baseline's answer, by the log-probs of one token."""
+
+    temperature: float = Field(0.7, ge=0)
+    """Of the policy's answers. Each entry of the leaderboard has its own."""
+
+
+class ArenaHard(Judged):
+    """Two games per prompt against a baseline's answers."""
+
+    max_new_tokens: int = Field(4096, ge=1)
+    """The official length of an answer."""
+    temperature: float = Field(0.0, ge=0)
+    """Of the policy's answers."""
+
+
+def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[dict[str, Any]]:
+    bench = mt_bench.load(config.path, config.limit)
+    answers = mt_bench.answer(bench, chat(str(job.path("policy")), config, device))
+    lines = [{"question_id": name, "choices": [{"index": 0, "turns": turns}]} for name, turns in answers.items()]
+    _keep(job, "mt_bench", lines)
+    judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
+    rows = mt_bench.report(mt_bench.judge_singly(bench, answers, judge), config.judge)
+    if config.baseline is None:
+        return rows
+    if config.baseline == "start":
+        baseline = mt_bench.answer(bench, chat(str(job.path("start")), config, device))
+    else:
+        baseline = mt_bench.load_answers(Path(config.path) / config.baseline, bench)
+    return rows + mt_bench.report(mt_bench.judge_in_pairs(bench, answers, baseline, judge), config.judge, "outcome")
+
+
+def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[dict[str, Any]]:
+    bench = alpaca_eval.load(config.path, config.limit)
+    answers = _answers(job, config, [row["instruction"] for row in bench.rows], config.temperature, device)
+    rows = [
+        {"instruction": row["instruction"], "output": text, "baseline": row["output"]}
+        for row, text in zip(bench.rows, answers, strict=True)
+    ]
+    _keep(job, "alpaca_eval", rows)
+    judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
+    preferences = alpaca_eval.annotate(judge, bench.template, rows, config.seed)
+    lengths, baseline_lengths = [len(text) for text in answers], [len(row["output"]) for row in bench.rows]
+    rates = alpaca_eval.win_rates(preferences, lengths, baseline_lengths, bench.difficulty, bench.gamed)
+    return alpaca_eval.report(rates, config.judge)
+
+
+def evaluate_arena_hard(job: Job, config: ArenaHard, device: str) -> list[dict[str, Any]]:
+    bench = arena_hard.load(config.path, config.limit)
+    answers = _answers(job, config, [row["prompt"] for row in bench.rows], config.temperature, device)
+    rows = [row | {"answer": text} for row, text in zip(bench.rows, answers, strict=True)]
+    _keep(job, "arena_hard", rows)
+    judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
+    return arena_hard.report(arena_hard.play(judge, bench.system, bench.template, arena_hard.POLICY, rows), config.judge)
+
+
+class Benchmark(NamedTuple):
+    shard: int
+    """Of the eval_report."""
+    load: Callable[[str, int | None], Any]
+    """Reads the directory. Raises: ConfigError."""
+    evaluate: Callable[[Job, Any, str], list[dict[str, Any]]]
+
+
+BENCHMARKS = {
+    "mt_bench": Benchmark(2, mt_bench.load, evaluate_mt_bench),
+    "alpaca_eval": Benchmark(3, alpaca_eval.load, evaluate_alpaca_eval),
+    "arena_hard": Benchmark(4, arena_hard.load, evaluate_arena_hard),
+}
+"""By the name of their section in the settings."""
+
+
+def check(name: str, config: Any) -> None:
+    """Read the files of a benchmark. Raises: ConfigError for what is missing or broken."""
+    bench = BENCHMARKS[name].load(config.path, config.limit)
+    if name == "mt_bench" and config.baseline not in (None, "start"):
+        mt_bench.load_answers(Path(config.path) / config.baseline, bench)
+
+
+def _answers(job: Job, config: Judged, prompts: Sequence[str], temperature: float, device: str) -> list[str]:
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return chat(str(job.path("policy")), config, device)(conversations, [temperature] * len(prompts), config.max_new_tokens)
+
+
+def _keep(job: Job, name: str, lines: Sequence[dict[str, Any]]) -> None:
+    """The policy's answers, beside the report."""
+    write_atomic(job.out / f"{name}_answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
+    """Conversations -> answers, with a sampler of the sample stage."""
+    tokenizer, context = load_tokenizer(model), context_length(model) or 4096
+    if config.max_new_tokens >= context:
+        raise ConfigError(
+            f"{config.path}: max_new_tokens = {config.max_new_tokens} leaves nothing of the model's context of {context} for the questions"
+        )
+    sampling = SamplingConfig(
+        backend=config.backend, max_new_tokens=config.max_new_tokens, max_prompt_tokens=context - config.max_new_tokens, num_candidates=1
+    )
+    stops = stop_ids(model, tokenizer)
+    gc.collect()  # an engine that another benchmark is done with: its memory is needed
+    sampler = SAMPLERS.get(config.backend.name)(config.backend, sampling, model, stops, device)
+
+    def generate(conversations: Any, temperatures: Any, limit: int) -> list[str]:
+        prompts = []
+        for number, conversation in enumerate(conversations):
+            ids = encode_prompt(tokenizer, conversation, "chat")
+            if len(ids) > sampling.max_prompt_tokens:
+                raise ConfigError(
+                    f"conversation {number} of {config.path} has {len(ids)} tokens, and max_new_tokens = {config.max_new_tokens} leaves "
+                    f"{sampling.max_prompt_tokens} of the model's context: lower it"
+                )
+            name = f"{number}/{len(conversation)}"
+            prompts.append(Prompt(name, ids, candidate_seeds(config.seed, name, 1)))
+        texts = [""] * len(prompts)
+        for temperature in sorted(set(temperatures)):
+            chosen = [i for i, one in enumerate(temperatures) if one == temperature]
+            sampler.sampling = sampling.model_copy(update={"temperature": temperature})
+            for i, (candidate,) in zip(chosen, sampler.generate([prompts[i] for i in chosen]), strict=True):
+                ids = candidate.token_ids
+                texts[i] = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids, skip_special_tokens=True).strip()
+        return texts
+
+    return generate
