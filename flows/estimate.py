@@ -116,7 +116,10 @@ def _existing(path: Path) -> Path:
 
 
 def _kind(step: Step, start: ArtifactRef) -> str:
-    """Steps that cost alike. A weigh stage whose policy is the start model finds its pass among the scores' fluency floors."""
+    """Steps that cost alike. A weigh stage whose policy is the start model finds its pass among the scores' fluency floors; checkpoints from the
+    middle of a training are measured as its last one is."""
+    if step.shown_as.startswith("checkpoint_"):
+        return "heldout_generations" if step.stage == "sample" else "evaluate"
     if step.stage == "weigh":
         fresh = any(ref.content == start.content for name, ref in step.inputs.items() if name == "policy")
         return f"{step.shown_as} (first)" if fresh else step.shown_as
@@ -243,10 +246,14 @@ def _small(config: RunConfig) -> RunConfig:
     )
     prompts = config.prompts.model_copy(update={"per_iteration": CALIBRATION_PROMPTS, "reuse": True})
     training = config.training.model_copy(
-        update={"epochs": max(config.training.epochs, 3), "batch_size": min(config.training.batch_size, CALIBRATION_PROMPTS)}
+        update={
+            "epochs": max(config.training.epochs, 3),
+            "batch_size": min(config.training.batch_size, CALIBRATION_PROMPTS),
+            "checkpoints": (),
+        }
     )
     evaluation = config.evaluation.model_copy(
-        update={name: None for name in FIXED_EVALUATION if hasattr(config.evaluation, name)} | {"suites": ()}
+        update={name: None for name in FIXED_EVALUATION if hasattr(config.evaluation, name)} | {"suites": (), "tournament": None}
     )
     return config.model_copy(
         update={
