@@ -20,7 +20,8 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
 from flows import figures
 from flows.config import NAME, TRAINABLE_ROLES, RunConfig, apply, merge, read_run
-from flows.page import STYLE
+from flows.page import document, figure, grid
+from flows.page import table as html_table
 from flows.preflight import preflight
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.evaluation.stage import per_prompt
@@ -110,11 +111,12 @@ class Outcome(NamedTuple):
 
     def seconds(self, iteration: int, what: str = "wall") -> dict[str, float]:
         """Phase -> seconds that its artifacts cost whoever built them: what the variant would have cost on a store of its own, except that
-        log-probs stored by an earlier variant were found."""
+        log-probs stored by an earlier variant were found. `what`: wall, busy, or processor (all threads of all processes)."""
         found = dict.fromkeys(PHASES, 0.0)
         for one in self.steps:
             if one.iteration == iteration and one.record is not None:
-                found[phase_of(one)] += one.record.seconds.get(what, 0.0)
+                cost, seconds = one.record.cost, one.record.seconds
+                found[phase_of(one)] += cost.get("cpu_seconds", 0.0) if what == "processor" else seconds.get(what, 0.0)
         return found
 
 
@@ -194,7 +196,8 @@ def seconds_table(comparison: Comparison, found: list[Outcome]) -> list[dict[str
             row: dict[str, Any] = {"variant": name, "iteration": iteration}
             for phase in PHASES[:3]:
                 row[phase] = float(np.mean([one.seconds(iteration)[phase] for one in group]))
-                row[f"{phase} busy"] = float(np.mean([one.seconds(iteration, "busy")[phase] for one in group]))
+                for what in ("busy", "processor"):
+                    row[f"{phase} {what}"] = float(np.mean([one.seconds(iteration, what)[phase] for one in group]))
             rows.append(row)
     return rows
 
@@ -206,7 +209,11 @@ def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
     def beside(name: str) -> str:
         return f" (paper: {paper[name]:g})" if name in paper else ""
 
-    for suffix, label in (("", "wall"), (" busy", "busy: without start-up")):
+    for suffix, label in (
+        ("", "wall"),
+        (" busy", "wall without start-up"),
+        (" processor", "processor time, whatever else the machine does"),
+    ):
         total = {name: sum(row[f"weights{suffix}"] for row in seconds if row["variant"] == name) for name in names}
         for other in names[1:]:
             if total[names[0]] > 0:
@@ -288,26 +295,12 @@ def _page(comparison: Comparison, found: list[Outcome], rows: list[dict[str, Any
         )  # fmt: skip
     bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
     stacked = [(phase, [row[phase] for row in seconds]) for phase in PHASES[:3]]
-    body = [
-        _figure("Held-out gain over the start, 95 %", figures.lines("gain", curves, "iteration", "gain", zero=True), names),
-        _figure("Seconds per iteration", figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"), PHASES[:3]),
-    ]
-    tables = "".join(_html(part) for part in (rows, seconds))
-    lines = "".join(f"<li>{escape(line)}</li>" for line in ratios(comparison, seconds))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f'<link rel="icon" href="data:,"><title>{escape(comparison.config.name)}: comparison</title><style>{STYLE}</style></head><body>'
-        f'<header><h1>{escape(comparison.config.name)}</h1></header><main><section><div class="grid">{"".join(body)}</div></section>'
-        f"<section>{tables}<ul>{lines}</ul></section></main></body></html>\n"
+    pictures = grid(
+        figure("gain", "Held-out gain over the start, 95 %", figures.lines("gain", curves, "iteration", "gain", zero=True), names),
+        figure("seconds", "Seconds per iteration", figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"), PHASES[:3]),
     )
-
-
-def _figure(caption: str, svg: str, labels: Any) -> str:
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{figures.legend(labels)}{svg}</figure>"
-
-
-def _html(rows: list[dict[str, Any]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    tables = "".join(html_table([{name: _cell(value) for name, value in row.items()} for row in part]) for part in (rows, seconds))
+    lines = "".join(f"<li>{escape(line)}</li>" for line in ratios(comparison, seconds))
+    name = escape(comparison.config.name)
+    body = f"<header><h1>{name}</h1></header><main><section>{pictures}</section><section>{tables}<ul>{lines}</ul></section></main>"
+    return document(f"{comparison.config.name}: comparison", body)

@@ -78,7 +78,7 @@ def render(story: Story) -> str:
         ("data", "What was dropped", _dropped(story)),
         ("responses", "The same prompts, iteration by iteration", _responses(story)),
         ("times", "Where the time went", _times(story)),
-        ("table", "All numbers", _table(story.rows)),
+        ("table", "All numbers", table(story.rows)),
         (
             "settings",
             "Settings",
@@ -88,11 +88,16 @@ def render(story: Story) -> str:
     sections = [section for section in sections if section[2]]
     nav = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{escape(title)}</h2>{content}</section>' for name, title, content in sections)
+    header = f"<h1>{escape(story.name)}</h1><p>{escape(story.headline)}</p>{_tiles(story)}"
+    return document(f"{story.name}: self-play report", f"<header>{header}</header><nav>{nav}</nav><main>{body}</main>")
+
+
+def document(title: str, body: str) -> str:
+    """A page that asks no network and runs no script."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f'<link rel="icon" href="data:,"><title>{escape(story.name)}: self-play report</title><style>{STYLE}</style></head><body>'
-        f"<header><h1>{escape(story.name)}</h1><p>{escape(story.headline)}</p>{_tiles(story)}</header><nav>{nav}</nav><main>{body}</main></body></html>\n"
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n'
     )
 
 
@@ -105,11 +110,11 @@ def standalone_figures(page: str) -> dict[str, str]:
     }
 
 
-def _figure(name: str, caption: str, svg: str, labels: Sequence[str] = ()) -> str:
+def figure(name: str, caption: str, svg: str, labels: Sequence[str] = ()) -> str:
     return f'<figure id="fig-{name}"><figcaption>{escape(caption)}</figcaption>{figures.legend(labels)}{svg}</figure>'
 
 
-def _grid(*items: str) -> str:
+def grid(*items: str) -> str:
     shown = [item for item in items if item]
     return f'<div class="grid">{"".join(shown)}</div>' if shown else ""
 
@@ -144,7 +149,7 @@ def _progress(story: Story) -> str:
     items = []
     if any(row["heldout_score"] is not None for row in story.rows):
         items.append(
-            _figure("score", "Held-out score, 95 % interval over prompts", figures.lines("held-out score", [score], "iteration", "score"))
+            figure("score", "Held-out score, 95 % interval over prompts", figures.lines("held-out score", [score], "iteration", "score"))
         )
     gains = [(number, gain) for number, gain in zip(numbers, story.gains, strict=True) if gain]
     if len(gains) > 1:
@@ -153,7 +158,7 @@ def _progress(story: Story) -> str:
             _gain_series("at equal length", gains, lambda gain: gain["controlled"]),
         ]
         items.append(
-            _figure(
+            figure(
                 "gain",
                 "Gain over the start model, paired by prompt",
                 figures.lines("gain over the start model", series, "iteration", "score gain", zero=True),
@@ -163,13 +168,13 @@ def _progress(story: Story) -> str:
     if len(story.win_rates) > 1:
         names, values = [str(number) for number in story.win_rates], list(story.win_rates.values())
         picture = figures.matrix("win rates between iterations", names, values, "against iteration", "iteration")
-        items.append(_figure("win-rates", "How often (%) an iteration beats another on the same prompt; ties count half", picture))
+        items.append(figure("win-rates", "How often (%) an iteration beats another on the same prompt; ties count half", picture))
     if story.tournament is not None:
         one = story.tournament
         caption = f"Tournament: how often (%) the row beats the column, by {one.scorer}, {one.prompts} prompts"
         caption += f"; {one.failed} comparisons failed" if one.failed else ""
-        items.append(_figure("tournament", caption, figures.matrix("tournament", one.names, one.rates, "against", "policy")))
-    return _grid(*items)
+        items.append(figure("tournament", caption, figures.matrix("tournament", one.names, one.rates, "against", "policy")))
+    return grid(*items)
 
 
 def _gain_series(label: str, gains: Sequence[tuple[int, dict[str, Any]]], pick: Any) -> Series:
@@ -202,12 +207,12 @@ def _gate(story: Story) -> str:
         else "The gate is off: outcomes are recorded, and every policy goes on."
     )
     note += " <i>detectable</i>: the smallest true gain that so many prompts show in 80 % of all runs."
-    return f"<p>{note}</p>{_table(rows)}"
+    return f"<p>{note}</p>{table(rows)}"
 
 
 def _selections(story: Story) -> str:
     note = "Of the checkpoints of one training, the one that measures best on the held-out prompts goes on."
-    return f"<p>{note}</p>{_table(story.selections)}" if story.selections else ""
+    return f"<p>{note}</p>{table(story.selections)}" if story.selections else ""
 
 
 def _benchmarks(story: Story) -> str:
@@ -229,11 +234,11 @@ def _benchmarks(story: Story) -> str:
         series = Series(f"{task} {metric}", numbers, *([row.get(name) for row in rows] for name in ("value", "low", "high")))
         last = values[max(values)]
         caption = f"{suite}: {task}, {metric} ({last['n']} questions" + (f", {last['n_shot']}-shot)" if last["n_shot"] else ")")
-        items.append(_figure(f"benchmark-{len(items)}", caption, figures.lines(caption, [series], "iteration", metric)))
+        items.append(figure(f"benchmark-{len(items)}", caption, figures.lines(caption, [series], "iteration", metric)))
     more = len(found) - len(items)
     note = f'<p>{more} more are in <a href="#table">the table</a>.</p>' if more else ""
-    told = f"<h3>Judgments that failed: they are in no mean</h3>{_table(failures)}" if failures else ""
-    return _grid(*items) + note + told
+    told = f"<h3>Judgments that failed: they are in no mean</h3>{table(failures)}" if failures else ""
+    return grid(*items) + note + told
 
 
 def _training(story: Story) -> str:
@@ -259,9 +264,9 @@ def _training(story: Story) -> str:
         ]
         labels = [one.label for one in series]
         svg = figures.lines(caption, series, "optimizer step, all iterations", y_label, zero=zero, marks=marks, whole=True)
-        return _figure(name, caption, svg, labels) if series else ""
+        return figure(name, caption, svg, labels) if series else ""
 
-    return _grid(
+    return grid(
         picture(
             "rewards", "Implicit rewards while training", "reward", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, zero=True
         ),
@@ -284,8 +289,8 @@ def _weights(story: Story) -> str:
             caption += "; at a bound: " + ", ".join(f"{name} {value:.1%}" for name, value in picture.clamped.items())
         sides = [(label, values) for label, values in (("chosen", picture.chosen), ("rejected", picture.rejected)) if values]
         svg = figures.histograms(caption, picture.edges, sides, "weight", "part of the tokens")
-        items.append(_figure(f"weights-{number}", caption, svg, [label for label, _ in sides]))
-    return _grid(*items) + _heat_maps(numbers[-1], story.weights[numbers[-1]].examples)
+        items.append(figure(f"weights-{number}", caption, svg, [label for label, _ in sides]))
+    return grid(*items) + _heat_maps(numbers[-1], story.weights[numbers[-1]].examples)
 
 
 def _heat_maps(number: int, examples: Sequence[dict[str, Any]]) -> str:
@@ -335,15 +340,15 @@ def _lengths(story: Story) -> str:
     )
     repeats = _metric_series(story, "repetition", "repetition")
     rates = [one for one in (finished, distinct, repeats) if any(value is not None for value in one.y)]
-    return _grid(
-        _figure(
+    return grid(
+        figure(
             "lengths",
             "Tokens per held-out answer",
             figures.lines("tokens per answer", pictures, "iteration", "tokens"),
             [s.label for s in pictures],
         ),
-        _figure("fluency", "Mean log-prob per token under the start model", figures.lines("fluency", fluency, "iteration", "nats")),
-        _figure("rates", "Held-out answers", figures.lines("rates", rates, "iteration", "part"), [one.label for one in rates]),
+        figure("fluency", "Mean log-prob per token under the start model", figures.lines("fluency", fluency, "iteration", "nats")),
+        figure("rates", "Held-out answers", figures.lines("rates", rates, "iteration", "part"), [one.label for one in rates]),
     )
 
 
@@ -369,8 +374,8 @@ def _dropped(story: Story) -> str:
     if rest:
         parts.append(("other", [sum(story.dropped[number].get(reason, 0) for reason in rest) for number in numbers]))
     svg = figures.stacks("what was dropped", [str(number) for number in numbers], parts, "iteration", "count")
-    return _grid(
-        _figure(
+    return grid(
+        figure(
             "dropped",
             "Prompts, pairs and candidates that did not train, by reason",
             svg,
@@ -383,7 +388,7 @@ def _times(story: Story) -> str:
     names = list(dict.fromkeys(name for one in story.seconds for name in one))
     parts = [(name, [one.get(name, 0.0) for one in story.seconds]) for name in names]
     svg = figures.stacks("seconds of each stage", [str(row["iteration"]) for row in story.rows], parts, "iteration", "seconds")
-    return _grid(_figure("seconds", "Wall seconds of each stage, all tries together", svg, names))
+    return grid(figure("seconds", "Wall seconds of each stage, all tries together", svg, names))
 
 
 def _responses(story: Story) -> str:
@@ -440,7 +445,7 @@ def spread(length: int, count: int) -> list[int]:
     return sorted({round(i * (length - 1) / (count - 1)) for i in range(count)})
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -85,7 +85,7 @@ def test_seconds_are_the_records_whoever_paid(six):
     seconds = seconds_table(comparison, found)
     (sampled,) = [record for record in store.records("generations") if record.metrics["candidates"] == 8 * 5]
     assert {row["generation"] for row in seconds} == {sampled.seconds["wall"]}
-    assert len(ratios(comparison, seconds)) == 2 * 6
+    assert len(ratios(comparison, seconds)) == 3 * 6
 
 
 def test_the_report_is_one_page_without_network(six):
