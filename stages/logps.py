@@ -10,6 +10,7 @@ In bf16 an entry may differ in its last bits from one computed beside other rows
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,30 +51,36 @@ class Pass:
         self.told = (0, 0)
         self.tokens_read = 0
         """Prompts and responses that went through the model; what was found stored cost nothing."""
-        self.where: dict[bytes, tuple[Path, int]] = {}
+        self.parts: list[Path] = []
+        self.where: dict[bytes, int] = {}  # key -> part * 2^32 + row: a tuple would take half as much again
         self.cached: tuple[Path | None, list[Any]] = (None, [])
-        self.seen: set[Path] = set()
+        self.seen: set[str] = set()
 
     def _refresh(self) -> None:
         """Learn of the parts that others wrote since: another role of the same model, another run."""
-        for path in sorted(set(self.directory.glob("part-*.parquet")) - self.seen):
-            self._index(path)
+        # Names only: a Path for each of thousands of parts, at every shard, would make a row dearer the more of them there are.
+        names = os.listdir(self.directory) if self.directory.is_dir() else []
+        for name in sorted(name for name in names if name.startswith("part-") and name.endswith(".parquet") and name not in self.seen):
+            self._index(self.directory / name)
 
     def _index(self, path: Path) -> None:
-        self.seen.add(path)
+        self.seen.add(path.name)
         try:
             # The numbers too, though only the keys are kept: damage must be found here, where the rows are still computed again.
             keys = read_shard(path, "token_logps")["key"].to_pylist()
         except (ArtifactError, ContractError):
             path.unlink(missing_ok=True)
             return
+        first = len(self.parts) << 32
+        self.parts.append(path)
         for number, key in enumerate(keys):
-            self.where.setdefault(key, (path, number))
+            self.where.setdefault(key, first + number)
 
     def fill(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> int:
         """Make sure that every row is there; the missing ones are one part, written whole. Returns how many were missing."""
-        self._refresh()
         wanted = {row_key(prompt, response): (prompt, response) for prompt, response in zip(prompts, responses, strict=True)}
+        if not wanted.keys() <= self.where.keys():
+            self._refresh()
         missing = {key: row for key, row in wanted.items() if key not in self.where}
         self.misses += len(missing)
         self.hits += len(prompts) - len(missing)
@@ -107,7 +114,8 @@ class Pass:
         """The stored rows, in the order asked for."""
         found = []
         for prompt, response in zip(prompts, responses, strict=True):
-            path, number = self.where[row_key(prompt, response)]
+            part, number = divmod(self.where[row_key(prompt, response)], 1 << 32)
+            path = self.parts[part]
             if self.cached[0] != path:
                 self.cached = (path, self._read(path))
             found.append(np.asarray(self.cached[1][number].values, dtype=np.float32))
