@@ -6,7 +6,8 @@ bare   one call of LLM.generate with every prompt and SamplingParams(n=K): no se
 stage  from the prompts artifact to the committed generations artifact: a seed for every candidate, the sampled tokens' log-probs, shards that
        are flushed to disk, checks, record
 
-Repetitions are interleaved, each stage run in an empty store; medians reported. Starting the engine (import, weights) is reported apart, and is
+Repetitions are interleaved, each stage run in an empty store; medians reported, on the wall and (with the in-process engine of the CPU) on the
+processor. Starting the engine (import, weights) is reported apart, and is
 paid once by either.
 """
 
@@ -59,40 +60,48 @@ def main() -> None:
     policy = external_model(Path(options.model))
     prompts = [{"prompt_token_ids": encode_prompt(tokenizer, row["messages"], "chat")} for row in rows]
 
-    def bare() -> tuple[int, float]:
+    def bare() -> tuple[int, float, float]:
         from vllm import SamplingParams
 
         sampler.engine.reset_prefix_cache()
         params = SamplingParams(n=options.candidates, temperature=0.7, top_p=0.9, max_tokens=options.new_tokens, stop_token_ids=stops)
-        began = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         outputs = sampler.engine.generate(prompts, params, use_tqdm=False)
-        return sum(len(one.token_ids) for output in outputs for one in output.outputs), time.perf_counter() - began
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return sum(len(one.token_ids) for output in outputs for one in output.outputs), wall, cpu
 
-    def staged() -> tuple[int, float]:
+    def staged() -> tuple[int, float, float]:
         with tempfile.TemporaryDirectory() as directory:
             store = Store(directory)
             inputs = {"prompts": publish(rows, store), "policy": policy}
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             record = execute(stage, config, inputs, store)
-            seconds = time.perf_counter() - began
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             table = read_shards(store.directory(record.kind, record.key), "generations")
-            return int(table["token_ids"].combine_chunks().value_lengths().to_numpy().sum()), seconds
+            return int(table["token_ids"].combine_chunks().value_lengths().to_numpy().sum()), wall, cpu
 
     bare()  # warm-up
-    runs: dict[str, list[tuple[int, float]]] = {"bare": [], "stage": []}
+    runs: dict[str, list[tuple[int, float, float]]] = {"bare": [], "stage": []}
     for _ in range(options.repeats):
         runs["bare"].append(bare())
         runs["stage"].append(staged())
-    rate = {name: statistics.median(tokens / seconds for tokens, seconds in of) for name, of in runs.items()}
+    rate = {name: statistics.median(tokens / wall for tokens, wall, _ in of) for name, of in runs.items()}
+    cpu = {name: statistics.median(tokens / seconds for tokens, _, seconds in of) for name, of in runs.items()}
     print(
         f"\n{Path(options.model).name}, {len(rows)} prompts x {options.candidates} candidates of up to {options.new_tokens} tokens, medians of {options.repeats}"
     )
-    print(f"starting the engine: {start_seconds:.1f} s\n\n| side | tokens/s | / bare |\n|---|---|---|")
+    print(f"starting the engine: {start_seconds:.1f} s\n\n| side | tokens/s | / bare | tokens/CPU s | / bare |\n|---|---|---|---|---|")
     for name, value in rate.items():
-        print(f"| {name} | {value:.0f} | {value / rate['bare']:.3f} |")
+        print(f"| {name} | {value:.0f} | {value / rate['bare']:.3f} | {cpu[name]:.0f} | {cpu[name] / cpu['bare']:.3f} |")
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}
-        record = {"tokens_per_second": rate, "runs": runs, "start_seconds": start_seconds, "options": settings}
+        record = {
+            "tokens_per_second": rate,
+            "tokens_per_cpu_second": cpu,
+            "runs": runs,
+            "start_seconds": start_seconds,
+            "options": settings,
+        }
         options.json.write_text(json.dumps(record, indent=1))
 
 
