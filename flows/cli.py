@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     from data_contracts.errors import PipelineError
 
     try:
-        app(arguments, prog_name="selfplay", standalone_mode=False)
+        code = app(arguments, prog_name="selfplay", standalone_mode=False)
     except PipelineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -281,7 +281,9 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.TyperException as error:
         error.show()
         return error.exit_code
-    return 0
+    if code == 130:  # typer turns Ctrl-C into a return value
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+    return code if isinstance(code, int) else 0
 
 
 def run_command() -> None:

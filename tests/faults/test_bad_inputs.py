@@ -21,6 +21,7 @@ import yaml
 
 import data_contracts.__main__ as store_command
 import data_contracts.gc
+import flows.cli
 import flows.preflight
 import flows.server
 import stages.__main__ as stages_command
@@ -541,3 +542,12 @@ def test_a_correct_request_is_not_refused(desk, monkeypatch):
     monkeypatch.setattr(flows.preflight, "_check_tokens", lambda *_: None)
     with pytest.raises(AssertionError, match="got as far as"):
         desk.play()
+
+
+def test_an_interrupted_command_does_not_say_that_it_is_done(desk, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flows.cli, "_play", interrupted)
+    assert desk.play() == 130
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err

@@ -230,6 +230,8 @@ def _judge(scene: Scene, store: Path, ended: Ended) -> list[str]:
         return ["hang: the same command again does not end"]
     if ended.code:
         return [f"lost: the same command again ended with {ended.code}"]
+    if not (store / "runs" / "tiny" / "report.md").is_file():
+        return ["lost: the run says that it is done, and has no report"]
     problems = [] if _contents(store) == scene.wanted else ["other content: the artifacts are not those of the undisturbed run"]
     problems += [] if _table(store) == _table(scene.after) else ["other content: the report's table differs"]
     return problems + [f"other content: {problem}" for problem in damage_in(Store(store))] + repeated(Store(store)) + untidy(store)

@@ -13,7 +13,7 @@ import tasks.build
 from data_contracts.artifact import RECORD, ArtifactRef
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ArtifactError, ConfigError, ContractError
-from data_contracts.shards import read_shards, shard_path
+from data_contracts.shards import read_shards, seal_path, shard_path
 from data_contracts.store import Store
 from stages.sampling.stage import SamplingConfig
 from stages.stage import STAGES, events
@@ -196,5 +196,8 @@ def test_an_input_that_is_gone_is_named(store, tiny, make_prompts, no_launch):
 def test_a_shard_of_another_contract_is_not_taken_for_ones_own(copy, make_artifact):
     store, inputs, directory = copy
     shutil.copyfile(shard_path(store.directory("prompts", inputs["prompts"].key), 0), shard_path(directory, 0))
+    with pytest.raises(ArtifactError, match="it is not what was written"):
+        read_shards(directory, "generations")
+    seal_path(shard_path(directory, 0)).unlink()
     with pytest.raises(ContractError, match="do not fit the contract of generations"):
         read_shards(directory, "generations")
