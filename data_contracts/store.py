@@ -41,13 +41,18 @@ FORGOTTEN_SECONDS = 86400
 """A temporary file of another host is left alone for so long."""
 
 
+def temporary_beside(path: Path) -> Path:
+    """Where to write what shall become `path` by a rename; no other process of any node uses the name."""
+    return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+
+
 @contextmanager
 def writing(path: Path, mode: str = "wb") -> Iterator[Any]:
     """A file that takes the place of `path` in one step, on disk, when the block ends: a reader, or a crash, sees the old one or the new one.
 
     What a killed writer leaves is named after its host and process; `sweep` knows it by that.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -194,7 +199,7 @@ class Store:
         if not nearest.is_dir():
             raise ConfigError(f"the store {self.root} cannot be made: {nearest} is a file. Set SELFPLAY_STORE (or --store) to a directory")
         # Ask by doing: os.access tells root that a read-only file system is writable.
-        probe = nearest / f".selfplay-probe-{os.getpid()}"
+        probe = temporary_beside(nearest / "selfplay-probe")
         try:
             probe.mkdir()
             probe.rmdir()
@@ -344,7 +349,7 @@ class Store:
         link = self.root / "runs" / inside(run) / inside(step) / inside(name)
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(ref.path, link.parent)
-        temporary = link.with_name(f".{name}.tmp-{os.uname().nodename}-{os.getpid()}")
+        temporary = temporary_beside(link)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
         os.replace(temporary, link)

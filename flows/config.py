@@ -22,6 +22,7 @@ from stages.training.stage import TrainingConfig
 from stages.training.streams import LIVE_REFERENCE
 from stages.weighting.stage import WeightingConfig
 from stages.weighting.weights import WEIGHTS
+from tasks.execution.config import ExecutionConfig
 
 NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
@@ -86,6 +87,8 @@ class RunConfig(Config):
     evaluation: EvaluationConfig
     heldout_sampling: SamplingConfig | None = None
     """How held-out answers are drawn. None: like `sampling`, one answer per prompt."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Where the work runs. Never changes what comes out."""
 
     @model_validator(mode="after")
     def _one_place_each(self) -> RunConfig:

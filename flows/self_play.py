@@ -23,6 +23,7 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store, content_digest, write_atomic
 from flows.config import (
     EvaluationConfig,
+    ExecutionConfig,
     PromptsConfig,
     RunConfig,
     SamplingConfig,
@@ -225,6 +226,7 @@ def self_play(
     weighting: WeightingConfig | None = None,
     training: TrainingConfig | None = None,
     evaluation: EvaluationConfig | None = None,
+    execution: ExecutionConfig | None = None,
     overrides: dict[str, Any] | None = None,
     store: str | None = None,
 ) -> dict[str, Any]:
@@ -243,6 +245,7 @@ def self_play(
         weighting: Replaces the whole section.
         training: Replaces the whole section.
         evaluation: Replaces the whole section.
+        execution: Replaces the whole section; changes no artifact.
         overrides: Single settings by dotted name, e.g. {"training.learning_rate": 1e-6}.
         store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
     """
@@ -255,7 +258,7 @@ def self_play(
         "method": method,
         "sampling": sampling,
     }
-    sections |= {"scoring": scoring, "weighting": weighting, "training": training, "evaluation": evaluation}
+    sections |= {"scoring": scoring, "weighting": weighting, "training": training, "evaluation": evaluation, "execution": execution}
     given = {
         key: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value
         for key, value in sections.items()
@@ -306,7 +309,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     # Imports belong to the run where the process was made for it: by the command line, or by a worker.
     is_own = OWN_PROCESS in os.environ or "PREFECT__FLOW_RUN_ID" in os.environ
     ledger.begin(psutil.Process().create_time() if is_own else None)
-    place = Place(str(store.root), config.name, "iter_00", ledger.session)
+    place = Place(str(store.root), config.name, "iter_00", ledger.session, config.execution)
     gate = Gate(config.evaluation.gate, history, start)
     try:
         final = play(config, checked, place, start, models, history, gate)

@@ -26,7 +26,9 @@ from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError, PipelineError
 from data_contracts.store import Store, disk_errors_explained
-from stages.stage import LOCK_HELD, STAGES, execute
+from stages.claims import WORKER
+from stages.rendezvous import node_rank
+from stages.stage import LOCK_HELD, STAGES, execute, execute_share
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +44,12 @@ def main(arguments: list[str]) -> int:
         config = stage.parse(spec["config"])
         inputs = {name: _input(value, store) for name, value in spec["inputs"].items()}
         with disk_errors_explained(store.root):
+            if WORKER in os.environ:
+                execute_share(stage, config, inputs, store, os.environ[WORKER])
+                return 0
+            if getattr(config.runtime, "num_nodes", 1) > 1 and (node := node_rank()):
+                stage.load().take_part(config, store.directory(stage.produces, stage.key(config, inputs)), node)
+                return 0
             record = execute(stage, config, inputs, store, launched=_launched())
     except PipelineError as error:
         print(f"@error {json.dumps({'type': type(error).__name__, 'message': str(error)})}", flush=True)

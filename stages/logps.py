@@ -91,6 +91,11 @@ class Pass:
             self._index(path)
         return len(missing)
 
+    def has(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> bool:
+        """Whether every row is there, by this process or another."""
+        self._refresh()
+        return all(row_key(prompt, response) in self.where for prompt, response in zip(prompts, responses, strict=True))
+
     def _score_within_context(self, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Tokens beyond the model's context are NaN: a teacher may be shorter than the policy."""
         context = context_length(self.model.path)
@@ -113,6 +118,8 @@ class Pass:
     def get(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """The stored rows, in the order asked for."""
         found = []
+        if any(row_key(prompt, response) not in self.where for prompt, response in zip(prompts, responses, strict=True)):
+            self._refresh()  # made by another worker
         for prompt, response in zip(prompts, responses, strict=True):
             part, number = divmod(self.where[row_key(prompt, response)], 1 << 32)
             path = self.parts[part]

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,11 +28,14 @@ from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.identity import fingerprint
 from data_contracts.shards import count_rows, shard_is_whole, shard_path, to_table, write_shard
 from data_contracts.store import Store, write_atomic
+from stages.claims import Claims, forget, label_of, poison, raise_poison
 from stages.cost import FORWARD, MemoryWatch, cost_of, loading, parameters
 
 LOCK_HELD = "SELFPLAY_LOCK_HELD"
 """Environment: kind-key of the artifact whose lock the launcher already holds for us."""
 EVENTS = ".events.jsonl"
+REMOTE = "SELFPLAY_REMOTE"
+"""Environment: the launcher is on another machine, so its lock cannot be inherited."""
 SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY|AUTH)($|_)", re.IGNORECASE)
 """Names of environment variables whose values are nobody's business."""
 
@@ -137,8 +140,10 @@ STAGES = {
 class Job:
     """What a running stage holds: settings, inputs, its output directory, and the ways to report."""
 
-    def __init__(self, stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], out: Path):
-        self.stage, self.config, self.inputs, self.out = stage, config, inputs, out
+    def __init__(self, stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], out: Path, claims: Claims | None = None):
+        """`claims`: this process is one of several workers on the artifact."""
+        self.stage, self.config, self.inputs, self.out, self.claims = stage, config, inputs, out, claims
+        self.events = out / (EVENTS if claims is None else f".events-{platform.node()}-{os.getpid()}-{claims.number}.jsonl")
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self._bar: Any = None
@@ -149,6 +154,11 @@ class Job:
         return Path(self.inputs[name].path)
 
     @property
+    def is_worker(self) -> bool:
+        """Whether this process only makes its share of the shards; somebody else looks at the whole and signs."""
+        return self.claims is not None
+
+    @property
     def store_root(self) -> Path:
         return self.out.parent.parent.parent
 
@@ -157,7 +167,8 @@ class Job:
 
     def event(self, name: str, **values: Any) -> None:
         """Append to the history of this build, over all its tries."""
-        with open(self.out / EVENTS, "a", encoding="utf-8") as file:
+        values |= {} if self.claims is None else {"worker": self.claims.number}
+        with open(self.events, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": name, "time": time.time(), "pid": os.getpid(), **values}) + "\n")
 
     @contextmanager
@@ -194,16 +205,39 @@ class Job:
         Another shard size than an earlier try's makes its shards useless: they are removed.
         """
         count = max(1, -(-len(items) // size))
+        self._agree_on(json.dumps({"items": len(items), "size": size}))
+        if self.claims is None:
+            for index in range(count):
+                if not self.has_shard(index, kind, beside):
+                    yield index, items[index * size : (index + 1) * size]
+                self.on_shard(index + 1, count)
+            return
+        label = lambda index: label_of(items[index * size : (index + 1) * size])  # noqa: E731
+        for index in self.claims.share("part", count, lambda index: self.has_shard(index, kind, beside), label):
+            yield index, items[index * size : (index + 1) * size]
+            self.on_shard(len(list(self.out.glob("part-?????.parquet"))), count)
+
+    def share(self, name: str, parts: Sequence[Any], is_done: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
+        """The parts of a piece of work that this process is to do: all of them, or its share. Returns when all are done by somebody.
+
+        Raises: StageError if one was given up.
+        """
+        if self.claims is None:
+            yield from enumerate(parts)
+            return
+        for index in self.claims.share(name, len(parts), lambda index: is_done(parts[index]), lambda index: f"from row {parts[index]}"):
+            yield index, parts[index]
+        if found := [one for one in poison(self.out) if one.name.startswith(f"{name}-")]:
+            raise_poison(self.stage.name, found)
+
+    def _agree_on(self, wanted: str) -> None:
+        """All tries and all workers cut alike; the shards of another cut are removed."""
         plan = self.out / ".plan"
-        wanted = json.dumps({"items": len(items), "size": size})
-        if not plan.is_file() or plan.read_text(errors="replace") != wanted:
-            for path in self.out.glob("*-?????.parquet"):  # the shards, and the scores and drops beside them
-                path.unlink()
-            write_atomic(plan, wanted)
-        for index in range(count):
-            if not self.has_shard(index, kind, beside):
-                yield index, items[index * size : (index + 1) * size]
-            self.on_shard(index + 1, count)
+        with self.claims.alone("plan") if self.claims else nullcontext():
+            if not plan.is_file() or plan.read_text(errors="replace") != wanted:
+                for path in self.out.glob("*-?????.parquet"):  # the shards, and the scores and drops beside them
+                    path.unlink()
+                write_atomic(plan, wanted)
 
     def has_shard(self, index: int, kind: str, beside: Sequence[str] = ()) -> bool:
         """Whether an earlier try left the shard, and all that belongs to it, whole."""
@@ -226,19 +260,48 @@ def execute(stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], sto
     stage.check_inputs(inputs)
     key = stage.key(config, inputs)
     name = f"{stage.produces}-{key}"
-    if os.environ.get(LOCK_HELD) == name:
+    remote = bool(os.environ.get(REMOTE))
+    if os.environ.get(LOCK_HELD) == name and not remote:
         return _build(stage, config, inputs, store, key, launched)
-    with store.lock(stage.produces, key, lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True)):
+    # Far from the launcher, what keeps two builders apart is a lock of the builders' own.
+    lock = store.lock(
+        stage.produces, key + "-remote" * remote, lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True)
+    )
+    with lock:
         if store.find(stage.produces, key):
             print(f"{stage.produces} {key} is already built", flush=True)
             return store.load(stage.produces, key)
         return _build(stage, config, inputs, store, key, launched)
 
 
-def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str, launched: float | None) -> ArtifactRecord:
+def execute_share(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, worker: str) -> None:
+    """Make shards of the artifact, beside other workers, until none is left; nothing is signed. Whoever started the workers holds its lock."""
+    stage.check_inputs(inputs)
+    _check_inputs_are_there(stage, inputs)
+    key = stage.key(config, inputs)
+    out = store.directory(stage.produces, key)
+    # Under leases nobody's flock tells whether the launcher lives.
+    claims = Claims(out, worker, None if lease.is_wanted() else store.root / "locks" / f"{stage.produces}-{key}")
+    job = Job(stage, config, inputs, out, claims)
+    job.event("worker")
+    loading.seconds = 0.0
+    try:
+        stage.load().run(job)
+    except BaseException as error:
+        claims.failed(error)
+        raise
+    finally:
+        job.event("seconds", what="load", seconds=loading.seconds)
+
+
+def _check_inputs_are_there(stage: Stage, inputs: Mapping[str, ArtifactRef]) -> None:
     for name, ref in inputs.items():
         if not Path(ref.path).is_dir():
             raise ArtifactError(f"the input {name!r} of the stage {stage.name} is gone: {ref.path}")
+
+
+def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str, launched: float | None) -> ArtifactRecord:
+    _check_inputs_are_there(stage, inputs)
     out = store.directory(stage.produces, key)
     out.mkdir(parents=True, exist_ok=True)
     for litter in out.rglob(".*.tmp-*"):
@@ -251,6 +314,7 @@ def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: 
     job.event("seconds", what="load", seconds=loading.seconds)
     job.event("end")
     history = events(out)
+    forget(out)
     record = ArtifactRecord(
         kind=stage.produces,
         key=key,
@@ -274,17 +338,18 @@ def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: 
 
 
 def events(directory: Path) -> list[dict[str, Any]]:
-    """The history of a build: start, shard, step, end of every try. A line cut by a kill, or damaged, is left out."""
-    path = directory / EVENTS
+    """The history of a build, of all its workers: start, shard, step, end of every try. A line cut by a kill, or damaged, is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), float):
-            found.append(event)
-    return found
+    for path in sorted(directory.glob(".events*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), float):
+                found.append(event)
+    # One process's lines stay as they are, whatever its clock did.
+    return found if not any("worker" in event for event in found) else sorted(found, key=lambda event: event["time"])
 
 
 def seconds_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -292,19 +357,20 @@ def seconds_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     wall: each try from the launch of its process to the last thing it is known to have done. start_up: importing libraries and loading
     models (of tries that were killed: until the stage began). waiting: for others, e.g. a judge's server. busy: wall less these two.
-    last_try: the wall of the last one. And whatever the stage timed by name.
+    last_try: the wall of the last one. And whatever the stage timed by name; workers/...: what several workers took, added up.
     """
     tries: list[list[float]] = []
     named: dict[str, float] = {}
     imports = 0.0
     for event in history:
-        if event["event"] == "start":
+        if event["event"] in ("start", "share"):
             tries.append([event.get("launched", event["time"]), event["time"]])
             imports += max(0.0, event["time"] - tries[-1][0])
         elif tries:
             tries[-1][1] = event["time"]
         if event["event"] == "seconds" and {"what", "seconds"} <= event.keys():
-            named[event["what"]] = named.get(event["what"], 0.0) + event["seconds"]
+            name = "workers/" * ("worker" in event) + event["what"]
+            named[name] = named.get(name, 0.0) + event["seconds"]
     walls = [max(0.0, last - began) for began, last in tries] or [0.0]  # a clock that was set back takes no time away
     start_up, waiting = imports + named.pop("load", 0.0), named.pop("waiting", 0.0)
     busy = max(0.0, sum(walls) - start_up - waiting)

@@ -9,13 +9,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from data_contracts import lease
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
 from data_contracts.errors import ArtifactError, StageError
+from data_contracts.mirror import mirror_from_environment
 from data_contracts.store import Store, disk_errors_explained, write_atomic
-from stages.stage import LOCK_HELD, STAGES
-from tasks.launch import Progress, run_stage
+from stages.stage import STAGES
+from tasks.execution.config import ExecutionConfig
+from tasks.execution.share import run_work
+from tasks.launch import Progress
+
+LOCAL = ExecutionConfig()
 
 
 class Built(NamedTuple):
@@ -34,12 +38,13 @@ def build(
     store: Store,
     log: Callable[[str], None] = print,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    execution: ExecutionConfig = LOCAL,
 ) -> Built:
-    """The artifact of a stage: found if it is finished and intact, else built by a process of its own.
+    """The artifact of a stage: found if it is finished and intact, else built by processes of its own, where `execution` says.
 
-    The lock is held from the look to the signature, and inherited by the stage's processes: two runs that want the same artifact share
+    The lock is held from the look to the signature, and inherited by the stage's processes here: two runs that want the same artifact share
     the work, and the remains of a killed run are waited for. A damaged artifact is made again.
-    Raises: what `run_stage` raises; ArtifactError if the stage ended well but left no valid record.
+    Raises: what `run_work` raises; ArtifactError if the stage ended well but left no valid record.
     """
     stage = STAGES[stage_name]
     stage.check_inputs(inputs)
@@ -51,7 +56,10 @@ def build(
         store.lock(kind, key, lambda owner: log(f"{kind} {key} is being built by {owner}: waiting")) as lock,
     ):
         waited = time.monotonic() - asked
+        mirror = mirror_from_environment()
         found = _look(store, kind, key, log)
+        if not found and mirror is not None and (found := mirror.fetch(store, kind, key)):
+            log(f"{kind} {key} fetched from {mirror.url}")
         if found:
             return Built(found.ref(str(store.directory(kind, key))), found, True, waited)
         store.check_room()
@@ -64,18 +72,8 @@ def build(
             "store": str(store.root),
         }
         write_atomic(directory / "spec.json", json.dumps(spec, indent=1))
-        runtime = getattr(config, "runtime", None)
         try:
-            run_stage(
-                [stage_name, str(directory / "spec.json")],
-                log_file=directory / "stage.log",
-                log=log,
-                on_progress=on_progress,
-                python=getattr(runtime, "python", None),
-                env={LOCK_HELD: f"{kind}-{key}", **lease.environment(f"{kind}-{key}"), **getattr(runtime, "env", {})},
-                inherit=[lock],
-                timeout=getattr(runtime, "timeout_seconds", None),
-            )
+            run_work(stage_name, config, directory, store, execution, lock, log, on_progress)
         except (ArtifactError, StageError) as error:
             if damaged := _set_back_damaged(inputs, store):
                 raise ArtifactError(
@@ -88,6 +86,8 @@ def build(
             raise ArtifactError(
                 f"{kind} {key}: the stage {stage_name} ended well, but " + "; ".join(problems) + f"; log: {directory}/stage.log"
             )
+        if mirror is not None:
+            mirror.push(store, record)
         return Built(record.ref(str(directory)), record, False, waited)
 
 

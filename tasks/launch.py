@@ -41,71 +41,102 @@ class Progress:
         return 100.0 * self.done / self.total if self.total else 0.0
 
 
+class StageProcess:
+    """`python -m stages ARGUMENTS` and its tree, started; the caller looks at it until it has ended, and always calls `end`.
+
+    `inherit`: file descriptors (a lock) that the tree keeps open.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        log_file: Path,
+        log: Callable[[str], None],
+        python: str | None = None,
+        env: dict[str, str] | None = None,
+        inherit: Sequence[int] = (),
+        timeout: float | None = None,
+    ):
+        self.stage, self.log_file, self.log, self.timeout = arguments[0], log_file, log, timeout
+        self.marker = f"SELFPLAY_TREE={uuid.uuid4().hex}"
+        command = [
+            sys.executable,
+            "-m",
+            "stages.supervise",
+            "--grace",
+            str(GRACE_SECONDS),
+            "--",
+            python or sys.executable,
+            "-m",
+            "stages",
+            *arguments,
+        ]
+        environment = (
+            os.environ
+            | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path(), "SELFPLAY_TREE": self.marker.partition("=")[2]}
+            | (env or {})
+        )
+        self.lines: SimpleQueue[str] = SimpleQueue()
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True, env=environment, pass_fds=tuple(inherit),
+        )  # fmt: skip
+        self.tail: deque[str] = deque(maxlen=30)
+        self.reported: dict[str, Any] = {}
+        self.progress = Progress()
+        self.pump = threading.Thread(target=_pump, args=(self.process.stdout, log_file, self.lines), daemon=True)
+        self.pump.start()
+
+    def look(self, patience: float) -> bool:
+        """Wait so many seconds for the end, hand on what was said; whether it has ended. Raises: StageError if it ran too long."""
+        try:
+            self.process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            ended = False
+        else:
+            ended = True
+            self.pump.join(5)
+        _drain(self.lines, self.tail, self.reported, self.progress, self.log)
+        if not ended and self.timeout is not None and time.monotonic() - self.began > self.timeout:
+            raise StageError(f"the stage {self.stage} ran longer than runtime.timeout_seconds = {self.timeout:g}; log: {self.log_file}")
+        return ended
+
+    def end(self) -> None:
+        """Nothing of the tree is left."""
+        _end(self.process, self.marker)
+
+    def check(self) -> None:
+        """Raises: what `run_stage` raises, if it has failed."""
+        if code := self.process.returncode:
+            _raise(code, self.reported, self.tail, self.stage, self.log_file)
+
+
 def run_stage(
     arguments: Sequence[str],
     *,
     log_file: Path,
     log: Callable[[str], None],
     on_progress: Callable[[Progress], None] = lambda progress: None,
-    python: str | None = None,
-    env: dict[str, str] | None = None,
-    inherit: Sequence[int] = (),
-    timeout: float | None = None,
+    **options: Any,
 ) -> None:
-    """`python -m stages ARGUMENTS`, blocking. The whole tree ends with it: on success, on any exception raised here (a cancel, Ctrl-C, a
-    timeout), and when this process itself is killed.
+    """`python -m stages ARGUMENTS`, blocking; options as of StageProcess. The whole tree ends with it: on success, on any exception raised
+    here (a cancel, Ctrl-C, a timeout), and when this process itself is killed.
 
-    `inherit`: file descriptors (a lock) that the tree keeps open. Raises: the pipeline error that the stage reported; TransientError if it
-    was killed; StageError if it died otherwise or ran too long.
+    Raises: the pipeline error that the stage reported; TransientError if it was killed; StageError if it died otherwise or ran too long.
     """
-    marker = f"SELFPLAY_TREE={uuid.uuid4().hex}"
-    command = [
-        sys.executable,
-        "-m",
-        "stages.supervise",
-        "--grace",
-        str(GRACE_SECONDS),
-        "--",
-        python or sys.executable,
-        "-m",
-        "stages",
-        *arguments,
-    ]
-    environment = (
-        os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _python_path(), "SELFPLAY_TREE": marker.partition("=")[2]} | (env or {})
-    )
-    lines: SimpleQueue[str] = SimpleQueue()
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        env=environment, pass_fds=tuple(inherit),
-    )  # fmt: skip
-    tail: deque[str] = deque(maxlen=30)
-    reported: dict[str, Any] = {}
-    pump = threading.Thread(target=_pump, args=(process.stdout, log_file, lines), daemon=True)
-    pump.start()
-    progress = Progress()
+    stage = StageProcess(arguments, log_file=log_file, log=log, **options)
     try:
-        while True:
-            try:
-                code = process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                code = None
-            if code is not None:
-                pump.join(5)
-            _drain(lines, tail, reported, progress, log)
-            on_progress(progress)
-            if code is not None:
-                break
-            if timeout is not None and time.monotonic() - began > timeout:
-                raise StageError(f"the stage {arguments[0]} ran longer than runtime.timeout_seconds = {timeout:g}; log: {log_file}")
+        while not stage.look(0.2):
+            on_progress(stage.progress)
+        on_progress(stage.progress)
     finally:
-        _end(process, marker)
-    if code:
-        _raise(code, reported, tail, arguments[0], log_file)
+        stage.end()
+    stage.check()
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """This checkout first: the packages are the same in whatever interpreter runs the stage."""
     return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
 

@@ -17,12 +17,13 @@ from data_contracts.config import Config
 from data_contracts.errors import TransientError
 from data_contracts.ledger import Ledger
 from data_contracts.store import Store
-from tasks.build import Built, build
+from tasks.build import LOCAL, Built, build
+from tasks.execution.config import ExecutionConfig
 from tasks.launch import Progress
 
 
 class Place(NamedTuple):
-    """Where in a run a task stands; it names task runs and links, and enters no key."""
+    """Where in a run a task stands, and where its work runs; it names task runs and links, and enters no key."""
 
     store: str
     run: str
@@ -30,6 +31,7 @@ class Place(NamedTuple):
     """iter_00 (the start model), iter_01, ..."""
     session: str = ""
     """Of the ledger."""
+    execution: ExecutionConfig = LOCAL
 
 
 def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
@@ -53,7 +55,7 @@ def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place
     ledger.started(place.step, shown_as, stage)
     artifact = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{shown_as}", f"{stage} of {place.step}")
     with _TerminalBar(f"{place.step} {stage}") as bar:
-        built = build(stage, config, inputs, store, logger.info, lambda progress: (artifact(progress), bar(progress)))
+        built = build(stage, config, inputs, store, logger.info, lambda progress: (artifact(progress), bar(progress)), place.execution)
     store.show_in_run(place.run, place.step, shown_as, built.ref)
     ledger.finished(place.step, shown_as, stage, built.record, built.cached, began, built.waited)
     if built.cached:

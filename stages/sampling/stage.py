@@ -90,7 +90,8 @@ def run(job: Job) -> None:
             candidates = sampler.generate(chunk)
         job.write(index, [row for prompt, group in zip(chunk, candidates, strict=True) for row in _rows(prompt, group, tokenizer, stops)])
         job.used(model, sum(len(prompt.ids) for prompt in chunk), sum(len(one.token_ids) for group in candidates for one in group))
-    _summarise(job, model, tokenizer, len(prompts), device)
+    if not job.is_worker:
+        _summarise(job, model, tokenizer, len(prompts), device)
 
 
 def _rows(prompt: Prompt, candidates: list[Any], tokenizer: Any, stops: list[int]) -> list[dict[str, Any]]:

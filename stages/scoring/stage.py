@@ -98,7 +98,8 @@ def run(job: Job) -> None:
         job.write(index, [row for result in results if not isinstance(result, str) for row in result])
     if scoring is not None:
         close(scoring.scorer)
-    _summarise(job, len(prompts))
+    if not job.is_worker:
+        _summarise(job, len(prompts))
 
 
 def _generations(job: Job, prompts: list[dict[str, Any]], pairing: str) -> dict[str, list[dict[str, Any]]]:

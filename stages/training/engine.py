@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Engine:
         from transformers import get_scheduler
 
         self.config, self.device = config, device
-        _join(deepspeed)
+        _join(deepspeed, config.runtime.collective_timeout_seconds)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
         if device == "cuda":
@@ -209,14 +210,14 @@ def _step_in_parts(self: Any, closure: None = None) -> bool:
     return self.overflow
 
 
-def _join(deepspeed: Any) -> None:
+def _join(deepspeed: Any, timeout: float) -> None:
     """Join the ranks that the launcher started, or be the only one."""
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout))
 
 
 def _optimizer(config: Any, parameters: Any) -> Any:

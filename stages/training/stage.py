@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,10 @@ from pydantic import Field
 
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.config import Config as BaseConfig
-from data_contracts.errors import ContractError, StageError
+from data_contracts.errors import ConfigError, ContractError, StageError, TransientError
 from data_contracts.shards import Rows, read_shards
+from data_contracts.store import write_atomic
+from stages import rendezvous
 from stages.cost import TRAIN
 from stages.methods import METHODS
 from stages.policy import pick_device, pin_threads
@@ -29,7 +30,11 @@ from stages.training.batches import STEPS
 
 class TrainingRuntime(StageRuntime):
     num_processes: int = Field(1, ge=1)
-    """Ranks on this machine; more than one are started by the `deepspeed` launcher (gloo on the CPU, nccl on GPUs)."""
+    """Ranks on each machine; more than one are started by the `deepspeed` launcher (gloo on the CPU, nccl on GPUs)."""
+    num_nodes: int = Field(1, ge=1)
+    """Machines with `num_processes` ranks each; the same command runs on each of them (docs/cluster.md)."""
+    collective_timeout_seconds: float = Field(1800, gt=0)
+    """How long a rank waits for the others in one operation before it gives up. Loading and checkpoints happen between, so minutes are many."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO: 1 cuts the optimizer state over the ranks, 2 the gradients too, 3 the weights too."""
     offload_optimizer: bool = False
@@ -82,11 +87,12 @@ Config = TrainingConfig
 def run(job: Job) -> None:
     config: TrainingConfig = job.config
     shutil.rmtree(job.out / ".export", ignore_errors=True)
-    metrics = train_rank(job.out, config, _inputs(job), job) if config.runtime.num_processes == 1 else _launch(job)
+    alone = config.runtime.num_processes * config.runtime.num_nodes == 1
+    metrics = train_rank(job.out, config, _inputs(job), job) if alone else _launch(job)
     _adopt(job)
     _account(job)
     job.metrics |= metrics
-    job.facts |= {"device": pick_device(config.runtime.device), "world_size": config.runtime.num_processes}
+    job.facts |= {"device": pick_device(config.runtime.device), "world_size": config.runtime.num_processes * config.runtime.num_nodes}
 
 
 def _account(job: Job) -> None:
@@ -157,23 +163,42 @@ def check_rows(rows: Sequence[dict[str, Any]], method: Any) -> None:
 
 
 def _launch(job: Job) -> dict[str, float]:
-    """Start the ranks with the deepspeed launcher and wait for them."""
+    """Start this node's ranks with the deepspeed launcher and wait for them; on the first node, after telling the others where to meet."""
     work = job.out / ".ranks.json"
-    work.write_text(json.dumps({"config": job.config.model_dump(mode="json"), "inputs": _inputs(job)}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    count = job.config.runtime.num_processes
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(count))}).encode()).decode()
-    # The per-node launcher itself: the `deepspeed` command execs it after looking at the node's GPUs.
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", "--no_local_rank", "--module", "stages.training.rank", str(job.out)]
-    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if pick_device(job.config.runtime.device) == "cpu" else {})
-    environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))
-    code = subprocess.run(command, env=environment, check=False).returncode
+    write_atomic(work, json.dumps({"config": job.config.model_dump(mode="json"), "inputs": _inputs(job)}))
+    nodes = job.config.runtime.num_nodes
+    meeting = rendezvous.announce(job.out, nodes)
+    code = start_ranks(job.out, job.config, meeting, 0)
     if code:
-        raise StageError(f"training with {count} ranks ended with code {code}; the ranks' output is above, and in {job.out}/stage.log")
+        raise StageError(
+            f"training with {nodes * job.config.runtime.num_processes} ranks ended with code {code}; the ranks' output is above, and in {job.out}/stage.log"
+        )
     return json.loads((job.out / ".summary.json").read_text())
+
+
+def take_part(config: TrainingConfig, out: Path, node: int) -> None:
+    """What a node does that is not the first: its ranks, where the first one says to meet; nothing of the artifact is written here."""
+    if not 0 < node < config.runtime.num_nodes:
+        raise ConfigError(
+            f"this is node {node}, and training.runtime.num_nodes is {config.runtime.num_nodes}: start as many, counted from 0"
+        )
+    meeting = rendezvous.join(out)
+    if code := start_ranks(out, config, meeting, node):
+        raise TransientError(f"the ranks of node {node} ended with code {code}; what the first node says comes first")
+
+
+def start_ranks(out: Path, config: TrainingConfig, meeting: Any, node: int) -> int:
+    """The exit code of this node's ranks."""
+    count, nodes = config.runtime.num_processes, config.runtime.num_nodes
+    world = {f"node{number}": list(range(count)) for number in range(nodes)}
+    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    # The per-node launcher itself: the `deepspeed` command execs it after looking at the node's GPUs.
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={encoded}", f"--node_rank={node}"]
+    command += [f"--master_addr={meeting.address}", f"--master_port={meeting.port}", "--no_local_rank"]
+    command += ["--module", "stages.training.rank", str(out)]
+    environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if pick_device(config.runtime.device) == "cpu" else {})
+    environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _adopt(job: Job) -> None:

@@ -81,7 +81,8 @@ def run(job: Job) -> None:
         reasons = [{"prompt_id": row["prompt_id"], "reason": "chosen and rejected are the same"} for row in dropped]
         write_shard(shard_path(job.out, index, "dropped"), to_table(reasons, "dropped"))
         job.write(index, rows)
-    _summarise(job, settings, sources)
+    if not job.is_worker:
+        _summarise(job, settings, sources)
 
 
 def _sided(pairs: Pairs, swap: bool) -> Pairs:
@@ -136,6 +137,10 @@ class _Sources:
     def fill(self, pairs: Sequence[dict[str, Any]], size: int) -> None:
         """Every model's pass over `size` pairs at a time, one model in memory at a time."""
         starts = range(0, len(pairs), size)
+
+        def at(start: int) -> Pairs:
+            return _sided(pairs[start : start + size], self.job.config.swap)
+
         scored = self.teacher is not None and self.teacher.scored
         total = len(starts) * (len(self.passes) + scored)
         done = 0
@@ -143,8 +148,8 @@ class _Sources:
         if scored:
             everyone.append(("teacher", self.teacher.scores, self.teacher.responses))
         for role, one, responses in everyone:
-            for number, start in enumerate(starts):
-                rows = _sided(pairs[start : start + size], self.job.config.swap)
+            for number, start in self.job.share(role, starts, lambda start, one=one, responses=responses: one.has(*responses(at(start)))):
+                rows = at(start)
                 if one.fill(*responses(rows)):
                     self.job.event("pass", role=role, index=number)
                 one.account(self.job)

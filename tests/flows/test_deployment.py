@@ -57,7 +57,8 @@ def cluster(tmp_path_factory, tools):
     started = [supervised([*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)], **own)]
     try:
         wait_for(lambda: ask("/health"), 120, home / "log.txt")
-        assert prefect("work-pool", "create", "selfplay", "--type", "process").returncode == 0
+        for pool in ("selfplay", "selfplay-work"):
+            assert prefect("work-pool", "create", pool, "--type", "process").returncode == 0
         deployed = prefect("--no-prompt", "deploy", "--all")
         assert deployed.returncode == 0, deployed.stdout
         started.append(supervised([*PREFECT, "worker", "start", "--pool", "selfplay"], **own))

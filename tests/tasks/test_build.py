@@ -56,7 +56,7 @@ def no_launch(monkeypatch):
     def launch(*_, **__):
         raise AssertionError("a stage was started")
 
-    monkeypatch.setattr(tasks.build, "run_stage", launch)
+    monkeypatch.setattr(tasks.build, "run_work", launch)
 
 
 def shards_made(directory) -> list[list[int]]:
@@ -147,7 +147,7 @@ def test_a_damaged_artifact_is_made_again_by_one_of_those_who_want_it(copy, buil
 def test_a_damaged_record_is_made_again_as_well(copy, monkeypatch):
     store, inputs, directory = copy
     (directory / RECORD).write_text("{")
-    monkeypatch.setattr(tasks.build, "run_stage", lambda *_, **__: None)
+    monkeypatch.setattr(tasks.build, "run_work", lambda *_, **__: None)
     logged = []
     with pytest.raises(ArtifactError, match="ended well, but it has no record.json; log: .*stage.log"):
         build("sample", sampling(), inputs, store, logged.append)

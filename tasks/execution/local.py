@@ -1,0 +1,77 @@
+"""Tasks - the engine of a laptop: processes of this machine, children of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from data_contracts.errors import ConfigError
+from tasks.execution.base import Work
+from tasks.execution.gpus import gpus_here, some_gpus
+from tasks.launch import StageProcess
+
+
+class Local:
+    def __init__(self, log: Callable[[str], None], inherit: Sequence[int]):
+        self.log, self.inherit = log, inherit
+        self.handles: list[LocalHandle] = []
+
+    def start(self, work: Work) -> LocalHandle:
+        if work.nodes > 1:
+            raise ConfigError(
+                f"{work.name} asks for {work.nodes} nodes, and the profile local has one machine: set execution.profile to process-pool, "
+                "kubernetes, ray or slurm, or start the other nodes by hand (docs/cluster.md)"
+            )
+        # Work that waited here for the GPUs of work started before it would wait for ever: nobody would look at that one.
+        wanted = work.gpus + sum(handle.gpus for handle in self.handles if not handle.is_over)
+        if wanted > len(gpus_here()):
+            raise ConfigError(
+                f"the workers of {work.name.rpartition('-w')[0] or work.name} ask for {wanted} GPUs or more at once, and this machine shows "
+                f"{len(gpus_here())}: lower execution.workers or execution.gpus, or choose a profile with more machines"
+            )
+        self.handles.append(LocalHandle(work, self.log, self.inherit))
+        return self.handles[-1]
+
+
+class LocalHandle:
+    """A stage process that is looked at now and then."""
+
+    def __init__(self, work: Work, log: Callable[[str], None], inherit: Sequence[int]):
+        self.failure: Exception | None = None
+        self.gpus, self.is_over = work.gpus, False
+        with ExitStack() as stack:
+            pinned = stack.enter_context(some_gpus(work.gpus, log))
+            self.stage = StageProcess(
+                work.arguments,
+                log_file=work.log_file,
+                log=log,
+                python=work.python,
+                env=pinned | work.env,
+                inherit=inherit,
+                timeout=work.timeout,
+            )
+            stack.callback(self.stage.end)
+            self.open = stack.pop_all()
+
+    def has_ended(self) -> bool:
+        if self.is_over:
+            return True
+        try:
+            if not self.stage.look(0):
+                return False
+        except Exception as error:  # too long: it is ended like any other
+            self.failure = error
+        self.cancel()
+        return True
+
+    def error(self) -> Exception | None:
+        if self.failure is None:
+            try:
+                self.stage.check()
+            except Exception as error:
+                self.failure = error
+        return self.failure
+
+    def cancel(self) -> None:
+        self.is_over = True
+        self.open.close()

@@ -1,0 +1,118 @@
+"""Tasks - the engine Prefect: a run of the deployment `stage-work` per piece of work, in a process pool or a Kubernetes pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling, Crashed
+
+from data_contracts.errors import ConfigError, TransientError
+from data_contracts.store import Store
+from tasks.execution.base import Work
+from tasks.execution.config import ExecutionConfig
+from tasks.execution.remote import Request
+
+LOOK_EVERY_SECONDS = 1.0
+
+
+class Pool:
+    """Raises: ConfigError if there is no such pool, or no deployment of `stage-work` in it."""
+
+    def __init__(self, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
+        self.execution, self.store, self.log = execution, store, log
+        self.deployment = f"stage-work/{execution.pool}"
+        kind = {"process-pool": "process", "kubernetes": "kubernetes"}[execution.profile]
+        with get_client(sync_client=True) as client:
+            try:
+                pool = client.read_work_pool(execution.pool)
+            except ObjectNotFound:
+                raise ConfigError(
+                    f"there is no work pool {execution.pool!r}: make it with `prefect work-pool create {execution.pool} --type {kind}`"
+                ) from None
+            if pool.type != kind:
+                raise ConfigError(
+                    f"the work pool {execution.pool!r} is of type {pool.type}, and the profile {execution.profile} wants {kind}"
+                )
+            try:
+                client.read_deployment_by_name(self.deployment)
+            except ObjectNotFound:
+                raise ConfigError(
+                    f"there is no deployment {self.deployment}: `prefect --no-prompt deploy --all` makes it from prefect.yaml"
+                ) from None
+
+    def start(self, work: Work) -> PoolHandle:
+        return PoolHandle(work, self)
+
+
+class PoolHandle:
+    """One flow run for each node."""
+
+    def __init__(self, work: Work, pool: Pool):
+        self.request, self.pool = Request(work, pool.store.root), pool
+        self.states: dict[Any, Any] = {}
+        self.next_look, self.began = 0.0, time.monotonic()
+        variables = dict(pool.execution.job_variables)
+        if pool.execution.profile == "kubernetes":
+            variables.setdefault("gpu_count", work.gpus)
+        self.runs = []
+        for rank in range(work.nodes):
+            run = run_deployment(
+                pool.deployment,
+                parameters={"request": str(self.request.path), "token": self.request.token, "rank": rank},
+                flow_run_name=work.name if work.nodes == 1 else f"{work.name}-node{rank}",
+                timeout=0,
+                job_variables=variables or None,
+            )
+            self.runs.append(run.id)
+
+    def has_ended(self) -> bool:
+        if time.monotonic() < self.next_look:
+            return False
+        self.next_look = time.monotonic() + LOOK_EVERY_SECONDS
+        with get_client(sync_client=True) as client:
+            for rank, run in enumerate(self.runs):
+                self.request.check_clock(rank)
+                self.states[run] = client.read_flow_run(run).state
+        waiting = [run for run in self.runs if self.states[run].is_scheduled() or self.states[run].is_pending()]
+        if waiting and time.monotonic() - self.began > self.pool.execution.start_timeout_seconds:
+            raise TransientError(
+                f"{self.request.work.name} has waited {self.pool.execution.start_timeout_seconds:.0f} s for a worker of the pool {self.pool.execution.pool!r}: "
+                "start one (`prefect worker start --pool ...`), or raise execution.start_timeout_seconds"
+            )
+        # One that failed ends them all; the others would wait for it.
+        over = [self._is_over(rank, run) for rank, run in enumerate(self.runs)]
+        return all(over) or any(ended and self.error_of(rank) is not None for rank, ended in enumerate(over))
+
+    def _is_over(self, rank: int, run: Any) -> bool:
+        """A worker that dies with its machine leaves its run Running for good: what lies in the store knows better."""
+        return self.states[run].is_final() or self.request.read("outcome", rank) is not None or self.request.is_lost(rank)
+
+    def error_of(self, rank: int) -> Exception | None:
+        state = self.states[self.runs[rank]]
+        if state.is_completed():
+            return None
+        if self.request.read("outcome", rank) is None and "ConfigError: " in (state.message or ""):
+            return ConfigError(state.message.partition("ConfigError: ")[2])
+        return self.request.error(rank, f"its flow run is {state.name} ({state.message or 'no word why'})")
+
+    def error(self) -> Exception | None:
+        over = [rank for rank, run in enumerate(self.runs) if self._is_over(rank, run)]
+        return next((error for rank in over if (error := self.error_of(rank)) is not None), None)
+
+    def cancel(self) -> None:
+        try:
+            with get_client(sync_client=True) as client:
+                for rank, run in enumerate(self.runs):
+                    state = self.states.get(run)
+                    if self.request.is_lost(rank):
+                        client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
+                    elif (state is None or not state.is_final()) and self.request.read("outcome", rank) is None:
+                        client.set_flow_run_state(run, Cancelling(), force=True)
+        except Exception as error:  # whatever the client raises: the work stops by itself when its claims' lock is free
+            self.pool.log(f"could not cancel {self.request.work.name}: {error}")
+        self.request.remove()

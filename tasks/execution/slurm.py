@@ -1,0 +1,120 @@
+"""Tasks - the engine Slurm: one sbatch job per piece of work, with the nodes and GPUs it asks for."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from data_contracts.errors import ConfigError, TransientError
+from data_contracts.store import Store
+from tasks.execution.base import Work
+from tasks.execution.config import ExecutionConfig
+from tasks.execution.remote import VISIBLE_WITHIN_SECONDS, Request
+from tasks.launch import CHECKOUT
+
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
+LOOK_EVERY_SECONDS = 2.0
+"""What a slurmctld shared by many bears."""
+
+
+def script(work: Work, execution: ExecutionConfig, request: Path, token: str) -> str:
+    """The batch script: the directives, the environment, and one task on each node."""
+    options = [f"--job-name={work.name}", f"--nodes={work.nodes}", "--ntasks-per-node=1", f"--output={request.with_name('slurm-%j.log')}"]
+    options += [f"--gpus-per-node={work.gpus}"] * bool(work.gpus)
+    options += [f"--time={round(work.timeout / 60) + 5}"] if work.timeout else []
+    # A job that is cut off is looked at by the run, and begun again from its shards or its last checkpoint; not by Slurm behind its back.
+    options += ["--no-requeue", *execution.sbatch]
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "set -euo pipefail"]
+    lines += [execution.setup] if execution.setup else []
+    lines += [f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}", f"cd {shlex.quote(str(CHECKOUT))}"]
+    if work.nodes > 1:
+        # The first node's name is the ranks' meeting point; the port follows from the job, so that two jobs on a node do not meet.
+        lines += [
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            "export MASTER_ADDR",
+            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        ]
+    command = [sys.executable, "-m", "tasks.execution.remote", str(request), token]
+    lines += [f"exec srun --kill-on-bad-exit=1 {shlex.join(command)}"]
+    return "\n".join(lines) + "\n"
+
+
+class Slurm:
+    def __init__(self, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
+        self.execution, self.store, self.log = execution, store, log
+
+    def start(self, work: Work) -> SlurmHandle:
+        return SlurmHandle(work, self.execution, self.store, self.log)
+
+
+class SlurmHandle:
+    """A job that is asked after now and then."""
+
+    def __init__(self, work: Work, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
+        self.work, self.execution, self.request = work, execution, Request(work, store.root)
+        self.state, self.next_look, self.began = "", 0.0, time.monotonic()
+        path = self.request.path.with_name("job.sh")
+        path.write_text(script(work, execution, self.request.path, self.request.token))
+        self.job = _ask(["sbatch", "--parsable", str(path)], f"Slurm takes no job for {work.name}").split(";")[0].strip()
+        log(f"{work.name} is Slurm job {self.job}")
+
+    def has_ended(self) -> bool:
+        if self.state in OVER or time.monotonic() < self.next_look:
+            return self.state in OVER
+        self.next_look = time.monotonic() + LOOK_EVERY_SECONDS
+        for rank in range(self.work.nodes):
+            self.request.check_clock(rank)
+        done = subprocess.run(
+            ["squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T"], capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            self.state = done.stdout.strip() or "COMPLETED"  # forgotten by Slurm some minutes after its end
+        elif "Invalid job id" in done.stderr:
+            self.state = "COMPLETED"
+        if self.state == "PENDING" and time.monotonic() - self.began > self.execution.start_timeout_seconds:
+            raise TransientError(
+                f"Slurm job {self.job} ({self.work.name}) has waited {self.execution.start_timeout_seconds:.0f} s for its place: "
+                "see `squeue --start`, or raise execution.start_timeout_seconds"
+            )
+        return self.state in OVER
+
+    def error(self) -> Exception | None:
+        end = time.monotonic() + (VISIBLE_WITHIN_SECONDS if self.state == "COMPLETED" else 5.0)
+        while self.request.read("outcome") is None and time.monotonic() < end:  # the file system of the other node is not as quick as Slurm
+            time.sleep(0.2)
+        if self.request.read("outcome") is None and (refused := _refusal(self.request.directory)):
+            return ConfigError(refused)
+        # The first rank that says what went wrong; others only report that it left them.
+        errors = [self.request.error(rank, f"Slurm job {self.job} is {self.state}") for rank in range(self.work.nodes)]
+        failed = [error for error in errors if error is not None]
+        return next((error for error in failed if not isinstance(error, TransientError)), failed[0] if failed else None)
+
+    def cancel(self) -> None:
+        if self.state not in OVER:
+            subprocess.run(["scancel", self.job], capture_output=True, check=False)
+        self.request.remove()
+
+
+def _refusal(directory: Path) -> str | None:
+    """What the node said that could not even read the request, if its output can be seen from here."""
+    for path in directory.glob("slurm-*.log"):
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith("ConfigError: "):
+                return line.removeprefix("ConfigError: ")
+    return None
+
+
+def _ask(command: list[str], what: str) -> str:
+    """Raises: ConfigError with Slurm's own words."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    except FileNotFoundError:
+        raise ConfigError(f"{what}: there is no {command[0]} on this machine; start the run on a login or submit node") from None
+    if done.returncode:
+        raise ConfigError(f"{what}: {done.stderr.strip()}. Check execution.sbatch and execution.gpus against `sinfo -o '%P %D %G'`")
+    return done.stdout

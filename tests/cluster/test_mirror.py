@@ -1,0 +1,194 @@
+"""Artifacts in an object store: the record last, digests checked, nothing mixed, the local store a cache that may be emptied.
+
+Strategy: what does not depend on S3 is shown on a directory behind the same interface; the real protocol is spoken to moto's server (slow; skipped where
+`moto_server` is not on PATH or in SELFPLAY_TOOLS).
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from data_contracts.artifact import RECORD
+from data_contracts.checkpoint import external_model
+from data_contracts.errors import ArtifactError, ConfigError, TransientError
+from data_contracts.mirror import MIRROR, Mirror, evict, main
+from data_contracts.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def moto():
+    """A server that speaks S3, with a bucket; its URL."""
+    command = shutil.which("moto_server", path=f"{os.environ['PATH']}:{os.environ.get('SELFPLAY_TOOLS', '')}")
+    if command is None:
+        pytest.skip("moto_server is not installed (pip install 'moto[server]'; PATH or SELFPLAY_TOOLS)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([command, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"), timeout=5)
+                break
+            except OSError:
+                assert time.monotonic() < end
+                time.sleep(0.3)
+        yield f"s3://test:test@bucket/selfplay?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture
+def there(tmp_path) -> str:
+    (tmp_path / "objects").mkdir()
+    return f"file://{tmp_path}/objects"
+
+
+def artifact(store: Store, make_prompts, count: int = 3):
+    ref = make_prompts(store, count)
+    return store.load("prompts", ref.key)
+
+
+def round_trip(url: str, store: Store, record, tmp_path: Path) -> None:
+    mirror = Mirror(url)
+    assert mirror.load("prompts", record.key) is None
+    assert mirror.fetch(Store(tmp_path / "none"), "prompts", record.key) is None
+    assert mirror.push(store, record)
+    assert not mirror.push(store, record)  # it is there
+    other = Store(tmp_path / "other")
+    fetched = mirror.fetch(other, "prompts", record.key)
+    assert fetched == record == other.load("prompts", record.key)
+    assert not other.problems(fetched, deep=True)
+
+
+def test_an_artifact_comes_back_as_it_went(store, there, make_prompts, tmp_path):
+    round_trip(there, store, artifact(store, make_prompts), tmp_path)
+
+
+BUILD = """
+import json, sys
+from data_contracts.artifact import ArtifactRef
+from data_contracts.store import Store
+
+root, prompts, policy = sys.argv[1:]
+config = SamplingConfig.model_validate({"backend": {"name": "canned"}, "max_new_tokens": 4, "max_prompt_tokens": 64, "runtime": {"device": "cpu"}})
+inputs = {"prompts": ArtifactRef.model_validate_json(prompts), "policy": ArtifactRef.model_validate_json(policy)}
+built = build("sample", config, inputs, Store(root), lambda line: None)
+print(json.dumps([built.cached, built.ref.key, built.ref.content]))
+"""
+
+
+@pytest.mark.slow
+def test_artifacts_go_through_s3_and_come_back(store, moto, make_prompts, tmp_path, tiny_model):
+    """In processes without a model library, as an orchestrator is."""
+
+    def command(*words: str, **environment: str) -> str:
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    small = artifact(store, make_prompts)
+    directory = store.directory("checkpoint", "c" * 16)
+    directory.mkdir(parents=True)
+    (directory / "model.safetensors").write_bytes(os.urandom(3 << 20))
+    store.sign(small.model_copy(update={"kind": "checkpoint", "key": "c" * 16, "files": [], "content": ""}))
+    mirror = ["-m", "data_contracts.mirror"]
+    assert command(*mirror, "push", moto, "--store", str(store.root)).count(" put") == 2
+    assert command(*mirror, "push", moto, "--store", str(store.root)).count("is there") == 2
+    elsewhere = Store(tmp_path / "elsewhere")
+    names = [f"{record.kind}/{record.key}" for record in store.records()]
+    assert command(*mirror, "fetch", moto, *names, "--store", str(elsewhere.root)).count(" fetched") == 2
+    for record in elsewhere.records():
+        assert record == store.load(record.kind, record.key) and not elsewhere.problems(record, deep=True)
+    assert command(*mirror, "evict", moto, "--store", str(elsewhere.root)).count("removed") == 2
+    # And through `build`: made on one machine, found on another that shares no file system with it.
+    results = []
+    for name in ("first", "second"):
+        mine = Store(tmp_path / name)
+        inputs = [make_prompts(mine, 4).model_dump_json(), external_model(tiny_model).model_dump_json()]
+        results.append(json.loads(command("-c", BUILD, str(mine.root), *inputs, **{MIRROR: moto})))
+    assert [cached for cached, *_ in results] == [False, True]
+    assert results[0][1:] == results[1][1:]
+    second = Store(tmp_path / "second")
+    assert not second.problems(second.load("generations", results[1][1]), deep=True)
+
+
+def test_files_without_a_record_are_nothing(store, there, make_prompts, tmp_path):
+    """A push that was killed before its last act."""
+    record, mirror = artifact(store, make_prompts), Mirror(there)
+    mirror.push(store, record)
+    (tmp_path / "objects" / "artifacts" / "prompts" / record.key / RECORD).unlink()
+    assert mirror.load("prompts", record.key) is None
+    assert mirror.push(store, record)  # and once more, whole
+
+
+def test_two_builds_of_one_key_never_mix(store, there, make_prompts, tmp_path):
+    record, mirror = artifact(store, make_prompts), Mirror(there)
+    mirror.push(store, record)
+    other = Store(tmp_path / "other")
+    shutil.copytree(store.directory("prompts", record.key), other.directory("prompts", record.key))
+    (other.directory("prompts", record.key) / RECORD).unlink()
+    (other.directory("prompts", record.key) / "more.txt").write_text("another build")
+    second = other.sign(record.model_copy(update={"files": [], "content": ""}))
+    assert second.content != record.content
+    mirror.push(other, second)
+    fresh = Store(tmp_path / "fresh")
+    assert mirror.fetch(fresh, "prompts", record.key).content == second.content
+    assert not fresh.problems(second, deep=True)
+    assert len([path for path in (tmp_path / "objects" / "artifacts" / "prompts" / record.key).iterdir() if path.is_dir()]) == 2
+
+
+def test_what_was_damaged_on_the_way_is_not_signed(store, there, make_prompts, tmp_path):
+    record, mirror = artifact(store, make_prompts), Mirror(there)
+    mirror.push(store, record)
+    path = tmp_path / "objects" / "artifacts" / "prompts" / record.key / record.content / record.files[0].name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    other = Store(tmp_path / "other")
+    with pytest.raises(ArtifactError, match=r"part-00000.parquet has other content than was signed; delete artifacts/prompts/"):
+        mirror.fetch(other, "prompts", record.key)
+    assert other.load("prompts", record.key) is None
+
+
+def test_only_what_lies_in_the_mirror_is_evicted_oldest_first(store, there, make_prompts):
+    mirror = Mirror(there)
+    records = [artifact(store, make_prompts, count) for count in (2, 3, 4)]
+    for age, record in enumerate(records):
+        os.utime(store.directory("prompts", record.key) / RECORD, (1000 + age, 1000 + age))
+    for record in records[1:]:
+        mirror.push(store, record)
+    keep = sum(file.size for record in (records[0], records[2]) for file in record.files)
+    assert evict(store, mirror, keep) == [records[1]]
+    assert [record.key for record in store.records("prompts")] == [records[0].key, records[2].key]
+    assert evict(store, mirror, 0) == [records[2]]  # the first is nowhere else
+
+
+def test_an_address_that_is_none_is_refused(capsys):
+    with pytest.raises(ConfigError, match="is no address of an object store .*it looks like s3://bucket/prefix"):
+        Mirror("bucket/prefix")
+    assert main(["push", "nowhere"]) == 2
+    assert "no address" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_answer_is_worth_another_try_and_credentials_stay_out_of_messages():
+    class Silent:
+        def get_file_info(self, path):
+            raise OSError("no route to host")
+
+    mirror = Mirror("s3://user:secret@bucket/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
+    mirror.files = Silent()
+    with pytest.raises(TransientError, match="^s3://bucket/x: could not read prompts 0000000000000000: no route to host$"):
+        mirror.load("prompts", "0" * 16)
