@@ -83,6 +83,15 @@ def estimate(config: RUN_FILE, set: SET = None, store: STORE = None,
 
 
 @app.command()
+def plan(config: RUN_FILE, set: SET = None) -> None:
+    """What will run where, and whether it fits.
+
+    Memory per stage and rank, on paper; what cannot fit is refused with the settings that help.
+    """
+    _hand_over("flows.plan", [config, *(word for text in set or [] for word in ("--set", text))], None)
+
+
+@app.command()
 def status(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
     """What of a run is built, and what is to come."""
     from data_contracts.store import Store

@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
+from data_contracts.errors import ConfigError
 from data_contracts.ledger import Ledger
 from data_contracts.ledger import read as read_ledger
 from data_contracts.store import Store, write_atomic
 from flows.config import RunConfig
+from flows.plan import model_shapes, refuse_what_cannot_fit
 from flows.preflight import Checked, preflight
 from flows.rehearsal import Step, rehearse
 from flows.self_play import HANDS, Hands, models_of, play
@@ -93,7 +95,8 @@ class Prediction(NamedTuple):
 
 
 def estimate(config: RunConfig, store: Store, price_per_hour: float | None = None, calibrate: bool = True) -> Prediction:
-    """Raises: ConfigError for a request that the run would refuse."""
+    """Raises: ConfigError for a request that the run would refuse, and for one that cannot fit into memory, with what would help."""
+    _refuse_what_cannot_fit(config)
     checked = preflight(config, store)
     rehearsal = rehearse(config, store, checked)
     missing = [one for one in rehearsal.steps if one.record is None]
@@ -107,6 +110,15 @@ def estimate(config: RunConfig, store: Store, price_per_hour: float | None = Non
     prediction = Prediction(config.name, steps, _other(store), price_per_hour, left_out, shutil.disk_usage(_existing(store.root)).free)
     _keep(prediction, store)
     return prediction
+
+
+def _refuse_what_cannot_fit(config: RunConfig) -> None:
+    """Before anything is fetched. A model whose size nobody knows yet is let through: preflight fetches it."""
+    try:
+        model_shapes(config)
+    except ConfigError:
+        return
+    refuse_what_cannot_fit(config)
 
 
 def _existing(path: Path) -> Path:

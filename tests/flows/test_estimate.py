@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.estimate import CALIBRATION_PROMPTS, estimate, show
@@ -57,3 +58,10 @@ def test_a_calibration_measures_each_kind_of_step_once_in_a_store_of_its_own(tmp
     assert max(record.metrics.get("candidates", 0) for record in inside) == min(CALIBRATION_PROMPTS, 24) * 5
     again = estimate(run, store)
     assert again.seconds == pytest.approx(found.seconds, rel=0.2)  # found, not measured again
+
+
+def test_a_model_larger_than_memory_is_refused_with_what_would_help(tmp_path, undisturbed):
+    run = load_run(undisturbed.config, {"execution": {"host_memory_gib": 0.002}, "training.runtime.batch_tokens": 100_000})
+    with pytest.raises(ConfigError, match=r"(?s)stage\(s\) do not fit\n.*train: .* of host memory on a node.*Try "):
+        estimate(run, Store(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -29,7 +29,10 @@ from tasks.models import locate
     ],
 )  # fmt: skip
 def test_what_the_disk_refuses_becomes_a_sentence(tmp_path, number, advice):
-    with pytest.raises(ArtifactError, match=f"the store {tmp_path} cannot be written: .*x.*{advice}.*then run again"), disk_errors_explained(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match=f"the store {tmp_path} cannot be written: .*x.*{advice}.*then run again"),
+        disk_errors_explained(tmp_path),
+    ):
         raise OSError(number, "no", "x")
 
 
@@ -136,4 +139,3 @@ def test_a_table_that_arrow_refuses_as_a_whole(monkeypatch):
     monkeypatch.setattr("data_contracts.shards.pa.Table", Table)
     with pytest.raises(ContractError, match="dropped: too much"):
         to_table([{"prompt_id": "p", "reason": "r"}], "dropped")
-
