@@ -55,7 +55,7 @@ def nothing_may_load(monkeypatch):
         raise AssertionError("a wrong input got as far as a model, a stage or a server")
 
     monkeypatch.setattr(stages.policy, "load_causal_lm", refuse)
-    monkeypatch.setattr(tasks.build, "run_stage", refuse)
+    monkeypatch.setattr(tasks.build, "run_work", refuse)
     monkeypatch.setattr(flows.server, "prefect_server", refuse)
     monkeypatch.setattr(flows.preflight.subprocess, "run", check_here)
     flows.preflight._preflight.cache_clear()

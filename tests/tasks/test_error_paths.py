@@ -51,7 +51,7 @@ def test_a_failed_stage_whose_input_is_damaged_sets_the_input_back(store, tiny_m
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(tasks.build, "run_stage", fail)
+    monkeypatch.setattr(tasks.build, "run_work", fail)
     with pytest.raises(type(error), match=f"^{error}$"):
         build("sample", SETTINGS, inputs, store)
     path = shard_path(store.directory("prompts", inputs["prompts"].key), 0)
