@@ -2,7 +2,7 @@
 
 P parameters, N ranks, L layers, H hidden size, I width of the MLP, V vocabulary, T tokens of a micro-batch, R response tokens among them.
 The weights are counted from the files' headers, activations by a formula that a test holds against what torch really keeps for the
-backward pass. What an allocator loses to fragments is in SLACK: a plan that fits by less than a tenth has to be tried.
+backward pass; packing rows and computing logits in pieces need less than is said here. What an allocator loses to fragments is in SLACK: a plan that fits by less than a tenth has to be tried.
 """
 
 from __future__ import annotations

@@ -81,6 +81,8 @@ BUILD = """
 import json, sys
 from data_contracts.artifact import ArtifactRef
 from data_contracts.store import Store
+from stages.sampling.stage import SamplingConfig
+from tasks.build import build
 
 root, prompts, policy = sys.argv[1:]
 config = SamplingConfig.model_validate({"backend": {"name": "canned"}, "max_new_tokens": 4, "max_prompt_tokens": 64, "runtime": {"device": "cpu"}})

@@ -103,7 +103,7 @@ class Cluster:
             -3000:
         ]
         for node in (0, 1):
-            self.prefect("worker", "start", "--pool", "selfplay-work", "--limit", "2", "--name", f"node{node}", node=node)
+            self.prefect("worker", "start", "--pool", "selfplay-work", "--limit", "1", "--name", f"node{node}", node=node)
 
     def run(self, request: dict, log: Path) -> subprocess.Popen:
         return self.nodes.start(0, [sys.executable, "-c", RUN, json.dumps(request)], log, **self.environment)
