@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config, load_yaml, parse, read_yaml
@@ -57,6 +57,7 @@ class ModelsConfig(Config):
     """TIS-DPO: pi-."""
 
 
+AUXILIARY_METHOD = {"name": "dpo", "beta": 0.1}
 TRAINABLE_ROLES = ("positive", "negative", "reward_model")
 
 
@@ -81,7 +82,8 @@ class RunConfig(Config):
     """Peak rate of each iteration; the last one goes on. Empty: training.learning_rate for all."""
     models: ModelsConfig = ModelsConfig()
     auxiliary: TrainingConfig | None = None
-    """How missing positive, negative and reward models are trained on the iteration's pairs (the negative one on swapped pairs). None: TIS-DPO (D)."""
+    """How missing positive, negative and reward models are trained on the iteration's pairs (the negative one on swapped pairs), by DPO unless
+    `method` says otherwise. None: TIS-DPO (D)."""
     mix_previous: bool = False
     """From the second iteration on, train on the previous iteration's pairs too, under the new reference (official SPIN and SWIFT code)."""
     evaluation: EvaluationConfig
@@ -89,6 +91,12 @@ class RunConfig(Config):
     """How held-out answers are drawn. None: like `sampling`, one answer per prompt."""
     execution: ExecutionConfig = ExecutionConfig()
     """Where the work runs. Never changes what comes out."""
+
+    @field_validator("auxiliary", mode="before")
+    @classmethod
+    def _auxiliary_models_are_trained_by_dpo(cls, value: Any) -> Any:
+        """Unless it says otherwise: the trainer's own default is the method of a self-play run, which is not what TIS-DPO (D) and TGDPO use."""
+        return {"method": AUXILIARY_METHOD} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_place_each(self) -> RunConfig:
@@ -181,7 +189,7 @@ class RunConfig(Config):
         """Default: TIS-DPO (D), DPO forward and reversed with the paper's settings, on the run's own hardware settings."""
         if self.auxiliary is not None:
             return self.auxiliary.model_copy(update={"seed": self.seed})
-        method = METHODS.config({"name": "dpo", "beta": 0.1})
+        method = METHODS.config(AUXILIARY_METHOD)
         update = {
             "method": method,
             "learning_rate": 1e-5,

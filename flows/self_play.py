@@ -186,7 +186,8 @@ def prompts_of(
     prompts = hands.publish(rows, place)
     if not config.prompts.answers_from_teacher:
         return prompts
-    sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1})
+    # A seed of its own: from one seed, a teacher that is the start model would write what the policy is about to write.
+    sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1, "seed": config.seed + 1})
     texts = hands.read_answers(hands.run("sample", sampling, place, "teacher_answers", prompts=prompts, policy=models["teacher"]).ref)
     answered = [row | {"response": texts[row["prompt_id"]]} for row in rows if texts.get(row["prompt_id"], "").strip()]
     return hands.publish(answered, place, "prompts_with_answers")

@@ -234,3 +234,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the run config .*none\.yaml: No such file"):
         load_run(tmp_path / "none.yaml")
+
+
+def test_auxiliary_models_are_trained_by_dpo_unless_their_section_says_otherwise():
+    """The default of a training section is SPPO: a section that only sets a learning rate must not change the method."""
+    plain = load_run("deploy/runs/tiny/tis_dpo_d.yaml", {"auxiliary": {"learning_rate": 0.5}})
+    assert plain.auxiliary_training().method.name == "dpo" and plain.auxiliary_training().learning_rate == 0.5
+    other = load_run("deploy/runs/tiny/tis_dpo_d.yaml", {"auxiliary": {"method": {"name": "simpo"}}})
+    assert other.auxiliary_training().method.name == "simpo"
