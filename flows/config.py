@@ -213,10 +213,10 @@ def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunCo
 
 
 def apply(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`data` with single settings replaced, by dotted name."""
+    """`data` with single settings replaced, by dotted name. Another plug-in's `name` first: it takes its section's old settings away."""
     data = copy.deepcopy(data)
-    for key, value in overrides.items():
-        _set(data, key, value)
+    for key in sorted(overrides, key=lambda key: not key.endswith(".name")):
+        _set(data, key, overrides[key])
     return data
 
 
@@ -259,4 +259,6 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ConfigError(f"the override {dotted!r} goes through {parent!r}, which is not a section")
+    if parents and last == "name" and data.get("name", value) != value:
+        data.clear()  # as in a file that extends another one: the settings were of another plug-in
     data[last] = value

@@ -242,3 +242,12 @@ def test_auxiliary_models_are_trained_by_dpo_unless_their_section_says_otherwise
     assert plain.auxiliary_training().method.name == "dpo" and plain.auxiliary_training().learning_rate == 0.5
     other = load_run("deploy/runs/tiny/tis_dpo_d.yaml", {"auxiliary": {"method": {"name": "simpo"}}})
     assert other.auxiliary_training().method.name == "simpo"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_name_takes_the_settings_of_the_plug_in_before_away(order):
+    """As the README has it: --set method.name=dpo --set method.beta=0.1 on a config whose method has an eta."""
+    overrides = dict(list({"method.name": "dpo", "method.beta": 0.3, "name": "mine"}.items())[::order])
+    run = load_run("deploy/runs/quickstart.yaml", overrides)
+    assert run.method.name == "dpo" and run.method.beta == 0.3 and run.name == "mine"
+    assert load_run("deploy/runs/quickstart.yaml", {"method.name": "sppo"}).method.eta == 20  # the same name keeps them
