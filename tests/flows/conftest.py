@@ -51,7 +51,7 @@ def environment(**more: str) -> dict[str, str]:
     return kept | quiet | {"MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200"} | more
 
 
-def finish(command: list[str], timeout: float = 300, **more: str) -> Finished:
+def finish(command: list[str], timeout: float = 900, **more: str) -> Finished:
     began = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env=environment(**more), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -39,7 +39,7 @@ def six(tmp_path_factory, make_run):
     for out in ("first.jsonl", "again.jsonl"):
         (work / "request.json").write_text(json.dumps({"store": str(store.root), "cases": cases}))
         command = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(work / "request.json"), str(work / out)]
-        subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300, capture_output=True)
+        subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=900, capture_output=True)
     results = [json.loads(line) for line in (work / "first.jsonl").read_text().splitlines()]
     assert not [result["error"] for result in results if "error" in result]
     return comparison, store

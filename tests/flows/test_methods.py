@@ -66,7 +66,7 @@ def played(tmp_path_factory, make_model, tiny_model):
             cases.append(cases[-1] | {"id": "swift alone", "store": str(work / "alone")})
     (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
     command = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(work / "request.json"), str(work / "out.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=1100, check=False)
     results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
     assert len(results) == len(cases), done.stderr[-3000:]
     return results
