@@ -33,9 +33,9 @@ class Places(NamedTuple):
     by_query: Tensor
     """The cell of a row's [R, T] product that the score of (i, j) takes its term of i from, counted through. [R L], or [N, R L]."""
     by_key: Tensor
-    """The cell of a row's [T, L] product for its term of j. [R L], or [N, R L]."""
-    beyond_NL: Tensor | None
-    """True behind the end of a row; None: all rows are of one length."""
+    """The cell of a row's [L, T] product for its term of j. [R L], or [N, R L]."""
+    beyond_N1L: Tensor | None
+    """-inf behind the end of a row, 0 before it; None: all rows are of one length."""
 
 
 class Encoder:
@@ -45,6 +45,7 @@ class Encoder:
         self.model, self.config = model, model.config
         self.num_heads = self.config.num_attention_heads
         weight = model.embeddings.word_embeddings.weight
+        self.dtype = weight.dtype
         self.on_cpu = weight.device.type == "cpu"
         self.onednn = self.on_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         with torch.inference_mode():
@@ -68,7 +69,10 @@ class Encoder:
         (rows, length), device = ids_NL.shape, ids_NL.device
         embeddings, *layers, last = self.model.embeddings, *self.model.encoder.layer
         tokens = torch.arange(length, device=device)
-        beyond = tokens >= torch.tensor(lengths, device=device)[:, None] if min(lengths) < length else None
+        beyond = None
+        if min(lengths) < length:
+            behind = tokens >= torch.tensor(lengths, device=device)[:, None, None]
+            beyond = torch.zeros(behind.shape, dtype=self.dtype, device=device).masked_fill_(behind, -torch.inf)
         reached = distance_buckets(length, self.config, device)
         everywhere = self._places(tokens, reached, beyond)
         x = embeddings.LayerNorm(embeddings.word_embeddings(ids_NL)).view(rows * length, -1)
@@ -84,7 +88,7 @@ class Encoder:
         first, last, length = int(reached[0]), int(reached[-1]) + 1, (len(reached) + 1) // 2
         keys, number = torch.arange(length, device=reached.device), torch.arange(queries.shape[-1], device=reached.device)
         bucket = (reached - first)[queries[..., None] - keys + length - 1]
-        by_query, by_key = bucket + (last - first) * number[:, None], bucket * length + keys
+        by_query, by_key = bucket + (last - first) * number[:, None], bucket + (last - first) * keys
         return Places(first, last, by_query.flatten(-2), by_key.flatten(-2), beyond)
 
     def _layer(self, layer: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int) -> Tensor:
@@ -106,12 +110,11 @@ class Encoder:
 
     def _head(self, query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor, places: Places) -> Tensor:
         """Of one head: query [N, R, H], key and value [N, L, H] -> [N R, H]; of several, each with A before."""
-        by_query, by_key = self._product(query, position_key[..., None, :, :]), self._product(position_query[..., None, :, :], key)
-        if places.beyond_NL is not None:
-            by_key = by_key.masked_fill_(places.beyond_NL[:, None], -torch.inf)
-        bias = _taken(by_query, places.by_query)
-        bias += _taken(by_key, places.by_key)
+        bias = _taken(self._product(query, position_key[..., None, :, :]), places.by_query)
+        bias += _taken(self._product(key, position_query[..., None, :, :]), places.by_key)
         bias = bias.view(*query.shape[:-1], -1)
+        if places.beyond_N1L is not None:
+            bias += places.beyond_N1L
         if self.on_cpu:
             weights = torch.softmax(self._product(query, key, bias), dim=-1)
             context = self._product(weights, value.mT)
@@ -121,7 +124,7 @@ class Encoder:
 
     def _product(self, left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
         """left right^T, + add; over leading axes."""
-        if self.onednn and left.shape[0] == right.shape[0] == 1:
+        if self.onednn and len(right) == 1:
             return onednn_linear(left, right[0], None, add)
         if add is not None and left.dim() == 3:
             return torch.baddbmm(add, left, right.mT)
