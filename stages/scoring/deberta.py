@@ -33,7 +33,8 @@ class Places(NamedTuple):
     by_query: Tensor
     """The cell of a row's [R, T] product that the score of (i, j) takes its term of i from, counted through. [R L], or [N, R L]."""
     by_key: Tensor
-    """The cell of a row's [L, T] product for its term of j. [R L], or [N, R L]."""
+    """The cell of a row's product for its term of j. [R L], or [N, R L]. The product is [L, T]; of a row by itself, which may be long,
+    [T, L]: far off, where many j share a bucket, their terms lie side by side."""
     beyond_N1L: Tensor | None
     """-inf behind the end of a row, 0 before it; None: all rows are of one length."""
 
@@ -74,21 +75,22 @@ class Encoder:
             behind = tokens >= torch.tensor(lengths, device=device)[:, None, None]
             beyond = torch.zeros(behind.shape, dtype=self.dtype, device=device).masked_fill_(behind, -torch.inf)
         reached = distance_buckets(length, self.config, device)
-        everywhere = self._places(tokens, reached, beyond)
+        everywhere = self._places(tokens, reached, beyond, rows)
         x = embeddings.LayerNorm(embeddings.word_embeddings(ids_NL)).view(rows * length, -1)
         for layer, positions in zip(layers, self.positions[:-1], strict=True):
             x = self._layer(layer, positions, x, x, everywhere, rows)
         asked = (wanted_NR + length * torch.arange(rows, device=device)[:, None]).view(-1)
-        found = self._layer(last, self.positions[-1], x[asked], x, self._places(wanted_NR, reached, beyond), rows)
+        found = self._layer(last, self.positions[-1], x[asked], x, self._places(wanted_NR, reached, beyond, rows), rows)
         return found.view(rows, wanted_NR.shape[1], -1)
 
     @staticmethod
-    def _places(queries: Tensor, reached: Tensor, beyond: Tensor | None) -> Places:
+    def _places(queries: Tensor, reached: Tensor, beyond: Tensor | None, rows: int) -> Places:
         """For the queries of all rows, [R], or of each, [N, R]."""
         first, last, length = int(reached[0]), int(reached[-1]) + 1, (len(reached) + 1) // 2
         keys, number = torch.arange(length, device=reached.device), torch.arange(queries.shape[-1], device=reached.device)
         bucket = (reached - first)[queries[..., None] - keys + length - 1]
-        by_query, by_key = bucket + (last - first) * number[:, None], bucket + (last - first) * keys
+        by_query = bucket + (last - first) * number[:, None]
+        by_key = bucket * length + keys if rows == 1 else bucket + (last - first) * keys
         return Places(first, last, by_query.flatten(-2), by_key.flatten(-2), beyond)
 
     def _layer(self, layer: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int) -> Tensor:
@@ -110,8 +112,10 @@ class Encoder:
 
     def _head(self, query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor, places: Places) -> Tensor:
         """Of one head: query [N, R, H], key and value [N, L, H] -> [N R, H]; of several, each with A before."""
-        bias = _taken(self._product(query, position_key[..., None, :, :]), places.by_query)
-        bias += _taken(self._product(key, position_query[..., None, :, :]), places.by_key)
+        position_key, position_query = position_key[..., None, :, :], position_query[..., None, :, :]
+        left, right = (position_query, key) if key.shape[-3] == 1 else (key, position_query)
+        bias = _taken(self._product(query, position_key), places.by_query)
+        bias += _taken(self._product(left, right), places.by_key)
         bias = bias.view(*query.shape[:-1], -1)
         if places.beyond_N1L is not None:
             bias += places.beyond_N1L

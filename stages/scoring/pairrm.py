@@ -17,7 +17,7 @@ from stages.policy import batches_by_budget, pick_device, pin_threads
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, NamedModel, local_directory, locate
 
-CPU_TOKENS, CPU_CELLS = 1024, 2**18
+CPU_TOKENS, CPU_CELLS = 1024, 2**17
 """Of a batch on a CPU: what its cache holds. A long row by itself is the fastest; of short ones, enough to hide the calls, and no more:
 larger batches hold more padding."""
 
