@@ -142,13 +142,13 @@ def test_more_nodes_than_there_are_is_refused():
     assert {line.need.stage: line.problem for line in plan(run)}["train"] == "it asks for 4 nodes, and there are 2"
 
 
-def test_the_command_prints_a_table_and_says_no_by_its_exit_code(capsys):
+def test_the_command_prints_a_table_and_says_no_by_its_exit_code(capsys, tiny_model):
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     assert main(["deploy/runs/swift.yaml", *settings]) == 2
     shown = capsys.readouterr()
     assert re.search(r"^train +1 worker\(s\) x 1 GPU .*DOES NOT FIT", shown.out, re.M)
     assert "1 stage(s) do not fit" in shown.err
-    assert main(["deploy/runs/quickstart.yaml", "--set", "execution.gpus_per_node=0"]) == 0
+    assert main(["deploy/runs/quickstart.yaml", "--set", "execution.gpus_per_node=0", "--set", f"policy.path={tiny_model}"]) == 0
 
 
 def test_the_hardware_is_what_the_config_says():
