@@ -38,7 +38,7 @@ from tasks.build import Built, build
 from tasks.prompts import publish
 from tasks.stages import Place
 
-CALIBRATION_PROMPTS = 16
+CALIBRATION_PROMPTS = 32
 CALIBRATION_QUESTIONS = 10
 """Of each lm-eval task."""
 NOISE = 0.10
@@ -216,22 +216,24 @@ def _measured_units(record: ArtifactRecord, config: Any) -> float:
 
 
 def _rate(record: ArtifactRecord, store: Store, units: float, wall: float, source: str) -> Rate:
-    """Split a measured step into what it takes once and what each unit takes: by its shards or steps after the first, which is also a warm-up."""
-    history = events(store.directory(record.kind, record.key))
-    marks = [event for event in history if event["event"] in ("shard", "step")]
-    gaps = [after["time"] - before["time"] for before, after in itertools.pairwise(marks)]
-    if record.stage in ("sample", "train") and len(gaps) >= 1:
-        per_mark = units / len(marks)
-        steady = statistics.median(gaps) / per_mark
-        spread = statistics.pstdev(gaps) / statistics.mean(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 and statistics.mean(gaps) else 0.0
-        per_unit = min(steady, wall / units)
-    else:
-        per_unit, spread = max(0.0, record.seconds.get("busy", 0.0)) / units, 0.0
-    fixed = max(0.0, wall - per_unit * units)
-    lengths = 0.0
-    if record.stage == "sample":  # how long answers are is itself an estimate, from so many of them
-        lengths = 0.5 / math.sqrt(units)
-    return Rate(fixed, per_unit, math.sqrt(NOISE**2 + spread**2 + lengths**2), units, record, source)
+    """Split a measured step into what it takes once (importing, loading, exporting) and what each unit takes.
+
+    A training's first step is a warm-up, so its rate is the median of the others; sampling counts the seconds of generating.
+    """
+    seconds, spread, lengths = record.seconds, 0.0, 0.0
+    per_unit = seconds.get("busy", 0.0) / units
+    if record.stage == "sample":
+        per_unit = seconds.get("generate", seconds.get("busy", 0.0)) / units
+        lengths = 0.5 / math.sqrt(units)  # how long answers are is itself an estimate, from so many of them
+    elif record.stage == "train":
+        history = events(store.directory(record.kind, record.key))
+        times = [event["time"] for event in history if event["event"] == "step"]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        if gaps:
+            per_unit = statistics.median(gaps) / (units / len(times))
+            spread = statistics.pstdev(gaps) / statistics.mean(gaps) / math.sqrt(len(gaps))
+    per_unit = min(per_unit, wall / units)
+    return Rate(wall - per_unit * units, per_unit, math.sqrt(NOISE**2 + spread**2 + lengths**2), units, record, source)
 
 
 def _calibrate(config: RunConfig, checked: Checked, store: Store) -> dict[str, Rate]:
@@ -242,7 +244,7 @@ def _calibrate(config: RunConfig, checked: Checked, store: Store) -> dict[str, R
         update={"lm_eval": tuple(task.model_copy(update={"limit": min(task.limit or CALIBRATION_QUESTIONS, CALIBRATION_QUESTIONS)}) for task in checked.evaluation.lm_eval)}
     ))  # fmt: skip
     start, models = models_of(small, root)
-    measurer = _Measurer(small, root, start, few)
+    measurer = _Measurer(small, root, start, few, checked)
     hands = Hands(measurer.run, lambda rows, place, shown_as="": publish(rows, root), HANDS.read_answers)
     with contextlib.suppress(_Enough):
         play(small, few, Place(str(root.root), small.name, "iter_00"), start, models, measurer, hands=hands)
@@ -250,12 +252,7 @@ def _calibrate(config: RunConfig, checked: Checked, store: Store) -> dict[str, R
 
 
 def _small(config: RunConfig) -> RunConfig:
-    """The run, with few prompts and two shards, so that the second one tells the steady speed."""
-    half = CALIBRATION_PROMPTS // 2
-    sampling = config.sampling.model_copy(update={"runtime": config.sampling.runtime.model_copy(update={"prompts_per_shard": half})})
-    heldout = config.heldout_sampling and config.heldout_sampling.model_copy(
-        update={"runtime": config.heldout_sampling.runtime.model_copy(update={"prompts_per_shard": half})}
-    )
+    """The run, with few prompts, and enough steps to tell the steady speed from the first one's."""
     prompts = config.prompts.model_copy(update={"per_iteration": CALIBRATION_PROMPTS, "reuse": True})
     training = config.training.model_copy(
         update={
@@ -269,7 +266,7 @@ def _small(config: RunConfig) -> RunConfig:
     )
     return config.model_copy(
         update={
-            "iterations": 2, "prompts": prompts, "sampling": sampling, "heldout_sampling": heldout, "training": training,
+            "iterations": 2, "prompts": prompts, "training": training,
             "evaluation": evaluation, "mix_previous": False, "scoring": config.scoring.model_copy(update={"max_drop_rate": 1.0}),
         }
     )  # fmt: skip
@@ -282,8 +279,8 @@ class _Enough(Exception):
 class _Measurer:
     """Hands that build for real, and a history that listens."""
 
-    def __init__(self, config: RunConfig, store: Store, start: ArtifactRef, checked: Checked):
-        self.config, self.store, self.start, self.checked = config, store, start, checked
+    def __init__(self, config: RunConfig, store: Store, start: ArtifactRef, checked: Checked, whole: Checked):
+        self.config, self.store, self.start, self.checked, self.whole = config, store, start, checked, whole
         self.rates: dict[str, Rate] = {}
         self.made: dict[str, Built] = {}
         self.pairs_per_prompt = 1.0
@@ -302,7 +299,7 @@ class _Measurer:
         prompts = len(self.checked.heldout if str(shown_as).endswith("heldout_generations") or stage == "evaluate" else self.checked.train)
         units = _units(step, self.config, prompts, self.pairs_per_prompt)
         rate = _rate(record, self.store, max(units, 1.0), took, "calibration")
-        self.rates[kind] = _whole_evaluation(rate, self.checked) if stage == "evaluate" else rate
+        self.rates[kind] = _whole_evaluation(rate, self.whole) if stage == "evaluate" else rate
         self.made[step.shown_as] = built
         if place.step == "iter_02" and step.shown_as == "weigh":
             raise _Enough  # with the passes of a policy that is not the start model, all kinds are known
@@ -322,13 +319,15 @@ class _Measurer:
 
 
 def _whole_evaluation(rate: Rate, checked: Checked) -> Rate:
-    """lm-eval's questions do not grow with the held-out answers: their whole number is a fixed cost."""
-    seconds, asked = rate.record.seconds.get("lm_eval", 0.0), CALIBRATION_QUESTIONS * max(1, len(checked.evaluation.lm_eval))
-    questions = sum(_questions(task) for task in checked.evaluation.lm_eval)
-    heldout = rate.record.seconds.get("heldout", 0.0)
-    load = min(seconds, rate.record.seconds.get("start_up", 0.0) * 0.5)
-    fixed = max(0.0, rate.fixed + rate.units * rate.per_unit - heldout - seconds) + load
-    return rate._replace(fixed=fixed + (seconds - load) * questions / asked if questions else fixed, per_unit=heldout / rate.units)
+    """lm-eval's questions do not grow with the held-out answers: their whole number is a fixed cost. Models are loaded inside of both parts."""
+    seconds = rate.record.seconds
+    heldout, lm_eval, load = seconds.get("heldout", 0.0), seconds.get("lm_eval", 0.0), seconds.get("start_up", 0.0)
+    loads = {"lm_eval": load / 2, "heldout": load / 2} if lm_eval else {"lm_eval": 0.0, "heldout": load}
+    answering, asking = max(0.0, heldout - loads["heldout"]), max(0.0, lm_eval - loads["lm_eval"])
+    asked = sum(min(_questions(task), CALIBRATION_QUESTIONS) for task in checked.evaluation.lm_eval)
+    wall = rate.fixed + rate.units * rate.per_unit
+    fixed = wall - answering - asking + (asking * sum(map(_questions, checked.evaluation.lm_eval)) / asked if asked else 0.0)
+    return rate._replace(fixed=fixed, per_unit=answering / rate.units)
 
 
 def _questions(task: Any) -> int:
