@@ -1,4 +1,4 @@
-"""Predicted against measured: `selfplay estimate`, then `selfplay run`, for three runs that differ in sampler, method and size.
+"""Predicted against measured: `selfplay estimate`, then `selfplay run`, for runs that differ in sampler, method and size.
 
     python benchmarks/estimate.py [--out estimate.json] [--only NAME ...]
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(ROOT))
 RUNS = {
+    "sppo, tiny preset": ("deploy/runs/tiny/sppo.yaml", ["iterations=1"]),
     "sppo, vLLM": ("deploy/runs/quickstart.yaml", ["iterations=1"]),
     "swift, transformers": ("deploy/runs/tiny/swift.yaml", ["iterations=1", "sampling.max_new_tokens=24", "training.epochs=2"]),
     "dpo, K = 2, transformers": (
