@@ -16,7 +16,7 @@ from typing import Any
 
 from data_contracts import ledger as ledgers
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
-from data_contracts.errors import ArtifactError, PipelineError
+from data_contracts.errors import ArtifactError, PipelineError, reported
 from data_contracts.identity import fingerprint
 from data_contracts.store import Store, content_digest, data_files
 
@@ -225,8 +225,7 @@ def main(arguments: list[str]) -> int:
             return ledger(store, options.run, options.csv)
         return {"show": show, "explain": explain}[options.command](store, options.key)
     except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ what to do next. `exit_code` is what a command ends with; 2 is reserved for "the
 
 from __future__ import annotations
 
+import sys
+
 
 class PipelineError(Exception):
     """Anything this project raises on purpose."""
@@ -44,3 +46,9 @@ class TransientError(PipelineError, RuntimeError):
 
 
 BY_NAME = {cls.__name__: cls for cls in (ConfigError, ContractError, ArtifactError, StageError, TransientError)}
+
+
+def reported(error: PipelineError) -> int:
+    """How every command ends with an error of ours: one message on stderr. Returns: the exit code."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return error.exit_code

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_contracts.artifact import RECORD
-from data_contracts.errors import ArtifactError, ConfigError, PipelineError
+from data_contracts.errors import ArtifactError, ConfigError, PipelineError, reported
 from data_contracts.store import Store, bytes_below, size_in_words
 
 YOUNG_SECONDS = 3600.0
@@ -194,8 +194,7 @@ def main(arguments: list[str]) -> int:
         store = Store(options.store)
         removals = gc(store, options.keep_runs, options.dry_run)
     except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
     for removal in removals:
         print(f"{size_in_words(removal.size):>12}  {removal.path.relative_to(store.root)}  ({removal.why})")
     total = size_in_words(sum(removal.size for removal in removals))

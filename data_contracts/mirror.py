@@ -24,7 +24,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from data_contracts.artifact import RECORD, ArtifactRecord
-from data_contracts.errors import ArtifactError, ConfigError, PipelineError, TransientError
+from data_contracts.errors import ArtifactError, ConfigError, PipelineError, TransientError, reported
 from data_contracts.identity import digest_file
 from data_contracts.store import Store, temporary_beside, write_atomic
 
@@ -159,8 +159,7 @@ def main(arguments: list[str]) -> int:
                 with store.lock(kind, key):
                     print(f"{name} {'fetched' if mirror.fetch(store, kind, key) else 'is not there'}")
     except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
     return 0
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -229,12 +228,10 @@ def _settings_of(name: str, store: str | None) -> Path:
     return path
 
 
-@contextmanager
-def _server(store: Any) -> Iterator[str]:
+def _server(store: Any) -> AbstractContextManager[str]:
     from flows.server import prefect_server
 
-    with prefect_server(store.root / "prefect") as url:
-        yield url
+    return prefect_server(store.root / "prefect")
 
 
 def _play(config: str, assignments: list[str] | None, store: str | None) -> None:
@@ -273,13 +270,12 @@ def _print_rows(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from data_contracts.errors import PipelineError
+    from data_contracts.errors import PipelineError, reported
 
     try:
         code = app(arguments, prog_name="selfplay", standalone_mode=False)
     except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

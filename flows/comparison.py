@@ -20,7 +20,7 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
 from flows import figures
 from flows.config import NAME, TRAINABLE_ROLES, RunConfig, apply, merge, read_run
-from flows.page import document, figure, grid
+from flows.page import document, figure, grid, markdown_table
 from flows.page import table as html_table
 from flows.preflight import preflight
 from stages.evaluation.intervals import Interval, paired_bootstrap
@@ -235,7 +235,7 @@ def text(comparison: Comparison, found: list[Outcome]) -> str:
     parts = [
         f"# Comparison {comparison.config.name}",
         "",
-        _markdown(table(comparison, found)),
+        markdown_table(_cells(table(comparison, found))),
         "",
         f"Intervals: 95 %, paired bootstrap over prompts, seeds pooled ({len(comparison.config.seeds)}). Seconds per seed, without iteration 0.",
         f"{share['asked for']} artifacts asked for, {share['built']} built, {share['shared']} of them shared by several runs. "
@@ -243,7 +243,7 @@ def text(comparison: Comparison, found: list[Outcome]) -> str:
         "",
         "## Seconds per iteration",
         "",
-        _markdown(seconds),
+        markdown_table(_cells(seconds)),
         "",
         *(f"- {line}" for line in ratios(comparison, seconds)),
         "",
@@ -251,10 +251,8 @@ def text(comparison: Comparison, found: list[Outcome]) -> str:
     return "\n".join(parts)
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows])
+def _cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{name: _cell(value) for name, value in row.items()} for row in rows]
 
 
 def _cell(value: Any) -> str:
@@ -299,7 +297,7 @@ def _page(comparison: Comparison, found: list[Outcome], rows: list[dict[str, Any
         figure("gain", "Held-out gain over the start, 95 %", figures.lines("gain", curves, "iteration", "gain", zero=True), names),
         figure("seconds", "Seconds per iteration", figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"), PHASES[:3]),
     )
-    tables = "".join(html_table([{name: _cell(value) for name, value in row.items()} for row in part]) for part in (rows, seconds))
+    tables = "".join(html_table(_cells(part)) for part in (rows, seconds))
     lines = "".join(f"<li>{escape(line)}</li>" for line in ratios(comparison, seconds))
     name = escape(comparison.config.name)
     body = f"<header><h1>{name}</h1></header><main><section>{pictures}</section><section>{tables}<ul>{lines}</ul></section></main>"

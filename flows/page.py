@@ -454,6 +454,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    return "\n".join(lines + ["| " + " | ".join(_shown(row.get(name, "")) for name in names) + " |" for row in rows])
+
+
+def _shown(value: Any) -> str:
+    return "unscored" if value is None else str(value)
+
+
 def _cell(value: Any) -> str:
     return "unscored" if value is None else value if isinstance(value, str) else json.dumps(value)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config
-from data_contracts.errors import ConfigError, PipelineError
+from data_contracts.errors import ConfigError, PipelineError, reported
 from flows.config import RunConfig, load_run
 from stages.memory import (
     GIB,
@@ -310,8 +310,7 @@ def main(arguments: list[str]) -> int:
         print(show(run, plan(run), hardware(run)))
         refuse_what_cannot_fit(run)
     except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
     return 0
 
 

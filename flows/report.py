@@ -18,7 +18,7 @@ from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
 from flows.config import RunConfig
-from flows.page import Story, WeightPicture, render, spread, standalone_figures
+from flows.page import Story, WeightPicture, markdown_table, render, spread, standalone_figures
 from flows.tournament import Standing, standing
 from stages.evaluation.gate import Measured, measured, paired_gain
 from stages.evaluation.intervals import Interval, paired_bootstrap
@@ -265,16 +265,6 @@ class History:
         except Exception as error:
             if logger := _logger():
                 logger.warning("the tables could not be sent to Prefect: %s", error)
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(_shown(row.get(name, "")) for name in names) + " |" for row in rows])
-
-
-def _shown(value: Any) -> str:
-    return "unscored" if value is None else str(value)
 
 
 def _tournament_lines(standing: Standing) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.config import parse
-from data_contracts.errors import ConfigError, PipelineError
+from data_contracts.errors import ConfigError, PipelineError, reported
 from data_contracts.store import Store, disk_errors_explained
 from stages.claims import WORKER
 from stages.rendezvous import node_rank
@@ -53,8 +53,7 @@ def main(arguments: list[str]) -> int:
             record = execute(stage, config, inputs, store, launched=_launched())
     except PipelineError as error:
         print(f"@error {json.dumps({'type': type(error).__name__, 'message': str(error)})}", flush=True)
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
     if LOCK_HELD not in os.environ:
         print(store.directory(record.kind, record.key))
     return 0

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_contracts.errors import ConfigError, ContractError, PipelineError
+from data_contracts.errors import ConfigError, ContractError, PipelineError, reported
 from data_contracts.shards import Rows, shard_path, to_table, write_shard
 from data_contracts.store import write_atomic
 
@@ -131,8 +131,7 @@ def main(arguments: list[str]) -> int:
     try:
         return 0 if replay_batch(arguments[0]) else 1
     except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_contracts.errors import BY_NAME, ConfigError, PipelineError, StageError, TransientError
+from data_contracts.errors import BY_NAME, ConfigError, PipelineError, StageError, TransientError, reported
 from data_contracts.store import write_atomic
 from tasks.execution.base import Work
 from tasks.execution.gpus import some_gpus
@@ -167,8 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         do(Path(arguments[0]), arguments[1], rank)
     except PipelineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
     return 0
 
 
