@@ -13,10 +13,10 @@ import numpy as np
 from data_contracts.errors import ConfigError
 from stages.policy import pick_device
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
-from stages.scoring.models import ModelScorerConfig, NamedModel, local_directory, locate
+from stages.scoring.models import ModelScorerConfig, NamedModel, PairScorer, locate
 
 
-class LLMBlender:
+class LLMBlender(PairScorer):
     TEXT_ONLY = True
 
     class Config(ModelScorerConfig):
@@ -29,18 +29,6 @@ class LLMBlender:
         self.config, self.device = config, device
         self.blender: Any = None
         self.compared: Any = lambda count: None
-
-    @staticmethod
-    def needs_start_logps(config: Config) -> bool:
-        return False
-
-    @staticmethod
-    def compares(config: Config) -> bool:
-        return True
-
-    @staticmethod
-    def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
-        local_directory(config.model, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
         self.compared = surroundings.compared

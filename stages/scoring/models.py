@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,26 @@ def locate(model: ModelRef, scorer: str) -> Path:
         raise TransientError(
             f"the model {model.hub_id} of the scorer {scorer} could not be fetched and is not in the local cache: {str(error).splitlines()[0]}"
         ) from None
+
+
+class ModelScorer:
+    """Base of scorers by one model, `config.model`, that need nothing of the start model: refused early if it is a directory that is not there."""
+
+    @staticmethod
+    def needs_start_logps(config: Any) -> bool:
+        return False
+
+    @staticmethod
+    def check_prompts(config: Any, prompts: Sequence[dict[str, Any]]) -> None:
+        local_directory(config.model, config.name)
+
+
+class PairScorer(ModelScorer):
+    """Of those that compare candidates by twos."""
+
+    @staticmethod
+    def compares(config: Any) -> bool:
+        return True
 
 
 def read_tensors(directory: Path) -> dict[str, Any]:

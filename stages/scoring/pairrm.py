@@ -15,14 +15,14 @@ import numpy as np
 
 from stages.policy import batches_by_budget, pick_device, pin_threads
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
-from stages.scoring.models import ModelScorerConfig, NamedModel, local_directory, locate
+from stages.scoring.models import ModelScorerConfig, NamedModel, PairScorer, locate
 
 CPU_TOKENS, CPU_CELLS = 1024, 2**17
 """Of a batch on a CPU: what its cache holds. A long row by itself is the fastest; of short ones, enough to hide the calls, and no more:
 larger batches hold more padding."""
 
 
-class PairRM:
+class PairRM(PairScorer):
     TEXT_ONLY = True
 
     class Config(ModelScorerConfig):
@@ -40,18 +40,6 @@ class PairRM:
         self.compared: Any = lambda count: None
         self.used: Any = lambda model, tokens_in: None
         self.directory: Path | str = ""
-
-    @staticmethod
-    def needs_start_logps(config: Config) -> bool:
-        return False
-
-    @staticmethod
-    def compares(config: Config) -> bool:
-        return True
-
-    @staticmethod
-    def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
-        local_directory(config.model, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
         self.batch_tokens, self.compared, self.used = surroundings.batch_tokens, surroundings.compared, surroundings.used

@@ -11,11 +11,11 @@ import numpy as np
 from data_contracts.checkpoint import external_model, has_chat_template
 from stages.logps import Pass
 from stages.scoring.base import Candidates, Scores, Surroundings
-from stages.scoring.models import ModelScorerConfig, local_directory, locate
+from stages.scoring.models import ModelScorer, ModelScorerConfig, locate
 from stages.tokens import encode_prompt, load_tokenizer
 
 
-class TeacherLogp:
+class TeacherLogp(ModelScorer):
     class Config(ModelScorerConfig):
         """Mean log-prob per token, in bfloat16."""
 
@@ -30,14 +30,6 @@ class TeacherLogp:
         self.config, self.device, self.root, self.batch_tokens = config, device, None, 4096
         self.teacher: Pass | None = None
         self.surroundings: Surroundings | None = None
-
-    @staticmethod
-    def needs_start_logps(config: Config) -> bool:
-        return False
-
-    @staticmethod
-    def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
-        local_directory(config.model, config.name)
 
     def prepare(self, surroundings: Surroundings) -> None:
         self.root, self.batch_tokens, self.surroundings = surroundings.store_root, surroundings.batch_tokens, surroundings
