@@ -56,7 +56,9 @@ def prefect_server(home: Path) -> Iterator[str]:
     try:
         importlib.import_module("flows.self_play")  # prefect and mlflow: as long as the server's start, and beside it
         with suppress(Exception):  # whatever is wrong with MLflow, the tracker says it and the run goes on
-            importlib.import_module("tasks.tracking").import_client()
+            from tasks.tracking import import_client
+
+            import_client()
         _wait(server, url)
         yield url
     finally:

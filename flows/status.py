@@ -19,9 +19,10 @@ from tasks.stages import Place
 def status(config: RunConfig, store: Store) -> str:
     """A line per artifact of the run, and what is left."""
     rehearsal = rehearse(config, store)
+    locked = store.locks()
     lines = [f"run {config.name}: {config.method.name}, {config.iterations} iteration(s), store {store.root}"]
     for one in rehearsal.steps:
-        lines.append(f"  {one.step}  {one.shown_as:20} {one.key or '':16}  {_state(one, store)}")
+        lines.append(f"  {one.step}  {one.shown_as:20} {one.key or '':16}  {_state(one, store, locked)}")
     built = sum(one.record is not None for one in rehearsal.steps)
     lines.append(
         f"{built} of {len(rehearsal.steps)} artifacts are built" + ("" if built < len(rehearsal.steps) else ": the run is complete")
@@ -29,13 +30,13 @@ def status(config: RunConfig, store: Store) -> str:
     return "\n".join(lines)
 
 
-def _state(one: Step, store: Store) -> str:
+def _state(one: Step, store: Store, locked: list[tuple[str, str]]) -> str:
     if one.record is not None:
         return f"built {str(one.record.provenance.get('time', '?'))[:19].replace('T', ' ')}, {one.record.seconds.get('wall', 0):.1f} s"
     if one.key is None:
         return "to come"
     kind = STAGES[one.stage].produces
-    owner = _owner(store, kind, one.key)
+    owner = _owner(store, kind, one.key) if (kind, one.key) in locked else None
     history = events(store.directory(kind, one.key))
     done = sum(event["event"] == "shard" for event in history)
     steps = max((event["index"] for event in history if event["event"] == "step"), default=0)
@@ -50,8 +51,6 @@ def _state(one: Step, store: Store) -> str:
 
 def _owner(store: Store, kind: str, key: str) -> dict[str, Any] | None:
     """Who builds it, on whatever host. Holding the lock for a moment to see is harmless: a builder asks again every half second."""
-    if (kind, key) not in store.locks():
-        return None
     try:
         with store.try_lock(kind, key) as owner:
             return owner

@@ -28,6 +28,7 @@ from data_contracts.identity import canonical_json, digest_text, fingerprint
 from data_contracts.prompts import load_prompts
 from data_contracts.shards import shard_path, to_table, write_shard
 from data_contracts.store import Store
+from stages.stage import events
 
 # The same examples every time, and as long as a busy machine takes.
 settings.register_profile("ours", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -171,3 +172,24 @@ def run_stage_command(tmp_path_factory):
         return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False)
 
     return run
+
+
+def tries_of(directory: Path, name: str) -> list[list[int]]:
+    """For each try at an artifact, the indices of its events of a name: shards written, steps done."""
+    tries: list[list[int]] = []
+    for event in events(directory):
+        if event["event"] == "start":
+            tries.append([])
+        elif event["event"] == name:
+            tries[-1].append(event["index"])
+    return tries
+
+
+def pretend_slurm(home: Path) -> Path:
+    """Slurm's commands as scripts in a new directory, to put on PATH; what was asked lies there afterwards, job by job."""
+    home.mkdir()
+    stub = Path(__file__).with_name("assets").joinpath("slurm_stub.py").read_text()
+    for name in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
+        (home / name).write_text(f"#!{sys.executable}\n{stub}")
+        (home / name).chmod(0o755)
+    return home

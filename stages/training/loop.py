@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_contracts.shards import Rows
 from stages.cost import loading
 from stages.training.batches import STEPS, Step, kept_steps, micro_batches, plan_steps, row_length
 from stages.training.engine import Engine
@@ -20,7 +21,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 def train(
     config: Any,
-    rows: Sequence[dict[str, Any]],
+    rows: Rows,
     policy: str,
     reference: str | None,
     teacher: str | None,

@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def what_is_wrong(metrics: dict[str, float], num_rows: int) -> str:
     return f"log-probs of {per_token:.0f} nats per token: the log-ratios explode" if per_token < -MOST_NATS else ""
 
 
-def save(bad: BadStep, out: Path, config: Any, inputs: dict[str, str | None], rows: Sequence[dict[str, Any]]) -> ContractError:
+def save(bad: BadStep, out: Path, config: Any, inputs: dict[str, str | None], rows: Rows) -> ContractError:
     """Write the batch down; the error to raise, which names its rows and the way to see it again."""
     batch_rows = rows.pick(bad.step.rows)
     names = [row["pair_id"] for row in batch_rows]

@@ -15,7 +15,7 @@ from data_contracts.errors import ConfigError, TransientError
 from data_contracts.store import Store
 from tasks.execution.base import Work
 from tasks.execution.config import ExecutionConfig
-from tasks.execution.remote import LEFT_ALONE_SECONDS, Request, at_fault
+from tasks.execution.remote import Request, at_fault
 
 LOOK_EVERY_SECONDS = 1.0
 
@@ -56,7 +56,7 @@ class PoolHandle:
     def __init__(self, work: Work, pool: Pool):
         self.request, self.pool = Request(work, pool.store.root), pool
         self.states: dict[Any, Any] = {}
-        self.next_look, self.began, self.failed_at = 0.0, time.monotonic(), 0.0
+        self.next_look, self.began = 0.0, time.monotonic()
         variables = dict(pool.execution.job_variables)
         if pool.execution.profile == "kubernetes":
             variables.setdefault("gpu_count", work.gpus)
@@ -86,10 +86,8 @@ class PoolHandle:
                 "start one (`prefect worker start --pool ...`), or raise execution.start_timeout_seconds"
             )
         over = [self._is_over(rank, run) for rank, run in enumerate(self.runs)]
-        if not self.failed_at and any(ended and self.error_of(rank) is not None for rank, ended in enumerate(over)):
-            self.failed_at = time.monotonic()
-        # One that failed ends them all; the others would wait for it.
-        return all(over) or (self.failed_at > 0 and time.monotonic() - self.failed_at > LEFT_ALONE_SECONDS)
+        failed = any(ended and self.error_of(rank) is not None for rank, ended in enumerate(over))
+        return self.request.is_settled(all(over), failed)
 
     def _is_over(self, rank: int, run: Any) -> bool:
         """A worker that dies with its machine leaves its run Running for good: what lies in the store knows better."""

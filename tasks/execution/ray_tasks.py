@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from data_contracts.errors import ConfigError, TransientError
 from data_contracts.store import Store
 from tasks.execution.base import Work
 from tasks.execution.config import ExecutionConfig
-from tasks.execution.remote import LEFT_ALONE_SECONDS, Request, at_fault, do
+from tasks.execution.remote import Request, at_fault, do
 from tasks.launch import python_path
 
 
@@ -48,7 +47,7 @@ class RayHandle:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self.ray, self.request, self.failed_at = ray, Request(work, store.root), 0.0
+        self.ray, self.request = ray, Request(work, store.root)
         self.group = placement_group([{"CPU": 1, "GPU": work.gpus}] * work.nodes, strategy="STRICT_SPREAD") if work.nodes > 1 else None
         # max_retries 0: what a lost task means is decided by whoever asked.
         remote = ray.remote(num_cpus=1, num_gpus=work.gpus, max_retries=0)(_run)
@@ -64,9 +63,7 @@ class RayHandle:
         ready, waiting = self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0)
         for rank in range(len(self.tasks)):
             self.request.check_clock(rank)
-        if not self.failed_at and any(self._failure(task) is not None for task in ready):
-            self.failed_at = time.monotonic()
-        return not waiting or (self.failed_at > 0 and time.monotonic() - self.failed_at > LEFT_ALONE_SECONDS)
+        return self.request.is_settled(not waiting, any(self._failure(task) is not None for task in ready))
 
     def _failure(self, task: Any) -> Exception | None:
         try:

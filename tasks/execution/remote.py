@@ -50,6 +50,7 @@ class Request:
         self.directory.mkdir(parents=True)
         self.began = time.time()
         self.greeted: set[int] = set()
+        self.failed_at: float | None = None
         write_atomic(self.path, json.dumps(work._asdict() | {"log_file": str(work.log_file), "token": self.token}))
 
     def read(self, what: str, rank: int = 0) -> dict[str, Any] | None:
@@ -81,6 +82,12 @@ class Request:
         except OSError:
             return False
         return self.read("outcome", rank) is None  # it may have ended well in between
+
+    def is_settled(self, everyone_ended: bool, somebody_failed: bool) -> bool:
+        """One that failed ends them all, for the others would wait for it; they get a moment to say what became of them."""
+        if self.failed_at is None and somebody_failed:
+            self.failed_at = time.monotonic()
+        return everyone_ended or (self.failed_at is not None and time.monotonic() - self.failed_at > LEFT_ALONE_SECONDS)
 
     def error(self, rank: int, engine: str) -> Exception | None:
         """How the work on a node ended, when the engine says that it has."""

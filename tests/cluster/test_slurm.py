@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -26,20 +25,15 @@ from tasks.execution.base import Work, perform
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.remote import check_cuda, do
 from tasks.execution.slurm import Slurm, script
+from tests.conftest import pretend_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
-STUB = (ROOT / "tests" / "assets" / "slurm_stub.py").read_text()
 
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """A Slurm made of five scripts; its directory holds what was asked, job by job."""
-    home = tmp_path / "slurm"
-    home.mkdir()
-    for name in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
-        path = home / name
-        path.write_text(f"#!{sys.executable}\n{STUB}")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    home = pretend_slurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
     monkeypatch.setattr("tasks.execution.slurm.LOOK_EVERY_SECONDS", 0.2)
     return home

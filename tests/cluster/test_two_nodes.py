@@ -21,6 +21,7 @@ from stages import rendezvous
 from stages.stage import STAGES, events
 from stages.training.stage import TrainingConfig, _failure, take_part
 from tasks.execution.remote import at_fault
+from tests.conftest import tries_of
 
 
 def pairs(count: int) -> list[dict]:
@@ -132,12 +133,7 @@ def test_a_node_that_dies_in_mid_training_costs_the_steps_since_the_last_checkpo
     assert 4 <= saved < last
 
     assert ends(on_both(nodes, path), path) == [0, 0]
-    tries: list[list[int]] = []
-    for event in events(directory):
-        if event["event"] == "start":
-            tries.append([])
-        elif event["event"] == "step":
-            tries[-1].append(event["index"])
+    tries = tries_of(directory, "step")
     assert len(tries) == 2 and tries[1] == list(range(saved + 1, last + 1))
     assert [step["loss"] for step in steps(directory)] == [step["loss"] for step in steps(calm)]
     assert (directory / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()

@@ -24,6 +24,7 @@ from flows.config import load_run
 from flows.rehearsal import rehearse
 from stages.stage import events
 from tasks.execution.config import ExecutionConfig, Profile
+from tests.conftest import pretend_slurm
 from tests.faults.deployed import cluster as started
 from tests.faults.deployed import wait_for
 
@@ -154,12 +155,7 @@ def test_a_run_whose_pool_is_missing_is_refused_before_anything_is_written(clust
 @pytest.fixture
 def slurm(tmp_path):
     """Slurm's commands, pretended: the directory to put on PATH."""
-    home = tmp_path / "slurm"
-    home.mkdir()
-    for name in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
-        (home / name).write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "assets" / "slurm_stub.py").read_text())
-        (home / name).chmod(0o755)
-    return home
+    return pretend_slurm(tmp_path / "slurm")
 
 
 def cut_off(tools, command, log, moment, **more):

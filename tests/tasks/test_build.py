@@ -16,8 +16,9 @@ from data_contracts.errors import ArtifactError, ConfigError, ContractError
 from data_contracts.shards import read_shards, seal_path, shard_path
 from data_contracts.store import Store
 from stages.sampling.stage import SamplingConfig
-from stages.stage import STAGES, events
+from stages.stage import STAGES
 from tasks.build import build
+from tests.conftest import tries_of
 
 NUM_PROMPTS = 12
 
@@ -61,13 +62,7 @@ def no_launch(monkeypatch):
 
 def shards_made(directory) -> list[list[int]]:
     """For each try, the shards it wrote."""
-    tries: list[list[int]] = []
-    for event in events(directory):
-        if event["event"] == "start":
-            tries.append([])
-        elif event["event"] == "shard":
-            tries[-1].append(event["index"])
-    return tries
+    return tries_of(directory, "shard")
 
 
 def test_a_stage_builds_signs_and_describes_its_artifact(built, tiny):
