@@ -16,6 +16,7 @@ from typing import Any
 
 from data_contracts import ledger as ledgers
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
+from data_contracts.config import flattened
 from data_contracts.errors import ArtifactError, PipelineError, reported
 from data_contracts.identity import fingerprint
 from data_contracts.store import Store, content_digest, data_files
@@ -42,7 +43,7 @@ def show(store: Store, key: str) -> int:
     print(f"path     {store.directory(record.kind, record.key)}")
     print(f"built    {_when(record)} on {record.provenance.get('host', '?')}, {record.rows} rows")
     print(f"content  {record.content}")
-    sections = {"config": _flat(record.config), "inputs": record.inputs, "metrics": record.metrics, "facts": _flat(record.facts)}
+    sections = {"config": flattened(record.config), "inputs": record.inputs, "metrics": record.metrics, "facts": flattened(record.facts)}
     for title, values in (sections | {"seconds": record.seconds, "cost": record.cost}).items():
         if values:
             print(f"\n{title}")
@@ -145,24 +146,11 @@ def _differences(left: ArtifactRecord, right: ArtifactRecord) -> dict[str, tuple
 
 def _recipe(record: ArtifactRecord) -> dict[str, Any]:
     inputs = {f"input {name}": ref for name, ref in record.inputs.items()}
-    return {"stage": record.stage, "version": record.version} | _flat(record.config, "config.") | inputs
+    return {"stage": record.stage, "version": record.version} | flattened(record.config, "config.") | inputs
 
 
 def _content(value: Any) -> Any:
     return value.content if isinstance(value, ArtifactRef) else value
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists of them, as dotted names."""
-    items: Iterable[tuple[str, Any]] = ()
-    if isinstance(value, dict):
-        items = ((f"{prefix}{name}", item) for name, item in value.items())
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = ((f"{prefix.removesuffix('.')}[{number}]", item) for number, item in enumerate(value))
-    flat: dict[str, Any] = {}
-    for name, item in items:
-        flat |= _flat(item, f"{name}.") or {name: item}
-    return flat
 
 
 def _say(value: Any) -> str:

@@ -7,6 +7,7 @@ left out of the key: it may move the last bits of a bf16 result, never its meani
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import yaml
@@ -46,6 +47,16 @@ def _identity_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_identity_value(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name; the items of a list of mappings by their number. An empty mapping is a value of its own."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+    return flat
 
 
 def parse(cls, data: Any, where: str):

@@ -20,7 +20,7 @@ from data_contracts.artifact import ArtifactRecord
 from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.store import Store
 
-FILE = "ledger.jsonl"
+FILE, ESTIMATE = "ledger.jsonl", "estimate.json"
 SUMMED = ("wall", "start_up", "busy", "waiting", "saved", "tokens_in", "tokens_out", "flops", "cpu_seconds", "bytes", "cache_hits")
 LARGEST = ("peak_rss_bytes", "peak_gpu_bytes", "gpus")
 
@@ -29,7 +29,7 @@ class Ledger:
     """Writes the lines of one session."""
 
     def __init__(self, store: Store, run: str, session: str | None = None):
-        self.path = store.root / "runs" / run / FILE
+        self.path = store.run_directory(run) / FILE
         self.session = session or uuid.uuid4().hex[:12]
 
     def begin(self, launched: float | None = None) -> None:
@@ -115,11 +115,10 @@ class Account(NamedTuple):
 
 def read(store: Store, run: str) -> Account:
     """Raises: ConfigError for a run without a ledger."""
-    path = store.root / "runs" / run / FILE
-    lines = _lines(path)
+    known = store.runs_with(FILE)
+    lines = _lines(store.run_directory(run) / FILE) if run in known else []
     if not lines:
-        known = sorted(one.parent.name for one in (store.root / "runs").glob(f"*/{FILE}"))
-        raise ConfigError(f"no run {run!r} in {store.root} (no {path}); runs there: {', '.join(known) or 'none'}")
+        raise ConfigError(f"no run {run!r} in {store.root} (none with a {FILE}); runs there: {', '.join(known) or 'none'}")
     entries, open_lines = [], {}
     for line in lines:
         at = (line["session"], line.get("step"), line.get("shown_as"))
@@ -181,7 +180,7 @@ def predicted(store: Store, run: str) -> list[str]:
 
     Compared are the artifacts that the estimate had to predict and that this run has built since.
     """
-    path = store.root / "runs" / run / "estimate.json"
+    path = store.run_directory(run) / ESTIMATE
     if not path.is_file():
         return []
     said = json.loads(path.read_text(encoding="utf-8"))

@@ -35,10 +35,13 @@ MAX_BYTES, MIN_FREE_BYTES = "SELFPLAY_STORE_MAX_BYTES", "SELFPLAY_STORE_MIN_FREE
 DEFAULT_MIN_FREE = 256 << 20
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+RUN_SETTINGS = "run.json"
+"""In a run's directory: its resolved settings."""
 TEMPORARY = re.compile(r"\..+\.tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)")
 SHARD = re.compile(r"[a-z_]+-(\d{5})\.parquet")
 FORGOTTEN_SECONDS = 86400
 """A temporary file of another host is left alone for so long."""
+WITHOUT_ASKER_SECONDS = 3600
 
 
 def temporary_beside(path: Path) -> Path:
@@ -72,15 +75,15 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text)
 
 
-def is_abandoned(path: Path) -> bool:
-    """Whether a file is the temporary one of a writer that is no more."""
+def is_abandoned(path: Path, elsewhere: bool = True) -> bool:
+    """Whether it is the temporary file of a writer that is no more. `elsewhere`: also of another host, by its age."""
     match = TEMPORARY.fullmatch(path.name)
     if match is None:
         return False
     if match["host"] in (None, os.uname().nodename):
         return not Path(f"/proc/{match['pid']}").exists()
     with suppress(OSError):
-        return time.time() - path.lstat().st_mtime > FORGOTTEN_SECONDS
+        return elsewhere and time.time() - path.lstat().st_mtime > FORGOTTEN_SECONDS
     return False
 
 
@@ -230,7 +233,7 @@ class Store:
             )
 
     def sweep(self) -> int:
-        """Remove the temporary files of writers that are no more, outside of artifacts (a build tidies its own). How many there were."""
+        """Remove what those left that are no more, outside of artifacts (a build tidies its own): temporary files, requests. How many there were."""
         found = 0
         for place in ("locks", "digests", "judgements", "logps", "runs"):
             for directory, _, names in os.walk(self.root / place):
@@ -239,6 +242,11 @@ class Store:
                     if ".tmp-" in name and is_abandoned(path):
                         path.unlink(missing_ok=True)
                         found += 1
+        # Work that was asked of another machine (tasks/execution/remote.py) is left alone for a while after its asker's end: it may still be done.
+        for path in (self.root / "work").glob("*"):
+            if is_abandoned(path, elsewhere=False) and time.time() - path.lstat().st_mtime > WITHOUT_ASKER_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+                found += 1
         return found
 
     def directory(self, kind: str, key: str) -> Path:
@@ -371,9 +379,17 @@ class Store:
         found = [(kind, key) for kind, _, key in (name.rpartition("-") for name in sorted(names))]
         return [(kind, key) for kind, key in found if kind not in ("", "mlflow")]
 
+    def run_directory(self, run: str) -> Path:
+        """What a run leaves for people. Raises: ConfigError for a name that would leave the store."""
+        return self.root / "runs" / inside(run)
+
+    def runs_with(self, name: str) -> list[str]:
+        """The runs that have such a file."""
+        return sorted(path.parent.name for path in (self.root / "runs").glob(f"*/{name}"))
+
     def show_in_run(self, run: str, step: str, name: str, ref: ArtifactRef) -> None:
         """Point `runs/<run>/<step>/<name>` at the artifact."""
-        link = self.root / "runs" / inside(run) / inside(step) / inside(name)
+        link = self.run_directory(run) / inside(step) / inside(name)
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(ref.path, link.parent)
         temporary = temporary_beside(link)

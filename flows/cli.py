@@ -216,18 +216,17 @@ def _overrides(assignments: list[str] | None) -> dict[str, Any]:
 def _settings_of(name: str, store: str | None) -> Path:
     """The run config itself, or the settings that the store keeps of a run by that name."""
     from data_contracts.errors import ConfigError
-    from data_contracts.store import Store
+    from data_contracts.store import RUN_SETTINGS, Store
 
     if Path(name).is_file():
         return Path(name)
-    root = Store(store).root
-    path = root / "runs" / name / "run.json"
-    if not path.is_file():
-        known = sorted(found.parent.name for found in (root / "runs").glob("*/run.json"))
+    place = Store(store)
+    known = place.runs_with(RUN_SETTINGS)
+    if name not in known:
         raise ConfigError(
-            f"{name!r} is neither a run config nor a run in {root}; runs there: {', '.join(known) or 'none'} (--store names another store)"
+            f"{name!r} is neither a run config nor a run in {place.root}; runs there: {', '.join(known) or 'none'} (--store names another store)"
         )
-    return path
+    return place.run_directory(name) / RUN_SETTINGS
 
 
 def _server(store: Any) -> AbstractContextManager[str]:

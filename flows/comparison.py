@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from data_contracts.config import Config, parse, read_yaml
+from data_contracts.config import Config, flattened, parse, read_yaml
 from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
@@ -79,9 +79,9 @@ def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -
         for seed in config.seeds:
             data = apply(merge(base, settings), overrides or {}) | {"name": f"{config.name}-{name}-s{seed}".replace("_", "-"), "seed": seed}
             variants.append(Variant(name, seed, parse(RunConfig, data, f"{path}, variant {name}")))
-    first = _flat(variants[0].config.model_dump(mode="json"))
+    first = flattened(variants[0].config.model_dump(mode="json"))
     for one in variants[1:]:
-        other = _flat(one.config.model_dump(mode="json"))
+        other = flattened(one.config.model_dump(mode="json"))
         found = [field for field in sorted(first.keys() | other.keys()) if first.get(field) != other.get(field)]
         if strange := [field for field in found if not _may_differ(field, (*config.vary, "name", "seed"))]:
             raise ConfigError(
@@ -93,12 +93,6 @@ def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -
 
 def _may_differ(field: str, vary: tuple[str, ...]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in vary)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix.removesuffix("."): value}
-    return {name: item for key, part in value.items() for name, item in _flat(part, f"{prefix}{key}.").items()}
 
 
 class Outcome(NamedTuple):
@@ -265,7 +259,7 @@ def _cell(value: Any) -> str:
 
 def write_report(comparison: Comparison, found: list[Outcome], store: Store) -> Path:
     """`runs/<name>/comparison.md`, `.json` and `.html`; returns the page."""
-    directory = store.root / "runs" / comparison.config.name
+    directory = store.run_directory(comparison.config.name)
     directory.mkdir(parents=True, exist_ok=True)
     rows, seconds = table(comparison, found), seconds_table(comparison, found)
     write_atomic(directory / "comparison.md", text(comparison, found))

@@ -17,15 +17,14 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_contracts import ledger
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
-from data_contracts.ledger import Ledger
-from data_contracts.ledger import read as read_ledger
 from data_contracts.store import Store, write_atomic
 from flows.config import RunConfig
 from flows.plan import model_shapes, refuse_what_cannot_fit
@@ -100,9 +99,11 @@ def estimate(config: RunConfig, store: Store, price_per_hour: float | None = Non
     checked = preflight(config, store)
     rehearsal = rehearse(config, store, checked)
     missing = [one for one in rehearsal.steps if one.record is None]
-    rates = {
-        kind: rate for one in missing if (rate := _from_records(one, store, rehearsal.start)) for kind in [_kind(one, rehearsal.start)]
-    }
+    known = {kind: list(store.records(kind))[::-1] for kind in {STAGES[one.stage].produces for one in missing}}
+    rates = {}
+    for one in missing:
+        if rate := _from_records(one, known[STAGES[one.stage].produces], store, rehearsal.start):
+            rates[_kind(one, rehearsal.start)] = rate
     if calibrate and {_kind(one, rehearsal.start) for one in missing} - rates.keys():
         rates = _calibrate(config, checked, store) | rates
     steps = [_predict(one, rates.get(_kind(one, rehearsal.start)), config, checked, rehearsal.num_prompts) for one in rehearsal.steps]
@@ -175,12 +176,12 @@ def _prompts_of(step: Step, config: RunConfig, checked: Checked, num_prompts: Ma
     return config.prompts.per_iteration or share
 
 
-def _from_records(step: Step, store: Store, start: ArtifactRef) -> Rate | None:
-    """The newest record on this host of the same stage, settings (seeds apart) and size of model: what it took, as it is."""
+def _from_records(step: Step, records: Sequence[ArtifactRecord], store: Store, start: ArtifactRef) -> Rate | None:
+    """The first of the records that is of this host, and of the same stage, settings (seeds apart) and size of model: what it took, as it is."""
     # A checkpoint that is to be trained will have as many parameters as the one it starts from.
     inputs = [start if ref.kind == "checkpoint" and not ref.path else ref for ref in step.inputs.values()]
     wanted, size = _unseeded(step.config), _size(inputs)
-    for record in reversed(list(store.records(STAGES[step.stage].produces))):
+    for record in records:
         like = (record.version == STAGES[step.stage].version and record.provenance.get("host") == platform.node()
                 and record.config is not None and _unseeded_dict(record.config) == wanted and _size(record.inputs.values()) == size
                 and record.inputs.keys() == step.inputs.keys() and record.provenance.get("starts", 1) == 1)  # fmt: skip
@@ -339,14 +340,14 @@ def _questions(task: Any) -> int:
 def _other(store: Store) -> float:
     """What earlier sessions in this store spent outside of stages: their median."""
     found = []
-    for path in (store.root / "runs").glob("*/ledger.jsonl"):
-        found += [one.other for one in read_ledger(store, path.parent.name).sessions if one.is_finished]
+    for run in store.runs_with(ledger.FILE):
+        found += [one.other for one in ledger.read(store, run).sessions if one.is_finished]
     return statistics.median(found) if found else OTHER_SECONDS
 
 
 def _keep(prediction: Prediction, store: Store) -> None:
     """`runs/<name>/estimate.json`, for `selfplay ledger` to set beside what was measured."""
-    path = Ledger(store, prediction.run).path.with_name("estimate.json")
+    path = store.run_directory(prediction.run) / ledger.ESTIMATE
     path.parent.mkdir(parents=True, exist_ok=True)
     steps = [
         {"step": one.step.step, "shown_as": one.step.shown_as, "seconds": one.seconds, "source": one.source} for one in prediction.steps

@@ -39,7 +39,7 @@ class History:
 
     def __init__(self, config: RunConfig, store: Store, tracker: Tracker):
         self.config, self.store, self.tracker = config, store, tracker
-        self.directory = store.root / "runs" / config.name
+        self.directory = store.run_directory(config.name)
         self.rows: list[dict[str, Any]] = []
         self.heldout: list[list[dict[str, Any]]] = []
         self.reports: list[list[dict[str, Any]]] = []

@@ -20,7 +20,7 @@ from data_contracts.checkpoint import ModelRef
 from data_contracts.errors import TransientError
 from data_contracts.ledger import Ledger, read, rows, table, total
 from data_contracts.shards import read_shards
-from data_contracts.store import Store, content_digest, write_atomic
+from data_contracts.store import RUN_SETTINGS, Store, content_digest, write_atomic
 from flows.config import (
     EvaluationConfig,
     ExecutionConfig,
@@ -281,7 +281,7 @@ def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, A
 
 def keep_settings(config: RunConfig, store: Store) -> None:
     """`runs/<name>/run.json`: the resolved settings, so that the run can be resumed, asked about and shown by its name."""
-    path = store.root / "runs" / config.name / "run.json"
+    path = store.run_directory(config.name) / RUN_SETTINGS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, config.model_dump_json(indent=1) + "\n")
 

@@ -36,7 +36,7 @@ def _state(one: Step, store: Store, locked: list[tuple[str, str]]) -> str:
     if one.key is None:
         return "to come"
     kind = STAGES[one.stage].produces
-    owner = _owner(store, kind, one.key) if (kind, one.key) in locked else None
+    owner = _owner(store, kind, one.key, locked)
     history = events(store.directory(kind, one.key))
     done = sum(event["event"] == "shard" for event in history)
     steps = max((event["index"] for event in history if event["event"] == "step"), default=0)
@@ -49,8 +49,10 @@ def _state(one: Step, store: Store, locked: list[tuple[str, str]]) -> str:
     return "next"
 
 
-def _owner(store: Store, kind: str, key: str) -> dict[str, Any] | None:
+def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> dict[str, Any] | None:
     """Who builds it, on whatever host. Holding the lock for a moment to see is harmless: a builder asks again every half second."""
+    if (kind, key) not in locked:  # to ask for a lock makes its file
+        return None
     try:
         with store.try_lock(kind, key) as owner:
             return owner

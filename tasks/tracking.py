@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.config import flattened
 from data_contracts.store import Store
 
 # A server that does not answer would hold each call for four minutes otherwise.
@@ -74,7 +75,7 @@ class Tracker:
         self.parent = self.client.create_run(identity, run_name=run).info.run_id
 
     def parameters(self, values: dict[str, Any]) -> None:
-        self._try(lambda: self.client.log_batch(self.parent, params=[_param(name, value) for name, value in _flat(values).items()]))
+        self._try(lambda: self.client.log_batch(self.parent, params=[_param(name, value) for name, value in flattened(values).items()]))
 
     def stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None:
         """Metrics, seconds and digest of one artifact, into the iteration's child run; a training's curve too."""
@@ -169,10 +170,3 @@ def _param(name: str, value: Any) -> Any:
     from mlflow.entities import Param
 
     return Param(name, str(value)[:500])
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

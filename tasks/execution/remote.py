@@ -1,9 +1,10 @@
 """Tasks - work on another machine: what it is asked travels through the store, and so does how it ended.
 
-    <store>/work/<token>/request.json            what to run
-                         hello-<rank>.json       the node that took it, its clock
-                         alive-<rank>            locked while the node works on it
-                         outcome-<rank>.json     how it ended: written as the last act
+    <store>/work/.<token>.tmp-<host>-<pid>/      named after whoever asks, like a temporary file
+        request.json                             what to run
+        hello-<rank>.json                        the node that took it, its clock
+        alive-<rank>                             locked while the node works on it
+        outcome-<rank>.json                      how it ended: written as the last act
 
 An engine (Prefect, Ray, Slurm) only has to run `do` on a node, or `python -m tasks.execution.remote REQUEST TOKEN`, and to know whether that
 still lives.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import BY_NAME, ConfigError, PipelineError, StageError, TransientError, reported
-from data_contracts.store import write_atomic
+from data_contracts.store import temporary_beside, write_atomic
 from tasks.execution.base import Work
 from tasks.execution.gpus import some_gpus
 from tasks.launch import run_stage
@@ -45,7 +46,7 @@ class Request:
 
     def __init__(self, work: Work, store_root: Path):
         self.work, self.token = work, uuid.uuid4().hex
-        self.directory = store_root / "work" / self.token
+        self.directory = temporary_beside(store_root / "work" / self.token)
         self.path = self.directory / "request.json"
         self.directory.mkdir(parents=True)
         self.began = time.time()

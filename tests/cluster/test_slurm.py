@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,7 @@ from stages.sampling.stage import SamplingConfig
 from tasks.build import build
 from tasks.execution.base import Work, perform
 from tasks.execution.config import ExecutionConfig
-from tasks.execution.remote import check_cuda, do
+from tasks.execution.remote import Request, check_cuda, do
 from tasks.execution.slurm import Slurm, script
 from tests.conftest import pretend_slurm
 
@@ -201,8 +202,6 @@ def test_a_store_that_the_node_does_not_see_is_refused(tmp_path):
 
 
 def test_a_clock_that_is_wrong_is_refused(store, tmp_path):
-    from tasks.execution.remote import Request
-
     request = Request(work(tmp_path), store.root)
     for shift, word in ((-120, "behind"), (120, "ahead of")):
         request.greeted.clear()
@@ -214,8 +213,6 @@ def test_a_clock_that_is_wrong_is_refused(store, tmp_path):
 
 
 def test_work_whose_process_is_gone_is_lost(store, tmp_path):
-    from tasks.execution.remote import Request
-
     request = Request(work(tmp_path), store.root)
     assert not request.is_lost(0)  # not begun
     (request.directory / "alive-0").touch()
@@ -225,6 +222,19 @@ def test_work_whose_process_is_gone_is_lost(store, tmp_path):
     (request.directory / "outcome-0.json").write_text(json.dumps({"error": {"type": "StageError", "message": "it broke"}}))
     assert not request.is_lost(0)
     assert isinstance(request.error(0, ""), StageError)
+
+
+def test_requests_of_killed_runs_are_swept_when_nobody_can_still_be_at_them(store, tmp_path, monkeypatch):
+    mine = Request(work(tmp_path), store.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 4194300)  # above the kernel's highest
+        dead, recent = (Request(work(tmp_path), store.root) for _ in range(2))
+        patch.setattr(os, "uname", lambda: SimpleNamespace(nodename="elsewhere"))
+        far = Request(work(tmp_path), store.root)
+    for request in (mine, dead, far):
+        os.utime(request.directory, (0, time.time() - 7200))
+    assert store.sweep() == 1
+    assert not dead.directory.exists() and all(request.path.is_file() for request in (mine, recent, far))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_explain_sees_nested_settings_added_ones_versions_and_inputs(store, comm
         "  version is '2' here, '1' there",
         "  config.backend.dtype is 'bfloat16' here, 'float32' there",
         "  config.top_p is 0.9 here, absent there",
-        "  config.tasks[0].path is 'x' here, absent there",
+        "  config.tasks.0.path is 'x' here, absent there",
         f"  input prompts is prompts/{two.key} with content {two.content[:16]} here, prompts/{one.key} with content {one.content[:16]} there",
         f"  input policy is checkpoint/external with content {'cd' * 8} (/models/tiny) here, checkpoint/external with content {'ab' * 8} (/models/tiny) there",
         f"  (why prompts differs: python -m data_contracts explain prompts/{two.key})",

@@ -152,14 +152,14 @@ def test_a_lease_is_told_with_its_holder_on_another_host(store, monkeypatch):
     theirs = Lease(store.root / "locks", "generations-k", {"pid": 7, "host": "elsewhere", "since": "now"})
     theirs.acquire(lambda owner: None, 0.01)
     try:
-        assert _owner(store, "generations", "k") == {"pid": 7, "host": "elsewhere", "since": "now"}
+        assert _owner(store, "generations", "k", store.locks()) == {"pid": 7, "host": "elsewhere", "since": "now"}
         (one,) = locks(store)
         assert one.what == "generations k is being built by process 7 on elsewhere since now" and one.cure == "ssh elsewhere ps -fp 7"
     finally:
         theirs.release()
-    assert _owner(store, "generations", "k") is None and list(locks(store)) == []
+    assert _owner(store, "generations", "k", store.locks()) is None and list(locks(store)) == []
     before = sorted(store.root.rglob("*"))
-    assert _owner(store, "generations", "never asked for") is None and sorted(store.root.rglob("*")) == before
+    assert _owner(store, "generations", "never asked for", store.locks()) is None and sorted(store.root.rglob("*")) == before
 
 
 def test_damage_litter_and_interrupted_work(store, make_prompts):
