@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def publish(store):
     return publish(prompt_rows(6), store)
 
 
-def table(verdicts: list[Verdict]) -> str:
+def table(verdicts: list[Verdict], scenes: Iterable[str]) -> str:
     """Markdown: a line per kind of fault, a column per stage, `resumed/unaffected/failed` counted."""
-    stages = list(dict.fromkeys(verdict.fault.scene for verdict in verdicts))
+    stages = [name for name in scenes if any(verdict.fault.scene == name for verdict in verdicts)]
     cells: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for verdict in verdicts:
         cells[verdict.fault.kind, verdict.fault.scene][verdict.outcome if not verdict.problems else "failed"] += 1
@@ -87,7 +88,7 @@ def main(arguments: list[str]) -> int:
                 if verdict.problems:
                     print("     " + "\n     ".join([*verdict.problems, *verdict.how.splitlines()]), flush=True)
         print()
-        print(text := table(verdicts))
+        print(text := table(verdicts, [*scenes, whole.WHOLE]))
         bad = [verdict for verdict in verdicts if verdict.problems]
         struck = [verdict for verdict in verdicts if verdict.outcome != "not reached"]
         print(
