@@ -264,7 +264,7 @@ class Rows(Sequence[dict[str, Any]]):
             yield from self[start : start + 256]
 
 
-JOINED_BYTES = 2**27
+JOINED_BYTES = 2**26
 """Far below the 2^31 elements that one list column can have."""
 
 

@@ -143,3 +143,10 @@ def test_an_estimate_is_set_beside_what_was_measured(store, run, capsys):
 def test_a_run_without_a_ledger_is_refused_with_the_runs_that_have_one(store, run):
     with pytest.raises(ConfigError, match="no run 'demmo'.*runs there: demo"):
         ledgers.read(store, "demmo")
+
+
+def test_an_artifact_that_is_gone_or_damaged_keeps_its_line(store, run):
+    (store.directory("generations", "a" * 16) / "record.json").write_text("{")
+    entries = ledgers.read(store, "demo").entries
+    assert entries[0].record is None and entries[0].seconds == 10 and entries[1].record is not None
+    assert [row["step"] for row in ledgers.rows(ledgers.read(store, "demo"))] == ["iter_00", "iter_01"]

@@ -201,6 +201,8 @@ def test_the_fence_stops_who_lost_the_lease(tmp_path, monkeypatch):
         monkeypatch.setenv(FENCE, "generations-k:1")
         with pytest.raises(ArtifactError, match="lease 2"):
             check(tmp_path, "generations-k")
+        with pytest.raises(ArtifactError, match="held lease 1"):
+            check(tmp_path / "a disk that went away", "generations-k")
     assert highest_token(tmp_path / "locks", "generations-k") == 2
 
 

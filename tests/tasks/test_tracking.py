@@ -193,6 +193,22 @@ def test_a_server_that_goes_away_midway_costs_one_warning(store, monkeypatch, wo
     assert len(logged) == 1 and f"ConnectionError: {words[:4]})" in logged[0]
 
 
+@pytest.mark.parametrize("call", ["create_registered_model", "create_model_version"])
+def test_a_registry_that_refuses_costs_one_warning(store, monkeypatch, call):
+    from mlflow.exceptions import MlflowException
+
+    logged, signed = [], record(store)
+    tracker = Tracker(store, "quickstart", logged.append)
+
+    def refuse(*_, **__):
+        raise MlflowException("no room")  # INTERNAL_ERROR: none of those that have an answer
+
+    monkeypatch.setattr(tracker.client, call, refuse)
+    for _ in range(2):
+        tracker.register({"best": signed.ref(str(store.directory("checkpoint", signed.key)))})
+    assert len(logged) == 1 and "MlflowException: no room" in logged[0]
+
+
 def test_a_run_that_failed_is_marked_so_on_the_server_that_the_environment_names(store, monkeypatch):
     store.root.mkdir(parents=True)
     uri = f"sqlite:///{store.root}/other.db"
