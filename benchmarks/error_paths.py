@@ -69,9 +69,9 @@ def main(arguments: list[str]) -> int:
         words = options.pytest or ["-n", "2", "--dist", "loadfile"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         tests = subprocess.run([*coverage, "run", f"--rcfile={settings}", "-m", "pytest", *words], cwd=ROOT, env=environment, check=False)
-        for words in (["combine", "--append", "-q"], ["json", "-q", "-o", str(directory / "coverage.json")]):
+        for words in (["combine", "--append", "-q"], ["json", "-q", "-o", str(directory / "lines.json")]):
             subprocess.run([*coverage, *words, f"--rcfile={settings}"], cwd=ROOT, check=True)
-        files = json.loads((directory / "coverage.json").read_text(encoding="utf-8"))["files"]
+        files = json.loads((directory / "lines.json").read_text(encoding="utf-8"))["files"]
         print(report({name: set(found["executed_lines"]) for name, found in files.items()}))
         return tests.returncode
     finally:
