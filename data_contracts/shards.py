@@ -264,15 +264,21 @@ class Rows(Sequence[dict[str, Any]]):
             yield from self[start : start + 256]
 
 
-JOINED_BYTES = 2**26
+JOINED_BYTES = 2**27
 """Far below the 2^31 elements that one list column can have."""
 
 
 def _joined(tables: list[pa.Table]) -> pa.Table:
-    """One table of one chunk; `tables` is emptied."""
-    joined = pa.concat_tables(tables).combine_chunks()
+    """One table of one chunk; `tables` is emptied on the way, so that no column is held twice for long."""
+    schema = tables[0].schema
+    columns = []
+    for name in schema.names:
+        chunks = [chunk for table in tables for chunk in table.column(name).chunks]
+        tables[:] = [table.drop_columns([name]) for table in tables]
+        columns.append(pa.chunked_array(chunks, schema.field(name).type).combine_chunks())
+        del chunks
     tables.clear()
-    return joined
+    return pa.table(columns, schema=schema)
 
 
 def count_rows(directory: Path) -> int:
