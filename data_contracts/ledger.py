@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,12 @@ from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.store import Store
 
 FILE, ESTIMATE = "ledger.jsonl", "estimate.json"
+ALWAYS = {"event", "session", "time"}
+FIELDS = {
+    "started": ALWAYS | {"step", "shown_as"},
+    "stage": ALWAYS | {"step", "shown_as", "stage", "kind", "key", "cached", "began", "waited"},
+}
+"""What a line must have to be read, by its event."""
 SUMMED = ("wall", "start_up", "busy", "waiting", "saved", "tokens_in", "tokens_out", "flops", "cpu_seconds", "bytes", "cache_hits")
 LARGEST = ("peak_rss_bytes", "peak_gpu_bytes", "gpus")
 
@@ -114,9 +121,11 @@ class Account(NamedTuple):
 
 
 def read(store: Store, run: str) -> Account:
-    """Raises: ConfigError for a run without a ledger."""
+    """Raises: ConfigError for a run without a ledger, or with one that holds nothing yet."""
     known = store.runs_with(FILE)
     lines = _lines(store.run_directory(run) / FILE) if run in known else []
+    if not lines and run in known:
+        raise ConfigError(f"the ledger of {run!r} in {store.root} has no whole line: the run was ended as it began. Start it again")
     if not lines:
         raise ConfigError(f"no run {run!r} in {store.root} (none with a {FILE}); runs there: {', '.join(known) or 'none'}")
     entries, open_lines = [], {}
@@ -144,11 +153,11 @@ def read(store: Store, run: str) -> Account:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # cut by a kill
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):  # cut by a kill, or damaged
+            one = json.loads(line)
+            if isinstance(one, dict) and FIELDS.get(str(one.get("event")), ALWAYS) <= one.keys():
+                found.append(one)
     return found
 
 

@@ -341,7 +341,8 @@ def _other(store: Store) -> float:
     """What earlier sessions in this store spent outside of stages: their median."""
     found = []
     for run in store.runs_with(ledger.FILE):
-        found += [one.other for one in ledger.read(store, run).sessions if one.is_finished]
+        with contextlib.suppress(ConfigError):  # killed before its first line was whole
+            found += [one.other for one in ledger.read(store, run).sessions if one.is_finished]
     return statistics.median(found) if found else OTHER_SECONDS
 
 

@@ -150,3 +150,19 @@ def test_an_artifact_that_is_gone_or_damaged_keeps_its_line(store, run):
     entries = ledgers.read(store, "demo").entries
     assert entries[0].record is None and entries[0].seconds == 10 and entries[1].record is not None
     assert [row["step"] for row in ledgers.rows(ledgers.read(store, "demo"))] == ["iter_00", "iter_01"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"{", b"5", b"null", b'{"event": ["stage"]}', b'{"event": "stage", "session": "x", "time": 1.0}', b"\xff\xfe", b"[" * 100_000],
+)
+def test_a_damaged_line_is_left_out(store, run, garbage):
+    before = ledgers.read(store, "demo")
+    run.path.write_bytes(garbage + b"\n" + run.path.read_bytes() + garbage)
+    assert ledgers.read(store, "demo") == before
+
+
+def test_a_ledger_without_a_whole_line_is_none(store, run):
+    run.path.write_bytes(b'{"event": "beg')
+    with pytest.raises(ConfigError, match="the ledger of 'demo' in .* has no whole line"):
+        ledgers.read(store, "demo")

@@ -5,7 +5,7 @@ import pytest
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
-from flows.estimate import CALIBRATION_PROMPTS, estimate, show
+from flows.estimate import CALIBRATION_PROMPTS, OTHER_SECONDS, estimate, show
 
 
 def test_a_run_that_is_built_costs_only_what_lies_outside_its_stages(undisturbed):
@@ -47,6 +47,13 @@ def test_what_nothing_is_known_of_is_said_to_be_unknown(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
+def test_a_run_killed_as_it_began_is_no_obstacle_to_the_others_estimates(tmp_path, undisturbed):
+    killed = tmp_path / "store" / "runs" / "killed" / "ledger.jsonl"
+    killed.parent.mkdir(parents=True)
+    killed.write_text('{"event": "beg')
+    assert estimate(load_run(undisturbed.config), Store(tmp_path / "store"), calibrate=False).other == OTHER_SECONDS
+
+
 def test_a_calibration_measures_each_kind_of_step_once_in_a_store_of_its_own(tmp_path, undisturbed):
     store = Store(tmp_path)
     run = load_run(undisturbed.config, {"prompts.per_iteration": None})
