@@ -81,7 +81,11 @@ def is_abandoned(path: Path, elsewhere: bool = True) -> bool:
     if match is None:
         return False
     if match["host"] in (None, os.uname().nodename):
-        return not Path(f"/proc/{match['pid']}").exists()
+        try:
+            state = Path(f"/proc/{match['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        return state in "ZX"  # dead, and not yet (in many containers never) reaped
     with suppress(OSError):
         return elsewhere and time.time() - path.lstat().st_mtime > FORGOTTEN_SECONDS
     return False

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import struct
+import subprocess
 
 import pyarrow as pa
 import pytest
@@ -14,7 +16,7 @@ from data_contracts.config import read_yaml
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, StageError, TransientError
 from data_contracts.prompts import load_prompts
 from data_contracts.shards import shard_path, to_table
-from data_contracts.store import disk_errors_explained
+from data_contracts.store import disk_errors_explained, is_abandoned
 from stages.sampling.stage import SamplingConfig
 from tasks.build import build
 from tasks.launch import Progress
@@ -34,6 +36,16 @@ def test_what_the_disk_refuses_becomes_a_sentence(tmp_path, number, advice):
         disk_errors_explained(tmp_path),
     ):
         raise OSError(number, "no", "x")
+
+
+def test_a_writer_that_is_dead_and_not_reaped_is_no_more(tmp_path):
+    path = tmp_path / f".x.tmp-{os.uname().nodename}-"
+    with subprocess.Popen(["sleep", "60"]) as process:
+        mine = path.with_name(path.name + str(process.pid))
+        assert not is_abandoned(mine)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+        assert is_abandoned(mine)
 
 
 def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
