@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 RECORD = "record.json"
-NOT_DATA = frozenset({RECORD, "spec.json", "stage.log", "metrics.jsonl"})
+NOT_DATA = frozenset({RECORD, "spec.json", "stage.log", "metrics.jsonl", "set_aside.json"})
 """Files beside the data that do not enter the content digest: they hold times, paths or explanations."""
 
 

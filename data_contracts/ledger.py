@@ -123,11 +123,11 @@ class Account(NamedTuple):
 def read(store: Store, run: str) -> Account:
     """Raises: ConfigError for a run without a ledger, or with one that holds nothing yet."""
     known = store.runs_with(FILE)
-    lines = _lines(store.run_directory(run) / FILE) if run in known else []
-    if not lines and run in known:
-        raise ConfigError(f"the ledger of {run!r} in {store.root} has no whole line: the run was ended as it began. Start it again")
-    if not lines:
+    if run not in known:
         raise ConfigError(f"no run {run!r} in {store.root} (none with a {FILE}); runs there: {', '.join(known) or 'none'}")
+    lines = _lines(store.run_directory(run) / FILE)
+    if not lines:
+        raise ConfigError(f"the ledger of {run!r} in {store.root} has no whole line: the run was ended as it began. Start it again")
     entries, open_lines = [], {}
     for line in lines:
         at = (line["session"], line.get("step"), line.get("shown_as"))
@@ -153,7 +153,7 @@ def read(store: Store, run: str) -> Account:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, RecursionError):  # cut by a kill, or damaged
             one = json.loads(line)
             if isinstance(one, dict) and FIELDS.get(str(one.get("event")), ALWAYS) <= one.keys():

@@ -3,6 +3,7 @@
     <root>/artifacts/<kind>/<key>/            part-00000.parquet ... record.json (last)
     <root>/runs/<run>/iter_02/<stage>      -> the artifact, for people; deletable
     <root>/locks/<kind>-<key>                 held (flock, or a lease: lease.py) while somebody builds it
+    <root>/set_aside/<date>-<kind>-<key>/     what was moved out of the way, with the reason in set_aside.json; moved back, it counts again
 
 A directory without `record.json` is unfinished work: its whole shards are kept and the next build goes on from them.
 """
@@ -35,6 +36,7 @@ MAX_BYTES, MIN_FREE_BYTES = "SELFPLAY_STORE_MAX_BYTES", "SELFPLAY_STORE_MIN_FREE
 DEFAULT_MIN_FREE = 256 << 20
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SET_ASIDE, REASON, BY_GC = "set_aside", "set_aside.json", "gc"
 RUN_SETTINGS = "run.json"
 """In a run's directory: its resolved settings."""
 TEMPORARY = re.compile(r"\..+\.tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)")
@@ -75,17 +77,22 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text)
 
 
+def process_state(pid: int) -> str:
+    """The kernel's letter for a process of this machine (R, S, T ...); "" for one that is gone, or dead and not yet (in many containers never) reaped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return "" if state in "ZX" else state
+
+
 def is_abandoned(path: Path, elsewhere: bool = True) -> bool:
     """Whether it is the temporary file of a writer that is no more. `elsewhere`: also of another host, by its age."""
     match = TEMPORARY.fullmatch(path.name)
     if match is None:
         return False
     if match["host"] in (None, os.uname().nodename):
-        try:
-            state = Path(f"/proc/{match['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        return state in "ZX"  # dead, and not yet (in many containers never) reaped
+        return not process_state(int(match["pid"]))
     with suppress(OSError):
         return elsewhere and time.time() - path.lstat().st_mtime > FORGOTTEN_SECONDS
     return False
@@ -200,7 +207,8 @@ class Store:
     """A directory of artifacts. Opening one writes nothing."""
 
     def __init__(self, root: Path | str | None = None):
-        self.root = Path(root or os.environ.get("SELFPLAY_STORE") or "store").absolute()
+        # Resolved here and nowhere else: links of runs are relative, and `..` behind a link leads elsewhere than it reads.
+        self.root = Path(root or os.environ.get("SELFPLAY_STORE") or "store").resolve()
 
     def check_writable(self) -> None:
         """Raises: ConfigError if nothing could be written below the root. Leaves nothing behind."""
@@ -328,6 +336,36 @@ class Store:
         write_atomic(directory / RECORD, signed.model_dump_json(indent=1))
         return signed
 
+    def directories(self) -> list[tuple[str, str]]:
+        """(kind, key) of every artifact's directory, finished or not."""
+        paths = (self.root / "artifacts").glob("*/*")
+        names = sorted((path.parent.name, path.name) for path in paths if path.is_dir())
+        return [(kind, key) for kind, key in names if NAME_PART.fullmatch(kind) and NAME_PART.fullmatch(key)]
+
+    def set_aside(self, path: Path, why: str, by: str) -> Path:
+        """Move a directory of the store to `set_aside/`, with the reason beside its files; returns where it lies now. Under the artifact's lock."""
+        parts = path.relative_to(self.root).parts
+        name = "-".join([time.strftime("%Y-%m-%d"), *(part for part in parts if part != "artifacts")])
+        target, number = self.root / SET_ASIDE / name, 1
+        while target.exists():
+            number += 1
+            target = self.root / SET_ASIDE / f"{name}.{number}"
+        target.parent.mkdir(exist_ok=True)
+        reason = {"why": why, "by": by, "was": "/".join(parts), "size": bytes_below(path), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_atomic(path / REASON, json.dumps(reason, indent=1))
+        shutil.move(path, target)  # a rename, unless artifacts/ is a link to another disk
+        return target
+
+    def list_set_aside(self) -> list[tuple[Path, dict[str, Any]]]:
+        """What was set aside, each with its reason: why, by, was (its place in the store), size, since."""
+        entries = []
+        for path in sorted((self.root / SET_ASIDE).glob("*")):
+            reason: dict[str, Any] = {"why": "no readable reason", "by": "?", "was": "?", "size": 0, "since": "?"}
+            with suppress(OSError, ValueError, TypeError):
+                reason |= json.loads((path / REASON).read_text(encoding="utf-8"))
+            entries.append((path, reason))
+        return entries
+
     def discard(self, kind: str, key: str) -> None:
         """Remove an artifact; the record first, so that a crash in between leaves unfinished work, never a signed ruin."""
         directory = self.directory(kind, key)
@@ -395,7 +433,10 @@ class Store:
         """Point `runs/<run>/<step>/<name>` at the artifact."""
         link = self.run_directory(run) / inside(step) / inside(name)
         link.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath(ref.path, link.parent)
+        if ref.key == "external":
+            target = os.path.abspath(ref.path)
+        else:
+            target = os.path.relpath(self.root / "artifacts" / ref.kind / ref.key, link.parent)
         temporary = temporary_beside(link)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)

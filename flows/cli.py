@@ -180,9 +180,15 @@ def doctor(store: STORE = None) -> None:
 
 @app.command()
 def gc(keep_runs: Annotated[int, typer.Option(metavar="N", help="the last N runs stay as they are")],
-       dry_run: Annotated[bool, typer.Option(help="say what would be removed, remove nothing")] = False, store: STORE = None) -> None:  # fmt: skip
-    """Remove what the last N runs do not need."""
-    _hand_over("data_contracts.gc", ["--keep-runs", str(keep_runs), *(["--dry-run"] if dry_run else [])], store)
+       dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be set aside, change nothing")] = False,
+       yes: Annotated[bool, typer.Option("--yes", help="delete it, and what earlier calls have set aside")] = False,
+       store: STORE = None) -> None:  # fmt: skip
+    """Set aside what the last N runs do not need.
+
+    It lies in STORE/set_aside and can be moved back; --yes deletes it.
+    """
+    flags = (["--dry-run"] if dry_run else []) + (["--yes"] if yes else [])
+    _hand_over("data_contracts.gc", ["--keep-runs", str(keep_runs), *flags], store)
 
 
 @app.command("replay-batch")

@@ -35,7 +35,7 @@ from packaging.version import Version
 
 from data_contracts.artifact import RECORD
 from data_contracts.errors import ArtifactError, PipelineError
-from data_contracts.store import MAX_BYTES, MIN_FREE_BYTES, Store, bytes_below, bytes_setting, is_abandoned, size_in_words
+from data_contracts.store import MAX_BYTES, MIN_FREE_BYTES, Store, bytes_below, bytes_setting, is_abandoned, process_state, size_in_words
 
 GIB = 1 << 30
 HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
@@ -242,23 +242,16 @@ def locks(store: Store) -> Iterator[Finding]:
             yield Finding(
                 "note", f"{kind} {key} is being built by process {pid} on {host} since {owner.get('since')}", f"ssh {host} ps -fp {pid}"
             )
-        elif not Path(f"/proc/{pid}").exists():
+        elif not (state := process_state(pid)):
             yield Finding(
                 "bad",
                 f"{kind} {key} is locked by what process {pid} left behind when it was killed: its stage lives on",
                 f"fuser -v {path}, then kill the processes",
             )
-        elif _state(pid) in ("T", "t"):
+        elif state in ("T", "t"):
             yield Finding("bad", f"{kind} {key} is locked by process {pid}, which is stopped: whoever wants it waits", f"kill -CONT {pid}")
         else:
             yield Finding("ok", f"{kind} {key} is being built by process {pid} since {owner.get('since')}")
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (OSError, IndexError):
-        return "?"
 
 
 def contents(store: Store) -> Iterator[Finding]:
@@ -310,7 +303,7 @@ def server(api: str | None, version: str, ask: Callable[[str, dict[str, Any]], A
     for run in runs:
         seen = max(_time(run["updated"]), _last_heartbeat(run["id"], now, ask) or _time(run["updated"]))
         pid, host = _infrastructure(run)
-        if host == socket.gethostname() and pid and not Path(f"/proc/{pid}").exists():
+        if host == socket.gethostname() and pid and not process_state(int(pid)):
             why = f"its process {pid} on this machine is gone"
         elif (silent := (now - seen).total_seconds()) > patience and not _is_running_here(run["id"]):
             why = f"nothing has been heard of it for {silent:.0f} s, and no process of this machine runs it"

@@ -5,6 +5,7 @@ Strategy: chains of small signed artifacts (prompts -> generations -> checkpoint
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -164,7 +165,7 @@ def test_the_command_says_what_and_how_much(store, three_runs, capsys):
     assert main(["--keep-runs", "1", "--dry-run", "--store", str(store.root)]) == 0
     said = capsys.readouterr().out
     assert "artifacts/generations/ga  (of no kept run)" in said and "links of the run a" in said
-    assert "would free " in said.splitlines()[-1] and "that the last 1 run(s) do not need" in said
+    assert "would set aside " in said.splitlines()[-1] and "that the last 1 run(s) do not need" in said
     done = subprocess.run(
         [sys.executable, "-m", "data_contracts.gc", "--keep-runs", "-1", "--store", str(store.root)],
         cwd=ROOT,
@@ -173,6 +174,78 @@ def test_the_command_says_what_and_how_much(store, three_runs, capsys):
         check=False,
     )
     assert done.returncode == 2 and "--keep-runs is -1: it must be 0 or more" in done.stderr
+
+
+# --- paths, and what is deleted
+
+
+@pytest.mark.parametrize("spelling", ["{root}", "{root}/", "{parent}/x/../store", "{parent}/link", "{parent}/link/../store", "./x/../store"])
+def test_a_store_is_the_same_however_its_path_is_written(store, three_runs, spelling, monkeypatch):
+    (store.root.parent / "x").mkdir()
+    (store.root.parent / "link").symlink_to(store.root)
+    monkeypatch.chdir(store.root.parent)
+    other = Store(spelling.format(root=store.root, parent=store.root.parent))
+    assert other.root == store.root
+    assert gc(other, 3) == [] and left(store) == EVERYTHING
+    other.show_in_run("d", "iter_01", "c-d", three_runs["c-a"])
+    assert (store.root / "runs" / "d" / "iter_01" / "c-d" / RECORD).is_file()
+
+
+def test_rooms_that_are_links_to_other_disks_and_links_written_with_other_paths_are_read_by_kind_and_key(store, three_runs, tmp_path):
+    for room in ("artifacts", "runs"):
+        (store.root / room).rename(tmp_path / f"other-{room}")
+        (store.root / room).symlink_to(tmp_path / f"other-{room}")
+    link = store.root / "runs" / "c" / "iter_01" / "c-c"
+    link.unlink()
+    link.symlink_to("/mount/of/another/host/store/artifacts/checkpoint/cc")
+    assert gc(store, 3) == [] and left(store) == EVERYTHING
+
+
+def test_a_store_that_was_moved_keeps_what_its_runs_need(store, three_runs):
+    moved = Store(store.root.rename(store.root.parent / "elsewhere"))
+    assert gc(moved, 3) == []
+    gc(moved, 1)
+    assert left(moved) == OF_C
+
+
+def test_nothing_goes_when_a_kept_run_reaches_nothing(store, three_runs):
+    for link in (store.root / "runs" / "c" / "iter_01").iterdir():
+        link.unlink()
+        link.symlink_to("../../../../elsewhere/artifacts/checkpoint/none")
+    for delete in (False, True):
+        with pytest.raises(ConfigError, match="the run c is to be kept, and none of its links leads to an artifact of"):
+            gc(store, 2, delete=delete)
+    for run in "abc":
+        shutil.rmtree(store.root / "runs" / run)
+    with pytest.raises(ConfigError, match="no run of .* has links to artifacts, so --keep-runs 2 would keep none of 7: nothing is removed"):
+        gc(store, 2, delete=True)
+    assert left(store) == EVERYTHING
+
+
+def test_what_is_not_needed_is_set_aside_and_deleted_only_when_asked(store, three_runs, capsys):
+    store.set_aside(store.directory("prompts", "pa"), "its record is odd", by="build")
+    assert main(["--keep-runs", "1", "--store", str(store.root)]) == 0
+    assert "the same command with --yes deletes them" in capsys.readouterr().out
+    aside = {reason["was"]: (path, reason["by"]) for path, reason in store.list_set_aside()}
+    assert {was: by for was, (_, by) in aside.items()} == {
+        "artifacts/prompts/pa": "build", "artifacts/generations/ga": "gc", "artifacts/checkpoint/ca": "gc"
+    }  # fmt: skip
+    path, _ = aside["artifacts/checkpoint/ca"]
+    assert path.parent == store.root / "set_aside" and path.name.endswith("-checkpoint-ca")
+    path.rename(store.directory("checkpoint", "ca"))  # moved back, it counts again
+    record = store.load("checkpoint", "ca")
+    assert store.find("checkpoint", "ca") is not None and record is not None and store.problems(record, deep=True) == []
+    grow_old(store)
+    assert main(["--keep-runs", "1", "--yes", "--store", str(store.root)]) == 0
+    assert "artifacts/checkpoint/ca  (of no kept run)" in capsys.readouterr().out and left(store) == OF_C
+    assert [reason["was"] for _, reason in store.list_set_aside()] == ["artifacts/prompts/pa"], "odd things are for people to delete"
+
+
+def test_two_things_of_one_name_are_set_aside_side_by_side(store):
+    for _ in range(2):
+        make(store, "prompts", "pa")
+        store.set_aside(store.directory("prompts", "pa"), "twice", by="gc")
+    assert len(store.list_set_aside()) == 2
 
 
 # --- the budget

@@ -128,7 +128,7 @@ def test_a_lock_whose_holder_is_stopped_gone_or_elsewhere(store):
         assert holder.stdout.readline() == "held\n"
         assert [(one.level, f"is being built by process {holder.pid}" in one.what) for one in locks(store)] == [("ok", True)]
         os.kill(holder.pid, 19)
-        while module._state(holder.pid) != "T":
+        while module.process_state(holder.pid) != "T":
             time.sleep(0.01)
         assert [(one.level, one.cure) for one in locks(store)] == [("bad", f"kill -CONT {holder.pid}")]
         os.kill(holder.pid, 18)

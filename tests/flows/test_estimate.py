@@ -46,7 +46,6 @@ def test_what_nothing_is_known_of_is_said_to_be_unknown(tmp_path, undisturbed):
     assert "not known, and counted as 0: evaluate, heldout_generations, sample" in show(found)
 
 
-@pytest.mark.slow
 def test_a_run_killed_as_it_began_is_no_obstacle_to_the_others_estimates(tmp_path, undisturbed):
     killed = tmp_path / "store" / "runs" / "killed" / "ledger.jsonl"
     killed.parent.mkdir(parents=True)
@@ -54,6 +53,7 @@ def test_a_run_killed_as_it_began_is_no_obstacle_to_the_others_estimates(tmp_pat
     assert estimate(load_run(undisturbed.config), Store(tmp_path / "store"), calibrate=False).other == OTHER_SECONDS
 
 
+@pytest.mark.slow
 def test_a_calibration_measures_each_kind_of_step_once_in_a_store_of_its_own(tmp_path, undisturbed):
     store = Store(tmp_path)
     run = load_run(undisturbed.config, {"prompts.per_iteration": None})
