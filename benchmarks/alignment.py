@@ -27,7 +27,10 @@ def synthetic_texts(count: int, seed: int = 0) -> list[str]:
     syllables = ["ta", "lor", "swi", "ft", "ing", "er", "qu", "al", "ité", "ß", "東", "st", "un", "des", "ment"]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(3000)]
     endings = [" ", " ", " ", " ", ", ", ". ", ".\n\n", "\n    ", " = ", "(", "); ", "  "]
-    return ["".join(word + draw.choice(endings) for word in draw.choices(words, k=draw.randint(40, 400))) for _ in range(count)]
+    return [
+        "".join(word + draw.choice(endings) for word in draw.choices(words, k=draw.randint(40, 400)))
+        for _ in range(count)
+    ]
 
 
 def train_tokenizer(texts: list[str], size: int, prefix_space: bool):
@@ -35,7 +38,9 @@ def train_tokenizer(texts: list[str], size: int, prefix_space: bool):
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -63,13 +68,17 @@ def main() -> None:
     options = parser.parse_args()
     texts = synthetic_texts(options.responses)
     if options.text:
-        texts = [line.replace("\\n", "\n") for line in options.text.read_text(encoding="utf-8").splitlines()][: options.responses]
+        texts = [line.replace("\\n", "\n") for line in options.text.read_text(encoding="utf-8").splitlines()][
+            : options.responses
+        ]
     student = load_tokenizer(options.student) if options.student else train_tokenizer(texts, 2000, False)
     teacher = load_tokenizer(options.teacher) if options.teacher else train_tokenizer(texts, 6000, False)
     began = time.perf_counter()
     mine, theirs = tokens_of(student, texts), tokens_of(teacher, texts)
     seconds = time.perf_counter() - began
-    print(f"{len(texts)} responses, {len(mine.ids)} student and {len(theirs.ids)} teacher tokens; tokenized in {seconds:.2f} s")
+    print(
+        f"{len(texts)} responses, {len(mine.ids)} student and {len(theirs.ids)} teacher tokens; tokenized in {seconds:.2f} s"
+    )
     random_logps = np.random.default_rng(0)
     logps = -random_logps.exponential(2.0, len(mine.ids))
     provider = WEIGHTS.get("swift")

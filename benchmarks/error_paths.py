@@ -51,7 +51,9 @@ def report(executed: dict[str, set[int]]) -> str:
             count, run = count + len(numbers), run + len(numbers) - len(missed)
         totals.append((room, run, count))
     totals.append(("together", sum(run for _, run, _ in totals), sum(count for _, _, count in totals)))
-    return "\n".join(["not run:", *lines, ""] + [f"{room}: {run} of {count} ({run / count:.1%})" for room, run, count in totals])
+    return "\n".join(
+        ["not run:", *lines, ""] + [f"{room}: {run} of {count} ({run / count:.1%})" for room, run, count in totals]
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +69,9 @@ def main(arguments: list[str]) -> int:
         coverage = [sys.executable, "-m", "coverage"]
         words = options.pytest or ["-n", "2", "--dist", "loadfile"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        tests = subprocess.run([*coverage, "run", f"--rcfile={settings}", "-m", "pytest", *words], cwd=ROOT, env=environment, check=False)
+        tests = subprocess.run(
+            [*coverage, "run", f"--rcfile={settings}", "-m", "pytest", *words], cwd=ROOT, env=environment, check=False
+        )
         for words in (["combine", "--append", "-q"], ["json", "-q", "-o", str(directory / "lines.json")]):
             subprocess.run([*coverage, *words, f"--rcfile={settings}"], cwd=ROOT, check=True)
         files = json.loads((directory / "lines.json").read_text(encoding="utf-8"))["files"]

@@ -23,7 +23,10 @@ sys.path.insert(0, str(ROOT))
 RUNS = {
     "sppo, tiny preset": ("deploy/runs/tiny/sppo.yaml", ["iterations=1"]),
     "sppo, vLLM": ("deploy/runs/quickstart.yaml", ["iterations=1"]),
-    "swift, transformers": ("deploy/runs/tiny/swift.yaml", ["iterations=1", "sampling.max_new_tokens=24", "training.epochs=2"]),
+    "swift, transformers": (
+        "deploy/runs/tiny/swift.yaml",
+        ["iterations=1", "sampling.max_new_tokens=24", "training.epochs=2"],
+    ),
     "dpo, K = 2, transformers": (
         "deploy/runs/quickstart.yaml",
         [
@@ -43,11 +46,17 @@ def measure(config: str, settings: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as store:
         environment = os.environ | {"SELFPLAY_STORE": store}
         began = time.monotonic()
-        subprocess.run([sys.executable, "-m", "flows", "estimate", config, *options], cwd=ROOT, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "flows", "estimate", config, *options], cwd=ROOT, env=environment, check=True
+        )
         calibrated = time.monotonic() - began
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "flows", "run", config, *options], cwd=ROOT, env=environment, capture_output=True, text=True
+            [sys.executable, "-m", "flows", "run", config, *options],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         took = time.monotonic() - began
         if done.returncode:

@@ -32,7 +32,9 @@ def table(verdicts: list[Verdict], scenes: Iterable[str]) -> str:
     cells: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for verdict in verdicts:
         cells[verdict.fault.kind, verdict.fault.scene][verdict.outcome if not verdict.problems else "failed"] += 1
-    order = list(dict.fromkeys([*harness.INSIDE, *harness.ANYTIME, *harness.AT_REST, *(v.fault.kind for v in verdicts)]))
+    order = list(
+        dict.fromkeys([*harness.INSIDE, *harness.ANYTIME, *harness.AT_REST, *(v.fault.kind for v in verdicts)])
+    )
     lines = ["| fault | " + " | ".join(stages) + " |", "|---|" + "---|" * len(stages)]
     for kind in order:
         row = [cells[kind, stage] for stage in stages]
@@ -62,7 +64,9 @@ def main(arguments: list[str]) -> int:
         shutil.rmtree(root / "scenes", ignore_errors=True)
         scenes = prepare(root / "scenes", build_model, publish, two_ranks=not options.one_rank) if options.count else {}
         for scene in scenes.values():
-            print(f"{scene.name}: {len(scene.changes)} changes of the disk, {scene.seconds:.1f} s undisturbed", flush=True)
+            print(
+                f"{scene.name}: {len(scene.changes)} changes of the disk, {scene.seconds:.1f} s undisturbed", flush=True
+            )
         faults = [
             fault
             for fault in plan(scenes, options.count * (20 if options.only else 1), options.seed)
@@ -72,18 +76,29 @@ def main(arguments: list[str]) -> int:
         verdicts = []
         with ThreadPoolExecutor(options.jobs) as pool:
             works = (root / f"fault-{number}" for number in range(len(faults)))
-            for number, verdict in enumerate(pool.map(lambda one: _strike(scenes, *one), zip(faults, works, strict=True)), 1):
+            for number, verdict in enumerate(
+                pool.map(lambda one: _strike(scenes, *one), zip(faults, works, strict=True)), 1
+            ):
                 verdicts.append(verdict)
                 fault = verdict.fault
                 print(
-                    f"{number:4d} {fault.scene}: {fault.kind} (seed {fault.seed}): {verdict.outcome}, {verdict.seconds:.0f} s", flush=True
+                    f"{number:4d} {fault.scene}: {fault.kind} (seed {fault.seed}): {verdict.outcome}, {verdict.seconds:.0f} s",
+                    flush=True,
                 )
                 if verdict.problems:
                     print("     " + "\n     ".join([*verdict.problems, *verdict.how.splitlines()]), flush=True)
         if options.whole:
-            scene = whole.prepare(root / "whole", build_model(root / "whole-model"), prompt_rows(6), prompt_rows(3, first=100))
-            for number, kind in enumerate(kind for kind in (*whole.KINDS, *whole.DEPLOYED) if options.only in f"{kind} at {whole.WHOLE}"):
-                verdicts.append(verdict := whole.strike(scene, Fault(whole.WHOLE, kind, options.seed + number), root / "whole-fault"))
+            scene = whole.prepare(
+                root / "whole", build_model(root / "whole-model"), prompt_rows(6), prompt_rows(3, first=100)
+            )
+            for number, kind in enumerate(
+                kind for kind in (*whole.KINDS, *whole.DEPLOYED) if options.only in f"{kind} at {whole.WHOLE}"
+            ):
+                verdicts.append(
+                    verdict := whole.strike(
+                        scene, Fault(whole.WHOLE, kind, options.seed + number), root / "whole-fault"
+                    )
+                )
                 print(f"whole run: {kind}: {verdict.outcome}, {verdict.seconds:.0f} s", flush=True)
                 if verdict.problems:
                     print("     " + "\n     ".join([*verdict.problems, *verdict.how.splitlines()]), flush=True)

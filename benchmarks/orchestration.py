@@ -48,7 +48,14 @@ def main() -> None:
         assignments = [f"policy.path={options.model}", "iterations=3", "prompts.reuse=true", *options.overrides]
         store = Path(directory, "store")
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "SELFPLAY_STORE": str(store)}
-        command = [sys.executable, "-m", "flows", "run", options.config, *(part for text in assignments for part in ("--set", text))]
+        command = [
+            sys.executable,
+            "-m",
+            "flows",
+            "run",
+            options.config,
+            *(part for text in assignments for part in ("--set", text)),
+        ]
         built = play(command, environment)
         records = [json.loads(path.read_text()) for path in (store / "artifacts").rglob("record.json")]
         stages = [record["seconds"]["wall"] for record in records if "wall" in record.get("seconds", {})]
@@ -62,7 +69,9 @@ def main() -> None:
     for number, run in enumerate(cached, 1):
         print(f"| cached {number} | {run['wall']:.1f} | {run['cpu']:.1f} | 0 | {run['wall']:.1f} | |")
     if options.json:
-        options.json.write_text(json.dumps({"built": built, "stages": stages, "cached": cached, "overhead": overhead}, indent=1))
+        options.json.write_text(
+            json.dumps({"built": built, "stages": stages, "cached": cached, "overhead": overhead}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,10 @@ def texts_like(path: Path, count: int, candidates: int) -> list[dict]:
 
     rows = draw.sample([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], count)
     return [
-        {"prompt": like(row["instruction"]), "candidates": [like(text) for text in list(row["outputs"].values())[:candidates]]}
+        {
+            "prompt": like(row["instruction"]),
+            "candidates": [like(text) for text in list(row["outputs"].values())[:candidates]],
+        }
         for row in rows
     ]
 
@@ -72,7 +75,10 @@ def oracle(request: dict) -> dict:
     torch.set_num_threads(request["threads"])
     blender = llm_blender.Blender()
     blender.loadranker(request["ranker"], device=request["device"], fp16=request["dtype"] == "float16")
-    inputs, candidates = [case["prompt"] for case in request["cases"]], [case["candidates"] for case in request["cases"]]
+    inputs, candidates = (
+        [case["prompt"] for case in request["cases"]],
+        [case["candidates"] for case in request["cases"]],
+    )
     blender.rank(inputs[:1], candidates[:1], batch_size=1, disable_tqdm=True)
     clock = time.process_time if request["device"] == "cpu" else time.perf_counter
     begin = clock()
@@ -90,7 +96,11 @@ def native(request: dict) -> dict:
     scorer = SCORERS.get("pairrm")(config, request["device"])
     scorer.batch_tokens = request["batch_tokens"]
     batch = [
-        Candidates({"messages": [{"role": "user", "content": case["prompt"]}]}, [{"completion": text} for text in case["candidates"]], None)
+        Candidates(
+            {"messages": [{"role": "user", "content": case["prompt"]}]},
+            [{"completion": text} for text in case["candidates"]],
+            None,
+        )
         for case in request["cases"]
     ]
     scorer.score(batch[:1])
@@ -104,7 +114,11 @@ def native(request: dict) -> dict:
 
 def in_process(python: str, side: str, request: dict, work: Path) -> dict:
     (work / "request.json").write_text(json.dumps(request))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(request["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(request["threads"]),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command = [python, __file__, "--side", side, "--work", str(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -144,7 +158,10 @@ def main() -> None:
                 "ranker": str(paths["ranker"]), "cases": cases, "device": options.device, "dtype": options.dtype, "threads": options.threads, "batch_tokens": options.batch_tokens,
             }  # fmt: skip
             runs = [
-                (in_process(options.oracle, "oracle", request, Path(work)), in_process(sys.executable, "native", request, Path(work)))
+                (
+                    in_process(options.oracle, "oracle", request, Path(work)),
+                    in_process(sys.executable, "native", request, Path(work)),
+                )
                 for _ in range(options.repeats)
             ]
         old, new = (min(run[side]["seconds"] for run in runs) for side in (0, 1))

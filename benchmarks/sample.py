@@ -28,10 +28,10 @@ from data_contracts.checkpoint import external_model
 from data_contracts.prompts import load_prompts
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
+from stages.models.tokens import encode_prompt, load_tokenizer, stop_ids
 from stages.sampling import SAMPLERS
 from stages.sampling import stage as sampling
 from stages.stage import STAGES, execute
-from stages.tokens import encode_prompt, load_tokenizer, stop_ids
 from tasks.prompts import publish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,12 @@ def main() -> None:
 
         sampler.engine.reset_prefix_cache()
         params = SamplingParams(
-            n=options.candidates, temperature=0.7, top_p=0.9, max_tokens=options.new_tokens, stop_token_ids=stops, logprobs=logprobs
+            n=options.candidates,
+            temperature=0.7,
+            top_p=0.9,
+            max_tokens=options.new_tokens,
+            stop_token_ids=stops,
+            logprobs=logprobs,
         )
         wall, cpu = time.perf_counter(), time.process_time()
         outputs = sampler.engine.generate(prompts, params, use_tqdm=False)
@@ -94,9 +99,13 @@ def main() -> None:
     print(
         f"\n{Path(options.model).name}, {len(rows)} prompts x {options.candidates} candidates of up to {options.new_tokens} tokens, medians of {options.repeats}"
     )
-    print(f"starting the engine: {start_seconds:.1f} s\n\n| side | tokens/s | / bare | tokens/CPU s | / bare |\n|---|---|---|---|---|")
+    print(
+        f"starting the engine: {start_seconds:.1f} s\n\n| side | tokens/s | / bare | tokens/CPU s | / bare |\n|---|---|---|---|---|"
+    )
     for name, value in rate.items():
-        print(f"| {name} | {value:.0f} | {value / rate['bare']:.3f} | {cpu[name]:.0f} | {cpu[name] / cpu['bare']:.3f} |")
+        print(
+            f"| {name} | {value:.0f} | {value / rate['bare']:.3f} | {cpu[name]:.0f} | {cpu[name] / cpu['bare']:.3f} |"
+        )
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}
         record = {

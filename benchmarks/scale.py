@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_contracts.artifact import ArtifactRecord
 from data_contracts.shards import shard_is_whole, shard_path, to_table, write_shard
 from data_contracts.store import Store
-from stages.claims import TRIES, Claims, forget
+from stages.running.claims import TRIES, Claims, forget
 
 
 class Costs(NamedTuple):
@@ -73,7 +73,9 @@ def real(workers: int, shards: int, rows: int, sleep: float) -> dict[str, float]
             made = 0
             began = time.monotonic()
             claims = Claims(directory, f"{number}/{workers}")
-            for index in claims.share("part", shards, lambda index: shard_is_whole(shard_path(directory, index), "prompts"), str):
+            for index in claims.share(
+                "part", shards, lambda index: shard_is_whole(shard_path(directory, index), "prompts"), str
+            ):
                 time.sleep(sleep)
                 start = time.monotonic()
                 write_shard(shard_path(directory, index), table)
@@ -85,12 +87,22 @@ def real(workers: int, shards: int, rows: int, sleep: float) -> dict[str, float]
         results = _forked(work, workers)
         wall = time.monotonic() - began
         start = time.monotonic()
-        assert not list(Claims(directory, "0/1").share("part", shards, lambda index: False, str))  # all done: one look at each
+        assert not list(
+            Claims(directory, "0/1").share("part", shards, lambda index: False, str)
+        )  # all done: one look at each
         look = (time.monotonic() - start) / shards
         forget(directory)
         start = time.monotonic()
         record = ArtifactRecord(
-            kind="prompts", key="0" * 16, stage="scale", version="1", config={}, inputs={}, content="", files=[], rows=shards * rows
+            kind="prompts",
+            key="0" * 16,
+            stage="scale",
+            version="1",
+            config={},
+            inputs={},
+            content="",
+            files=[],
+            rows=shards * rows,
         )
         signed = store.sign(record)
         assert len(signed.files) == shards
@@ -128,7 +140,7 @@ def _forked(work, count: int) -> list[tuple[float, float, int]]:
 def simulate(workers: int, shards: int, costs: Costs, trouble: Trouble, seed: int) -> dict[str, float]:
     """One stage: when it is signed, how long its last shards were waited for, what went into bookkeeping.
 
-    The claims are taken in the order of stages/claims.py: each worker begins at its own place and passes over what is taken; a shard that
+    The claims are taken in the order of stages/running/claims.py: each worker begins at its own place and passes over what is taken; a shard that
     killed its worker is made after all others, and given up after two tries; a lost worker is replaced. Claims go through the file system one at a time.
     """
     chance = random.Random(seed)
@@ -186,7 +198,14 @@ def table(counts: list[int], shards: int, costs: Costs, trouble: Trouble, repeat
     for workers in counts:
         runs = [simulate(workers, shards, costs, trouble, seed) for seed in range(repeats)]
         row = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        rows.append({"workers": workers, **row, "speed_up": costs.shard * shards / row["wall"], "efficiency": row["ideal"] / row["wall"]})
+        rows.append(
+            {
+                "workers": workers,
+                **row,
+                "speed_up": costs.shard * shards / row["wall"],
+                "efficiency": row["ideal"] / row["wall"],
+            }
+        )
     return rows
 
 
@@ -197,11 +216,17 @@ def main() -> None:
     parser.add_argument("--shard-seconds", type=float, default=60.0, help="the model's work on one shard")
     parser.add_argument("--start-seconds", type=float, default=90.0, help="queue, import and model of a worker")
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--real", default="1,2,4,8", help="numbers of real processes to measure the bookkeeping with; empty: none")
+    parser.add_argument(
+        "--real", default="1,2,4,8", help="numbers of real processes to measure the bookkeeping with; empty: none"
+    )
     parser.add_argument("--out")
     options = parser.parse_args()
     measured = [real(int(count), 256, 64, 0.02) for count in options.real.split(",") if count]
-    worst = {name: max(row[name] for row in measured) for name in ("write", "bookkeeping", "look", "sign_shard")} if measured else {}
+    worst = (
+        {name: max(row[name] for row in measured) for name in ("write", "bookkeeping", "look", "sign_shard")}
+        if measured
+        else {}
+    )
     costs = Costs(
         options.shard_seconds, options.start_seconds, worst.get("bookkeeping", 0.005), worst.get("look", 0.0005),
         worst.get("write", 0.01), worst.get("sign_shard", 0.001), 5.0,

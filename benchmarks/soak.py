@@ -44,9 +44,13 @@ def measure(play: Play, store: Path) -> dict[str, float]:
             continue
         if pid == play.process.pid:
             found |= {"flow MB": rss, "flow files": files}
-        elif "uvicorn" in words and "stages.supervise" not in words:
+        elif "uvicorn" in words and "stages.running.supervise" not in words:
             found |= {"server MB": rss, "server files": files}
-        found["processes"] += "stages" not in words and "stages.supervise" not in words and "multiprocessing" not in " ".join(words)
+        found["processes"] += (
+            "stages" not in words
+            and "stages.running.supervise" not in words
+            and "multiprocessing" not in " ".join(words)
+        )
     found["temporary files"] = sum(1 for path in store.rglob("*.tmp-*") if time.time() - path.lstat().st_mtime > 60)
     for name, path in (("prefect.db MB", store / "prefect" / "prefect.db"), ("mlflow.db MB", store / "mlflow.db")):
         found[name] = path.stat().st_size / 1e6 if path.exists() else 0.0
@@ -59,7 +63,10 @@ def judge(looks: list[dict[str, float]]) -> tuple[list[str], str]:
     """What grew, and a table of it all. The first fifth is warming up."""
     steady = looks[len(looks) // 5 :]
     first, last = steady[: max(1, len(steady) // 4)], steady[-max(1, len(steady) // 4) :]
-    iterations = max(1.0, statistics.mean(look["iterations"] for look in last) - statistics.mean(look["iterations"] for look in first))
+    iterations = max(
+        1.0,
+        statistics.mean(look["iterations"] for look in last) - statistics.mean(look["iterations"] for look in first),
+    )
     lines, problems = ["| | first quarter | last quarter | per iteration |", "|---|---|---|---|"], []
     for name in looks[-1]:
         if name == "iterations":

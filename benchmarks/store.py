@@ -43,7 +43,11 @@ def shards(count: int) -> Iterator[tuple[int, list[dict]]]:
         draw = np.random.default_rng([0, index])
         rows = []
         for number in range(index, min(count, index + SHARD)):
-            row = empty | {"pair_id": f"p{number:07d}/0-1", "prompt_id": f"p{number:07d}", "prompt_ids": draw.integers(0, 49152, 48)}
+            row = empty | {
+                "pair_id": f"p{number:07d}/0-1",
+                "prompt_id": f"p{number:07d}",
+                "prompt_ids": draw.integers(0, 49152, 48),
+            }
             row |= {"win_rate_chosen": 1.0, "win_rate_rejected": 0.0, "chosen_candidate": 0, "rejected_candidate": 1}
             for side in ("chosen", "rejected"):
                 length = draw.integers(8, 33)
@@ -61,8 +65,8 @@ def measure(count: int, directory: Path) -> dict:
     from data_contracts.artifact import ArtifactRecord, ArtifactRef
     from data_contracts.shards import Rows, shard_path, to_table, write_shard
     from data_contracts.store import Store
-    from stages.logps import Pass
     from stages.methods import METHODS
+    from stages.models.logps import Pass
     from stages.training.batches import collate_rows, micro_batches, plan_steps, row_length
     from stages.training.stage import check_rows
 
@@ -88,7 +92,12 @@ def measure(count: int, directory: Path) -> dict:
     model = ArtifactRef(kind="checkpoint", key="external", path=str(directory), content="0" * 64)
     (directory / "config.json").write_text("{}")
     one = Pass(
-        directory, model, "float32", "cpu", 4096, score=lambda _, prompts, responses, __: [np.zeros(len(r), np.float32) for r in responses]
+        directory,
+        model,
+        "float32",
+        "cpu",
+        4096,
+        score=lambda _, prompts, responses, __: [np.zeros(len(r), np.float32) for r in responses],
     )
     one._load = lambda: None
     rows = Rows([out], "weighted_pairs")
@@ -113,13 +122,20 @@ def measure(count: int, directory: Path) -> dict:
         for batch in micro_batches([row_length(row, sides, True) for row in picked], 4096, 0, 1, True):
             collate_rows([picked[i] for i in batch], sides, True)
     phase("train", began)
-    return {"rows": count, "cpu": cpu, "wall": wall, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "rows": count,
+        "cpu": cpu,
+        "wall": wall,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--directory", type=Path, help="where the artifacts are made; default: the system's temporary directory")
+    parser.add_argument(
+        "--directory", type=Path, help="where the artifacts are made; default: the system's temporary directory"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,7 +149,12 @@ def main() -> None:
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
         result = results[-1]
-        print(count, {name: round(value, 1) for name, value in result["cpu"].items()}, round(result["peak_mib"]), flush=True)
+        print(
+            count,
+            {name: round(value, 1) for name, value in result["cpu"].items()},
+            round(result["peak_mib"]),
+            flush=True,
+        )
     print(
         "\n| rows | "
         + " | ".join(f"{name}, us/row" for name in PHASES)

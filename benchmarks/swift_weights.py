@@ -29,11 +29,11 @@ from data_contracts.checkpoint import external_model
 from data_contracts.store import Store
 from flows.config import RunConfig
 from stages.evaluation.intervals import paired_bootstrap
-from stages.logps import Pass
-from stages.policy import load_causal_lm, score_responses
+from stages.models.logps import Pass
+from stages.models.policy import load_causal_lm, score_responses
+from stages.models.tokens import encode_prompt, encode_response, load_tokenizer, stop_ids
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.transformers import Transformers
-from stages.tokens import encode_prompt, encode_response, load_tokenizer, stop_ids
 from tests.flows.in_process import History, run
 
 VARIANTS = {
@@ -56,7 +56,12 @@ def stories(path: Path, count: int) -> list[dict]:
         if len(sentences) < 5:
             continue
         prompt, response = " ".join(sentences[:2]), " " + " ".join(sentences[2:5])
-        row = {"prompt_id": f"story-{number:04d}", "messages": [{"role": "user", "content": prompt}], "checks": "[]", "response": response}
+        row = {
+            "prompt_id": f"story-{number:04d}",
+            "messages": [{"role": "user", "content": prompt}],
+            "checks": "[]",
+            "response": response,
+        }
         rows.append(row | {"chosen": None, "rejected": None, "source": "stories"})
         if len(rows) == count:
             break
@@ -85,7 +90,9 @@ class Judge:
     def measure(self, policy: str, sampling, seed: int) -> tuple[dict[str, float], dict[str, float]]:
         tokenizer = load_tokenizer(policy)
         prompts = [encode_prompt(tokenizer, row["messages"], "plain") for row in self.rows]
-        truths = [encode_response(tokenizer, row["response"])[:-1] for row in self.rows]  # cut stories: their end is no ending
+        truths = [
+            encode_response(tokenizer, row["response"])[:-1] for row in self.rows
+        ]  # cut stories: their end is no ending
         model = load_causal_lm(policy, "float32", "cpu").eval()
         likely = {
             row["prompt_id"]: float(logps.mean())
@@ -100,14 +107,19 @@ class Judge:
         before = [self.teacher_tokens(row["messages"][0]["content"]).input_ids for row in self.rows]
         after = [self.teacher_tokens(text or " ").input_ids for text in texts]
         self.teacher.fill(before, after)
-        scores = [float(logps.sum()) / max(1, len(text)) for logps, text in zip(self.teacher.get(before, after), texts, strict=True)]
+        scores = [
+            float(logps.sum()) / max(1, len(text))
+            for logps, text in zip(self.teacher.get(before, after), texts, strict=True)
+        ]
         return likely, {row["prompt_id"]: score for row, score in zip(self.rows, scores, strict=True)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("--student", "--teacher", "--stories", "--out", "--store"):
-        parser.add_argument(name, required=name not in ("--out", "--store"), default="store" if name == "--store" else None)
+        parser.add_argument(
+            name, required=name not in ("--out", "--store"), default="store" if name == "--store" else None
+        )
     parser.add_argument("--train", type=int, default=96)
     parser.add_argument("--heldout", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=3)
@@ -122,7 +134,9 @@ def main() -> None:
     train, heldout = rows[: options.train], rows[options.train :]
     judge, start = Judge(store, options.teacher, heldout), external_model(Path(options.student))
     sampling = config_of(options, VARIANTS["SPIN"], 0).sampling
-    measured: dict[str, list] = {"start": [judge.measure(options.student, sampling, seed) for seed in range(options.seeds)]}
+    measured: dict[str, list] = {
+        "start": [judge.measure(options.student, sampling, seed) for seed in range(options.seeds)]
+    }
     for name, variant in VARIANTS.items():
         for seed in range(options.seeds):
             config = config_of(options, variant, seed)
@@ -160,7 +174,11 @@ def render(measured: dict[str, list], options: argparse.Namespace) -> str:
     for name in VARIANTS:
         cells = []
         for column in (0, 1):
-            after = {f"{seed}/{key}": value for seed, run_ in enumerate(measured[name]) for key, value in run_[column].items()}
+            after = {
+                f"{seed}/{key}": value
+                for seed, run_ in enumerate(measured[name])
+                for key, value in run_[column].items()
+            }
             gain = paired_bootstrap(base[column][0], after)
             cells.append(f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -42,7 +42,7 @@ BETA, RATE = 0.1, 1e-5
 
 def pairs_of(options: argparse.Namespace) -> list[dict]:
     """Token ids of prompt, chosen and rejected. Without a file: the quickstart's prompts, and responses of 8 to 32 random tokens."""
-    from stages.tokens import encode_prompt, encode_response, load_tokenizer
+    from stages.models.tokens import encode_prompt, encode_response, load_tokenizer
 
     tokenizer = load_tokenizer(options.model)
     draw, rows = random.Random(0), []
@@ -56,7 +56,9 @@ def pairs_of(options: argparse.Namespace) -> list[dict]:
     else:
         for line in (ROOT / "deploy" / "prompts" / "quickstart_train.jsonl").read_text().splitlines():
             prompt = encode_prompt(tokenizer, json.loads(line)["messages"], "chat")
-            rows.append((prompt, *([draw.randrange(100, len(tokenizer)) for _ in range(draw.randint(8, 32))] for _ in range(2))))
+            rows.append(
+                (prompt, *([draw.randrange(100, len(tokenizer)) for _ in range(draw.randint(8, 32))] for _ in range(2)))
+            )
     rows = [row for row in rows if row[1] != row[2]]
     draw.shuffle(rows)
     return [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in rows[: options.count]]
@@ -67,7 +69,7 @@ def pairs_of(options: argparse.Namespace) -> list[dict]:
 
 def reference(work: dict) -> dict:
     """The reference pass; leaves its log-probs beside the work file for `ours`."""
-    from stages.policy import load_causal_lm, pin_threads, score_responses
+    from stages.models.policy import load_causal_lm, pin_threads, score_responses
 
     pin_threads(work["threads"])
     model = load_causal_lm(work["model"], work["dtype"], "cpu").eval()
@@ -89,7 +91,7 @@ def _now() -> tuple[float, float]:
 
 def ours(work: dict) -> dict:
     from data_contracts.shards import SCHEMAS
-    from stages.policy import pin_threads
+    from stages.models.policy import pin_threads
     from stages.training.loop import train
     from stages.training.stage import TrainingConfig
 
@@ -114,7 +116,16 @@ def ours(work: dict) -> dict:
     from stages.training.engine import Engine
 
     Engine.export = lambda self, directory: None  # TRL does not save either
-    train(config, rows, work["model"], None, None, out, "cpu", lambda done, total, metrics: seen.append((_now(), metrics["loss"])))
+    train(
+        config,
+        rows,
+        work["model"],
+        None,
+        None,
+        out,
+        "cpu",
+        lambda done, total, metrics: seen.append((_now(), metrics["loss"])),
+    )
     return _between(seen, work)
 
 
@@ -165,7 +176,9 @@ def trl(work: dict, precompute: bool) -> dict:
     started = time.perf_counter()
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return _between([(at, loss) for (at, _), loss in zip(seen, losses, strict=True)], work) | {"start_seconds": started - began}
+    return _between([(at, loss) for (at, _), loss in zip(seen, losses, strict=True)], work) | {
+        "start_seconds": started - began
+    }
 
 
 def _between(seen: list[tuple[Any, float]], work: dict) -> dict:
@@ -190,8 +203,16 @@ def one_side(path: Path, side: str) -> None:
 
 
 def in_process(path: Path, side: str, threads: int) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(path.parent / f"cache-{time.time_ns()}")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment |= {
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(path.parent / f"cache-{time.time_ns()}"),
+    }
     command = [sys.executable, "-m", "benchmarks.train", "--side", side, "--work", str(path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -202,7 +223,9 @@ def in_process(path: Path, side: str, threads: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
-    parser.add_argument("--pairs", help="a JSON list of {conversations, chosen, rejected}; default: the quickstart's prompts")
+    parser.add_argument(
+        "--pairs", help="a JSON list of {conversations, chosen, rejected}; default: the quickstart's prompts"
+    )
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--max-prompt", type=int, default=256)
     parser.add_argument("--max-response", type=int, default=256)
@@ -252,7 +275,11 @@ def report(runs: dict[str, list[dict]], pairs: list[dict], options: argparse.Nam
             one["ours + reference"] = 1 / (1 / one["ours"] + 1 / one["reference"])
         peak["ours + reference"] = max(peak["ours"], peak["reference"])
     theirs = [side for side in ("trl live", "trl precomputed") if side in rate]
-    print("| side | pairs/s | pairs/CPU s | peak MiB | " + " | ".join(f"speed / {o} | CPU | memory" for o in theirs) + " |")
+    print(
+        "| side | pairs/s | pairs/CPU s | peak MiB | "
+        + " | ".join(f"speed / {o} | CPU | memory" for o in theirs)
+        + " |"
+    )
     print("|---|---|---|---|" + "---|---|---|" * len(theirs))
     for side in rate:
         ratios = [f"{rate[side] / rate[o]:.2f} | {cpu[side] / cpu[o]:.2f} | {peak[side] / peak[o]:.2f}" for o in theirs]
@@ -263,8 +290,17 @@ def report(runs: dict[str, list[dict]], pairs: list[dict], options: argparse.Nam
             worst = max(worst, *(abs(a - b) for a, b in zip(losses["ours"], losses[side], strict=True)))
     print(f"\nlosses {[round(loss, 5) for loss in losses.get('ours', [])]}; largest difference from TRL's {worst:.1e}")
     if options.json:
-        record = {"rate": rate, "cpu_rate": cpu, "peak_mib": peak, "runs": runs, "tokens": means, "worst_loss_difference": worst}
-        options.json.write_text(json.dumps(record | {"options": {k: str(v) for k, v in vars(options).items()}}, indent=1))
+        record = {
+            "rate": rate,
+            "cpu_rate": cpu,
+            "peak_mib": peak,
+            "runs": runs,
+            "tokens": means,
+            "worst_loss_difference": worst,
+        }
+        options.json.write_text(
+            json.dumps(record | {"options": {k: str(v) for k, v in vars(options).items()}}, indent=1)
+        )
     if worst > tolerance:
         raise SystemExit(f"the losses differ by {worst:.2e}: the comparison is void")
 

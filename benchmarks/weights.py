@@ -28,15 +28,15 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 import numpy as np
 import torch
 
-import stages.logps
+import stages.models.logps
 from benchmarks.swift_weights import stories
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import external_model
 from data_contracts.shards import SCHEMAS, read_shards
 from data_contracts.store import Store
-from stages.policy import load_causal_lm, pin_threads
+from stages.models.policy import load_causal_lm, pin_threads
+from stages.models.tokens import encode_prompt, encode_response, load_tokenizer
 from stages.stage import STAGES, execute
-from stages.tokens import encode_prompt, encode_response, load_tokenizer
 from stages.weighting.weights.spans import TokenText, encode_with_spans
 from tests.conftest import _publish
 
@@ -50,7 +50,10 @@ def pairs_of(rows: list[dict], tokenizer, shift: int) -> list[dict]:
     out = []
     for number, row in enumerate(rows):
         other = rows[(number + shift) % len(rows)]
-        pair = dict.fromkeys(SCHEMAS["scored_pairs"].names) | {"pair_id": f"{number}/{shift}", "prompt_id": row["prompt_id"]}
+        pair = dict.fromkeys(SCHEMAS["scored_pairs"].names) | {
+            "pair_id": f"{number}/{shift}",
+            "prompt_id": row["prompt_id"],
+        }
         pair |= {
             "chosen": row["response"],
             "rejected": other["response"],
@@ -59,7 +62,11 @@ def pairs_of(rows: list[dict], tokenizer, shift: int) -> list[dict]:
             "win_rate_rejected": 0.0,
         }
         pair |= {f"{side}_ids": encode_response(tokenizer, pair[side]) for side in ("chosen", "rejected")}
-        pair |= {"chosen_candidate": -1, "rejected_candidate": 0, "prompt_ids": encode_prompt(tokenizer, row["messages"], "plain")}
+        pair |= {
+            "chosen_candidate": -1,
+            "rejected_candidate": 0,
+            "prompt_ids": encode_prompt(tokenizer, row["messages"], "plain"),
+        }
         out.append(pair)
     return out
 
@@ -75,8 +82,12 @@ def released(pairs: list[dict], student, teacher, tokenizers, batch: int) -> lis
             texts, spans = [text for text, _ in read], [span for _, span in read]
             other_ids, other_spans = encode_with_spans(theirs, texts)
             other_ids = [[*ids, theirs.eos_token_id] for ids in other_ids]
-            student_scores = _scores(student, [pair["prompt_ids"] for pair in chunk], [pair[f"{side}_ids"] for pair in chunk])
-            prompts = [list(theirs(mine.decode(pair["prompt_ids"], skip_special_tokens=False)).input_ids) for pair in chunk]
+            student_scores = _scores(
+                student, [pair["prompt_ids"] for pair in chunk], [pair[f"{side}_ids"] for pair in chunk]
+            )
+            prompts = [
+                list(theirs(mine.decode(pair["prompt_ids"], skip_special_tokens=False)).input_ids) for pair in chunk
+            ]
             teacher_scores = _scores(teacher, prompts, other_ids)
             for j in range(len(chunk)):
                 weights = _weights(spans[j], other_spans[j], student_scores[j], teacher_scores[j], len(texts[j]))
@@ -102,7 +113,9 @@ def _scores(model, prompts: list[list[int]], responses: list[list[int]]) -> list
     return out
 
 
-def _weights(mine: np.ndarray, theirs: np.ndarray, student: list[float], teacher: list[float], length: int) -> list[float]:
+def _weights(
+    mine: np.ndarray, theirs: np.ndarray, student: list[float], teacher: list[float], length: int
+) -> list[float]:
     """Components begin where a token begins in both tokenizations; every student token is the mean over its component's teacher tokens."""
     common = sorted({int(span[0]) for span in mine} & {int(span[0]) for span in theirs} | {0})
     weights = []
@@ -122,18 +135,28 @@ def now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def stage(store: Store, pairs: list[dict], policy: ArtifactRef, teacher: ArtifactRef, options: argparse.Namespace) -> tuple[Any, list]:
+def stage(
+    store: Store, pairs: list[dict], policy: ArtifactRef, teacher: ArtifactRef, options: argparse.Namespace
+) -> tuple[Any, list]:
     """Seconds (see `now`), and the weights as `released` gives them."""
     weigh = STAGES["weigh"]
     config = weigh.parse({
         "weights": {"name": "swift", "segmenter": "common_starts"}, "dtype": options.dtype,
         "runtime": {"batch_tokens": options.batch_tokens, "device": "cpu"},
     })  # fmt: skip
-    inputs = {"pairs": _publish(store, "scored_pairs", pairs), "policy": policy, "reference": policy, "teacher": teacher}
+    inputs = {
+        "pairs": _publish(store, "scored_pairs", pairs),
+        "policy": policy,
+        "reference": policy,
+        "teacher": teacher,
+    }
     began = now()
     record = execute(weigh, config, inputs, store)
     seconds = now() - began
-    rows = {row["pair_id"]: row for row in read_shards(store.directory(record.kind, record.key), "weighted_pairs").to_pylist()}
+    rows = {
+        row["pair_id"]: row
+        for row in read_shards(store.directory(record.kind, record.key), "weighted_pairs").to_pylist()
+    }
     return seconds, [rows[pair["pair_id"]][f"{side}_weights"] for pair in pairs for side in ("chosen", "rejected")]
 
 
@@ -156,7 +179,7 @@ def main() -> None:
     # The next iteration's policy: the same weights, known to the store as another model.
     later = policy.model_copy(update={"content": "f" * 64, "key": "0" * len(policy.key)})
     models = {ref.path: load_causal_lm(ref.path, options.dtype, "cpu").eval() for ref in (policy, teacher)}
-    stages.logps.Pass._load = lambda self: models[self.model.path]
+    stages.models.logps.Pass._load = lambda self: models[self.model.path]
     first, second = pairs_of(rows, tokenizers[0], 1), pairs_of(rows, tokenizers[0], 2)
     seconds: dict[str, list[Any]] = {"released": [], "stage, iteration 0": [], "stage, iteration 1": []}
     for _ in range(options.repeats):
@@ -177,7 +200,9 @@ def main() -> None:
     )
     for name, value in rate.items():
         gain, later_gain = value / rate["released"], value / rate["stage, iteration 0"]
-        print(f"| {name} | {value[0]:.0f} | {value[1]:.0f} | {gain[0]:.2f}, {gain[1]:.2f} | {later_gain[0]:.2f}, {later_gain[1]:.2f} |")
+        print(
+            f"| {name} | {value[0]:.0f} | {value[1]:.0f} | {gain[0]:.2f}, {gain[1]:.2f} | {later_gain[0]:.2f}, {later_gain[1]:.2f} |"
+        )
     print(f"\nweights differ by {gaps.mean():.1e} on average, {gaps.max():.1e} at most")
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}

@@ -27,7 +27,8 @@ ABSENT = object()
 def ls(store: Store, kind: str | None) -> int:
     """One line per finished artifact, oldest first."""
     rows = [
-        (record.kind, record.key, str(record.rows), _when(record), f"{record.seconds.get('wall', 0):.1f}") for record in store.records(kind)
+        (record.kind, record.key, str(record.rows), _when(record), f"{record.seconds.get('wall', 0):.1f}")
+        for record in store.records(kind)
     ]
     if not rows:
         print(f"no {kind or 'artifact'} in {store.root}")
@@ -43,7 +44,12 @@ def show(store: Store, key: str) -> int:
     print(f"path     {store.directory(record.kind, record.key)}")
     print(f"built    {_when(record)} on {record.provenance.get('host', '?')}, {record.rows} rows")
     print(f"content  {record.content}")
-    sections = {"config": flattened(record.config), "inputs": record.inputs, "metrics": record.metrics, "facts": flattened(record.facts)}
+    sections = {
+        "config": flattened(record.config),
+        "inputs": record.inputs,
+        "metrics": record.metrics,
+        "facts": flattened(record.facts),
+    }
     for title, values in (sections | {"seconds": record.seconds, "cost": record.cost}).items():
         if values:
             print(f"\n{title}")
@@ -58,7 +64,9 @@ def explain(store: Store, key: str) -> int:
     record = store.resolve(key)
     siblings = [other for other in store.records(record.kind) if other.key != record.key]
     if not siblings:
-        print(f"{record.kind} {record.key} is the only {record.kind} in {store.root}: there is nothing to compare it with")
+        print(
+            f"{record.kind} {record.key} is the only {record.kind} in {store.root}: there is nothing to compare it with"
+        )
         return 0
     # The newest of the nearest: what was most likely meant to be found again.
     nearest = min(reversed(siblings), key=lambda other: len(_differences(record, other)))
@@ -98,7 +106,9 @@ def verify(store: Store, keys: Sequence[str]) -> int:
             print(f"{name}: {problem}")
     print(f"{num_signed - num_bad} of {num_signed} finished artifact(s) are intact", flush=True)
     if num_bad:
-        raise ArtifactError(f"{num_bad} artifact(s) in {store.root} are damaged; the next run that needs one of them builds it again")
+        raise ArtifactError(
+            f"{num_bad} artifact(s) in {store.root} are damaged; the next run that needs one of them builds it again"
+        )
     return 0
 
 
@@ -127,9 +137,13 @@ def _problems(store: Store, record: ArtifactRecord) -> list[str]:
     directory = store.directory(record.kind, record.key)
     signed = {file.name for file in record.files}
     found += [
-        f"{name} is not in the record" for path in data_files(directory) if (name := path.relative_to(directory).as_posix()) not in signed
+        f"{name} is not in the record"
+        for path in data_files(directory)
+        if (name := path.relative_to(directory).as_posix()) not in signed
     ]
-    recipe = fingerprint(record.stage, record.version, record.config, {name: ref.content for name, ref in record.inputs.items()})
+    recipe = fingerprint(
+        record.stage, record.version, record.config, {name: ref.content for name, ref in record.inputs.items()}
+    )
     if recipe != record.key or (record.kind, record.key) != (directory.parent.name, directory.name):
         found.append(f"{RECORD} does not belong here: its settings and inputs make the key {recipe}")
     if content_digest(record.files) != record.content:
@@ -157,7 +171,9 @@ def _say(value: Any) -> str:
     if value is ABSENT:
         return "absent"
     if isinstance(value, ArtifactRef):
-        return f"{_name(value)} with content {value.content[:16]}" + (f" ({value.path})" if value.key == "external" else "")
+        return f"{_name(value)} with content {value.content[:16]}" + (
+            f" ({value.path})" if value.key == "external" else ""
+        )
     return f"{value:.6g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
 
 
@@ -190,15 +206,21 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iter
 
 def main(arguments: list[str]) -> int:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--store", default=argparse.SUPPRESS, metavar="DIR", help="artifact store; default: $SELFPLAY_STORE or ./store")
-    parser = argparse.ArgumentParser(prog="python -m data_contracts", description="What is in the store, and why.", parents=[shared])
+    shared.add_argument(
+        "--store", default=argparse.SUPPRESS, metavar="DIR", help="artifact store; default: $SELFPLAY_STORE or ./store"
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m data_contracts", description="What is in the store, and why.", parents=[shared]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", parents=[shared], help=ls.__doc__).add_argument("--kind", help="only generations, checkpoint, ...")
+    commands.add_parser("ls", parents=[shared], help=ls.__doc__).add_argument(
+        "--kind", help="only generations, checkpoint, ..."
+    )
     commands.add_parser("show", parents=[shared], help=show.__doc__).add_argument("key")
     commands.add_parser("explain", parents=[shared], help=explain.__doc__).add_argument("key")
-    commands.add_parser("verify", parents=[shared], help="read every byte again; exit code 4 if one is wrong").add_argument(
-        "keys", nargs="*", metavar="KEY"
-    )
+    commands.add_parser(
+        "verify", parents=[shared], help="read every byte again; exit code 4 if one is wrong"
+    ).add_argument("keys", nargs="*", metavar="KEY")
     bill = commands.add_parser("ledger", parents=[shared], help="what a run cost")
     bill.add_argument("run")
     bill.add_argument("--csv", action="store_true", help="one row per artifact, for a spreadsheet")

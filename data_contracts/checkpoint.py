@@ -44,7 +44,9 @@ def weight_files(directory: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{index} is not an index of weights ({type(error).__name__}: {error}); fetch it again") from None
+            raise ConfigError(
+                f"{index} is not an index of weights ({type(error).__name__}: {error}); fetch it again"
+            ) from None
         if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise ConfigError(f"{index} names files outside of the model directory, e.g. {outside[0]!r}")
         return [directory / name for name in names]
@@ -59,7 +61,9 @@ def check_model_directory(directory: Path | str, chat_template: bool = True) -> 
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ConfigError(f"the model directory {directory} does not exist. Give `path:` of a Hugging Face directory, or `hub_id:`")
+        raise ConfigError(
+            f"the model directory {directory} does not exist. Give `path:` of a Hugging Face directory, or `hub_id:`"
+        )
     try:
         config = json.loads((directory / "config.json").read_text())
     except FileNotFoundError:
@@ -105,7 +109,16 @@ def check_safetensors(path: Path) -> None:
         end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         if not isinstance(end, int):
             raise TypeError("an offset that is no number")
-    except (OSError, ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        struct.error,
+        AttributeError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RecursionError,
+    ) as error:
         raise ConfigError(f"{path} is not a readable safetensors file ({error})") from None
     if size != 8 + length + end:
         raise ConfigError(

@@ -55,7 +55,9 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             value = {str(number): item for number, item in enumerate(value)}
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+        flat |= (
+            flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+        )
     return flat
 
 
@@ -105,7 +107,11 @@ def load_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
-    except (ValueError, TypeError, RecursionError) as error:  # the 30th of February, a list as a key, a thousand brackets
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # the 30th of February, a list as a key, a thousand brackets
         raise ConfigError(f"{where} is not valid YAML: {str(error) or type(error).__name__}") from None
 
 

@@ -139,7 +139,9 @@ def _inputs(store: Store, name: Name) -> list[Name]:
         refs = None
     if refs is None:
         try:
-            refs = [(ref["kind"], ref["key"]) for ref in json.loads((path / "spec.json").read_text())["inputs"].values()]
+            refs = [
+                (ref["kind"], ref["key"]) for ref in json.loads((path / "spec.json").read_text())["inputs"].values()
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
     # A checkpoint from the middle of a training ("<key>/steps/000004") lies in the artifact of the training.
@@ -165,7 +167,9 @@ def _remove_artifact(store: Store, name: Name, dry_run: bool, delete: bool) -> l
     with store.try_lock(*name) as holder:
         if holder is not None:  # another process has just begun to build or read it
             return []
-        removal = Removal(path, bytes_below(path), "of no kept run" if (path / RECORD).is_file() else "unfinished, of no kept run")
+        removal = Removal(
+            path, bytes_below(path), "of no kept run" if (path / RECORD).is_file() else "unfinished, of no kept run"
+        )
         if delete and not dry_run:
             store.discard(*name)
         elif not dry_run:
@@ -207,7 +211,9 @@ def _remove_idle_locks(store: Store) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_contracts.gc", description=__doc__.splitlines()[0].partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_contracts.gc", description=__doc__.splitlines()[0].partition(": ")[2]
+    )
     parser.add_argument("--keep-runs", type=int, required=True, metavar="N", help="the last N runs stay as they are")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--dry-run", action="store_true", help="say what would be set aside, change nothing")
@@ -223,7 +229,9 @@ def main(arguments: list[str]) -> int:
     for removal in removals:
         print(f"{size_in_words(removal.size):>12}  {removal.path.relative_to(store.root)}  ({removal.why})")
     for path, reason in earlier:
-        print(f"{size_in_words(reason['size']):>12}  {path.relative_to(store.root)}  (set aside by {reason['by']}: {reason['why']})")
+        print(
+            f"{size_in_words(reason['size']):>12}  {path.relative_to(store.root)}  (set aside by {reason['by']}: {reason['why']})"
+        )
     total = size_in_words(sum(removal.size for removal in removals))
     deed = "would set aside" if options.dry_run else "deleted" if options.yes else "set aside"
     print(f"{deed} {total}: {len(removals)} thing(s) that the last {options.keep_runs} run(s) do not need")

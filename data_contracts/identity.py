@@ -38,10 +38,14 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"{path} has the key {key!r} of type {type(key).__name__}: keys of an identity must be text")
+                raise TypeError(
+                    f"{path} has the key {key!r} of type {type(key).__name__}: keys of an identity must be text"
+                )
         return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
     # A permissive str() here would let a memory address into the key and fork identity between processes.
-    raise TypeError(f"{path} is a {type(value).__name__}: not something an identity can be made of; pass plain data or a Config")
+    raise TypeError(
+        f"{path} is a {type(value).__name__}: not something an identity can be made of; pass plain data or a Config"
+    )
 
 
 def fingerprint(stage: str, version: str, config: Config | Mapping[str, Any], inputs: Mapping[str, str]) -> str:

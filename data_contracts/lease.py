@@ -31,7 +31,9 @@ def is_wanted() -> bool:
     """Whether locks go beyond this host. Raises: ConfigError."""
     mode = os.environ.get(MODE) or "flock"
     if mode not in ("flock", "lease"):
-        raise ConfigError(f"{MODE} is {mode!r}: it must be flock (one host, or a filesystem that carries flock) or lease (any shared one)")
+        raise ConfigError(
+            f"{MODE} is {mode!r}: it must be flock (one host, or a filesystem that carries flock) or lease (any shared one)"
+        )
     return mode == "lease"
 
 

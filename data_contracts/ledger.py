@@ -28,7 +28,19 @@ FIELDS = {
     "stage": ALWAYS | {"step", "shown_as", "stage", "kind", "key", "cached", "began", "waited"},
 }
 """What a line must have to be read, by its event."""
-SUMMED = ("wall", "start_up", "busy", "waiting", "saved", "tokens_in", "tokens_out", "flops", "cpu_seconds", "bytes", "cache_hits")
+SUMMED = (
+    "wall",
+    "start_up",
+    "busy",
+    "waiting",
+    "saved",
+    "tokens_in",
+    "tokens_out",
+    "flops",
+    "cpu_seconds",
+    "bytes",
+    "cache_hits",
+)
 LARGEST = ("peak_rss_bytes", "peak_gpu_bytes", "gpus")
 
 
@@ -51,7 +63,15 @@ class Ledger:
     ) -> None:  # fmt: skip
         """`began`: when the stage was asked for; `waited`: seconds until nobody else was building it."""
         self._write(
-            "stage", step=step, shown_as=shown_as, stage=stage, kind=record.kind, key=record.key, cached=cached, began=began, waited=waited
+            "stage",
+            step=step,
+            shown_as=shown_as,
+            stage=stage,
+            kind=record.kind,
+            key=record.key,
+            cached=cached,
+            began=began,
+            waited=waited,
         )
 
     def end(self) -> None:
@@ -124,10 +144,14 @@ def read(store: Store, run: str) -> Account:
     """Raises: ConfigError for a run without a ledger, or with one that holds nothing yet."""
     known = store.runs_with(FILE)
     if run not in known:
-        raise ConfigError(f"no run {run!r} in {store.root} (none with a {FILE}); runs there: {', '.join(known) or 'none'}")
+        raise ConfigError(
+            f"no run {run!r} in {store.root} (none with a {FILE}); runs there: {', '.join(known) or 'none'}"
+        )
     lines = _lines(store.run_directory(run) / FILE)
     if not lines:
-        raise ConfigError(f"the ledger of {run!r} in {store.root} has no whole line: the run was ended as it began. Start it again")
+        raise ConfigError(
+            f"the ledger of {run!r} in {store.root} has no whole line: the run was ended as it began. Start it again"
+        )
     entries, open_lines = [], {}
     for line in lines:
         at = (line["session"], line.get("step"), line.get("shown_as"))
@@ -179,7 +203,8 @@ def rows(account: Account) -> list[dict[str, Any]]:
             best[at] = entry
     order = sorted(best.values(), key=lambda entry: entry.step)
     return [
-        {"step": one.step, "stage": one.stage, "shown_as": one.shown_as, "key": one.key, "cached": one.cached} | one.costs()
+        {"step": one.step, "stage": one.stage, "shown_as": one.shown_as, "key": one.key, "cached": one.cached}
+        | one.costs()
         for one in order
     ]
 
@@ -203,7 +228,9 @@ def predicted(store: Store, run: str) -> list[str]:
     lines = []
     if pairs:
         foreseen, took = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-        lines.append(f"predicted for these {len(pairs)} stages: {foreseen:.1f} s, measured {took:.1f} s ({foreseen / took - 1:+.0%})")
+        lines.append(
+            f"predicted for these {len(pairs)} stages: {foreseen:.1f} s, measured {took:.1f} s ({foreseen / took - 1:+.0%})"
+        )
     if len(account.sessions) == 1 and account.sessions[0].is_finished:
         wall = account.sessions[0].wall
         lines.append(
@@ -263,5 +290,7 @@ def summary(account: Account) -> list[str]:
     for number, one in enumerate(account.sessions, 1):
         ending = "" if one.is_finished else "; it was interrupted: seconds after its last word are not counted"
         share = one.other / one.wall if one.wall > 0 else 0.0
-        lines.append(f"session {number}: {one.wall:.1f} s = stages {one.stages:.1f} s + other {one.other:.1f} s ({share:.1%}){ending}")
+        lines.append(
+            f"session {number}: {one.wall:.1f} s = stages {one.stages:.1f} s + other {one.other:.1f} s ({share:.1%}){ending}"
+        )
     return lines

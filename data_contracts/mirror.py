@@ -39,7 +39,9 @@ class Mirror:
         """Raises: ConfigError for a URL that is none."""
         self.url = re.sub(r"//[^/@]*@", "//", url.partition("?")[0])  # without credentials, for messages
         if url.startswith("s3://") and "allow_delayed_open" not in url:
-            url += ("&" if "?" in url else "?") + "allow_delayed_open=true"  # a small object (the record) is one request, not three
+            url += (
+                "&" if "?" in url else "?"
+            ) + "allow_delayed_open=true"  # a small object (the record) is one request, not three
         try:
             self.files, self.root = fs.FileSystem.from_uri(url)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -136,7 +138,9 @@ def mirror_from_environment() -> Mirror | None:
 
 def evict(store: Store, mirror: Mirror, keep_bytes: int) -> list[ArtifactRecord]:
     """Remove the artifacts that were longest unused until the cache holds at most `keep_bytes`; only what lies in the mirror, bit for bit."""
-    records = sorted(store.records(), key=lambda record: (store.directory(record.kind, record.key) / RECORD).stat().st_atime)
+    records = sorted(
+        store.records(), key=lambda record: (store.directory(record.kind, record.key) / RECORD).stat().st_atime
+    )
     held = sum(file.size for record in records for file in record.files)
     gone = []
     for record in records:
@@ -152,7 +156,9 @@ def evict(store: Store, mirror: Mirror, keep_bytes: int) -> list[ArtifactRecord]
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_contracts.mirror", description="Artifacts to and from an object store.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_contracts.mirror", description="Artifacts to and from an object store."
+    )
     parser.add_argument("verb", choices=["push", "fetch", "evict"])
     parser.add_argument("url")
     parser.add_argument("names", nargs="*", metavar="KIND/KEY", help="push: all, unless named")

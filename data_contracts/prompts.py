@@ -72,7 +72,9 @@ def _row(line: str, where: str) -> dict[str, Any]:
     messages = data["messages"] if "messages" in data else [{"role": "user", "content": data["prompt"]}]
     _check_messages(messages, where)
     checks = data.get("checks", [])
-    if not isinstance(checks, list) or not all(isinstance(check, dict) and isinstance(check.get("name"), str) for check in checks):
+    if not isinstance(checks, list) or not all(
+        isinstance(check, dict) and isinstance(check.get("name"), str) for check in checks
+    ):
         raise ConfigError(f'{where}: "checks" must be a list of objects with a "name", got {checks!r:.120}')
     if ("chosen" in data) != ("rejected" in data):
         raise ConfigError(f'{where}: "chosen" and "rejected" come together')
@@ -80,7 +82,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         if data.get(name) is not None and (not isinstance(data[name], str) or not data[name]):
             raise ConfigError(f'{where}: "{name}" must be non-empty text, got {data[name]!r:.80}')
     return {
-        "prompt_id": data.get("prompt_id") or digest_text(json.dumps(messages, sort_keys=True, ensure_ascii=False))[:16],
+        "prompt_id": data.get("prompt_id")
+        or digest_text(json.dumps(messages, sort_keys=True, ensure_ascii=False))[:16],
         "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
         "checks": json.dumps(checks, sort_keys=True, ensure_ascii=False),
         **{name: data.get(name) for name in TEXTS},
@@ -98,7 +101,9 @@ def _check_messages(messages: Any, where: str) -> None:
             or message["role"] not in ROLES
             or not isinstance(message["content"], str)
         ):
-            raise ConfigError(f'{where}: a message must be {{"role": one of {", ".join(ROLES)}, "content": text}}, got {message!r:.120}')
+            raise ConfigError(
+                f'{where}: a message must be {{"role": one of {", ".join(ROLES)}, "content": text}}, got {message!r:.120}'
+            )
     if messages[-1]["role"] == "assistant":
         raise ConfigError(f"{where}: the last message must not be the assistant's: that is what the policy will write")
     if not any(message["content"].strip() for message in messages):
@@ -141,7 +146,9 @@ def check_disjoint(train: list[dict[str, Any]], heldout: list[dict[str, Any]], t
     """
     ids = {row["prompt_id"] for row in train} & {row["prompt_id"] for row in heldout}
     if ids:
-        raise ConfigError(f"{len(ids)} prompt id(s) are both in the training and in the held-out file, e.g. {sorted(ids)[:3]}")
+        raise ConfigError(
+            f"{len(ids)} prompt id(s) are both in the training and in the held-out file, e.g. {sorted(ids)[:3]}"
+        )
     hits = near_duplicates([text_of(row) for row in heldout], [text_of(row) for row in train], threshold)
     if hits:
         i, j, similarity = max(hits, key=lambda hit: hit[2])

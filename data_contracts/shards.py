@@ -80,7 +80,10 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("rejected_reference_logps", PER_TOKEN),
         ("rejected_old_logps", PER_TOKEN),
         ("rejected_weights", PER_TOKEN),
-        ("teacher_prompt_ids", TOKENS),  # the same prompt and chosen response as the teacher's tokenizer cuts them; null: not needed
+        (
+            "teacher_prompt_ids",
+            TOKENS,
+        ),  # the same prompt and chosen response as the teacher's tokenizer cuts them; null: not needed
         ("teacher_ids", TOKENS),
         *_PREFERENCE,
         nullable=(
@@ -97,7 +100,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "scores": _schema(
         ("prompt_id", pa.string()),
         ("scores", pa.list_(pa.float64())),  # one per candidate, null = could not be scored
-        ("preference_logits", pa.list_(pa.float64())),  # K*K row by row, entry [i][j] > 0: i beats j; null for pointwise scorers
+        (
+            "preference_logits",
+            pa.list_(pa.float64()),
+        ),  # K*K row by row, entry [i][j] > 0: i beats j; null for pointwise scorers
         ("reasons", pa.list_(pa.string())),  # why a candidate has no score, or what spoilt it; "" for none
         nullable=("scores", "preference_logits"),
     ),
@@ -140,7 +146,9 @@ def to_table(rows: Iterable[Mapping[str, Any]], kind: str) -> pa.Table:
             missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
             raise ContractError(
                 f"{kind} row {number}: "
-                + "; ".join(f"{word} {sorted(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names)
+                + "; ".join(
+                    f"{word} {sorted(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names
+                )
             )
         for field in schema:
             if row[field.name] is None and not field.nullable:
@@ -182,7 +190,9 @@ def read_shard(path: Path, kind: str) -> pa.Table:
         # Without the checksums nine of ten flipped bits would be read as data.
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        raise ArtifactError(f"{path} cannot be read as Parquet ({error}). Delete it and run again: only this shard is made anew") from None
+        raise ArtifactError(
+            f"{path} cannot be read as Parquet ({error}). Delete it and run again: only this shard is made anew"
+        ) from None
     if table.schema.remove_metadata() != SCHEMAS[kind]:
         raise ContractError(
             f"{path}: columns {table.schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; it was written by another version"
@@ -251,7 +261,9 @@ class Rows(Sequence[dict[str, Any]]):
         of = np.searchsorted(self.ends, places, side="right")
         rows: list[Any] = [None] * len(places)
         for number in np.unique(of):
-            for place, row in zip(np.flatnonzero(of == number), self._take(int(number), places[of == number]), strict=True):
+            for place, row in zip(
+                np.flatnonzero(of == number), self._take(int(number), places[of == number]), strict=True
+            ):
                 rows[place] = row
         return rows
 

@@ -168,7 +168,9 @@ def data_files(directory: Path) -> list[Path]:
 def inside(name: str) -> str:
     """A kind, key, run or step as one part of a path. Raises: ConfigError for what would lead elsewhere."""
     if not NAME_PART.fullmatch(name):
-        raise ConfigError(f"{name!r:.80} cannot name something in the store: letters, digits, dots, dashes and underscores, no path")
+        raise ConfigError(
+            f"{name!r:.80} cannot name something in the store: letters, digits, dots, dashes and underscores, no path"
+        )
     return name
 
 
@@ -216,7 +218,9 @@ class Store:
         while not nearest.exists():
             nearest = nearest.parent
         if not nearest.is_dir():
-            raise ConfigError(f"the store {self.root} cannot be made: {nearest} is a file. Set SELFPLAY_STORE (or --store) to a directory")
+            raise ConfigError(
+                f"the store {self.root} cannot be made: {nearest} is a file. Set SELFPLAY_STORE (or --store) to a directory"
+            )
         # Ask by doing: os.access tells root that a read-only file system is writable.
         probe = temporary_beside(nearest / "selfplay-probe")
         try:
@@ -305,7 +309,9 @@ class Store:
             record = self.load(kind, key)
         except ArtifactError:
             record = None
-        gone = {match[1] for name in (self.damaged(record, deep=True) if record else ()) if (match := SHARD.fullmatch(name))}
+        gone = {
+            match[1] for name in (self.damaged(record, deep=True) if record else ()) if (match := SHARD.fullmatch(name))
+        }
         (directory / RECORD).unlink(missing_ok=True)
         for path in data_files(directory):
             match = SHARD.fullmatch(path.name)
@@ -330,7 +336,9 @@ class Store:
             for path in data_files(directory)
         ]
         if not files:
-            raise ArtifactError(f"{record.kind} {record.key}: the stage {record.stage} ended without writing any file in {directory}")
+            raise ArtifactError(
+                f"{record.kind} {record.key}: the stage {record.stage} ended without writing any file in {directory}"
+            )
         signed = record.model_copy(update={"files": files, "content": content_digest(files)})
         lease.check(self.root, f"{record.kind}-{record.key}")
         write_atomic(directory / RECORD, signed.model_dump_json(indent=1))
@@ -351,7 +359,13 @@ class Store:
             number += 1
             target = self.root / SET_ASIDE / f"{name}.{number}"
         target.parent.mkdir(exist_ok=True)
-        reason = {"why": why, "by": by, "was": "/".join(parts), "size": bytes_below(path), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        reason = {
+            "why": why,
+            "by": by,
+            "was": "/".join(parts),
+            "size": bytes_below(path),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         write_atomic(path / REASON, json.dumps(reason, indent=1))
         shutil.move(path, target)  # a rename, unless artifacts/ is a link to another disk
         return target
@@ -373,7 +387,9 @@ class Store:
         shutil.rmtree(directory, ignore_errors=True)
 
     @contextmanager
-    def lock(self, kind: str, key: str, waiting: Callable[[str], None] = lambda owner: None, poll: float = 0.5) -> Iterator[int]:
+    def lock(
+        self, kind: str, key: str, waiting: Callable[[str], None] = lambda owner: None, poll: float = 0.5
+    ) -> Iterator[int]:
         """Hold the right to build one artifact; yields the descriptor, for children to inherit.
 
         flock belongs to the open file: the kernel drops it when the last process that has it is gone, however it died. A stage tree that
@@ -464,4 +480,6 @@ class Store:
             raise ConfigError(
                 f"no artifact in {self.root} has a key that starts with {text!r}; list them with `python -m data_contracts ls`"
             )
-        raise ConfigError(f"{start!r} is the start of {len(hits)} keys: " + ", ".join(f"{hit.kind}/{hit.key}" for hit in hits[:8]))
+        raise ConfigError(
+            f"{start!r} is the start of {len(hits)} keys: " + ", ".join(f"{hit.kind}/{hit.key}" for hit in hits[:8])
+        )

@@ -1,10 +1,10 @@
-"""python -m flows COMMAND ...: the command line `selfplay`, wherever it is not on the path. See flows/cli.py."""
+"""python -m flows COMMAND ...: the command line `selfplay`, wherever it is not on the path. See flows/cli/commands.py."""
 
 from __future__ import annotations
 
 import sys
 
-from flows.cli import main
+from flows.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -39,7 +39,9 @@ def compare(config: str, overrides: dict[str, Any] | None = None, store: str | N
     words = text(comparison, found)
     try:
         create_markdown_artifact(words, key=f"{comparison.config.name}-comparison")
-        create_link_artifact(report.as_uri(), link_text=f"Comparison {comparison.config.name}", key=f"{comparison.config.name}-page")
+        create_link_artifact(
+            report.as_uri(), link_text=f"Comparison {comparison.config.name}", key=f"{comparison.config.name}-page"
+        )
     except Exception as error:  # a server that went away costs the picture, not the comparison
         get_run_logger().warning("the comparison could not be sent to Prefect: %s", error)
     return {"text": words, "report": str(report)}

@@ -18,16 +18,16 @@ from data_contracts.config import Config, flattened, parse, read_yaml
 from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
-from flows import figures
 from flows.config import NAME, TRAINABLE_ROLES, RunConfig, apply, merge, read_run
-from flows.page import document, figure, grid, markdown_table
-from flows.page import table as html_table
 from flows.preflight import preflight
+from flows.report import figures
+from flows.report.page import document, figure, grid, markdown_table
+from flows.report.page import table as html_table
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.evaluation.stage import per_prompt
 
 if TYPE_CHECKING:
-    from flows.rehearsal import Step
+    from flows.forecast.rehearsal import Step
 
 PHASES = ("generation", "weights", "training", "scoring", "evaluation")
 AUXILIARY = {name for role in TRAINABLE_ROLES for name in (role, f"{role}_pairs")}
@@ -77,7 +77,10 @@ def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -
     variants = []
     for name, settings in config.variants.items():
         for seed in config.seeds:
-            data = apply(merge(base, settings), overrides or {}) | {"name": f"{config.name}-{name}-s{seed}".replace("_", "-"), "seed": seed}
+            data = apply(merge(base, settings), overrides or {}) | {
+                "name": f"{config.name}-{name}-s{seed}".replace("_", "-"),
+                "seed": seed,
+            }
             variants.append(Variant(name, seed, parse(RunConfig, data, f"{path}, variant {name}")))
     first = flattened(variants[0].config.model_dump(mode="json"))
     for one in variants[1:]:
@@ -125,15 +128,22 @@ def phase_of(step: Step) -> str:
 
 def outcomes(comparison: Comparison, store: Store) -> list[Outcome]:
     """Raises: ConfigError for a comparison that is not complete."""
-    from flows.rehearsal import rehearse  # and so prefect, which must not be imported before its server is known
+    from flows.forecast.rehearsal import (
+        rehearse,  # and so prefect, which must not be imported before its server is known
+    )
 
     found = []
     for one in comparison.variants:
         steps = rehearse(one.config, store).steps
         if missing := [step.shown_as for step in steps if step.record is None]:
-            raise ConfigError(f"{one.config.name} is not complete ({missing[0]} is not built): run the comparison again, it goes on")
+            raise ConfigError(
+                f"{one.config.name} is not complete ({missing[0]} is not built): run the comparison again, it goes on"
+            )
         reports = [step for step in steps if step.stage == "evaluate"]
-        heldout = [read_shards(store.directory("eval_report", str(step.key)), "heldout", "heldout").to_pylist() for step in reports]
+        heldout = [
+            read_shards(store.directory("eval_report", str(step.key)), "heldout", "heldout").to_pylist()
+            for step in reports
+        ]
         found.append(Outcome(one, steps, heldout))
     return found
 
@@ -211,7 +221,9 @@ def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
         total = {name: sum(row[f"weights{suffix}"] for row in seconds if row["variant"] == name) for name in names}
         for other in names[1:]:
             if total[names[0]] > 0:
-                lines.append(f"weights, {other} / {names[0]}: {total[other] / total[names[0]]:.2f}{beside('weights_ratio')} [{label}]")
+                lines.append(
+                    f"weights, {other} / {names[0]}: {total[other] / total[names[0]]:.2f}{beside('weights_ratio')} [{label}]"
+                )
         own = [row for row in seconds if row["variant"] == names[0]]
         shares = ", ".join(
             f"iteration {row['iteration']}: {row[f'weights{suffix}'] / row[f'training{suffix}']:.3f}"
@@ -254,7 +266,13 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, Interval):
         return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
-    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else f"{value:.1f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3f}"
+        if isinstance(value, float) and abs(value) < 10
+        else f"{value:.1f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def write_report(comparison: Comparison, found: list[Outcome], store: Store) -> Path:
@@ -263,16 +281,21 @@ def write_report(comparison: Comparison, found: list[Outcome], store: Store) -> 
     directory.mkdir(parents=True, exist_ok=True)
     rows, seconds = table(comparison, found), seconds_table(comparison, found)
     write_atomic(directory / "comparison.md", text(comparison, found))
-    plain = [{name: value._asdict() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows]
+    plain = [
+        {name: value._asdict() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows
+    ]
     write_atomic(
-        directory / "comparison.json", json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(found)}, indent=1) + "\n"
+        directory / "comparison.json",
+        json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(found)}, indent=1) + "\n",
     )
     page = directory / "comparison.html"
     write_atomic(page, _page(comparison, found, rows, seconds))
     return page
 
 
-def _page(comparison: Comparison, found: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]) -> str:
+def _page(
+    comparison: Comparison, found: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]
+) -> str:
     names = list(comparison.config.variants)
     curves = []
     for name in names:
@@ -288,8 +311,18 @@ def _page(comparison: Comparison, found: list[Outcome], rows: list[dict[str, Any
     bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
     stacked = [(phase, [row[phase] for row in seconds]) for phase in PHASES[:3]]
     pictures = grid(
-        figure("gain", "Held-out gain over the start, 95 %", figures.lines("gain", curves, "iteration", "gain", zero=True), names),
-        figure("seconds", "Seconds per iteration", figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"), PHASES[:3]),
+        figure(
+            "gain",
+            "Held-out gain over the start, 95 %",
+            figures.lines("gain", curves, "iteration", "gain", zero=True),
+            names,
+        ),
+        figure(
+            "seconds",
+            "Seconds per iteration",
+            figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"),
+            PHASES[:3],
+        ),
     )
     tables = "".join(html_table(_cells(part)) for part in (rows, seconds))
     lines = "".join(f"<li>{escape(line)}</li>" for line in ratios(comparison, seconds))

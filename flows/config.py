@@ -100,9 +100,16 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _one_place_each(self) -> RunConfig:
-        for section, field in (("training", "method"), ("training", "seed"), ("sampling", "seed"), ("heldout_sampling", "seed")):
+        for section, field in (
+            ("training", "method"),
+            ("training", "seed"),
+            ("sampling", "seed"),
+            ("heldout_sampling", "seed"),
+        ):
             part = getattr(self, section)
-            if part is not None and getattr(part, field) != type(part).model_fields[field].get_default(call_default_factory=True):
+            if part is not None and getattr(part, field) != type(part).model_fields[field].get_default(
+                call_default_factory=True
+            ):
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
         pairs = self.pairing in CHOOSE and self.pairing != "each"
         if pairs and self.sampling.num_candidates < 2:
@@ -113,11 +120,15 @@ class RunConfig(Config):
                 f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, not {self.pairing}"
             )
         if not single and self.pairing in ("each", "truth"):
-            raise ValueError(f"{self.method.name} as set trains on pairs, and pairing {self.pairing} makes single responses")
+            raise ValueError(
+                f"{self.method.name} as set trains on pairs, and pairing {self.pairing} makes single responses"
+            )
         if self.pairing in CHOOSE and self.scoring.scorer is None:
             raise ValueError(f"pairing {self.pairing} needs scoring.scorer")
         if not self.spec.USES_WEIGHTS and self.weights.name != "ones":
-            raise ValueError(f"the method {self.method.name} has no place for per-token weights: remove weighting.weights")
+            raise ValueError(
+                f"the method {self.method.name} has no place for per-token weights: remove weighting.weights"
+            )
         for role in self.roles:
             if role == "teacher" and self.models.teacher is None:
                 raise ValueError(f"{self.method.name} with the weights {self.weights.name} needs models.teacher")
@@ -141,7 +152,9 @@ class RunConfig(Config):
     def roles(self) -> list[str]:
         """Models that the run needs beside policy and reference."""
         needs = {need.removesuffix("_unshifted") for need in WEIGHTS.get(self.weights.name).needs(self.weights)}
-        teacher = "teacher" in needs or "teacher_logits" in self.spec.needs(self.method) or self.prompts.answers_from_teacher
+        teacher = (
+            "teacher" in needs or "teacher_logits" in self.spec.needs(self.method) or self.prompts.answers_from_teacher
+        )
         return ["teacher"] * teacher + [role for role in TRAINABLE_ROLES if role in needs]
 
     @property
@@ -228,7 +241,9 @@ def read_run(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parents = data.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(f"{path}: `extends` must name a file, or a list of files, relative to this one; got {parents!r}")
+        raise ConfigError(
+            f"{path}: `extends` must name a file, or a list of files, relative to this one; got {parents!r}"
+        )
     merged: dict[str, Any] = {}
     for parent in parents:
         merged = merge(merged, read_run(path.parent / parent, (*seen, path.resolve())))
@@ -240,7 +255,9 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        mergeable = isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name")
+        mergeable = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name")
+        )
         merged[key] = merge(old, value) if mergeable else value
     return merged
 

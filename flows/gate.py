@@ -7,7 +7,7 @@ from typing import Any
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.store import write_atomic
-from flows.report import History
+from flows.report.history import History
 from stages.evaluation.gate import PROMOTE, ROLL_BACK, STOP, GateConfig, compare
 
 

@@ -21,9 +21,9 @@ from flows.config import RunConfig
 from stages.evaluation.judged import BENCHMARKS, check
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig, check_sandbox
+from stages.models.tokens import tokenizer_digest
 from stages.scoring import SCORERS
 from stages.scoring.pairing import CHOOSE
-from stages.tokens import tokenizer_digest
 from tasks.execution.config import STAGE_NAMES
 from tasks.launch import CHECKOUT
 from tasks.models import locate
@@ -69,7 +69,11 @@ def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
             continue
         SCORERS.get(scorer.name).check_prompts(scorer, rows)
     field = {"truth": "response", "truth_vs_generation": "response", "given": "chosen"}.get(run.pairing)
-    if field and not run.prompts.answers_from_teacher and (missing := [row["prompt_id"] for row in train if row[field] is None]):
+    if (
+        field
+        and not run.prompts.answers_from_teacher
+        and (missing := [row["prompt_id"] for row in train if row[field] is None])
+    ):
         raise ConfigError(
             f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}"
         )
@@ -101,7 +105,9 @@ def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:
 def _check_gpus(run: RunConfig) -> None:
     """An engine would wait for a node that nobody has: Kubernetes for as long as execution.start_timeout_seconds."""
     have = run.execution.gpus_per_node
-    for stage, settings in zip(STAGE_NAMES, (run.sampling, run.scoring, run.weighting, run.training, run.evaluation), strict=True):
+    for stage, settings in zip(
+        STAGE_NAMES, (run.sampling, run.scoring, run.weighting, run.training, run.evaluation), strict=True
+    ):
         if have is not None and (wanted := run.execution.gpus_of(stage, settings)) > have:
             raise ConfigError(
                 f"{stage}: one worker asks for {wanted} GPUs on a node, and no node has more than {have} (execution.gpus_per_node): lower "
@@ -113,7 +119,9 @@ def _check_models(run: RunConfig, policy: Path) -> None:
     """The other models are there, and their tokens fit what is asked of them."""
     for name, model in run.baselines.items():
         if re.fullmatch(r"\d+|start", name):
-            raise ConfigError(f"evaluation.tournament.baselines: {name!r} would be taken for an iteration; give it another name")
+            raise ConfigError(
+                f"evaluation.tournament.baselines: {name!r} would be taken for an iteration; give it another name"
+            )
         locate(model, run.sampling.template == "chat")
     for role in run.roles:
         named = getattr(run.models, role)
@@ -152,7 +160,9 @@ def _with_digest(task: Any) -> Any:
     return task.model_copy(update={"digest": content_digest(files)})
 
 
-def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]], memory: Path) -> Path:
+def _check_tokens(
+    run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]], memory: Path
+) -> Path:
     """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no transformers.
 
     Asking takes seconds, and a finished run is asked again: a file in `memory`, named after the content of everything the answer depends on,
@@ -176,12 +186,18 @@ def _check_tokens(run: RunConfig, model: Path, train: list[dict[str, Any]], held
         environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
         try:
             result = subprocess.run(
-                [python, "-m", "stages.sampling.check", file.name], capture_output=True, text=True, env=environment, check=False
+                [python, "-m", "stages.sampling.check", file.name],
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
             )
         except OSError as error:
             raise ConfigError(f"sampling.runtime.python = {python!r} cannot be run: {error.strerror}") from None
     if result.returncode == ConfigError.exit_code:
         raise ConfigError(result.stdout.strip())
     if result.returncode:
-        raise StageError(f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}")
+        raise StageError(
+            f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}"
+        )
     return memory / told

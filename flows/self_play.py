@@ -33,16 +33,15 @@ from flows.config import (
     load_run,
 )
 from flows.gate import Gate
-from flows.page import spread
 from flows.preflight import Checked, preflight
-from flows.report import History
-from flows.tournament import merged, scoring_of
+from flows.report.history import History
+from flows.tournament import merged, scoring_of, spread
 from stages.evaluation.gate import Measured, measured, select
 from stages.methods import METHODS
 from stages.scoring.stage import WITHOUT_GENERATIONS
 from stages.training.batches import STEPS
 from tasks.build import Built
-from tasks.execution.base import executor_for
+from tasks.execution.engines import executor_for
 from tasks.models import resolve
 from tasks.prompts import part_of, select_prompts
 from tasks.stages import Place, run
@@ -57,7 +56,9 @@ def read_answers(answers: ArtifactRef) -> dict[str, str]:
 
 
 def read_report(report: ArtifactRef) -> Measured:
-    return measured(read_shards(report.path, "heldout", "heldout").to_pylist(), read_shards(report.path, "eval_report").to_pylist())
+    return measured(
+        read_shards(report.path, "heldout", "heldout").to_pylist(), read_shards(report.path, "eval_report").to_pylist()
+    )
 
 
 def merge(players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
@@ -65,7 +66,7 @@ def merge(players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
 
 
 class Hands(NamedTuple):
-    """What `play` does things with; a rehearsal (flows/rehearsal.py) has others, which only look."""
+    """What `play` does things with; a rehearsal (flows/forecast/rehearsal.py) has others, which only look."""
 
     run: Callable[..., Built] = run
     publish: Callable[..., ArtifactRef] = select_prompts
@@ -96,8 +97,12 @@ def play(
     answered: dict[str, ArtifactRef] = {}
 
     def measure(policy: ArtifactRef, place: Place) -> None:
-        answers = run("sample", config.sampling_for_heldout(), place, "heldout_generations", prompts=heldout, policy=policy)
-        report = run("evaluate", checked.evaluation, place, prompts=heldout, generations=answers.ref, policy=policy, start=start)
+        answers = run(
+            "sample", config.sampling_for_heldout(), place, "heldout_generations", prompts=heldout, policy=policy
+        )
+        report = run(
+            "evaluate", checked.evaluation, place, prompts=heldout, generations=answers.ref, policy=policy, start=start
+        )
         history.measured(place, answers, report)
         answered[str(int(place.step.removeprefix("iter_")))] = answers.ref
 
@@ -108,7 +113,11 @@ def play(
             shown_as = f"checkpoint_{number}_heldout_generations"
             answers = run("sample", config.sampling_for_heldout(), place, shown_as, prompts=heldout, policy=policy)
             inputs = {"prompts": heldout, "generations": answers.ref, "policy": policy, "start": start}
-            found.append(hands.read_report(run("evaluate", checked.evaluation.heldout_only(), place, f"checkpoint_{number}", **inputs).ref))
+            found.append(
+                hands.read_report(
+                    run("evaluate", checked.evaluation.heldout_only(), place, f"checkpoint_{number}", **inputs).ref
+                )
+            )
         chosen, gains = select(found, config.evaluation.gate)
         history.selected(place, candidates, found, gains, chosen)
         return candidates[chosen]
@@ -127,14 +136,20 @@ def play(
         reference = policy if config.spec.REFERENCE == "iterate" else start
         made |= (helpers := auxiliary_models(config, place, pairs.ref, policy, models, hands.run))
         roles = (
-            {"prompts": prompts, "reference": reference, "policy": policy} | models | {role: built.ref for role, built in helpers.items()}
+            {"prompts": prompts, "reference": reference, "policy": policy}
+            | models
+            | {role: built.ref for role, built in helpers.items()}
         )
         made["weigh"] = weighted = run("weigh", config.weighting_for_pairs(), place, pairs=pairs.ref, **roles)
         extra = {"reference": reference} if config.live_reference else {}
         extra |= {"teacher": models["teacher"]} if "teacher_logits" in config.spec.needs(config.method) else {}
         if config.mix_previous and previous is not None:
-            extra["more_pairs"] = run("weigh", config.weighting_for_pairs(), place, "weigh_previous", pairs=previous, **roles).ref
-        made["train"] = trained = run("train", config.training_for(iteration), place, pairs=weighted.ref, policy=policy, **extra)
+            extra["more_pairs"] = run(
+                "weigh", config.weighting_for_pairs(), place, "weigh_previous", pairs=previous, **roles
+            ).ref
+        made["train"] = trained = run(
+            "train", config.training_for(iteration), place, pairs=weighted.ref, policy=policy, **extra
+        )
         history.built(place, **made)
         previous = pairs.ref
         policy = best_checkpoint(trained, place) if config.training.checkpoints else trained.ref
@@ -150,7 +165,12 @@ def play(
 
 
 def tournament(
-    config: RunConfig, place: Place, heldout: ArtifactRef, start: ArtifactRef, answered: Mapping[str, ArtifactRef], hands: Hands
+    config: RunConfig,
+    place: Place,
+    heldout: ArtifactRef,
+    start: ArtifactRef,
+    answered: Mapping[str, ArtifactRef],
+    hands: Hands,
 ) -> tuple[list[str], Built | None]:
     """Everybody against everybody: the iterations' answers, and the baselines'. None: the judge is away, every comparison failed."""
     settings = config.evaluation.tournament
@@ -158,7 +178,9 @@ def tournament(
     for name, model in settings.baselines.items():
         policy = resolve(model, config.sampling.template == "chat", Store(place.store))
         shown_as = f"{name}_heldout_generations"
-        players[name] = hands.run("sample", config.sampling_for_heldout(), place, shown_as, prompts=heldout, policy=policy).ref
+        players[name] = hands.run(
+            "sample", config.sampling_for_heldout(), place, shown_as, prompts=heldout, policy=policy
+        ).ref
     inputs = {"prompts": heldout, "generations": hands.merge(players, place), "start": start}
     try:
         return list(players), hands.run("score", scoring_of(settings.scorer), place, "tournament", **inputs)
@@ -173,7 +195,11 @@ def checkpoints_of(trained: Built, parts: Sequence[float]) -> list[ArtifactRef]:
     found, files = [], trained.record.files
     for name in sorted({file.name.split("/")[1] for file in files if file.name.startswith(f"{STEPS}/")}):
         below = f"{STEPS}/{name}/"
-        own = [file.model_copy(update={"name": file.name.removeprefix(below)}) for file in files if file.name.startswith(below)]
+        own = [
+            file.model_copy(update={"name": file.name.removeprefix(below)})
+            for file in files
+            if file.name.startswith(below)
+        ]
         place = {"key": f"{trained.ref.key}/{STEPS}/{name}", "path": f"{trained.ref.path}/{STEPS}/{name}"}
         found.append(trained.ref.model_copy(update=place | {"content": content_digest(own)}))
     return [*found, trained.ref]
@@ -183,19 +209,28 @@ def prompts_of(
     config: RunConfig, checked: Checked, iteration: int, place: Place, models: dict[str, ArtifactRef], hands: Hands
 ) -> ArtifactRef:
     """The prompts of an iteration, with the teacher's answers as their responses where the run says so."""
-    rows = part_of(checked.train, iteration, config.iterations, config.prompts.per_iteration, config.prompts.reuse, config.seed)
+    rows = part_of(
+        checked.train, iteration, config.iterations, config.prompts.per_iteration, config.prompts.reuse, config.seed
+    )
     prompts = hands.publish(rows, place)
     if not config.prompts.answers_from_teacher:
         return prompts
     # A seed of its own: from one seed, a teacher that is the start model would write what the policy is about to write.
     sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1, "seed": config.seed + 1})
-    texts = hands.read_answers(hands.run("sample", sampling, place, "teacher_answers", prompts=prompts, policy=models["teacher"]).ref)
+    texts = hands.read_answers(
+        hands.run("sample", sampling, place, "teacher_answers", prompts=prompts, policy=models["teacher"]).ref
+    )
     answered = [row | {"response": texts[row["prompt_id"]]} for row in rows if texts.get(row["prompt_id"], "").strip()]
     return hands.publish(answered, place, "prompts_with_answers")
 
 
 def auxiliary_models(
-    config: RunConfig, place: Place, pairs: ArtifactRef, policy: ArtifactRef, models: dict[str, ArtifactRef], run: Callable[..., Built]
+    config: RunConfig,
+    place: Place,
+    pairs: ArtifactRef,
+    policy: ArtifactRef,
+    models: dict[str, ArtifactRef],
+    run: Callable[..., Built],
 ) -> dict[str, Built]:
     """Train the positive, negative and reward models that nobody gave, on these pairs, from this policy: the same stages once more."""
     built: dict[str, Built] = {}
@@ -260,7 +295,13 @@ def self_play(
         "method": method,
         "sampling": sampling,
     }
-    sections |= {"scoring": scoring, "weighting": weighting, "training": training, "evaluation": evaluation, "execution": execution}
+    sections |= {
+        "scoring": scoring,
+        "weighting": weighting,
+        "training": training,
+        "evaluation": evaluation,
+        "execution": execution,
+    }
     given = {
         key: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value
         for key, value in sections.items()
@@ -273,7 +314,11 @@ def self_play(
 def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:
     """The start model, and the models beside it that the user gave."""
     start = resolve(config.policy, config.sampling.template == "chat", store)
-    models = {role: resolve(model, False, store) for role in config.roles if (model := getattr(config.models, role)) is not None}
+    models = {
+        role: resolve(model, False, store)
+        for role in config.roles
+        if (model := getattr(config.models, role)) is not None
+    }
     if config.weighting.positive_system is not None or config.weighting.negative_system is not None:
         models |= {"positive": start, "negative": start}  # TIS-DPO (P): one model, two system prompts
     return start, models
@@ -291,7 +336,9 @@ def _show_costs(name: str, store: Store) -> None:
     by = ("step", "stage")
     head, cells = table(total(rows(read(store, name)), by), by)
     try:
-        create_table_artifact([dict(zip(head, line, strict=True)) for line in cells], key=f"{name}-costs", description=f"what {name} cost")
+        create_table_artifact(
+            [dict(zip(head, line, strict=True)) for line in cells], key=f"{name}-costs", description=f"what {name} cost"
+        )
     except Exception as error:  # a server that went away costs the picture, not the run
         get_run_logger().warning("the costs could not be sent to Prefect: %s", error)
 
@@ -300,7 +347,9 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     """Check, play, report. Inside a flow run."""
     logger = get_run_logger()
     checked = preflight(config, store)
-    executor_for(config.execution, store, logger.info, [])  # a pool or a cluster that is not there is refused before anything is written
+    executor_for(
+        config.execution, store, logger.info, []
+    )  # a pool or a cluster that is not there is refused before anything is written
     start, models = models_of(config, store)
     if config.live_reference:
         logger.info("%s holds the reference model in memory beside the policy while it trains", config.method.name)
@@ -325,4 +374,10 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     ledger.end()
     _show_costs(config.name, store)
     logger.info("report: %s", report)
-    return {"final": final.path, "report": str(report), "headline": history.headline(), "rows": history.rows, "session": ledger.session}
+    return {
+        "final": final.path,
+        "report": str(report),
+        "headline": history.headline(),
+        "rows": history.rows,
+        "session": ledger.session,
+    }

@@ -54,7 +54,15 @@ def merged(answers: Mapping[str, ArtifactRef], store: Store) -> ArtifactRef:
         directory = store.directory("generations", key)
         write_shard(shard_path(directory, 0), to_table(sorted(rows, key=lambda row: row["prompt_id"]), "generations"))
         record = ArtifactRecord(
-            kind="generations", key=key, stage="merge", version="1", config={}, inputs=inputs, content="", files=[], rows=len(rows)
+            kind="generations",
+            key=key,
+            stage="merge",
+            version="1",
+            config={},
+            inputs=inputs,
+            content="",
+            files=[],
+            rows=len(rows),
         )
         return store.sign(record).ref(str(directory))
 
@@ -70,7 +78,9 @@ def standing(scorer: str, names: Sequence[str], scored: ArtifactRef | None, prom
     found = np.stack([_preferences(row, len(names)) for row in rows] or [_unknown(len(names))] * prompts)
     known = ~np.isnan(found)
     counts = known.sum(axis=0)
-    means = np.divide(np.where(known, found, 0.0).sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    means = np.divide(
+        np.where(known, found, 0.0).sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0
+    )
     rates = [[float(value) if np.isfinite(value) else None for value in line] for line in means]
     return Standing(scorer, list(names), rates, int((~known).sum()) // 2, prompts)
 
@@ -91,3 +101,10 @@ def _preferences(row: Mapping[str, Any], count: int) -> np.ndarray:
     wins[unknown, :] = wins[:, unknown] = np.nan
     np.fill_diagonal(wins, 0.5)
     return wins
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices, evenly spaced, the first and the last among them."""
+    if length <= count:
+        return list(range(length))
+    return sorted({round(i * (length - 1) / (count - 1)) for i in range(count)})

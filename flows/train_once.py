@@ -14,7 +14,9 @@ from stages.scoring.stage import WITHOUT_GENERATIONS
 
 
 @flow(name="train-once", flow_run_name=flow_run_name, persist_result=False)
-def train_once(config: str, overrides: dict[str, Any] | None = None, name: str | None = None, store: str | None = None) -> dict[str, Any]:
+def train_once(
+    config: str, overrides: dict[str, Any] | None = None, name: str | None = None, store: str | None = None
+) -> dict[str, Any]:
     """Train on given responses from a YAML file whose `scoring.pairing` is `given` or `truth`.
 
     Args:

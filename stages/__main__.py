@@ -12,7 +12,11 @@ import os
 # as the machine has other work (measured: vLLM 65 against 450 tokens/s beside one busy process on 2 cores).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-for _name, _value in {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRITON_PRINT_AUTOTUNING": "0"}.items():
+for _name, _value in {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRITON_PRINT_AUTOTUNING": "0",
+}.items():
     os.environ.setdefault(_name, _value)
 
 import json
@@ -26,8 +30,8 @@ from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError, PipelineError, reported
 from data_contracts.store import Store, disk_errors_explained
-from stages.claims import WORKER
-from stages.rendezvous import node_rank
+from stages.running.claims import WORKER
+from stages.running.rendezvous import node_rank
 from stages.stage import LOCK_HELD, STAGES, execute, execute_share
 
 
@@ -35,7 +39,10 @@ def main(arguments: list[str]) -> int:
     if arguments == ["methods"]:
         return print_methods()
     if len(arguments) != 2 or arguments[0] not in STAGES:
-        print(f"usage: python -m stages {{{'|'.join(STAGES)}}} SPEC.json\n       python -m stages methods", file=sys.stderr)
+        print(
+            f"usage: python -m stages {{{'|'.join(STAGES)}}} SPEC.json\n       python -m stages methods",
+            file=sys.stderr,
+        )
         return 2
     try:
         spec = _read(Path(arguments[1]))
@@ -114,7 +121,11 @@ def _pairings(method: Any) -> str:
     from stages.scoring.pairing import CHOOSE
 
     of = dict.fromkeys(CHOOSE, "K candidates and a scorer")
-    of |= {"given": "given pairs", "truth_vs_generation": "ground truths and one generation each", "truth": "ground truths"}
+    of |= {
+        "given": "given pairs",
+        "truth_vs_generation": "ground truths and one generation each",
+        "truth": "ground truths",
+    }
     single = method.sides(method.Config()) == ("chosen",)
     usable = [name for name in of if (name in ("each", "truth")) == single]
     groups: dict[str, list[str]] = {of[method.PAIRING]: [method.PAIRING]}

@@ -46,7 +46,9 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             # A plug-in that fails to load must not look like an unknown name.
-            raise ConfigError(f"{self.family} {name!r} is registered as {target!r}, which does not load: {error}") from error
+            raise ConfigError(
+                f"{self.family} {name!r} is registered as {target!r}, which does not load: {error}"
+            ) from error
 
     def config(self, value: Any) -> Any:
         """Turn `{"name": ..., ...}` (or a bare name) into that plug-in's own config."""

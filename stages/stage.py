@@ -28,15 +28,17 @@ from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.identity import fingerprint
 from data_contracts.shards import count_rows, shard_is_whole, shard_path, to_table, write_shard
 from data_contracts.store import Store, write_atomic
-from stages.claims import Claims, forget, label_of, poison, raise_poison
-from stages.cost import FORWARD, MemoryWatch, cost_of, loading, parameters
+from stages.running.claims import Claims, forget, label_of, poison, raise_poison
+from stages.running.cost import FORWARD, MemoryWatch, cost_of, loading, parameters
 
 LOCK_HELD = "SELFPLAY_LOCK_HELD"
 """Environment: kind-key of the artifact whose lock the launcher already holds for us."""
 EVENTS = ".events.jsonl"
 REMOTE = "SELFPLAY_REMOTE"
 """Environment: the launcher is on another machine, so its lock cannot be inherited."""
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY|AUTH)($|_)", re.IGNORECASE)
+SECRET = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY|AUTH)($|_)", re.IGNORECASE
+)
 """Names of environment variables whose values are nobody's business."""
 
 
@@ -76,7 +78,11 @@ class Stage(NamedTuple):
         return importlib.import_module(self.target)
 
     def parse(self, config: Any) -> Config:
-        return parse(self.load().Config, config, f"settings of the stage {self.name}") if not isinstance(config, Config) else config
+        return (
+            parse(self.load().Config, config, f"settings of the stage {self.name}")
+            if not isinstance(config, Config)
+            else config
+        )
 
     def key(self, config: Config, inputs: Mapping[str, ArtifactRef]) -> str:
         return fingerprint(self.name, self.version, config, {name: ref.content for name, ref in inputs.items()})
@@ -110,7 +116,10 @@ STAGES = {
             "1",
             "weighted_pairs",
             {"pairs": "scored_pairs", "prompts?": "prompts"}
-            | {f"{role}?": "checkpoint" for role in ("reference", "policy", "teacher", "positive", "negative", "reward_model")},
+            | {
+                f"{role}?": "checkpoint"
+                for role in ("reference", "policy", "teacher", "positive", "negative", "reward_model")
+            },
             "stages.weighting.stage",
         ),
         Stage(
@@ -140,10 +149,14 @@ STAGES = {
 class Job:
     """What a running stage holds: settings, inputs, its output directory, and the ways to report."""
 
-    def __init__(self, stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], out: Path, claims: Claims | None = None):
+    def __init__(
+        self, stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], out: Path, claims: Claims | None = None
+    ):
         """`claims`: this process is one of several workers on the artifact."""
         self.stage, self.config, self.inputs, self.out, self.claims = stage, config, inputs, out, claims
-        self.events = out / (EVENTS if claims is None else f".events-{platform.node()}-{os.getpid()}-{claims.number}.jsonl")
+        self.events = out / (
+            EVENTS if claims is None else f".events-{platform.node()}-{os.getpid()}-{claims.number}.jsonl"
+        )
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self._bar: Any = None
@@ -180,10 +193,14 @@ class Job:
         finally:
             self.event("seconds", what=name, seconds=time.monotonic() - start)
 
-    def used(self, model: Path | str, tokens_in: int, tokens_out: int = 0, per_token: int = FORWARD, **counts: int) -> None:
+    def used(
+        self, model: Path | str, tokens_in: int, tokens_out: int = 0, per_token: int = FORWARD, **counts: int
+    ) -> None:
         """Account for tokens that a model read and wrote, and so for FLOPs; `counts`: cache_hits, cache_misses. Tokens that are padding
         do not count."""
-        flops = per_token * parameters(str(model)) * (tokens_in + tokens_out) if model else 0  # "": a model behind a server
+        flops = (
+            per_token * parameters(str(model)) * (tokens_in + tokens_out) if model else 0
+        )  # "": a model behind a server
         self.event("used", tokens_in=int(tokens_in), tokens_out=int(tokens_out), flops=int(flops), **counts)
 
     def progress(self, done: int, total: int, unit: str) -> None:
@@ -197,7 +214,9 @@ class Job:
         else:
             print("@progress " + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)
 
-    def missing_shards(self, items: Sequence[Any], size: int, kind: str, beside: Sequence[str] = ()) -> Iterator[tuple[int, Sequence[Any]]]:
+    def missing_shards(
+        self, items: Sequence[Any], size: int, kind: str, beside: Sequence[str] = ()
+    ) -> Iterator[tuple[int, Sequence[Any]]]:
         """Cut `items` into shards and yield those that no earlier try finished: (index, items of the shard).
 
         `beside`: what is written with every shard, under the same number (scores, dropped); one that is gone or damaged costs its shard.
@@ -225,7 +244,9 @@ class Job:
         if self.claims is None:
             yield from enumerate(parts)
             return
-        for index in self.claims.share(name, len(parts), lambda index: is_done(parts[index]), lambda index: f"from row {parts[index]}"):
+        for index in self.claims.share(
+            name, len(parts), lambda index: is_done(parts[index]), lambda index: f"from row {parts[index]}"
+        ):
             yield index, parts[index]
         if found := [one for one in poison(self.out) if one.name.startswith(f"{name}-")]:
             raise_poison(self.stage.name, found)
@@ -252,7 +273,9 @@ class Job:
         self.event("shard", index=index, rows=len(rows))
 
 
-def execute(stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store, launched: float | None = None) -> ArtifactRecord:
+def execute(
+    stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store, launched: float | None = None
+) -> ArtifactRecord:
     """Build the artifact unless it is there; returns its record. The caller may already hold its lock (see LOCK_HELD).
 
     `launched`: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None: now.
@@ -265,7 +288,9 @@ def execute(stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], sto
         return _build(stage, config, inputs, store, key, launched)
     # Far from the launcher, what keeps two builders apart is a lock of the builders' own.
     lock = store.lock(
-        stage.produces, key + "-remote" * remote, lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True)
+        stage.produces,
+        key + "-remote" * remote,
+        lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True),
     )
     with lock:
         if store.find(stage.produces, key):
@@ -300,7 +325,9 @@ def _check_inputs_are_there(stage: Stage, inputs: Mapping[str, ArtifactRef]) -> 
             raise ArtifactError(f"the input {name!r} of the stage {stage.name} is gone: {ref.path}")
 
 
-def _build(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str, launched: float | None) -> ArtifactRecord:
+def _build(
+    stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str, launched: float | None
+) -> ArtifactRecord:
     _check_inputs_are_there(stage, inputs)
     out = store.directory(stage.produces, key)
     out.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,9 @@ def build(
         problems = ["it has no record.json"] if record is None else store.problems(record)
         if problems:
             raise ArtifactError(
-                f"{kind} {key}: the stage {stage_name} ended well, but " + "; ".join(problems) + f"; log: {directory}/stage.log"
+                f"{kind} {key}: the stage {stage_name} ended well, but "
+                + "; ".join(problems)
+                + f"; log: {directory}/stage.log"
             )
         if mirror is not None:
             mirror.push(store, record)

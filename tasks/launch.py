@@ -20,7 +20,7 @@ from typing import Any
 
 import stages
 from data_contracts.errors import BY_NAME, StageError, TransientError
-from stages.supervise import processes_with, signal_all, supervisor_options
+from stages.running.supervise import processes_with, signal_all, supervisor_options
 
 CHECKOUT = Path(stages.__file__).resolve().parent.parent
 LINES_PER_SECOND = 10
@@ -63,7 +63,7 @@ class StageProcess:
         command = [
             sys.executable,
             "-m",
-            "stages.supervise",
+            "stages.running.supervise",
             *supervisor_options(GRACE_SECONDS),
             python or sys.executable,
             "-m",
@@ -98,7 +98,9 @@ class StageProcess:
             self.pump.join(5)
         _drain(self.lines, self.tail, self.reported, self.progress, self.log)
         if not ended and self.timeout is not None and time.monotonic() - self.began > self.timeout:
-            raise StageError(f"the stage {self.stage} ran longer than runtime.timeout_seconds = {self.timeout:g}; log: {self.log_file}")
+            raise StageError(
+                f"the stage {self.stage} ran longer than runtime.timeout_seconds = {self.timeout:g}; log: {self.log_file}"
+            )
         return ended
 
     def end(self) -> None:
@@ -153,7 +155,9 @@ def _pump(stream: Any, log_file: Path, lines: SimpleQueue[str]) -> None:
                 file.close()
 
 
-def _drain(lines: SimpleQueue[str], tail: deque[str], reported: dict[str, Any], progress: Progress, log: Callable[[str], None]) -> None:
+def _drain(
+    lines: SimpleQueue[str], tail: deque[str], reported: dict[str, Any], progress: Progress, log: Callable[[str], None]
+) -> None:
     """Hand on what the stage said since the last look; Prefect is only ever called from the thread that runs the task."""
     allowed, held = max(1, int(LINES_PER_SECOND * 0.2)), 0
     while True:

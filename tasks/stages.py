@@ -55,7 +55,15 @@ def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place
     ledger.started(place.step, shown_as, stage)
     artifact = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{shown_as}", f"{stage} of {place.step}")
     with _TerminalBar(f"{place.step} {stage}") as bar:
-        built = build(stage, config, inputs, store, logger.info, lambda progress: (artifact(progress), bar(progress)), place.execution)
+        built = build(
+            stage,
+            config,
+            inputs,
+            store,
+            logger.info,
+            lambda progress: (artifact(progress), bar(progress)),
+            place.execution,
+        )
     store.show_in_run(place.run, place.step, shown_as, built.ref)
     ledger.finished(place.step, shown_as, stage, built.record, built.cached, began, built.waited)
     if built.cached:
@@ -102,12 +110,18 @@ class _ProgressArtifact:
         self.shown, self.next = -1, 0.0
 
     def __call__(self, progress: Progress) -> None:
-        if not progress.total or progress.done == self.shown or (time.monotonic() < self.next and progress.done < progress.total):
+        if (
+            not progress.total
+            or progress.done == self.shown
+            or (time.monotonic() < self.next and progress.done < progress.total)
+        ):
             return
         self.shown, self.next = progress.done, time.monotonic() + 2
         try:
             if self.artifact is None:
-                self.artifact = create_progress_artifact(progress=progress.percent, key=self.key, description=self.description)
+                self.artifact = create_progress_artifact(
+                    progress=progress.percent, key=self.key, description=self.description
+                )
             else:
                 update_progress_artifact(artifact_id=self.artifact, progress=progress.percent)
         except Exception as error:  # whatever the client raises: a bar is never worth a run

@@ -75,7 +75,11 @@ class Tracker:
         self.parent = self.client.create_run(identity, run_name=run).info.run_id
 
     def parameters(self, values: dict[str, Any]) -> None:
-        self._try(lambda: self.client.log_batch(self.parent, params=[_param(name, value) for name, value in flattened(values).items()]))
+        self._try(
+            lambda: self.client.log_batch(
+                self.parent, params=[_param(name, value) for name, value in flattened(values).items()]
+            )
+        )
 
     def stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None:
         """Metrics, seconds and digest of one artifact, into the iteration's child run; a training's curve too."""
@@ -90,7 +94,9 @@ class Tracker:
         curve = self.store.directory(record.kind, record.key) / "metrics.jsonl"
         for line in curve.read_text().splitlines() if curve.is_file() else []:
             values = json.loads(line)
-            metrics += [_metric(f"curve/{name}", value, int(values["step"])) for name, value in values.items() if name != "step"]
+            metrics += [
+                _metric(f"curve/{name}", value, int(values["step"])) for name, value in values.items() if name != "step"
+            ]
         tags = {f"artifact.{shown_as}": f"{record.kind}/{record.key}", f"digest.{shown_as}": record.content}
         for start in range(0, len(metrics), 900):  # MLflow takes 1000 in one call
             self.client.log_batch(child, metrics=metrics[start : start + 900])
@@ -100,14 +106,20 @@ class Tracker:
     def _child(self, iteration: int) -> str:
         if iteration not in self.children:
             run = self.client.create_run(
-                self.experiment, run_name=f"iter_{iteration:02d}", tags={"mlflow.parentRunId": self.parent, "iteration": str(iteration)}
+                self.experiment,
+                run_name=f"iter_{iteration:02d}",
+                tags={"mlflow.parentRunId": self.parent, "iteration": str(iteration)},
             )
             self.children[iteration] = run.info.run_id
         return self.children[iteration]
 
     def summary(self, iteration: int, values: dict[str, float]) -> None:
         """Headline numbers in the parent run, with the iteration as step: one curve per run."""
-        self._try(lambda: self.client.log_batch(self.parent, metrics=[_metric(name, value, iteration) for name, value in values.items()]))
+        self._try(
+            lambda: self.client.log_batch(
+                self.parent, metrics=[_metric(name, value, iteration) for name, value in values.items()]
+            )
+        )
 
     def register(self, policies: Mapping[str, ArtifactRef]) -> None:
         """Alias -> checkpoint: versions of the registered model that has the run's name, one per content, however often the run is repeated."""
@@ -121,7 +133,9 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = {one.tags.get("digest"): one.version for one in self.client.search_model_versions(f"name='{self.run}'")}
+        versions = {
+            one.tags.get("digest"): one.version for one in self.client.search_model_versions(f"name='{self.run}'")
+        }
         for alias, ref in policies.items():
             if ref.content not in versions:
                 versions[ref.content] = self._new_version(ref)
@@ -146,7 +160,12 @@ class Tracker:
 
     def _finish(self, report: Path | None, status: str) -> None:
         if report is not None:
-            for path in (report, report.with_suffix(".html"), report.with_name("gate.json"), report.with_name("tournament.json")):
+            for path in (
+                report,
+                report.with_suffix(".html"),
+                report.with_name("gate.json"),
+                report.with_name("tournament.json"),
+            ):
                 if path.is_file():
                     self.client.log_artifact(self.parent, str(path))
             if (plots := report.with_name("plots")).is_dir():

@@ -22,7 +22,7 @@ import torch
 from stages.methods import METHODS, preferences
 from stages.methods.base import Pairs, Responses
 from stages.methods.tidpo import triplet_loss
-from stages.numerics import kl_divergence, token_logps
+from stages.models.numerics import kl_divergence, token_logps
 from stages.scoring.base import Scores
 from stages.scoring.pairing import best_vs_worst, group_of
 from stages.weighting.weights import WEIGHTS, swift, swift_released, tis_dpo
@@ -86,7 +86,9 @@ class Batcher:
 
         return self.responses(self.around(policy), surround(reference), surround(weights))
 
-    def from_logits(self, policy: Row, reference: Row, ids: Sequence[int], weights: Row | None, kl: str | None) -> Responses:
+    def from_logits(
+        self, policy: Row, reference: Row, ids: Sequence[int], weights: Row | None, kl: str | None
+    ) -> Responses:
         """The same from two models' logits, as the trainer makes them."""
         logits, mask = self.pad(self.around(policy))
         other, _ = self.pad(self.around(reference))
@@ -112,7 +114,10 @@ class Batcher:
 
     def pairs(self, chosen: Responses, rejected: Responses | None, **more: Any) -> Pairs:
         count = len(chosen.logps)
-        defaults = {"win_rate_chosen": torch.ones(count, dtype=self.dtype), "win_rate_rejected": torch.zeros(count, dtype=self.dtype)}
+        defaults = {
+            "win_rate_chosen": torch.ones(count, dtype=self.dtype),
+            "win_rate_rejected": torch.zeros(count, dtype=self.dtype),
+        }
         return Pairs(chosen, rejected, **{**defaults, **more})
 
 
@@ -172,7 +177,9 @@ def kto_pair(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     if drift < 0:
         raise ValueError("c is beta times a KL estimate, which is never negative")
     pairs = batcher.pairs(
-        batcher.side(args["pol_w"], args["ref_w"]), batcher.side(args["pol_l"], args["ref_l"]), step={"mismatched_log_ratio": drift}
+        batcher.side(args["pol_w"], args["ref_w"]),
+        batcher.side(args["pol_l"], args["ref_l"]),
+        step={"mismatched_log_ratio": drift},
     )
     return loss_of("kto_pair", {"beta": args["beta"]}, pairs)
 
@@ -211,7 +218,8 @@ def _from_logits(name: str, fields: Callable[[dict[str, Any]], dict[str, Any]]) 
         config = fields(args)
         kl = next((need for need in method.needs(method.Config(**config)) if need.startswith("kl_")), None)
         sides = [
-            batcher.from_logits(args[f"pl_{role}"], args[f"rl_{role}"], args[f"ids_{role}"], args.get(f"w_{role}"), kl) for role in "wl"
+            batcher.from_logits(args[f"pl_{role}"], args[f"rl_{role}"], args[f"ids_{role}"], args.get(f"w_{role}"), kl)
+            for role in "wl"
         ]
         return loss_of(name, config, batcher.pairs(*sides))
 
@@ -225,8 +233,13 @@ def tdpo(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
         return run(batcher, args)
     # For finite differences of the stopped term only: a kl tensor without gradient that sums to the constant.
     config = METHODS.get("tdpo").Config(**settings(args, beta="beta", alpha="alpha", version="version"))
-    sides = [batcher.from_logits(args[f"pl_{role}"], args[f"rl_{role}"], args[f"ids_{role}"], None, "kl_reference_policy") for role in "wl"]
-    fixed = torch.zeros_like(sides[0].logps).masked_scatter(sides[0].mask, torch.zeros(int(sides[0].mask.sum()), dtype=batcher.dtype))
+    sides = [
+        batcher.from_logits(args[f"pl_{role}"], args[f"rl_{role}"], args[f"ids_{role}"], None, "kl_reference_policy")
+        for role in "wl"
+    ]
+    fixed = torch.zeros_like(sides[0].logps).masked_scatter(
+        sides[0].mask, torch.zeros(int(sides[0].mask.sum()), dtype=batcher.dtype)
+    )
     fixed[1, sides[0].mask[1].nonzero()[0]] = constant
     pairs = batcher.pairs(sides[0]._replace(kl=fixed), sides[1])
     return METHODS.get("tdpo").pair_loss(config, pairs).loss[1]
@@ -241,7 +254,10 @@ def kto(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     mismatched = batcher.responses(drift, [torch.zeros_like(row) for row in drift])
     labels = torch.tensor(args["desirable"], dtype=batcher.dtype)
     pairs = batcher.pairs(
-        batcher.responses(rows(batcher, args["pols"]), rows(batcher, args["refs"])), None, win_rate_chosen=labels, win_rate_rejected=None
+        batcher.responses(rows(batcher, args["pols"]), rows(batcher, args["refs"])),
+        None,
+        win_rate_chosen=labels,
+        win_rate_rejected=None,
     )
     values = method.step_values(method.Config(**config), pairs._replace(mismatched=mismatched))
     return batch_loss("kto", config, pairs._replace(step={name: value.mean() for name, value in values.items()}))
@@ -267,13 +283,23 @@ def sppo_k(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     config = {"eta": args["eta"], "keep": "all", "log_z": args.get("log_z") is not None}
     values = {"log_z": torch.full((len(rates),), args["log_z"], dtype=batcher.dtype)} if config["log_z"] else {}
     side = batcher.responses(rows(batcher, args["pols"]), rows(batcher, args["refs"]))
-    return batch_loss("sppo", config, batcher.pairs(side, None, win_rate_chosen=torch.from_numpy(rates).to(batcher.dtype), values=values))
+    return batch_loss(
+        "sppo",
+        config,
+        batcher.pairs(side, None, win_rate_chosen=torch.from_numpy(rates).to(batcher.dtype), values=values),
+    )
 
 
 def grpo(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
-    side = batcher.responses(rows(batcher, args["pols"]), rows(batcher, args["refs"]), old_logps=rows(batcher, args["olds"]))
+    side = batcher.responses(
+        rows(batcher, args["pols"]), rows(batcher, args["refs"]), old_logps=rows(batcher, args["olds"])
+    )
     values = {"advantage": torch.tensor(args["adv"], dtype=batcher.dtype)}
-    return batch_loss("grpo", settings(args, eps_low="eps_low", eps_high="eps_high", beta="beta"), batcher.pairs(side, None, values=values))
+    return batch_loss(
+        "grpo",
+        settings(args, eps_low="eps_low", eps_high="eps_high", beta="beta"),
+        batcher.pairs(side, None, values=values),
+    )
 
 
 def rows(batcher: Batcher, values: Any) -> list[torch.Tensor]:
@@ -305,7 +331,9 @@ def kd(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
 
 def kd_mixed(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     return batch_loss(
-        "kd", settings(args, tau="tau", rate="rate"), _single(batcher, args["student_logits"], args["teacher_logits"], args["ids"])
+        "kd",
+        settings(args, tau="tau", rate="rate"),
+        _single(batcher, args["student_logits"], args["teacher_logits"], args["ids"]),
     )
 
 
@@ -352,7 +380,12 @@ def provided(
     if not teacher:
         stats = provider.weights(
             config,
-            ResponseBatch(["case"], np.array([chosen]), alone, {role: np.asarray(row, dtype=np.float64) for role, row in columns.items()}),
+            ResponseBatch(
+                ["case"],
+                np.array([chosen]),
+                alone,
+                {role: np.asarray(row, dtype=np.float64) for role, row in columns.items()},
+            ),
         ).stats
     return case_of(values, tokens), stats
 
@@ -360,17 +393,26 @@ def provided(
 def swift_shared(args: dict[str, Any]) -> dict[str, Any]:
     config = settings(args, k="k", L="L", U="U", mu_chosen="mu")
     tokens, teacher = flat(args["teacher_lp"])
-    return {"result": provided("swift", config, {"reference": args["student_lp"]}, True, teacher=tokens, teacher_logps=teacher)[0]}
+    return {
+        "result": provided(
+            "swift", config, {"reference": args["student_lp"]}, True, teacher=tokens, teacher_logps=teacher
+        )[0]
+    }
 
 
 def swift_cross(args: dict[str, Any]) -> dict[str, Any]:
-    config = WEIGHTS.get("swift").Config(**settings(args, k="k", L="L", U="U", mu_chosen="mu", segmenter="segmenter", empty="empty"))
+    config = WEIGHTS.get("swift").Config(
+        **settings(args, k="k", L="L", U="U", mu_chosen="mu", segmenter="segmenter", empty="empty")
+    )
     texts = ["noise é before it\n", args["text"], " and behind"]
     spans = {
         "student": ([(0, 5), (5, 8), (8, 19)], args["student_spans"], [(0, 4), (4, 11)]),
         "teacher": ([(0, 7), (7, 7), (7, 19)], args["teacher_spans"], [(0, 11)]),
     }
-    logps = {"student": ([-1.0, -0.5, -2.0], args["student_lp"], [-3.0, -0.1]), "teacher": ([-0.3, -0.2, -4.0], args["teacher_lp"], [-1.0])}
+    logps = {
+        "student": ([-1.0, -0.5, -2.0], args["student_lp"], [-3.0, -0.1]),
+        "teacher": ([-0.3, -0.2, -4.0], args["teacher_lp"], [-1.0]),
+    }
     sides, flats = {}, {}
     for number, (side, rows) in enumerate(spans.items()):
         # Other ids on the two sides, or the response would count as one tokenizer's.
@@ -395,7 +437,12 @@ def swift_cross(args: dict[str, Any]) -> dict[str, Any]:
     result = {
         "weights": case_of(WEIGHTS.get("swift").weights(config, batch).values, sides["student"]),
         "components": [
-            [int(alignment.starts[i] - begin), int(alignment.ends[i] - begin), "SPACE" if alignment.is_space[i] else "WORD"] for i in mine
+            [
+                int(alignment.starts[i] - begin),
+                int(alignment.ends[i] - begin),
+                "SPACE" if alignment.is_space[i] else "WORD",
+            ]
+            for i in mine
         ],
         "student_component": case_of(alignment.student, sides["student"]) - first,
         "teacher_component": case_of(alignment.teacher, sides["teacher"]) - first,
@@ -410,7 +457,12 @@ def word_components(args: dict[str, Any]) -> dict[str, Any]:
     mine, begin = np.flatnonzero(alignment.rows == 1), alignment.text_starts[1]
     return {
         "result": [
-            [int(alignment.starts[i] - begin), int(alignment.ends[i] - begin), "SPACE" if alignment.is_space[i] else "WORD"] for i in mine
+            [
+                int(alignment.starts[i] - begin),
+                int(alignment.ends[i] - begin),
+                "SPACE" if alignment.is_space[i] else "WORD",
+            ]
+            for i in mine
         ]
     }
 
@@ -421,14 +473,21 @@ def eos_weight(args: dict[str, Any]) -> dict[str, Any]:
     # A missing student log-prob has nothing to be paired with either.
     partner = np.nan if teacher is None or student is None else teacher
     values = swift.eos_weights(
-        config, np.array([-1.0, partner, -2.0]), np.array([-0.5, 0.0 if student is None else student, -3.0]), args.get("mu", 1.0)
+        config,
+        np.array([-1.0, partner, -2.0]),
+        np.array([-0.5, 0.0 if student is None else student, -3.0]),
+        args.get("mu", 1.0),
     )
     return {"result": float(values[1])}
 
 
 def tis_weights(args: dict[str, Any]) -> dict[str, Any]:
     config = settings(args, k="k", L="L", U="U", mu_chosen="mu_w", mu_rejected="mu_l")
-    return {"result": provided("tis_dpo", config, {"positive": args["lp_pos"], "negative": args["lp_neg"]}, args["winning"])[0]}
+    return {
+        "result": provided(
+            "tis_dpo", config, {"positive": args["lp_pos"], "negative": args["lp_neg"]}, args["winning"]
+        )[0]
+    }
 
 
 def tis_code_raw(args: dict[str, Any]) -> dict[str, Any]:
@@ -450,7 +509,9 @@ def tis_code_threshold(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def swift_code(args: dict[str, Any]) -> dict[str, Any]:
-    config = WEIGHTS.get("swift_released").Config(**settings(args, clip_lo="clip_lo", clip_hi="clip_hi", div="div", decimals="decimals"))
+    config = WEIGHTS.get("swift_released").Config(
+        **settings(args, clip_lo="clip_lo", clip_hi="clip_hi", div="div", decimals="decimals")
+    )
     tokens, score = flat(args["mean_teacher_score"])
     return {"result": case_of(swift_released.affine(score, config), tokens)}
 
@@ -486,7 +547,9 @@ def sppo_labels(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def advantages(args: dict[str, Any]) -> dict[str, Any]:
-    return {"result": preferences.group_advantages(np.asarray(args["rewards"]), args.get("ddof", 1), args.get("eps", 1e-4))}
+    return {
+        "result": preferences.group_advantages(np.asarray(args["rewards"]), args.get("ddof", 1), args.get("eps", 1e-4))
+    }
 
 
 _SWIFT = {name: name for name in ("beta", "weight_mode", "kl_mode", "kl_coef")}
@@ -503,13 +566,19 @@ LOSSES: dict[str, Callable[[Batcher, dict[str, Any]], torch.Tensor]] = {
     "cpo_flat": cpo,
     "tpo_flat": tpo,
     "sft": sft,
-    "sppo_pair": _pair("sppo", lambda a: settings(a, eta="eta", halve="halve"), win_rate_chosen="p_w", win_rate_rejected="p_l"),
+    "sppo_pair": _pair(
+        "sppo", lambda a: settings(a, eta="eta", halve="halve"), win_rate_chosen="p_w", win_rate_rejected="p_l"
+    ),
     "sppo_k": sppo_k,
-    "rebel": _pair("rebel", lambda a: settings(a, eta="eta"), roles="ab", score_chosen="reward_a", score_rejected="reward_b"),
+    "rebel": _pair(
+        "rebel", lambda a: settings(a, eta="eta"), roles="ab", score_chosen="reward_a", score_rejected="reward_b"
+    ),
     "tdpo": tdpo,
     "weighted_pref": _pair("swift", lambda a: settings(a, beta="beta")),
     "swift": _from_logits("swift", lambda a: settings(a, **_SWIFT)),
-    "tisdpo": _from_logits("tis_dpo", lambda a: {"use_eta": True} | settings(a, beta="beta", use_eta="use_eta", alpha="alpha")),
+    "tisdpo": _from_logits(
+        "tis_dpo", lambda a: {"use_eta": True} | settings(a, beta="beta", use_eta="use_eta", alpha="alpha")
+    ),
     "tgdpo": tgdpo_loss,
     "triplet": triplet,
     "tidpo": tidpo,
@@ -597,12 +666,19 @@ def differs(found: Any, wanted: Any, tolerance: float) -> str | None:
     if isinstance(wanted, dict):
         if missing := wanted.keys() - found.keys():
             return f": no {sorted(missing)}"
-        return next((f".{key}{problem}" for key in wanted if (problem := differs(found[key], wanted[key], tolerance))), None)
+        return next(
+            (f".{key}{problem}" for key in wanted if (problem := differs(found[key], wanted[key], tolerance))), None
+        )
     if isinstance(wanted, list):
         if not isinstance(found, list) or len(found) != len(wanted):
             return f": {len(found) if isinstance(found, list) else found} entries, expected {len(wanted)}"
         return next(
-            (f"[{i}]{problem}" for i, pair in enumerate(zip(found, wanted, strict=True)) if (problem := differs(*pair, tolerance))), None
+            (
+                f"[{i}]{problem}"
+                for i, pair in enumerate(zip(found, wanted, strict=True))
+                if (problem := differs(*pair, tolerance))
+            ),
+            None,
         )
     if isinstance(wanted, int | float) and not isinstance(wanted, bool):
         near = isinstance(found, int | float) and (

@@ -78,10 +78,14 @@ def build_model(directory: Path, seed: int = 0, vocabulary: int = VOCABULARY) ->
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     # TokenizersBackend: beside a known architecture, transformers 5 would load that family's tokenizer class and change the ids.
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=256)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=256
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(directory)
     config = LlamaConfig(
@@ -155,7 +159,15 @@ def _publish(store: Store, kind: str, rows: list[dict]):
     key = fingerprint("test", "1", {"rows": digest}, {})
     write_shard(shard_path(store.directory(kind, key), 0), to_table(rows, kind))
     record = ArtifactRecord(
-        kind=kind, key=key, stage="test", version="1", config={"rows": digest}, inputs={}, content="", files=[], rows=len(rows)
+        kind=kind,
+        key=key,
+        stage="test",
+        version="1",
+        config={"rows": digest},
+        inputs={},
+        content="",
+        files=[],
+        rows=len(rows),
     )
     return store.sign(record).ref(str(store.directory(kind, key)))
 
@@ -169,7 +181,9 @@ def run_stage_command(tmp_path_factory):
         inputs = {name: ref.model_dump() if hasattr(ref, "model_dump") else str(ref) for name, ref in inputs.items()}
         spec.write_text(json.dumps({"config": config, "inputs": inputs, "store": str(store.root)}))
         command = [sys.executable, "-m", "stages", stage, str(spec)]
-        return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        )
 
     return run
 

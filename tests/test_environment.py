@@ -175,7 +175,9 @@ def audit(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def play(answer: str, code: int) -> int:
-        (tmp_path / "pip_audit.py").write_text(f"import sys\nasked = open(sys.argv[-1]).read().splitlines()\n{answer}\nsys.exit({code})")
+        (tmp_path / "pip_audit.py").write_text(
+            f"import sys\nasked = open(sys.argv[-1]).read().splitlines()\n{answer}\nsys.exit({code})"
+        )
         return module.main()
 
     play.module = module
@@ -210,7 +212,11 @@ def test_an_audit_that_nobody_answers_says_so_in_a_line_and_is_bounded(audit, ca
     assert audit("__import__('time').sleep(60)", 0) == 75
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(line.startswith("audit: not done: ") for line in lines)
-    assert "of none of 2 pinned versions" in lines[0] and "connection refused" in lines[1] and "no answer within 1 s" in lines[3]
+    assert (
+        "of none of 2 pinned versions" in lines[0]
+        and "connection refused" in lines[1]
+        and "no answer within 1 s" in lines[3]
+    )
 
 
 # --- the model
@@ -221,7 +227,9 @@ def test_a_model_directory_is_intact_only_as_it_was_made(monkeypatch, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert not get.is_intact(tmp_path)
     digest = get.sha256(tmp_path / "model.safetensors")
-    (tmp_path / get.RECORD).write_text(f'{{"gguf_sha256": "{get.GGUF_SHA256}", "files": {{"model.safetensors": "{digest}"}}}}')
+    (tmp_path / get.RECORD).write_text(
+        f'{{"gguf_sha256": "{get.GGUF_SHA256}", "files": {{"model.safetensors": "{digest}"}}}}'
+    )
     assert get.is_intact(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weight")
     assert not get.is_intact(tmp_path)

@@ -144,7 +144,8 @@ def test_no_single_reply_does_for_every_prompt(sentence):
 def test_the_multiple_choice_questions_are_well_formed_and_their_answers_are_spread():
     folder = DEPLOY / "evals" / "quickstart_mc"
     train, test = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()] for name in ("train", "test")
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("train", "test")
     )
     assert (len(train), len(test)) == (8, 60)
     assert len({row["question"] for row in train + test}) == 68

@@ -17,10 +17,10 @@ from data_contracts.config import parse
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from stages.evaluation.lm_eval import check_suite
-from stages.policy import load_causal_lm
+from stages.models.policy import load_causal_lm
+from stages.models.tokens import load_tokenizer
 from stages.scoring.endpoint import EndpointRuntime
 from stages.stage import StageRuntime
-from stages.tokens import load_tokenizer
 from tasks.tracking import without_password
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,9 @@ def test_a_record_cannot_list_a_file_elsewhere(name):
         FileDigest(name=name, size=0, sha256="")
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "wandb_api_key"])
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "wandb_api_key"]
+)
 def test_a_secret_in_the_settings_is_refused_before_it_is_written_down(name):
     with pytest.raises(ValueError, match=f"{name} looks like a secret"):
         StageRuntime(env={name: "x"})
@@ -110,9 +112,17 @@ def test_code_that_a_model_wrote_is_not_run_unless_that_is_asked_for():
 
 def test_servers_are_bound_to_this_machine():
     files = subprocess.run(
-        ["git", "ls-files", "*.py", "*.yaml", "*.sh", "Makefile", "*.example"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "*.py", "*.yaml", "*.sh", "Makefile", "*.example"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    inside_a_container = ("deploy/compose/", "deploy/kubernetes/", "deploy/k8s/")  # a network of its own; what leaves it is checked below
+    inside_a_container = (
+        "deploy/compose/",
+        "deploy/kubernetes/",
+        "deploy/k8s/",
+    )  # a network of its own; what leaves it is checked below
     for name in files.stdout.split():
         if name != "tests/test_security.py" and not name.startswith(inside_a_container):
             assert not re.search(r"0\.0\.0\.0|\[::\]", (ROOT / name).read_text()), name

@@ -51,7 +51,13 @@ def provide(deadline: float) -> Path:
         shutil.rmtree(VENV, ignore_errors=True)
         venv.create(VENV, symlinks=True, with_pip=False)
         install = ["install", "--quiet", "--retries", "1", "--timeout", "15", "--only-binary", ":all:", TOOL]
-        _run([str(python), "-m", "pip", *install], deadline, PYTHONPATH=str(bundled_pip()), PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0")
+        _run(
+            [str(python), "-m", "pip", *install],
+            deadline,
+            PYTHONPATH=str(bundled_pip()),
+            PIP_USER="0",
+            PIP_REQUIRE_VIRTUALENV="0",
+        )
         done.touch()
     return python
 
@@ -59,7 +65,18 @@ def provide(deadline: float) -> Path:
 def ask(python: Path, deadline: float) -> list[dict[str, Any]]:
     """What the index knows of each pinned version, once: {name, version, vulns} or {name, skip_reason}. Raises: OSError if it knows of none."""
     with tempfile.TemporaryDirectory(prefix="audit-") as work:
-        options = ["--no-deps", "--disable-pip", "--format", "json", "--desc", "off", "--progress-spinner", "off", "--timeout", "15"]
+        options = [
+            "--no-deps",
+            "--disable-pip",
+            "--format",
+            "json",
+            "--desc",
+            "off",
+            "--progress-spinner",
+            "off",
+            "--timeout",
+            "15",
+        ]
         answers, path = [], Path(work) / "pins.txt"
         for pins in requests():
             path.write_text(as_lines(pins))
@@ -100,9 +117,9 @@ def _run(command: list[str], deadline: float, allowed: tuple[int, ...] = (0,), *
     )  # fmt: skip
     if done.returncode not in allowed or (1 in allowed and not done.stdout.strip()):
         raise OSError(
-            (done.stderr.strip().splitlines() or [f"{command[2]} ended with {done.returncode}"])[-1].removeprefix("ERROR:pip_audit._cli:")[
-                :300
-            ]
+            (done.stderr.strip().splitlines() or [f"{command[2]} ended with {done.returncode}"])[-1].removeprefix(
+                "ERROR:pip_audit._cli:"
+            )[:300]
         )
     return done.stdout
 

@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=DEFAULT_OUT)
     out = parser.parse_args().out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:  # two `make` at once: the second waits, then finds it made
+    with (out.parent / f".{out.name}.lock").open(
+        "w"
+    ) as lock:  # two `make` at once: the second waits, then finds it made
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_intact(out):
             make(out)

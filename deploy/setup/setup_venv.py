@@ -91,7 +91,9 @@ def set_up(which: str, digest: str, lock) -> None:
         shutil.rmtree(VENV)
     if wrong := differing(pins):
         if shutil.disk_usage(ROOT).free < NEEDED_GB[which] * 1e9:
-            raise SystemExit(f"set-up: less than {NEEDED_GB[which]} GB free on the disk of {ROOT}; nothing was changed.")
+            raise SystemExit(
+                f"set-up: less than {NEEDED_GB[which]} GB free on the disk of {ROOT}; nothing was changed."
+            )
         if not VENV.exists():
             create_venv(lock)
         install(wrong, lock)
@@ -142,7 +144,10 @@ def differing(pins: dict[str, str]) -> dict[str, str]:
 
 
 def runs(python: Path) -> bool:
-    return python.exists() and subprocess.run([python, "-c", ""], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    return (
+        python.exists()
+        and subprocess.run([python, "-c", ""], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    )
 
 
 def moved() -> bool:

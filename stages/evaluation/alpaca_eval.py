@@ -134,7 +134,9 @@ def messages(template: str, instruction: str, output_1: str, output_2: str) -> l
     filled = {"instruction": instruction, "output_1": output_1, "output_2": output_2}
     found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", template, flags=re.DOTALL)
     fill = re.compile("|".join(re.escape("{" + name + "}") for name in filled))
-    return [{"role": role, "content": fill.sub(lambda match: filled[match[0][1:-1]], content)} for role, content in found]
+    return [
+        {"role": role, "content": fill.sub(lambda match: filled[match[0][1:-1]], content)} for role, content in found
+    ]
 
 
 def is_swapped(instruction: str, seed: int = 0) -> bool:
@@ -171,7 +173,11 @@ def annotate(judge: Judge, template: str, rows: Sequence[dict[str, Any]], seed: 
 
 def report(rates: WinRates, judge: str) -> list[dict[str, Any]]:
     """Rows of eval_report, in percent as the leaderboard prints them. Nothing judged: only the count of failures."""
-    rows = [report_row("alpaca_eval_2", "alpaca_eval", "failed_judgments", rates.failed, rates.n + rates.failed, version=judge)]
+    rows = [
+        report_row(
+            "alpaca_eval_2", "alpaca_eval", "failed_judgments", rates.failed, rates.n + rates.failed, version=judge
+        )
+    ]
     if rates.n:
         for metric, value, error in (
             ("win_rate", rates.win_rate, rates.stderr),
@@ -179,7 +185,9 @@ def report(rates: WinRates, judge: str) -> list[dict[str, Any]]:
         ):
             low, high = value - 1.96 * error, value + 1.96 * error
             rows.append(report_row("alpaca_eval_2", "alpaca_eval", metric, value, rates.n, error, low, high, judge))
-        rows.append(report_row("alpaca_eval_2", "alpaca_eval", "discrete_win_rate", rates.discrete, rates.n, version=judge))
+        rows.append(
+            report_row("alpaca_eval_2", "alpaca_eval", "discrete_win_rate", rates.discrete, rates.n, version=judge)
+        )
     return rows
 
 
@@ -198,7 +206,9 @@ def load(directory: str | Path, limit: int | None = None) -> Bench:
     answers, prompt = _only(root, ".json", ".jsonl"), _only(root, ".txt")
     rows = read_lines(answers)
     if bad := [number for number, row in enumerate(rows) if not {"instruction", "output"} <= row.keys()]:
-        raise ConfigError(f"{answers}: row {bad[0]} has no `instruction` and `output`: the baseline's answers are needed")
+        raise ConfigError(
+            f"{answers}: row {bad[0]} has no `instruction` and `output`: the baseline's answers are needed"
+        )
     template = prompt.read_text(encoding="utf-8")
     if missing := [name for name in ("{instruction}", "{output_1}", "{output_2}") if name not in template]:
         raise ConfigError(f"{prompt} has no place for {', '.join(missing)}: not a judge prompt of AlpacaEval")
@@ -229,5 +239,7 @@ def _read_gamed(path: Path, count: int) -> tuple[np.ndarray, Gamed]:
         raise ConfigError(f"{path} is not the package's {GAMED} with {', '.join(names)}: {error!r}") from None
     hard = dict(zip(table[:, 0].astype(int), table[:, 3], strict=True))
     if missing := set(range(count)) - hard.keys():
-        raise ConfigError(f"{path} has no difficulty of {len(missing)} of the {count} instructions, e.g. {min(missing)}")
+        raise ConfigError(
+            f"{path} has no difficulty of {len(missing)} of the {count} instructions, e.g. {min(missing)}"
+        )
     return np.array([hard[i] for i in range(count)]), Gamed(table[:, 1], table[:, 2], table[:, 3])

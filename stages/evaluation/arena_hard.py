@@ -70,13 +70,17 @@ def style_difference(model: Mapping[str, float], baseline: Mapping[str, float]) 
     return tuple(out)
 
 
-def play(judge: Judge, system: str, template: str, model: str, rows: Sequence[Mapping[str, str]], **options: Any) -> list[Game]:
+def play(
+    judge: Judge, system: str, template: str, model: str, rows: Sequence[Mapping[str, str]], **options: Any
+) -> list[Game]:
     """Two games per row {"prompt_id", "prompt", "answer", "baseline"}; template fields: question_1, answer_1, answer_2, or QUESTION, ANSWER_A, ANSWER_B."""
     prompts = []
     for row in rows:
         for a, b in ((row["baseline"], row["answer"]), (row["answer"], row["baseline"])):
             names = {"question_1": row["prompt"], "answer_1": a, "answer_2": b}
-            text = template.format(**names, QUESTION=row["prompt"], ANSWER_A=a, ANSWER_B=b)  # as v0.1 and as v2.0 name them
+            text = template.format(
+                **names, QUESTION=row["prompt"], ANSWER_A=a, ANSWER_B=b
+            )  # as v0.1 and as v2.0 name them
             prompts.append([{"role": "system", "content": system}, {"role": "user", "content": text}])
     replies = iter(ask_all(judge, prompts, **({"temperature": 0.0, "max_tokens": 4096} | options)))
     games = []
@@ -98,7 +102,10 @@ def scores(games: Sequence[Game], style_control: bool = True) -> tuple[dict[str,
     weight = np.array([game.weight for game in known], dtype=np.float64)
     index = np.array([models.index(game.model) for game in known], dtype=int)
     if not style_control or not known:
-        return {name: 100 * float((outcome * weight)[index == i].sum() / weight[index == i].sum()) for i, name in enumerate(models)}, {}
+        return {
+            name: 100 * float((outcome * weight)[index == i].sum() / weight[index == i].sum())
+            for i, name in enumerate(models)
+        }, {}
     style = np.array([game.style for game in known], dtype=np.float64)
     spread = style.std(axis=0)
     varies = spread > 1e-12
@@ -106,12 +113,18 @@ def scores(games: Sequence[Game], style_control: bool = True) -> tuple[dict[str,
     scaled = style[:, varies] / spread[varies]
     coefficients = fit(np.concatenate([np.eye(len(models))[index], scaled], axis=1), outcome, weight)
     found = dict(
-        zip([name for name, keep in zip(STYLES, varies, strict=True) if keep], map(float, coefficients[len(models) :]), strict=True)
+        zip(
+            [name for name, keep in zip(STYLES, varies, strict=True) if keep],
+            map(float, coefficients[len(models) :]),
+            strict=True,
+        )
     )
     return {name: 100 * float(sigmoid(coefficients[i])) for i, name in enumerate(models)}, found
 
 
-def interval(games: Sequence[Game], model: str, style_control: bool = True, draws: int = 100, seed: int = 0) -> tuple[float, float]:
+def interval(
+    games: Sequence[Game], model: str, style_control: bool = True, draws: int = 100, seed: int = 0
+) -> tuple[float, float]:
     """95 % bootstrap interval of a model's score; prompts are resampled, their games kept together."""
     groups: dict[str, list[Game]] = {}
     for game in games:
@@ -122,7 +135,9 @@ def interval(games: Sequence[Game], model: str, style_control: bool = True, draw
         value = scores(drawn, style_control)[0].get(model)
         if value is not None:
             found.append(value)
-    return (float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))) if found else (float("nan"), float("nan"))
+    return (
+        (float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))) if found else (float("nan"), float("nan"))
+    )
 
 
 def report(games: Sequence[Game], judge: str, seed: int = 0) -> list[dict[str, Any]]:
@@ -151,15 +166,21 @@ def load(directory: str | Path, limit: int | None = None) -> Bench:
     questions = read_lines(root / "question.jsonl")[:limit]
     baseline = {_identity(row): _answer(row) for row in read_lines(root / "baseline.jsonl")}
     if missing := [_identity(row) for row in questions if not baseline.get(_identity(row))]:
-        raise ConfigError(f"{root}/baseline.jsonl has no answer to {len(missing)} of {len(questions)} questions, e.g. {missing[0]}")
+        raise ConfigError(
+            f"{root}/baseline.jsonl has no answer to {len(missing)} of {len(questions)} questions, e.g. {missing[0]}"
+        )
     try:
         config = yaml.safe_load((root / "judge_config.yaml").read_text(encoding="utf-8"))
         system, template = config["system_prompt"], config["prompt_template"]
     except OSError as error:
         raise ConfigError(f"cannot read {root}/judge_config.yaml: {error.strerror}") from None
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(f"{root}/judge_config.yaml must hold `system_prompt` and `prompt_template`: {error!r}") from None
-    rows = [{"prompt_id": _identity(row), "prompt": _prompt(row), "baseline": baseline[_identity(row)]} for row in questions]
+        raise ConfigError(
+            f"{root}/judge_config.yaml must hold `system_prompt` and `prompt_template`: {error!r}"
+        ) from None
+    rows = [
+        {"prompt_id": _identity(row), "prompt": _prompt(row), "baseline": baseline[_identity(row)]} for row in questions
+    ]
     return Bench(rows, system, template if isinstance(template, str) else template[0])
 
 

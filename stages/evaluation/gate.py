@@ -70,7 +70,9 @@ def paired_gain(
 
     A resample in which all lengths are alike has no slope: its gain is the plain mean.
     """
-    plain, controlled = paired_gains(difference, np.zeros(len(difference)) if lengths is None else lengths, seed, level, draws)
+    plain, controlled = paired_gains(
+        difference, np.zeros(len(difference)) if lengths is None else lengths, seed, level, draws
+    )
     return plain if lengths is None else controlled
 
 
@@ -89,7 +91,9 @@ def paired_gains(
 
 def _interval(mean: float, draws: np.ndarray, level: float) -> Interval:
     tail = (1 - level) / 2
-    return Interval(mean, float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail)), float(draws.std(ddof=1)))
+    return Interval(
+        mean, float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail)), float(draws.std(ddof=1))
+    )
 
 
 def length_term(lengths: np.ndarray) -> np.ndarray:
@@ -132,7 +136,9 @@ class Measured(NamedTuple):
     """Name -> (value, standard error); larger is better."""
 
 
-def compare(config: GateConfig, best: Measured, candidate: Measured, without_promotion: int = 0, seed: int = 0) -> Decision:
+def compare(
+    config: GateConfig, best: Measured, candidate: Measured, without_promotion: int = 0, seed: int = 0
+) -> Decision:
     """The decision about a candidate against the best policy so far; `without_promotion`: iterations in a row before this one."""
     names = sorted(best.scores.keys() & candidate.scores.keys())
     asked = best.tokens.keys() | candidate.tokens.keys()
@@ -148,7 +154,11 @@ def compare(config: GateConfig, best: Measured, candidate: Measured, without_pro
     detectable = detectable_gain(gain.stderr * math.sqrt(len(names)), len(names), level=config.level)
     facts = (gain, plain, len(names), unscored, detectable)
     interval = f"[{gain.low:+.3f}, {gain.high:+.3f}]" + (" at equal length" if config.length_controlled else "")
-    worse = [] if config.max_benchmark_drop is None else regressions(best.benchmarks, candidate.benchmarks, config.max_benchmark_drop)
+    worse = (
+        []
+        if config.max_benchmark_drop is None
+        else regressions(best.benchmarks, candidate.benchmarks, config.max_benchmark_drop)
+    )
     if worse:
         outcome, reason = ROLL_BACK, "benchmarks fell too far: " + ", ".join(worse)
     elif gain.high < 0:
@@ -156,7 +166,10 @@ def compare(config: GateConfig, best: Measured, candidate: Measured, without_pro
     elif gain.low > config.min_gain:
         return Decision(PROMOTE, f"better than the best policy: gain {gain.mean:+.3f} {interval}", *facts)
     else:
-        outcome, reason = KEEP_GOING, f"not clearly better: gain {gain.mean:+.3f} {interval}, must lie above {config.min_gain:g}"
+        outcome, reason = (
+            KEEP_GOING,
+            f"not clearly better: gain {gain.mean:+.3f} {interval}, must lie above {config.min_gain:g}",
+        )
     if last_try:
         return Decision(STOP, f"{reason}; {without_promotion + 1} iterations in a row without a promotion", *facts)
     return Decision(outcome, reason, *facts)
@@ -175,7 +188,9 @@ def regressions(
     return found
 
 
-def select(candidates: Sequence[Measured], config: GateConfig | None = None, seed: int = 0) -> tuple[int, list[Interval | None]]:
+def select(
+    candidates: Sequence[Measured], config: GateConfig | None = None, seed: int = 0
+) -> tuple[int, list[Interval | None]]:
     """Index of the best of several checkpoints of one training, and the gain of each over the first, by the gate's own measure.
 
     SPPO's rule: of the checkpoints saved while training, the one with the best held-out score goes on. Ties go to the earlier one; where

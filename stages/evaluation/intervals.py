@@ -23,7 +23,12 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 5000, level: 
     picks = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
     means = values[picks].mean(axis=1)
     tail = (1 - level) / 2
-    return Interval(float(values.mean()), float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail)), float(means.std(ddof=1)))
+    return Interval(
+        float(values.mean()),
+        float(np.quantile(means, tail)),
+        float(np.quantile(means, 1 - tail)),
+        float(means.std(ddof=1)),
+    )
 
 
 def paired_bootstrap(before: dict[str, float], after: dict[str, float], seed: int = 0) -> Interval:

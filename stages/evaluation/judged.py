@@ -19,12 +19,12 @@ from data_contracts.errors import ConfigError
 from data_contracts.store import write_atomic
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge
+from stages.models.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.stage import SamplingConfig
 from stages.scoring.endpoint import Endpoint, EndpointRuntime
 from stages.stage import Job
-from stages.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
 
 
 class Judged(BaseConfig):
@@ -114,7 +114,9 @@ def evaluate_arena_hard(job: Job, config: ArenaHard, device: str) -> list[dict[s
     rows = [row | {"answer": text} for row, text in zip(bench.rows, answers, strict=True)]
     _keep(job, "arena_hard", rows)
     judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
-    return arena_hard.report(arena_hard.play(judge, bench.system, bench.template, arena_hard.POLICY, rows), config.judge)
+    return arena_hard.report(
+        arena_hard.play(judge, bench.system, bench.template, arena_hard.POLICY, rows), config.judge
+    )
 
 
 class Benchmark(NamedTuple):
@@ -142,12 +144,16 @@ def check(name: str, config: Any) -> None:
 
 def _answers(job: Job, config: Judged, prompts: Sequence[str], temperature: float, device: str) -> list[str]:
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return chat(str(job.path("policy")), config, device)(conversations, [temperature] * len(prompts), config.max_new_tokens)
+    return chat(str(job.path("policy")), config, device)(
+        conversations, [temperature] * len(prompts), config.max_new_tokens
+    )
 
 
 def _keep(job: Job, name: str, lines: Sequence[dict[str, Any]]) -> None:
     """The policy's answers, beside the report."""
-    write_atomic(job.out / f"{name}_answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_atomic(
+        job.out / f"{name}_answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
 
 
 def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
@@ -158,7 +164,10 @@ def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
             f"{config.path}: max_new_tokens = {config.max_new_tokens} leaves nothing of the model's context of {context} for the questions"
         )
     sampling = SamplingConfig(
-        backend=config.backend, max_new_tokens=config.max_new_tokens, max_prompt_tokens=context - config.max_new_tokens, num_candidates=1
+        backend=config.backend,
+        max_new_tokens=config.max_new_tokens,
+        max_prompt_tokens=context - config.max_new_tokens,
+        num_candidates=1,
     )
     stops = stop_ids(model, tokenizer)
     gc.collect()  # an engine that another benchmark is done with: its memory is needed

@@ -66,12 +66,17 @@ class EndpointJudge:
         if "top_logprobs" in options:
             options["logprobs"] = True
         requests = [{"model": self.name, "messages": list(messages), **options} for messages in conversations]
-        return [None if reply.body is None else Reply(reply.text, _first_token(reply.body)) for reply in self.endpoint.ask(requests)]
+        return [
+            None if reply.body is None else Reply(reply.text, _first_token(reply.body))
+            for reply in self.endpoint.ask(requests)
+        ]
 
 
 def _first_token(body: dict[str, Any]) -> dict[str, float] | None:
     try:
-        return {one["token"]: float(one["logprob"]) for one in body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+        return {
+            one["token"]: float(one["logprob"]) for one in body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        }
     except (KeyError, IndexError, TypeError):
         return None
 
@@ -80,7 +85,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file, or of a JSON list. Raises: ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

@@ -59,7 +59,12 @@ def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, An
     _name_vllms_version()
     from lm_eval.models.vllm_causallms import VLLM
 
-    arguments: dict[str, Any] = {"pretrained": os.path.abspath(directory), "dtype": dtype, "seed": 0, "batch_size": "auto"}
+    arguments: dict[str, Any] = {
+        "pretrained": os.path.abspath(directory),
+        "dtype": dtype,
+        "seed": 0,
+        "batch_size": "auto",
+    }
     if device == "cpu":
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**29, "enable_chunked_prefill": False}
         arguments["max_num_batched_tokens"] = MAX_LENGTH
@@ -85,7 +90,9 @@ def _stay_offline() -> None:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int, limit: int | None) -> list[dict[str, Any]]:
+def evaluate(
+    model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int, limit: int | None
+) -> list[dict[str, Any]]:
     """Rows of eval_report for every task of one's own and every metric."""
     return evaluate_tasks(open_transformers(model, tokenizer, batch_size), tasks, limit)
 
@@ -151,7 +158,9 @@ def check_suite(suite: str, only: Sequence[str] = (), allow_code: bool = False) 
     if suite not in SUITES:
         raise ConfigError(f"no suite is called {suite!r}; there are {', '.join(sorted(SUITES))}")
     if unknown := set(only) - {member.task for member in SUITES[suite]}:
-        raise ConfigError(f"the suite {suite} has no task {sorted(unknown)}; it has {', '.join(member.task for member in SUITES[suite])}")
+        raise ConfigError(
+            f"the suite {suite} has no task {sorted(unknown)}; it has {', '.join(member.task for member in SUITES[suite])}"
+        )
     members = [member for member in SUITES[suite] if not only or member.task in only]
     if not allow_code and (unsafe := [member.task for member in members if member.unsafe]):
         raise ConfigError(
@@ -177,7 +186,9 @@ def mirrored(data_root: str | None) -> Iterator[None]:
         places = [Path(data_root) / path, Path(data_root) / path.rpartition("/")[2]]
         found = next((place for place in places if place.is_dir()), None)
         if found is None and not Path(path).exists() and path not in ("json", "parquet", "csv", "text"):
-            raise ConfigError(f"the data of {path} is not in data_root: neither {places[0]} nor {places[1]} is a directory")
+            raise ConfigError(
+                f"the data of {path} is not in data_root: neither {places[0]} nor {places[1]} is a directory"
+            )
         return load(str(found.absolute()) if found else path, *arguments, **more)
 
     datasets.load_dataset = load_local

@@ -12,7 +12,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -x))
 
 
-def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, ridge: float = 1e-6, lasso: float = 0.0) -> np.ndarray:
+def fit(
+    features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, ridge: float = 1e-6, lasso: float = 0.0
+) -> np.ndarray:
     r"""Coefficients [F] that minimise  sum_n w_n CE(y_n, sigmoid(x_n . b)) + ridge/2 |b|^2 + lasso |b|_1, without an intercept.
 
     Labels in [0, 1]. The ridge keeps the coefficients finite where the data can be separated; its effect on a fit of more than a few

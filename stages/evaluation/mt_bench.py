@@ -45,7 +45,9 @@ def load(directory: str | Path, limit: int | None = None) -> Bench:
     for question in questions:
         name = question["question_id"]
         if len(question["turns"]) != 2:
-            raise ConfigError(f"{root}/question.jsonl: question {name} has {len(question['turns'])} turns; MT-Bench asks two")
+            raise ConfigError(
+                f"{root}/question.jsonl: question {name} has {len(question['turns'])} turns; MT-Bench asks two"
+            )
         if question["category"] in NEEDS_REFERENCE and name not in references:
             raise ConfigError(
                 f"{root}: question {name} ({question['category']}) needs a reference answer and no reference_answer*.jsonl has one"
@@ -73,7 +75,9 @@ def answer(bench: Bench, generate: Generate) -> dict[Any, list[str]]:
     for turn in range(2):
         for conversation, question in zip(conversations, bench.questions, strict=True):
             conversation.append({"role": "user", "content": question["turns"][turn]})
-        for conversation, text in zip(conversations, generate(conversations, temperatures, MAX_NEW_TOKENS), strict=True):
+        for conversation, text in zip(
+            conversations, generate(conversations, temperatures, MAX_NEW_TOKENS), strict=True
+        ):
             conversation.append({"role": "assistant", "content": text.strip()})
     return {
         question["question_id"]: [message["content"] for message in conversation if message["role"] == "assistant"]
@@ -105,7 +109,9 @@ def pair_prompt(
     return _messages(template, fields, reference)
 
 
-def _messages(template: Mapping[str, Any], fields: dict[str, str], reference: Sequence[str] | None) -> list[dict[str, str]]:
+def _messages(
+    template: Mapping[str, Any], fields: dict[str, str], reference: Sequence[str] | None
+) -> list[dict[str, str]]:
     fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference or (), 1)}
     text = template["prompt_template"].format(**fields)
     return [{"role": "system", "content": template["system_prompt"]}, {"role": "user", "content": text}]
@@ -161,7 +167,10 @@ def report(rows: Sequence[Mapping[str, Any]], judge: str, column: str = "score")
     task = "mt_bench" if column == "score" else "mt_bench_pairs"
     parts = {"": rows}
     parts |= {f"/turn_{turn}": [row for row in rows if row["turn"] == turn] for turn in (1, 2)}
-    parts |= {f"/{name}": [row for row in rows if row["category"] == name] for name in sorted({row["category"] for row in rows})}
+    parts |= {
+        f"/{name}": [row for row in rows if row["category"] == name]
+        for name in sorted({row["category"] for row in rows})
+    }
     out = []
     for name, part in parts.items():
         known = [row for row in part if row[column] is not None]
@@ -173,6 +182,14 @@ def report(rows: Sequence[Mapping[str, Any]], judge: str, column: str = "score")
         interval = bootstrap([float(np.mean(values)) for values in questions.values()])
         mean = float(np.mean([row[column] for row in known]))
         metric = {"score": "score", "outcome": "win_rate"}[column]
-        out.append(report_row("mt_bench", task + name, metric, mean, len(known), interval.stderr, interval.low, interval.high, judge))
-    out.append(report_row("mt_bench", task, "failed_judgments", sum(row[column] is None for row in rows), len(rows), version=judge))
+        out.append(
+            report_row(
+                "mt_bench", task + name, metric, mean, len(known), interval.stderr, interval.low, interval.high, judge
+            )
+        )
+    out.append(
+        report_row(
+            "mt_bench", task, "failed_judgments", sum(row[column] is None for row in rows), len(rows), version=judge
+        )
+    )
     return out

@@ -1,6 +1,6 @@
 """Stages - code that a model wrote, run where it can do no harm: lm-eval's metric `code_eval` (HumanEval, MBPP) with a sandbox around each program.
 
-    supervise.py             ends the whole tree on a word of ours, and when we die
+    ../running/supervise.py  ends the whole tree on a word of ours, and when we die
       -> set-up              namespaces of its own: user, mount, network, pid, ipc, uts
          -> first process    builds the root directory, gives up every right; when it dies the kernel ends all that is left
             -> the program   limits on memory, time, processes and files; sees no environment, no descriptor and no process of ours
@@ -78,7 +78,9 @@ class CodeEval:
         try:
             said = run(program, timeout, self.sandboxed)
         except NoSandbox as error:  # it was there before the model was loaded
-            raise TransientError(f"the sandbox for code that a model wrote could not be set up this time: {error}") from None
+            raise TransientError(
+                f"the sandbox for code that a model wrote could not be set up this time: {error}"
+            ) from None
         return {"passed": said == "passed", "result": said}
 
 
@@ -114,11 +116,14 @@ def run(program: str, seconds: float = SECONDS, sandboxed: bool = True) -> str:
         "path": libraries,
         "roots": [sys.prefix, sys.base_prefix],
     }
-    from stages.supervise import supervisor_options  # not above: the set-up runs this file without packages
+    from stages.running.supervise import supervisor_options  # not above: the set-up runs this file without packages
 
-    supervisor = Path(__file__).parents[1] / "supervise.py"
+    supervisor = Path(__file__).parents[1] / "running" / "supervise.py"
     # One directory for both: where the program works, or (in a mount namespace) where its root is put together.
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as place, tempfile.TemporaryFile() as stdin:
+    with (
+        tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as place,
+        tempfile.TemporaryFile() as stdin,
+    ):
         stdin.write(json.dumps(request).encode())
         stdin.seek(0)
         kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SELFPLAY_TREE") if name in os.environ}

@@ -21,14 +21,14 @@ from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
 from stages.evaluation.rouge import rouge_l
 from stages.evaluation.rows import column_names, report_row
 from stages.evaluation.win_rates import best_of_n
-from stages.logps import Pass
-from stages.policy import load_causal_lm, pick_device, pin_threads
+from stages.models.logps import Pass
+from stages.models.policy import load_causal_lm, pick_device, pin_threads
+from stages.models.tokens import load_tokenizer
 from stages.registry import Named
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scores, Surroundings, close, prepared, score_once
 from stages.scoring.checks import repetition
 from stages.stage import Job, StageRuntime
-from stages.tokens import load_tokenizer
 
 LM_EVAL_SHARD = 1
 
@@ -93,7 +93,12 @@ class Tournament(Runtime):
 class EvaluationConfig(BaseConfig):
     """How a policy is measured, on prompts that never train."""
 
-    NEUTRAL: ClassVar[dict[str, Any]] = {"suites": (), "best_of": (), "rouge_l": False, "tournament": None} | dict.fromkeys(BENCHMARKS)
+    NEUTRAL: ClassVar[dict[str, Any]] = {
+        "suites": (),
+        "best_of": (),
+        "rouge_l": False,
+        "tournament": None,
+    } | dict.fromkeys(BENCHMARKS)
 
     scorer: SCORERS.field()
     """Scores the held-out generations; without the floors of the training scorer."""
@@ -130,7 +135,9 @@ class EvaluationConfig(BaseConfig):
 
     def heldout_only(self) -> EvaluationConfig:
         """Without the benchmarks: what one training's checkpoints are compared by."""
-        return self.model_copy(update={"lm_eval": (), "suites": (), "best_of": (), "rouge_l": False} | dict.fromkeys(BENCHMARKS))
+        return self.model_copy(
+            update={"lm_eval": (), "suites": (), "best_of": (), "rouge_l": False} | dict.fromkeys(BENCHMARKS)
+        )
 
 
 Config = EvaluationConfig
@@ -147,7 +154,9 @@ def run(job: Job) -> None:
     config: EvaluationConfig = job.config
     pin_threads(None)
     device = pick_device(config.runtime.device)
-    parts: dict[str, tuple[int, Callable[[], list[dict[str, Any]]]]] = {"heldout": (0, lambda: _heldout_report(job, device))}
+    parts: dict[str, tuple[int, Callable[[], list[dict[str, Any]]]]] = {
+        "heldout": (0, lambda: _heldout_report(job, device))
+    }
     if config.lm_eval or config.suites:
         parts["lm_eval"] = (LM_EVAL_SHARD, lambda: _lm_eval_report(job, device))
     for name, benchmark in BENCHMARKS.items():
@@ -179,7 +188,9 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     prompts = {row["prompt_id"]: row for row in read_shards(job.path("prompts"), "prompts").to_pylist()}
     rows = read_shards(job.path("generations"), "generations").to_pylist()
     if prompts.keys() != {row["prompt_id"] for row in rows}:
-        raise ContractError(f"generations {job.inputs['generations'].key} are not of the held-out prompts {job.inputs['prompts'].key}")
+        raise ContractError(
+            f"generations {job.inputs['generations'].key} are not of the held-out prompts {job.inputs['prompts'].key}"
+        )
     start = Pass(job.store_root, job.inputs["start"], config.dtype, config.runtime.device, config.runtime.batch_tokens)
     prompt_ids, response_ids = [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows]
     start.fill(prompt_ids, response_ids)
@@ -190,8 +201,13 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(row["prompt_id"], []).append(number)
-    batch = [Candidates(prompts[name], [rows[i] for i in numbers], [means[i] for i in numbers]) for name, numbers in groups.items()]
-    surroundings = Surroundings(job.store_root, config.runtime.batch_tokens, job.log, used=job.used, waiting=lambda: job.timed("waiting"))
+    batch = [
+        Candidates(prompts[name], [rows[i] for i in numbers], [means[i] for i in numbers])
+        for name, numbers in groups.items()
+    ]
+    surroundings = Surroundings(
+        job.store_root, config.runtime.batch_tokens, job.log, used=job.used, waiting=lambda: job.timed("waiting")
+    )
     scorer = prepared(scorer_class, config.scorer, device, surroundings)
     try:
         scores, _ = score_once(scorer, batch)
@@ -201,7 +217,9 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     finally:
         close(scorer)
     if any(result.preference_logits is not None for result in scores):  # a plug-in's
-        raise ConfigError(f"evaluation.scorer {config.scorer.name} only compares two answers: use it in evaluation.tournament")
+        raise ConfigError(
+            f"evaluation.scorer {config.scorer.name} only compares two answers: use it in evaluation.tournament"
+        )
     heldout = []
     for numbers, result in zip(groups.values(), scores, strict=True):
         for k, i in enumerate(numbers):
@@ -295,16 +313,24 @@ def _more_heldout_rows(job: Job, heldout: list[dict[str, Any]]) -> list[dict[str
             found[f"best_of_{n}"] = interval
             counts[f"best_of_{n}"] = sum(sum(score is not None for score in scores) >= n for scores in groups.values())
     if config.rouge_l:
-        references = {row["prompt_id"]: row["response"] for row in read_shards(job.path("prompts"), "prompts").to_pylist()}
+        references = {
+            row["prompt_id"]: row["response"] for row in read_shards(job.path("prompts"), "prompts").to_pylist()
+        }
         rows = [
-            row | {"rouge_l": rouge_l(row["completion"], references[row["prompt_id"]])} for row in heldout if references[row["prompt_id"]]
+            row | {"rouge_l": rouge_l(row["completion"], references[row["prompt_id"]])}
+            for row in heldout
+            if references[row["prompt_id"]]
         ]
         if not rows:
-            raise ConfigError("evaluation.rouge_l compares with the held-out prompts' `response`, and none of them has one")
+            raise ConfigError(
+                "evaluation.rouge_l compares with the held-out prompts' `response`, and none of them has one"
+            )
         values = per_prompt(rows, "rouge_l")
         found["rouge_l"], counts["rouge_l"] = bootstrap([values[name] for name in sorted(values)]), len(values)
     return [
-        report_row("heldout", "heldout", metric, one.mean, counts[metric], one.stderr, one.low, one.high, config.scorer.name)
+        report_row(
+            "heldout", "heldout", metric, one.mean, counts[metric], one.stderr, one.low, one.high, config.scorer.name
+        )
         for metric, one in found.items()
     ]
 
@@ -313,7 +339,9 @@ def check_sandbox(config: EvaluationConfig) -> None:
     """If code that the model wrote will be run, then it can be, safely, on this machine. Raises: ConfigError."""
     from stages.evaluation.lm_eval import check_suite
 
-    if any(member.unsafe for suite in config.suites for member in check_suite(suite.name, suite.only, suite.allow_code)):
+    if any(
+        member.unsafe for suite in config.suites for member in check_suite(suite.name, suite.only, suite.allow_code)
+    ):
         sandbox.check(config.runtime.sandbox)
 
 
@@ -342,5 +370,7 @@ def _lm_eval_report(job: Job, device: str) -> list[dict[str, Any]]:
     for task in config.lm_eval:
         rows += evaluate_tasks(lm, [load_task(task.path)], task.limit)
     for suite in config.suites:
-        rows += evaluate_suite(lm, suite.name, suite.data_root, suite.limit, suite.only, suite.allow_code, config.runtime.sandbox)
+        rows += evaluate_suite(
+            lm, suite.name, suite.data_root, suite.limit, suite.only, suite.allow_code, config.runtime.sandbox
+        )
     return rows

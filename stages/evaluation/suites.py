@@ -37,7 +37,12 @@ SUITES: dict[str, tuple[Member, ...]] = {
     "open_llm_v2": (
         Member("leaderboard_bbh", None, ("acc_norm",)),
         Member("leaderboard_gpqa", None, ("acc_norm",)),
-        Member("leaderboard_ifeval", None, ("inst_level_strict_acc", "prompt_level_strict_acc"), packages=(*IFEVAL, "pkg_resources")),
+        Member(
+            "leaderboard_ifeval",
+            None,
+            ("inst_level_strict_acc", "prompt_level_strict_acc"),
+            packages=(*IFEVAL, "pkg_resources"),
+        ),
         Member("leaderboard_math_hard", None, ("exact_match",), packages=("math_verify", "sympy", "antlr4")),
         Member("leaderboard_mmlu_pro", None, ("acc",)),
         Member("leaderboard_musr", None, ("acc_norm",)),

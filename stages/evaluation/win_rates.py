@@ -22,10 +22,14 @@ def _rate(one: Mapping[str, float], other: Mapping[str, float]) -> float | None:
     names = one.keys() & other.keys()
     if not names:
         return None
-    return sum(1.0 if one[name] > other[name] else 0.5 if one[name] == other[name] else 0.0 for name in names) / len(names)
+    return sum(1.0 if one[name] > other[name] else 0.5 if one[name] == other[name] else 0.0 for name in names) / len(
+        names
+    )
 
 
-def best_of_n(scores: Mapping[str, Sequence[float | None]], counts: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[int, Interval]:
+def best_of_n(
+    scores: Mapping[str, Sequence[float | None]], counts: Sequence[int] = (1, 2, 4, 8, 16)
+) -> dict[int, Interval]:
     """Expected score of the best of n candidates, without bias from which n were drawn: all subsets of the K candidates of a prompt.
 
     With scores sorted downwards s_(1) >= ... >= s_(K): E max of n of K = sum_r s_(r) C(K - r, n - 1) / C(K, n). Prompts with fewer than

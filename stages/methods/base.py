@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from data_contracts.config import Config
-from stages.lazy import torch
-from stages.numerics import check_shapes, masked_sum
+from stages.models.lazy import torch
+from stages.models.numerics import check_shapes, masked_sum
 from stages.registry import Named
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def preference_margin(
     Args: coefficients: g of chosen and rejected [B, T], by default the weights; log_ratios: lr [B, T], by default against the reference;
     offset: -v + c, a KL term or a margin [B], with gradient if it has one. Returns: h [B] with gradient, metrics of [B].
 
-    >>> from stages.lazy import torch
+    >>> from stages.models.lazy import torch
     >>> side = Responses(torch.tensor([[-1.0, -2.0, 0.0]]), torch.zeros(1, 3), torch.ones(1, 3), torch.tensor([[True, True, False]]))
     >>> preference_margin(Pairs(side, side._replace(logps=-torch.ones(1, 3)), torch.ones(1), torch.zeros(1)), beta=0.1)[0]
     tensor([-0.1000])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, Responses, logistic, preference_margin
-from stages.numerics import positions
+from stages.models.numerics import positions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics
 from stages.methods.preferences import group_advantages
-from stages.numerics import masked_mean
+from stages.models.lazy import torch
+from stages.models.numerics import masked_mean
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stages.lazy import torch
-from stages.numerics import masked_mean, token_logps
+from stages.models.lazy import torch
+from stages.models.numerics import masked_mean, token_logps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.policy import Batch
+    from stages.models.policy import Batch
 
 DEGENERATE = 1e-12
 """A response whose importances differ by no more has no order to speak of: all its weights are 1."""
@@ -64,5 +64,7 @@ def min_max(importance: Tensor, mask: Tensor, span: Tensor | None = None) -> Ten
         low, high = span[:, :1], span[:, 1:]
     gap = high - low
     flat = (gap <= DEGENERATE) | (mask.sum(-1, keepdim=True) <= 1)
-    weights = torch.where(flat, torch.ones_like(importance), (importance - low) / torch.where(flat, torch.ones_like(gap), gap))
+    weights = torch.where(
+        flat, torch.ones_like(importance), (importance - low) / torch.where(flat, torch.ones_like(gap), gap)
+    )
     return torch.where(mask, weights, torch.zeros_like(weights))

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics
-from stages.numerics import kl_divergence, masked_sum
+from stages.models.lazy import torch
+from stages.models.numerics import kl_divergence, masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,9 @@ class KD(Method):
             size = min(policy.shape[-1], teacher.shape[-1])
             policy, teacher = policy[..., :size], teacher[..., :size]
         left, right = (teacher, policy) if config.direction == "forward" else (policy, teacher)
-        kl = masked_sum(kl_divergence(left, right, side.mask), side.mask) * (config.tau**2 if config.scale_tau2 else 1.0)
+        kl = masked_sum(kl_divergence(left, right, side.mask), side.mask) * (
+            config.tau**2 if config.scale_tau2 else 1.0
+        )
         nll = -masked_sum(side.logps, side.mask)
         metrics = single_metrics(pairs, distance=kl / side.length())
         return PairLoss(torch.zeros_like(nll), metrics, (1 - config.rate) * nll + config.rate * kl)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics, weighted_sum
-from stages.numerics import masked_sum
+from stages.models.lazy import torch
+from stages.models.numerics import masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, pair_metrics, weighted_sum
 from stages.methods.kto import KTO
+from stages.models.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

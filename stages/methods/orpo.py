@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, Responses, logistic, pair_metrics
-from stages.numerics import masked_mean, masked_sum
+from stages.models.lazy import torch
+from stages.models.numerics import masked_mean, masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

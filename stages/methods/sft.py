@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics, weighted_sum
+from stages.models.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

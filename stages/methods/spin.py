@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, hinge, logistic, preference_margin
+from stages.models.lazy import torch
 
 
 class SPIN(Method):

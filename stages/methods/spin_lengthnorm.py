@@ -36,5 +36,7 @@ class SPINLengthNorm(Method):
 
         Shapes: see Pairs. Returns: unreduced loss [B].
         """
-        margin, metrics = preference_margin(pairs, config.beta, (mean_weights(pairs.chosen), mean_weights(pairs.rejected)))
+        margin, metrics = preference_margin(
+            pairs, config.beta, (mean_weights(pairs.chosen), mean_weights(pairs.rejected))
+        )
         return PairLoss(logistic(margin), metrics)

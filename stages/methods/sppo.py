@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from stages.lazy import torch
 from stages.methods.base import (
     Method,
     MethodConfig,
@@ -18,6 +17,7 @@ from stages.methods.base import (
     weighted_sum,
 )
 from stages.methods.preferences import log_partition
+from stages.models.lazy import torch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,9 @@ class SPPO(Method):
         @model_validator(mode="after")
         def _consistent(self) -> SPPO.Config:
             if self.target == "hard" and (self.keep == "all" or self.log_z):
-                raise ValueError("`target: hard` is for `keep: 2` without `log_z`: only a pair has a sure winner and a sure loser")
+                raise ValueError(
+                    "`target: hard` is for `keep: 2` without `log_z`: only a pair has a sure winner and a sure loser"
+                )
             return self
 
     @classmethod
@@ -85,7 +87,9 @@ class SPPO(Method):
         return PairLoss(loss, pair_metrics(pairs, chosen / config.eta, rejected / config.eta))
 
 
-def _squared_error(config: SPPO.Config, pairs: Pairs, side: Responses, win_rate: Tensor, winner: bool) -> tuple[Tensor, Tensor]:
+def _squared_error(
+    config: SPPO.Config, pairs: Pairs, side: Responses, win_rate: Tensor, winner: bool
+) -> tuple[Tensor, Tensor]:
     """LR [B] and its squared distance from the target [B]."""
     if config.target == "hard":
         win_rate = torch.full_like(win_rate, float(winner))

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, hinge, logistic, preference_margin
-from stages.numerics import masked_sum
+from stages.models.lazy import torch
+from stages.models.numerics import masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,8 @@ class SWIFT(Method):
         extra, offset = {}, 0.0
         if config.kl_mode != "none":
             kl_chosen, kl_rejected = (
-                masked_sum(coefficient * side.kl, side.mask) for coefficient, side in zip(g, (pairs.chosen, pairs.rejected), strict=True)
+                masked_sum(coefficient * side.kl, side.mask)
+                for coefficient, side in zip(g, (pairs.chosen, pairs.rejected), strict=True)
             )
             sign = 1.0 if config.kl_mode == "paper" else -1.0
             offset = -config.kl_coef * config.beta * sign * (kl_chosen - kl_rejected)

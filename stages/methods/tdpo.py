@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic, preference_margin
-from stages.numerics import masked_sum
+from stages.models.numerics import masked_sum
 
 
 class TDPO(Method):

@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
-from stages.methods.base import AnchorSampling, Method, MethodConfig, PairLoss, Pairs, Responses, logistic, preference_margin
+from stages.methods.base import (
+    AnchorSampling,
+    Method,
+    MethodConfig,
+    PairLoss,
+    Pairs,
+    Responses,
+    logistic,
+    preference_margin,
+)
 from stages.methods.importance import min_max
-from stages.numerics import left_align
+from stages.models.lazy import torch
+from stages.models.numerics import left_align
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +53,9 @@ class TIDPO(Method):
 
     @classmethod
     def needs(cls, config: Config) -> frozenset[str]:
-        unused = ({"importance"} if config.importance == "given" else set()) | ({"anchor"} if config.gamma == 0 else set())
+        unused = ({"importance"} if config.importance == "given" else set()) | (
+            {"anchor"} if config.gamma == 0 else set()
+        )
         return cls.NEEDS - unused
 
     @staticmethod
@@ -80,7 +91,9 @@ def _distance(anchor: Responses, other: Responses, lengths: str) -> Tensor:
     d, in_anchor = left_align(anchor.log_ratio(), anchor.mask)
     o, in_other = left_align(other.log_ratio(), other.mask)
     width = max(d.shape[1], o.shape[1])
-    d, o, in_anchor, in_other = (torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (d, o, in_anchor, in_other))
+    d, o, in_anchor, in_other = (
+        torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (d, o, in_anchor, in_other)
+    )
     # left_align leaves 0 where a response has ended, so a missing anchor position is log-ratio 0.
     compared = in_other if lengths == "zero" else in_anchor & in_other
     total = torch.where(compared, (d - o) ** 2, torch.zeros((), dtype=d.dtype, device=d.device)).sum(-1)

@@ -47,7 +47,10 @@ class TISDPO(Method):
         """
         extra, offset = {}, 0.0
         if config.use_eta:
-            kl_chosen, kl_rejected = weighted_sum(pairs.chosen.kl, pairs.chosen), weighted_sum(pairs.rejected.kl, pairs.rejected)
+            kl_chosen, kl_rejected = (
+                weighted_sum(pairs.chosen.kl, pairs.chosen),
+                weighted_sum(pairs.rejected.kl, pairs.rejected),
+            )
             offset = -config.alpha * config.beta * (kl_chosen - kl_rejected)
             extra = {"kl/chosen": kl_chosen.detach(), "kl/rejected": kl_rejected.detach()}
         margin, metrics = preference_margin(pairs, config.beta, offset=offset)

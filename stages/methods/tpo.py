@@ -15,7 +15,7 @@ from stages.methods.base import (
     mean_weights,
     preference_margin,
 )
-from stages.numerics import masked_sum
+from stages.models.numerics import masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.lazy import torch
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics
-from stages.numerics import left_align, log_softmax, masked_sum
+from stages.models.lazy import torch
+from stages.models.numerics import left_align, log_softmax, masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

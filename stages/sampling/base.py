@@ -38,5 +38,9 @@ class Sampler(Protocol):
 
 def candidate_seeds(seed: int, prompt_id: str, count: int) -> list[int]:
     """A seed for each candidate of a prompt: independent of the other prompts, of their order and of sharding."""
-    first = int.from_bytes(hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()[:8], "big") % (SEED_SPACE // 1024) * 1024
+    first = (
+        int.from_bytes(hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()[:8], "big")
+        % (SEED_SPACE // 1024)
+        * 1024
+    )
     return [first + k for k in range(count)]

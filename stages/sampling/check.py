@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from data_contracts.errors import ConfigError
+from stages.models.tokens import load_tokenizer
 from stages.sampling.stage import SamplingConfig, encode_prompts
-from stages.tokens import load_tokenizer
 
 
 def main(path: str) -> int:

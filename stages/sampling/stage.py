@@ -9,12 +9,12 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
-from stages.cost import loading
-from stages.policy import pick_device
+from stages.models.policy import pick_device
+from stages.models.tokens import Template, context_length, encode_prompt, load_tokenizer, stop_ids, token_facts
+from stages.running.cost import loading
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.stage import Job, StageRuntime
-from stages.tokens import Template, context_length, encode_prompt, load_tokenizer, stop_ids, token_facts
 
 
 class SamplingRuntime(StageRuntime):
@@ -88,8 +88,19 @@ def run(job: Job) -> None:
                 sampler = SAMPLERS.get(config.backend.name)(config.backend, config, model, stops, device)
         with job.timed("generate"):
             candidates = sampler.generate(chunk)
-        job.write(index, [row for prompt, group in zip(chunk, candidates, strict=True) for row in _rows(prompt, group, tokenizer, stops)])
-        job.used(model, sum(len(prompt.ids) for prompt in chunk), sum(len(one.token_ids) for group in candidates for one in group))
+        job.write(
+            index,
+            [
+                row
+                for prompt, group in zip(chunk, candidates, strict=True)
+                for row in _rows(prompt, group, tokenizer, stops)
+            ],
+        )
+        job.used(
+            model,
+            sum(len(prompt.ids) for prompt in chunk),
+            sum(len(one.token_ids) for group in candidates for one in group),
+        )
     if not job.is_worker:
         _summarise(job, model, tokenizer, len(prompts), device)
 
@@ -116,7 +127,9 @@ def _rows(prompt: Prompt, candidates: list[Any], tokenizer: Any, stops: list[int
                 "token_logps": candidate.token_logps,
                 "finish_reason": candidate.finish_reason,
                 "seed": prompt.seeds[k],
-                "completion": tokenizer.decode(candidate.token_ids[:-1] if ended else candidate.token_ids, skip_special_tokens=False),
+                "completion": tokenizer.decode(
+                    candidate.token_ids[:-1] if ended else candidate.token_ids, skip_special_tokens=False
+                ),
             }
         )
     return rows

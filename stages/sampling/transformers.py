@@ -10,8 +10,8 @@ from pydantic import Field
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ContractError
-from stages.lazy import torch
-from stages.policy import load_causal_lm
+from stages.models.lazy import torch
+from stages.models.policy import load_causal_lm
 from stages.registry import Named
 from stages.sampling.base import Candidate, Prompt
 
@@ -58,12 +58,19 @@ class Transformers:
         with torch.inference_mode():
             for _ in range(self.sampling.max_new_tokens):
                 output = self.model(
-                    input_ids=step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    input_ids=step_ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
                 )
                 cache = output.past_key_values
                 scores = output.logits[:, -1].float().log_softmax(-1).cpu()
                 if not torch.isfinite(scores.max(-1).values).all():
-                    raise ContractError("the policy's log-probs are NaN or infinite: its weights are damaged (diverged training?)")
+                    raise ContractError(
+                        "the policy's log-probs are NaN or infinite: its weights are damaged (diverged training?)"
+                    )
                 drawn = _draw(scores, generators, self.sampling.temperature, self.sampling.top_p)
                 for row, token in enumerate(drawn):
                     if not ended[row]:

@@ -82,8 +82,16 @@ class VLLM:
             "stop_token_ids": self.stop_ids,
             "detokenize": False,
         }
-        requests = [({"prompt_token_ids": prompt.ids}, SamplingParams(seed=seed, **shared)) for prompt in prompts for seed in prompt.seeds]
-        outputs = iter(self.engine.generate([request for request, _ in requests], [params for _, params in requests], use_tqdm=False))
+        requests = [
+            ({"prompt_token_ids": prompt.ids}, SamplingParams(seed=seed, **shared))
+            for prompt in prompts
+            for seed in prompt.seeds
+        ]
+        outputs = iter(
+            self.engine.generate(
+                [request for request, _ in requests], [params for _, params in requests], use_tqdm=False
+            )
+        )
         return [[_candidate(next(outputs).outputs[0], prompt.prompt_id) for _ in prompt.seeds] for prompt in prompts]
 
 
@@ -92,7 +100,9 @@ def _candidate(output: Any, prompt_id: str) -> Candidate:
     logps = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
     # NaN weights make vLLM emit token 0 for ever, without an error.
     if any(logp != logp for logp in logps):
-        raise ContractError(f"prompt {prompt_id}: the sampler's log-probs are NaN: the policy's weights are damaged (diverged training?)")
+        raise ContractError(
+            f"prompt {prompt_id}: the sampler's log-probs are NaN: the policy's weights are damaged (diverged training?)"
+        )
     return Candidate(ids, logps, output.finish_reason)
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from data_contracts.errors import ConfigError
-from stages.lazy import torch
-from stages.policy import pick_device
+from stages.models.lazy import torch
+from stages.models.policy import pick_device
 from stages.scoring.base import Candidates, Scores
 from stages.scoring.models import ModelScorerConfig, NamedModel, load_strictly, local_directory, read_tensors
 from stages.scoring.reward_model import PointwiseScorer, padded
@@ -20,7 +20,9 @@ from stages.scoring.reward_model import PointwiseScorer, padded
 def last_occurrence(ids: Sequence[int], pattern: Sequence[int]) -> int | None:
     """Index of the first id of the last run equal to `pattern`."""
     width = len(pattern)
-    return next((start for start in range(len(ids) - width, -1, -1) if list(ids[start : start + width]) == list(pattern)), None)
+    return next(
+        (start for start in range(len(ids) - width, -1, -1) if list(ids[start : start + width]) == list(pattern)), None
+    )
 
 
 class ArmoRM(PointwiseScorer):
@@ -48,14 +50,19 @@ class ArmoRM(PointwiseScorer):
         needed = ("num_objectives", "gating_temperature", "gating_hidden_dim", "gating_n_hidden")
         if missing := [name for name in needed if name not in settings]:
             raise ConfigError(f"{directory}/config.json has no {missing}: not an ArmoRM model")
-        network = ArmoNetwork(LlamaConfig(**{key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}))
+        network = ArmoNetwork(
+            LlamaConfig(**{key: value for key, value in settings.items() if key not in ("auto_map", "architectures")})
+        )
         load_strictly(network, read_tensors(directory), directory)
         self.network = network.to(device=pick_device(self.device), dtype=getattr(torch, self.config.dtype)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         self.longest = self.limit(directory, self.tokenizer.model_max_length)
 
     def encode(self, messages: Sequence[dict[str, str]], answer: str) -> list[int]:
-        chat = [*({"role": m["role"], "content": m["content"]} for m in messages), {"role": "assistant", "content": answer}]
+        chat = [
+            *({"role": m["role"], "content": m["content"]} for m in messages),
+            {"role": "assistant", "content": answer},
+        ]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False)
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)[-self.longest :]
 

@@ -43,7 +43,9 @@ class ArmoNetwork(nn.Module):
         self.model = LlamaModel(config)
         self.regression_layer = nn.Linear(config.hidden_size, count, bias=False)
         self.reward_transform_matrix = nn.Parameter(torch.eye(count))
-        self.gating = Gating(config.hidden_size, count, config.gating_hidden_dim, config.gating_n_hidden, config.gating_temperature)
+        self.gating = Gating(
+            config.hidden_size, count, config.gating_hidden_dim, config.gating_n_hidden, config.gating_temperature
+        )
 
     def forward(self, ids_NL: Tensor, mask_NL: Tensor, gate_N: Tensor) -> Tensor:
         hidden_NLH = self.model(input_ids=ids_NL, attention_mask=mask_NL, use_cache=False).last_hidden_state

@@ -81,7 +81,9 @@ def prompt_text(prompt: Mapping[str, Any]) -> str:
     return "\n".join(f"{message['role'].upper()}: {message['content']}" for message in messages)
 
 
-def once_each(batch: Sequence[Candidates], key: Callable[[dict[str, Any]], Hashable]) -> tuple[list[Candidates], list[list[int]]]:
+def once_each(
+    batch: Sequence[Candidates], key: Callable[[dict[str, Any]], Hashable]
+) -> tuple[list[Candidates], list[list[int]]]:
     """The batch without repeated candidates, and for each prompt the number that each candidate has there."""
     small, numbers = [], []
     for item in batch:

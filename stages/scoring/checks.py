@@ -38,7 +38,9 @@ _NUMBER = re.compile(r"\s*(\d{1,3})[.)]\s+(?=.*\w)")
 _FENCED = re.compile(r"```\w*\s*\n(.*?)```", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?…]+[\"')\]*_]*(?:\s+|$)")
 _ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|etc|e\.g|i\.e|a\.m|p\.m|[^\W\d_])\.$", re.IGNORECASE)
-_SMALL_WORDS = frozenset(("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"))
+_SMALL_WORDS = frozenset(
+    ("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,9 @@ def _one_case(reply: Reply, is_slip: Callable[[str], bool]) -> float:
 
 def _title_case(reply: Reply) -> float:
     words = [re.sub(r"^[\W_]+", "", word) for word in Reply(reply.lines[0]).words]
-    is_title = [word[0].isupper() or word[0].isdigit() or (i > 0 and word in _SMALL_WORDS) for i, word in enumerate(words)]
+    is_title = [
+        word[0].isupper() or word[0].isdigit() or (i > 0 and word in _SMALL_WORDS) for i, word in enumerate(words)
+    ]
     return float(bool(is_title) and all(is_title))
 
 
@@ -241,8 +245,12 @@ CHECKS: dict[str, Check] = {
     "min_sentences": Check(lambda r, n: _at_least(r.num_sentences, n), COUNT, "at least n sentences; graded"),
     "max_sentences": Check(lambda r, n: _at_most(r.num_sentences, n), COUNT, "at most n sentences; graded"),
     "sentences": Check(lambda r, n: _exactly(r.num_sentences, n), COUNT, "exactly n sentences; graded"),
-    "paragraphs": Check(lambda r, n: _exactly(_paragraphs(r), n), COUNT, "exactly n blocks between blank lines; graded"),
-    "bullet_count": Check(lambda r, n: _exactly(_bullets(r), n), COUNT, "exactly n lines marked - * • · + or –; graded"),
+    "paragraphs": Check(
+        lambda r, n: _exactly(_paragraphs(r), n), COUNT, "exactly n blocks between blank lines; graded"
+    ),
+    "bullet_count": Check(
+        lambda r, n: _exactly(_bullets(r), n), COUNT, "exactly n lines marked - * • · + or –; graded"
+    ),
     "numbered_list": Check(_numbered_list, COUNT, "exactly n lines numbered 1. 2. ... or 1) 2) ...; graded"),
     "single_line": Check(lambda r, _: float(len(r.lines) == 1), NOTHING, "no line breaks"),
     "all_lowercase": Check(lambda r, _: _one_case(r, str.isupper), NOTHING, "no capital letter; graded"),

@@ -63,7 +63,11 @@ class Combination:
 
     def _open(self, config: Named) -> Any:
         scorer_class = SCORERS.get(config.name)
-        return prepared(scorer_class, config, self.device, self.surroundings) if self.surroundings else scorer_class(config, self.device)
+        return (
+            prepared(scorer_class, config, self.device, self.surroundings)
+            if self.surroundings
+            else scorer_class(config, self.device)
+        )
 
     @staticmethod
     def compares(config: Config) -> bool:
@@ -96,7 +100,9 @@ def combine(parts: Sequence[Part], scores: Sequence[Scores]) -> Scores:
                 low = item.scores < part.veto_below
             vetoed |= low
             reasons = [reason or (f"vetoed by {told}" if low[k] else "") for k, reason in enumerate(reasons)]
-        reasons = [reason or (f"{told}: {item.reasons[k]}" if item.reasons[k] else "") for k, reason in enumerate(reasons)]
+        reasons = [
+            reason or (f"{told}: {item.reasons[k]}" if item.reasons[k] else "") for k, reason in enumerate(reasons)
+        ]
         if part.weight == 0:
             continue
         if not is_pairwise:

@@ -60,7 +60,9 @@ class Encoder:
 
     def _positions(self, attention: Any, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """K and Q of a layer, Q with the scale of the scores. [A, 2 buckets, H] each."""
-        return self._heads(attention.key_proj(embeddings)), self._heads(attention.query_proj(embeddings) * self._scale(attention))
+        return self._heads(attention.key_proj(embeddings)), self._heads(
+            attention.query_proj(embeddings) * self._scale(attention)
+        )
 
     @staticmethod
     def _scale(attention: Any) -> float:
@@ -92,20 +94,27 @@ class Encoder:
     def _places(queries: Tensor, reached: Tensor, beyond: Tensor | None, rows: int) -> Places:
         """For the queries of all rows, [R], or of each, [N, R]."""
         first, last, length = int(reached[0]), int(reached[-1]) + 1, (len(reached) + 1) // 2
-        keys, number = torch.arange(length, device=reached.device), torch.arange(queries.shape[-1], device=reached.device)
+        keys, number = (
+            torch.arange(length, device=reached.device),
+            torch.arange(queries.shape[-1], device=reached.device),
+        )
         bucket = (reached - first)[queries[..., None] - keys + length - 1]
         by_query = bucket + (last - first) * number[:, None]
         by_key = bucket * length + keys if rows == 1 else bucket + (last - first) * keys
         return Places(first, last, by_query.flatten(-2), by_key.flatten(-2), beyond)
 
-    def _layer(self, layer: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int) -> Tensor:
+    def _layer(
+        self, layer: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int
+    ) -> Tensor:
         context = self._attention(layer.attention.self, positions, queries, x, places, rows)
         dense = layer.attention.output
         queries = dense.LayerNorm(self._linear(context, dense.dense, add=queries))
         inner = self._linear(queries, layer.intermediate.dense, gelu=True)
         return layer.output.LayerNorm(self._linear(inner, layer.output.dense, add=queries))
 
-    def _attention(self, module: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int) -> Tensor:
+    def _attention(
+        self, module: Any, positions: tuple[Tensor, Tensor], queries: Tensor, x: Tensor, places: Places, rows: int
+    ) -> Tensor:
         query = self._heads(self._linear(queries, module.query_proj) * self._scale(module))
         key, value = self._heads(self._linear(x, module.key_proj)), self._heads(self._linear(x, module.value_proj))
         position_key, position_query = (x[:, places.first : places.last] for x in positions)
@@ -115,7 +124,9 @@ class Encoder:
         found = [self._head(*(t[head] for t in (*parts, position_key, position_query)), places) for head in heads]
         return torch.cat(found, dim=-1) if self.on_cpu else found[0].transpose(0, 1).reshape(len(queries), -1)
 
-    def _head(self, query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor, places: Places) -> Tensor:
+    def _head(
+        self, query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor, places: Places
+    ) -> Tensor:
         """Of one head: query [N, R, H], key and value [N, L, H] -> [N R, H]; of several, each with A before."""
         position_key, position_query = position_key[..., None, :, :], position_query[..., None, :, :]
         left, right = (position_query, key) if key.shape[-3] == 1 else (key, position_query)
@@ -156,7 +167,9 @@ def _taken(products: Tensor, cells: Tensor) -> Tensor:
     return products.index_select(-1, cells)
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None, gelu: bool = False) -> Tensor:
+def onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None, gelu: bool = False
+) -> Tensor:
     """x weight^T + bias, + add or through gelu, in one pass; what inductor makes of a linear layer on a CPU."""
     if add is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
@@ -165,10 +178,18 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | 
 
 def covers(config: Any) -> bool:
     """Whether this is the kind of DeBERTa that is computed here: that of v3."""
-    plain = not config.position_biased_input and config.type_vocab_size == 0 and getattr(config, "conv_kernel_size", 0) == 0
+    plain = (
+        not config.position_biased_input and config.type_vocab_size == 0 and getattr(config, "conv_kernel_size", 0) == 0
+    )
     attention = config.relative_attention and config.share_att_key and config.position_buckets > 0
     same = getattr(config, "embedding_size", config.hidden_size) == config.hidden_size
-    return plain and attention and same and set(config.pos_att_type or ()) == {"c2p", "p2c"} and config.hidden_act == "gelu"
+    return (
+        plain
+        and attention
+        and same
+        and set(config.pos_att_type or ()) == {"c2p", "p2c"}
+        and config.hidden_act == "gelu"
+    )
 
 
 def distance_buckets(length: int, config: Any, device: Any) -> Tensor:

@@ -58,7 +58,9 @@ class EndpointRuntime(Runtime):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be the address of an endpoint, e.g. http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
-            raise ValueError("holds a user or password, and settings end in records: put the key into the variable named by api_key_env")
+            raise ValueError(
+                "holds a user or password, and settings end in records: put the key into the variable named by api_key_env"
+            )
         return url
 
 
@@ -90,7 +92,9 @@ class Endpoint:
         local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         self.opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
 
-    def ask(self, requests: Sequence[dict[str, Any]], answered: Callable[[int], None] = lambda count: None) -> list[Reply]:
+    def ask(
+        self, requests: Sequence[dict[str, Any]], answered: Callable[[int], None] = lambda count: None
+    ) -> list[Reply]:
         """Each request's reply, in order; equal requests are asked once. `answered`: told about every few that are.
 
         Raises: ConfigError for what no further try would cure.
@@ -140,7 +144,9 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 detail = error.read(500).decode(errors="replace").strip()
                 if error.code in FATAL:
-                    raise ConfigError(f"the judge at {self.url} {FATAL[error.code]} ({error.code}): {detail[:300]}") from None
+                    raise ConfigError(
+                        f"the judge at {self.url} {FATAL[error.code]} ({error.code}): {detail[:300]}"
+                    ) from None
                 failure = f"judge answered {error.code}"
                 if error.code not in RETRIED:
                     break

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 
 from data_contracts.errors import TransientError
 from data_contracts.identity import canonical_json, digest_text
-from stages.policy import pick_device
+from stages.models.policy import pick_device
 from stages.registry import Named
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.endpoint import Endpoint, EndpointRuntime, Reply
@@ -66,9 +66,7 @@ Neither the order nor the length of the answers may count.
 </answer_b>
 
 """
-VERDICT = (
-    "Say in at most 80 words what decides it. Then end with [[A]] if answer A is better, [[B]] if answer B is, [[C]] if they are equal."
-)
+VERDICT = "Say in at most 80 words what decides it. Then end with [[A]] if answer A is better, [[B]] if answer B is, [[C]] if they are equal."
 LETTER = "Reply with one letter only, A or B, and nothing else: the better answer is"
 
 _SCORE = re.compile(r"score[*_`\s]*:[*_`\s]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -108,7 +106,9 @@ class LLMJudge:
         @field_validator("prompt")
         @classmethod
         def _has_places(cls, value: str | None, info: Any) -> str | None:
-            wanted = ("{prompt}", "{response}") if info.data.get("mode") == "rubric" else ("{prompt}", "{first}", "{second}")
+            wanted = (
+                ("{prompt}", "{response}") if info.data.get("mode") == "rubric" else ("{prompt}", "{first}", "{second}")
+            )
             if value is not None and (missing := [place for place in wanted if place not in value]):
                 raise ValueError(f"the judge's prompt has no place for {' and '.join(missing)}")
             return value
@@ -116,7 +116,11 @@ class LLMJudge:
     def __init__(self, config: Config, device: str):
         self.config, self.device, self.reasons = config, device, Counter()
         # Judgements are kept by the judge's name, so that of weights of one's own says which weights.
-        self.name = config.model if config.serve is None else f"{config.model}@{digest_text(canonical_json(config.serve.identity()))[:12]}"
+        self.name = (
+            config.model
+            if config.serve is None
+            else f"{config.model}@{digest_text(canonical_json(config.serve.identity()))[:12]}"
+        )
         self.endpoint = Endpoint(config.runtime, None, self._server())
         self.compared: Any = lambda count: None
         self.surroundings: Surroundings | None = None
@@ -155,15 +159,24 @@ class LLMJudge:
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         texts = [[row["completion"] for row in item.generations] for item in batch]
-        questions = [self._questions(prompt_text(item.prompt), answers) for item, answers in zip(batch, texts, strict=True)]
-        flat = [self._request(text, sample) for one in questions for text in one for sample in range(self.config.samples)]
+        questions = [
+            self._questions(prompt_text(item.prompt), answers) for item, answers in zip(batch, texts, strict=True)
+        ]
+        flat = [
+            self._request(text, sample) for one in questions for text in one for sample in range(self.config.samples)
+        ]
         replies = self._ask(flat)
         if flat and all(reply.failure == "judge cannot be reached" for reply in replies):
             raise TransientError(
                 f"nobody answers at {self.endpoint.url}: start the judge, e.g. `vllm serve {self.config.model}`, or set runtime.base_url"
             )
-        found = iter([self._mean([self._read(reply) for reply in group]) for group in _grouped(replies, self.config.samples)])
-        return [self._scores(len(answers), [next(found) for _ in one]) for answers, one in zip(texts, questions, strict=True)]
+        found = iter(
+            [self._mean([self._read(reply) for reply in group]) for group in _grouped(replies, self.config.samples)]
+        )
+        return [
+            self._scores(len(answers), [next(found) for _ in one])
+            for answers, one in zip(texts, questions, strict=True)
+        ]
 
     def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
         """Their replies; the stage learns of the tokens, and that it waited for somebody else's server."""
@@ -173,7 +186,11 @@ class LLMJudge:
             replies = self.endpoint.ask(requests, lambda count: self.compared(count / self.config.samples))
         if told is not None:
             spent = self.endpoint.counts - before
-            told.used(self.endpoint.server.model if self.endpoint.server else "", spent["prompt_tokens"], spent["completion_tokens"])
+            told.used(
+                self.endpoint.server.model if self.endpoint.server else "",
+                spent["prompt_tokens"],
+                spent["completion_tokens"],
+            )
         return replies
 
     def _questions(self, prompt: str, answers: Sequence[str]) -> list[str]:
@@ -210,7 +227,9 @@ class LLMJudge:
 
     def _verdict(self, reply: Reply) -> float | str:
         found = _VERDICT.findall(reply.text)
-        return {"A": 1.0, "B": -1.0, "C": 0.0}[found[-1]] * self.config.verdict_logit if found else "judge gave no verdict"
+        return (
+            {"A": 1.0, "B": -1.0, "C": 0.0}[found[-1]] * self.config.verdict_logit if found else "judge gave no verdict"
+        )
 
     def _mean(self, values: list[float | str]) -> float | str:
         self.reasons.update(value for value in values if isinstance(value, str))
@@ -252,7 +271,9 @@ def read_letter(reply: Reply) -> float | str:
     """log p(A) - log p(B) of the one token, over all its spellings. A letter beyond the listed ones counts as the last of them."""
     try:
         listed = reply.body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        logps = {letter: [item["logprob"] for item in listed if item["token"].strip().upper() == letter] for letter in "AB"}
+        logps = {
+            letter: [item["logprob"] for item in listed if item["token"].strip().upper() == letter] for letter in "AB"
+        }
         floor = min(item["logprob"] for item in listed)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return "judge gave no log-probs"

@@ -32,7 +32,9 @@ class Length:
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         return [
             Scores(
-                np.array([-abs(len(row["token_ids"]) - self.config.target_tokens) for row in item.generations], dtype=float),
+                np.array(
+                    [-abs(len(row["token_ids"]) - self.config.target_tokens) for row in item.generations], dtype=float
+                ),
                 None,
                 [""] * len(item.generations),
             )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_contracts.errors import ConfigError
-from stages.policy import pick_device
+from stages.models.policy import pick_device
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, NamedModel, PairScorer, locate
 
@@ -43,7 +43,9 @@ class LLMBlender(PairScorer):
                     "scoring.runtime.python: .venv-oracle/bin/python; or use {name: pairrm}, which gives the same logits"
                 ) from None
             self.blender = llm_blender.Blender()
-            self.blender.loadranker(str(locate(self.config.model, self.config.name)), device=pick_device(self.device), fp16=False)
+            self.blender.loadranker(
+                str(locate(self.config.model, self.config.name)), device=pick_device(self.device), fp16=False
+            )
         return self.blender
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
@@ -58,7 +60,13 @@ class LLMBlender(PairScorer):
                 if i != j:
                     try:
                         found = blender.compare(
-                            [source], [first], [second], batch_size=1, return_logits=True, mode="[A,B]", disable_tqdm=True
+                            [source],
+                            [first],
+                            [second],
+                            batch_size=1,
+                            return_logits=True,
+                            mode="[A,B]",
+                            disable_tqdm=True,
                         )
                         logits[i, j] = float(np.asarray(found).ravel()[0])
                     except RuntimeError:  # a marker inside a text: tensors of different sizes

@@ -21,7 +21,11 @@ class NamedModel(ModelRef):
         if self.path is None or not Path(self.path).expanduser().is_dir():
             return super().identity()
         store = Store()
-        return {"content": external_model(Path(self.path).expanduser(), store.root / "digests" if store.root.is_dir() else None).content}
+        return {
+            "content": external_model(
+                Path(self.path).expanduser(), store.root / "digests" if store.root.is_dir() else None
+            ).content
+        }
 
 
 class ModelScorerConfig(Named):
@@ -55,7 +59,9 @@ def locate(model: ModelRef, scorer: str) -> Path:
     try:
         return Path(snapshot_download(model.hub_id, revision=model.revision, allow_patterns=wanted))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ConfigError(f"the hub has no model {model.hub_id} at {model.revision or 'main'}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"the hub has no model {model.hub_id} at {model.revision or 'main'}: {str(error).splitlines()[0]}"
+        ) from None
     except (OSError, ValueError) as error:
         raise TransientError(
             f"the model {model.hub_id} of the scorer {scorer} could not be fetched and is not in the local cache: {str(error).splitlines()[0]}"
@@ -113,12 +119,16 @@ def load_strictly(network: Any, tensors: Mapping[str, Any], directory: Path) -> 
         "missing": sorted(wanted.keys() - found.keys()),
         "unknown": sorted(found.keys() - wanted.keys()),
         "of another shape": [
-            f"{name} {found[name]}, not {wanted[name]}" for name in wanted if name in found and found[name] != wanted[name]
+            f"{name} {found[name]}, not {wanted[name]}"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
         ],
     }
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {what}, e.g. {names[:3]}" for what, names in problems.items() if names)
-        raise ConfigError(f"the checkpoint {directory} does not fit this network: {told}. It is another model, or damaged")
+        raise ConfigError(
+            f"the checkpoint {directory} does not fit this network: {told}. It is another model, or damaged"
+        )
     network.load_state_dict(dict(tensors), strict=True)
 
 

@@ -76,14 +76,20 @@ def group_of(scores: Scores, tau: float, preference: Preference = "one_order") -
         relative = relative_rewards(scores.preference_logits, preference)
         usable = np.flatnonzero(~np.isnan(relative).all(axis=1, where=~np.eye(len(relative), dtype=bool)))
         relative = relative[np.ix_(usable, usable)]
-        rewards = np.nanmean(np.clip(relative, -1e300, 1e300), axis=1) if len(usable) else np.zeros(0)  # inf - inf would be NaN
+        rewards = (
+            np.nanmean(np.clip(relative, -1e300, 1e300), axis=1) if len(usable) else np.zeros(0)
+        )  # inf - inf would be NaN
         count = len(scores.preference_logits)
     else:
         usable, count = np.flatnonzero(~np.isnan(scores.scores)), len(scores.scores)
         rewards = scores.scores[usable]
         difference = rewards[:, None] - rewards[None, :]
         with np.errstate(invalid="ignore"):  # sign(0) * inf is NaN: a tie
-            relative = np.nan_to_num(np.sign(difference) * np.inf, posinf=np.inf, neginf=-np.inf) if tau == 0 else difference / tau
+            relative = (
+                np.nan_to_num(np.sign(difference) * np.inf, posinf=np.inf, neginf=-np.inf)
+                if tau == 0
+                else difference / tau
+            )
     group = Group(np.full(count, np.nan), np.full(count, np.nan), np.full((count, count), np.nan))
     if len(usable):
         matrix = np.where(np.isnan(relative), np.nan, preference_matrix(relative))
@@ -137,7 +143,9 @@ def length_matched(group: Group, rules: Rules) -> list[Choice] | str:
     near = [pair for pair in pairs if max(lengths[list(pair)]) <= rules.max_length_ratio * min(lengths[list(pair)])]
     if not near:
         return "no two unequal candidates are of about the same length"
-    return _sure_enough([max(near, key=lambda pair: group.rewards[pair.chosen] - group.rewards[pair.rejected])], group, rules)
+    return _sure_enough(
+        [max(near, key=lambda pair: group.rewards[pair.chosen] - group.rewards[pair.rejected])], group, rules
+    )
 
 
 def all_pairs(group: Group, rules: Rules) -> list[Choice] | str:
@@ -200,9 +208,15 @@ def pair_statistics(matrices: list[np.ndarray]) -> PairStatistics:
     for logits in matrices:
         upper = np.triu_indices(len(logits), 1)
         there, back = logits[upper], logits.T[upper]
-        known = np.isfinite(there) & np.isfinite(back) & ((there != 0) | (back != 0))  # 0 and 0: equal texts, never asked
+        known = (
+            np.isfinite(there) & np.isfinite(back) & ((there != 0) | (back != 0))
+        )  # 0 and 0: equal texts, never asked
         there, back = there[known], back[known]
-        pairs, bias, width = pairs + len(there), bias + float((there + back).sum() / 2), width + float(np.abs(there - back).sum() / 2)
+        pairs, bias, width = (
+            pairs + len(there),
+            bias + float((there + back).sum() / 2),
+            width + float(np.abs(there - back).sum() / 2),
+        )
         decided += int((np.sign(there) * np.sign(back) > 0).sum())
         wins = (logits - logits.T) > 0
         losses = wins.T

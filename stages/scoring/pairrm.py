@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stages.policy import batches_by_budget, pick_device, pin_threads
+from stages.models.policy import batches_by_budget, pick_device, pin_threads
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, NamedModel, PairScorer, locate
 
@@ -42,7 +42,11 @@ class PairRM(PairScorer):
         self.directory: Path | str = ""
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.batch_tokens, self.compared, self.used = surroundings.batch_tokens, surroundings.compared, surroundings.used
+        self.batch_tokens, self.compared, self.used = (
+            surroundings.batch_tokens,
+            surroundings.compared,
+            surroundings.used,
+        )
 
     def load(self) -> Any:
         if self.ranker is None:

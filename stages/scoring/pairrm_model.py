@@ -93,8 +93,14 @@ def load_ranker(directory: Path, tokenizer_directory: Path | None, dtype: str, d
     if "ranker_type" in settings:
         backbone = Path(str(settings.get("model_name")))
         if settings["ranker_type"] != "pairranker":
-            raise ConfigError(f"{directory} is a ranker of type {settings['ranker_type']!r}; this scorer loads `pairranker`")
-        described = json.loads((backbone / "config.json").read_text()) if (backbone / "config.json").is_file() else DEBERTA_V3_LARGE
+            raise ConfigError(
+                f"{directory} is a ranker of type {settings['ranker_type']!r}; this scorer loads `pairranker`"
+            )
+        described = (
+            json.loads((backbone / "config.json").read_text())
+            if (backbone / "config.json").is_file()
+            else DEBERTA_V3_LARGE
+        )
         places = [tokenizer_directory, directory, backbone]
     elif settings.get("model_type") == "deberta-v2":
         described, places = settings, [tokenizer_directory, directory]
@@ -105,18 +111,32 @@ def load_ranker(directory: Path, tokenizer_directory: Path | None, dtype: str, d
     tensors = read_tensors(directory)
     embeddings = tensors.get("pretrained_model.embeddings.word_embeddings.weight")
     if embeddings is None:
-        raise ConfigError(f"{directory} has no tensor pretrained_model.embeddings.word_embeddings.weight: not a PairRM checkpoint")
-    known = {key: value for key, value in described.items() if key not in ("architectures", "auto_map", "transformers_version", "dtype")}
-    config = DebertaV2Config(**known | {"vocab_size": len(embeddings), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+        raise ConfigError(
+            f"{directory} has no tensor pretrained_model.embeddings.word_embeddings.weight: not a PairRM checkpoint"
+        )
+    known = {
+        key: value
+        for key, value in described.items()
+        if key not in ("architectures", "auto_map", "transformers_version", "dtype")
+    }
+    config = DebertaV2Config(
+        **known | {"vocab_size": len(embeddings), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    )
     network = PairNetwork(config, int(settings.get("n_tasks") or 1))
     load_strictly(network, tensors, directory)
-    place = next((p for p in places if p is not None and any((p / name).is_file() for name in ("tokenizer.json", "spm.model"))), None)
+    place = next(
+        (p for p in places if p is not None and any((p / name).is_file() for name in ("tokenizer.json", "spm.model"))),
+        None,
+    )
     if place is None:
         raise ConfigError(
             f"{directory} holds no tokenizer: give scorer.tokenizer, e.g. {{hub_id: microsoft/deberta-v3-large}}, or use PairRM-hf"
         )
     tokenizer = load_tokenizer(place, limits)
-    if tokenizer.source_id + 4 != len(embeddings) or settings.get("source_prefix_id", tokenizer.source_id) != tokenizer.source_id:
+    if (
+        tokenizer.source_id + 4 != len(embeddings)
+        or settings.get("source_prefix_id", tokenizer.source_id) != tokenizer.source_id
+    ):
         raise ConfigError(
             f"the tokenizer in {place} puts PairRM's markers at {tokenizer.source_id}, the checkpoint has {len(embeddings)} embeddings: they do not belong together"
         )

@@ -89,7 +89,9 @@ def load_tokenizer(directory: Path, limits: Limits) -> PairTokenizer:
         backend = _from_spm(directory / "spm.model")
         first = backend.get_vocab_size()
     else:
-        raise ConfigError(f"{directory} has neither tokenizer.json nor spm.model: PairRM needs the tokenizer of microsoft/deberta-v3-large")
+        raise ConfigError(
+            f"{directory} has neither tokenizer.json nor spm.model: PairRM needs the tokenizer of microsoft/deberta-v3-large"
+        )
     return PairTokenizer(backend, first, limits)
 
 
@@ -115,9 +117,15 @@ def _from_spm(path: Path) -> Any:
     vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
     charsmap = proto.normalizer_spec.precompiled_charsmap
-    steps = [normalizers.Strip(), *([normalizers.Precompiled(charsmap)] if charsmap else []), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps = [
+        normalizers.Strip(),
+        *([normalizers.Precompiled(charsmap)] if charsmap else []),
+        normalizers.Replace(Regex(" {2,}"), " "),
+    ]
     backend.normalizer = normalizers.Sequence(steps)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
     kinds = [(piece.piece, piece.type == 3) for piece in proto.pieces if piece.type in (3, 4)]
     backend.add_tokens([AddedToken(piece, normalized=False, special=special) for piece, special in kinds])
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROLS])

@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import Field
 
 from data_contracts.errors import ConfigError, ContractError
-from stages.lazy import torch
-from stages.policy import batches_by_budget, pick_device, pin_threads
+from stages.models.lazy import torch
+from stages.models.policy import batches_by_budget, pick_device, pin_threads
+from stages.models.tokens import context_length
 from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
 from stages.scoring.models import ModelScorerConfig, local_directory, locate, refuse_remote_code
 from stages.scoring.pairrm_tokens import Limits, blank, load_tokenizer
-from stages.tokens import context_length
 
 
 class ClassifierConfig(ModelScorerConfig):
@@ -49,7 +49,11 @@ class PointwiseScorer:
     @staticmethod
     def check_prompts(config: Any, prompts: Sequence[dict[str, Any]]) -> None:
         if (directory := local_directory(config.model, config.name)) is not None:
-            refuse_remote_code(json.loads((directory / "config.json").read_text()), directory, getattr(config, "trust_remote_code", False))
+            refuse_remote_code(
+                json.loads((directory / "config.json").read_text()),
+                directory,
+                getattr(config, "trust_remote_code", False),
+            )
 
     def prepare(self, surroundings: Surroundings) -> None:
         self.batch_tokens, self.used = surroundings.batch_tokens, surroundings.used
@@ -69,7 +73,9 @@ class PointwiseScorer:
             pin_threads(None)
             self.directory = locate(self.config.model, self.config.name)
             self.open(self.directory)
-        encoded = [self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations]
+        encoded = [
+            self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations
+        ]
         values = np.full(len(encoded), np.nan)
         with torch.inference_mode():
             for rows in batches_by_budget([len(ids) for ids in encoded], self.batch_tokens):
@@ -123,9 +129,13 @@ def load_classifier(directory: Path, config: ClassifierConfig, device: str) -> A
         output_loading_info=True,
     )
     if missing := sorted(told["missing_keys"]):
-        raise ConfigError(f"{directory} lacks {len(missing)} tensors of a sequence classifier, e.g. {missing[:3]}: it is no reward model")
+        raise ConfigError(
+            f"{directory} lacks {len(missing)} tensors of a sequence classifier, e.g. {missing[:3]}: it is no reward model"
+        )
     if config.output >= model.config.num_labels:
-        raise ConfigError(f"{directory} has {model.config.num_labels} output(s); scorer.output is {config.output}, and counts from 0")
+        raise ConfigError(
+            f"{directory} has {model.config.num_labels} output(s); scorer.output is {config.output}, and counts from 0"
+        )
     return model.to(device).eval()
 
 
@@ -140,22 +150,31 @@ class RewardModel(PointwiseScorer):
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         if not self.tokenizer.chat_template:
-            raise ConfigError(f"the reward model {directory} has no chat template; for a prompt-answer encoder use {{name: pair_encoder}}")
+            raise ConfigError(
+                f"the reward model {directory} has no chat template; for a prompt-answer encoder use {{name: pair_encoder}}"
+            )
         self.network = load_classifier(directory, self.config, pick_device(self.device))
         self.longest = self.limit(directory, self.tokenizer.model_max_length)
 
     def encode(self, messages: Sequence[dict[str, str]], answer: str) -> list[int]:
-        chat = [*({"role": m["role"], "content": m["content"]} for m in messages), {"role": "assistant", "content": answer}]
+        chat = [
+            *({"role": m["role"], "content": m["content"]} for m in messages),
+            {"role": "assistant", "content": answer},
+        ]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False)
         # The template writes its own control tokens.
-        return keep_the_end(list(self.tokenizer(text, add_special_tokens=False).input_ids), self.longest, self.tokenizer.bos_token_id)
+        return keep_the_end(
+            list(self.tokenizer(text, add_special_tokens=False).input_ids), self.longest, self.tokenizer.bos_token_id
+        )
 
     def forward(self, rows: list[list[int]]) -> list[float]:
         config = self.network.config
         given = config.pad_token_id
         # The network finds the last token by the padding id: without one of its own, take an id that no row holds.
         pad = (
-            given if given is not None else next(i for i in range(config.get_text_config().vocab_size) if all(i not in row for row in rows))
+            given
+            if given is not None
+            else next(i for i in range(config.get_text_config().vocab_size) if all(i not in row for row in rows))
         )
         config.pad_token_id = config.get_text_config().pad_token_id = pad
         try:
@@ -176,7 +195,12 @@ class PairEncoder(PointwiseScorer):
         self.is_deberta = self.network.config.model_type == "deberta-v2"
         if self.is_deberta:  # transformers 5 would lose the NFKC map
             self.tokenizer: Any = load_tokenizer(directory, Limits())
-            self.cls, self.sep, self.pad, told = [self.tokenizer.cls_id], [self.tokenizer.sep_id], self.tokenizer.pad_id, None
+            self.cls, self.sep, self.pad, told = (
+                [self.tokenizer.cls_id],
+                [self.tokenizer.sep_id],
+                self.tokenizer.pad_id,
+                None,
+            )
         else:
             from transformers import AutoTokenizer
 
@@ -184,7 +208,12 @@ class PairEncoder(PointwiseScorer):
             first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
             if first is None or last is None:
                 raise ConfigError(f"the tokenizer of {directory} has no [CLS] and [SEP]: it encodes no pairs of texts")
-            self.cls, self.sep, self.pad, told = [first], [last], self.tokenizer.pad_token_id or 0, self.tokenizer.model_max_length
+            self.cls, self.sep, self.pad, told = (
+                [first],
+                [last],
+                self.tokenizer.pad_token_id or 0,
+                self.tokenizer.model_max_length,
+            )
         self.longest = self.limit(directory, told)
 
     def _ids(self, text: str) -> list[int]:
@@ -205,4 +234,10 @@ class PairEncoder(PointwiseScorer):
         if (getattr(self.network.config, "type_vocab_size", 0) or 0) > 1:  # BERT: the answer is of type 1
             after_sep = torch.cumsum((ids == self.sep[0]).long(), dim=1) - (ids == self.sep[0]).long()
             more["token_type_ids"] = ((after_sep >= 1) & mask.bool()).long()
-        return self.network(input_ids=ids, attention_mask=mask, **more).logits[:, self.config.output].float().cpu().tolist()
+        return (
+            self.network(input_ids=ids, attention_mask=mask, **more)
+            .logits[:, self.config.output]
+            .float()
+            .cpu()
+            .tolist()
+        )

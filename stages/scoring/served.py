@@ -1,6 +1,6 @@
 """Stages - a judge of one's own: `vllm serve` of a model directory, for as long as the stage wants it. Standard library only.
 
-It listens on 127.0.0.1 at a free port and is started by the first request that is not in the cache. It runs under stages/supervise.py, so that
+It listens on 127.0.0.1 at a free port and is started by the first request that is not in the cache. It runs under stages/running/supervise.py, so that
 it ends with this process, however that ends. vLLM itself stays out of this process.
 """
 
@@ -21,7 +21,7 @@ from pydantic import Field
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, TransientError
-from stages.supervise import supervisor_options
+from stages.running.supervise import supervisor_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,14 +54,19 @@ class Served:
                 port = free.getsockname()[1]
             self.url, self.log = f"http://127.0.0.1:{port}/v1", tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "stages.supervise", *supervisor_options(), *self.command(port)],
+                [sys.executable, "-m", "stages.running.supervise", *supervisor_options(), *self.command(port)],
                 stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True,
             )  # fmt: skip
             self._wait(f"http://127.0.0.1:{port}/health")
         return self.url
 
     def command(self, port: int) -> list[str]:
-        options: dict[str, Any] = {"model": self.model, "served-model-name": self.name, "host": "127.0.0.1", "port": port}
+        options: dict[str, Any] = {
+            "model": self.model,
+            "served-model-name": self.name,
+            "host": "127.0.0.1",
+            "port": port,
+        }
         if self.device == "cpu":
             # A seeded request in a chunked prefill kills vLLM's CPU engine ("CPU Generator does not use offset").
             options |= {"enforce-eager": True, "no-enable-chunked-prefill": True}
@@ -79,7 +84,10 @@ class Served:
         return settings | os.environ | {"PYTHONPATH": path}
 
     def _wait(self, health: str) -> None:
-        end, opener = time.monotonic() + self.runtime.start_seconds, urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        end, opener = (
+            time.monotonic() + self.runtime.start_seconds,
+            urllib.request.build_opener(urllib.request.ProxyHandler({})),
+        )
         while True:
             self.check(ConfigError)
             try:
@@ -102,7 +110,9 @@ class Served:
             self.log.seek(0)
             told = self.log.read().decode(errors="replace").strip()[-1500:]
             self.close()
-            raise error(f"the judge's server (`vllm serve {self.model}`) ended with code {code}. Its last words:\n{told}")
+            raise error(
+                f"the judge's server (`vllm serve {self.model}`) ended with code {code}. Its last words:\n{told}"
+            )
 
     def close(self) -> None:
         """Ends it; the next request would start it again."""

@@ -14,13 +14,13 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
-from stages.cost import loading
-from stages.logps import Pass
+from stages.models.logps import Pass
+from stages.models.tokens import Template, encode_prompt, encode_response, load_tokenizer
+from stages.running.cost import loading
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scores, Surroundings, close, compares, prepared, score_once
 from stages.scoring.pairing import CHOOSE, Group, Preference, Rules, group_of, pair_statistics
 from stages.stage import Job, StageRuntime, events
-from stages.tokens import Template, encode_prompt, encode_response, load_tokenizer
 
 Pairing = Literal[
     "best_vs_worst", "each", "truth_vs_generation", "truth", "given", "random_pair", "length_matched", "all_pairs"
@@ -38,7 +38,12 @@ class ScoringRuntime(StageRuntime):
 class ScoringConfig(BaseConfig):
     """What is preferred over what."""
 
-    NEUTRAL: ClassVar[dict[str, Any]] = {"preference": "both_orders", "min_preference": None, "max_length_ratio": 1.25, "seed": 0}
+    NEUTRAL: ClassVar[dict[str, Any]] = {
+        "preference": "both_orders",
+        "min_preference": None,
+        "max_length_ratio": 1.25,
+        "seed": 0,
+    }
 
     scorer: SCORERS.field() | None = None
     """By name, with its settings; docs/scoring.md lists them all. None: for pairings that need no score."""
@@ -79,12 +84,15 @@ def run(job: Job) -> None:
     scoring = _Scoring(job, prompts, groups) if config.scorer is not None and groups else None
     if scoring is None and pairing in CHOOSE:
         raise ConfigError(f"pairing {pairing} needs a scorer: set scoring.scorer")
-    for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "scored_pairs", beside=("scores", "dropped")):
+    for index, chunk in job.missing_shards(
+        prompts, config.runtime.prompts_per_shard, "scored_pairs", beside=("scores", "dropped")
+    ):
         candidates = [groups[prompt["prompt_id"]] for prompt in chunk] if groups else [[]] * len(chunk)
         with job.timed("score"):
             scores = scoring.of(chunk, candidates, index) if scoring else [Scores(None, None, [])] * len(chunk)
             results = [
-                _rows(prompt, rows, score, texts, config, pairing) for prompt, rows, score in zip(chunk, candidates, scores, strict=True)
+                _rows(prompt, rows, score, texts, config, pairing)
+                for prompt, rows, score in zip(chunk, candidates, scores, strict=True)
             ]
         # Raw scores first: a shard of pairs without its scores cannot be left behind.
         raw = [_score_row(prompt, score) for prompt, score in zip(chunk, scores, strict=True)]
@@ -112,7 +120,9 @@ def _generations(job: Job, prompts: list[dict[str, Any]], pairing: str) -> dict[
     groups: dict[str, list[dict[str, Any]]] = {prompt["prompt_id"]: [] for prompt in prompts}
     for row in read_shards(job.path("generations"), "generations").to_pylist():
         if row["prompt_id"] not in groups:
-            raise ContractError(f"generations {key}: prompt {row['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}")
+            raise ContractError(
+                f"generations {key}: prompt {row['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}"
+            )
         groups[row["prompt_id"]].append(row)
     if empty := [prompt_id for prompt_id, rows in groups.items() if not rows]:
         raise ContractError(f"generations {key}: no candidate for the prompt(s) {empty[:3]}")
@@ -124,7 +134,11 @@ class _Scoring:
 
     def __init__(self, job: Job, prompts: list[dict[str, Any]], groups: dict[str, list[dict[str, Any]]]):
         self.job, self.config = job, job.config.scorer
-        self.progress = _Comparisons(job, [len(groups[prompt["prompt_id"]]) for prompt in prompts]) if compares(self.config) else None
+        self.progress = (
+            _Comparisons(job, [len(groups[prompt["prompt_id"]]) for prompt in prompts])
+            if compares(self.config)
+            else None
+        )
         self.scorer_class = SCORERS.get(self.config.name)
         self.scorer_class.check_prompts(self.config, prompts)
         self.start = _StartLogps(job) if self.scorer_class.needs_start_logps(self.config) else None
@@ -158,7 +172,11 @@ class _Scoring:
         """One event per shard: how much was scored, how fast, and what a pair scorer's two orders say of it."""
         matrices = [score.preference_logits for score in scores if score.preference_logits is not None]
         count, unit = (sum(k * (k - 1) for k in sizes), "comparisons") if matrices else (sum(sizes), "candidates")
-        facts: dict[str, float] = {unit: count, "seconds": round(seconds, 3), f"{unit}_per_second": round(count / max(seconds, 1e-9), 1)}
+        facts: dict[str, float] = {
+            unit: count,
+            "seconds": round(seconds, 3),
+            f"{unit}_per_second": round(count / max(seconds, 1e-9), 1),
+        }
         facts |= pair_statistics(matrices).rates() if matrices else {}
         facts |= self.scorer.metrics() if hasattr(self.scorer, "metrics") else {}
         self.job.event("scored", index=shard, **facts)
@@ -193,7 +211,9 @@ class _StartLogps:
 
     def __init__(self, job: Job):
         if "start" not in job.inputs:
-            raise ConfigError(f"the scorer {job.config.scorer.name} has a fluency floor and needs the start model: give the input `start`")
+            raise ConfigError(
+                f"the scorer {job.config.scorer.name} has a fluency floor and needs the start model: give the input `start`"
+            )
         self.job, runtime = job, job.config.runtime
         self.start = Pass(job.store_root, job.inputs["start"], "bfloat16", runtime.device, runtime.batch_tokens)
 
@@ -219,15 +239,26 @@ class _Texts:
 
     def response(self, prompt: dict[str, Any], field: str) -> list[int]:
         if prompt[field] is None:
-            raise ConfigError(f"pairing {self.config.pairing} needs `{field}` in every prompt; {prompt['prompt_id']!r} has none")
+            raise ConfigError(
+                f"pairing {self.config.pairing} needs `{field}` in every prompt; {prompt['prompt_id']!r} has none"
+            )
         return encode_response(self.tokenizer, prompt[field])[: self.config.max_response_tokens]
 
 
 def _rows(
-    prompt: dict[str, Any], candidates: list[dict[str, Any]], scores: Scores, texts: _Texts | None, config: ScoringConfig, pairing: str
+    prompt: dict[str, Any],
+    candidates: list[dict[str, Any]],
+    scores: Scores,
+    texts: _Texts | None,
+    config: ScoringConfig,
+    pairing: str,
 ) -> list[dict[str, Any]] | str:
     """The rows of one prompt, or the reason why it gives none."""
-    group = None if scores.scores is None and scores.preference_logits is None else group_of(scores, config.tau, config.preference)
+    group = (
+        None
+        if scores.scores is None and scores.preference_logits is None
+        else group_of(scores, config.tau, config.preference)
+    )
     common = {
         "prompt_id": prompt["prompt_id"],
         "prompt_ids": candidates[0]["prompt_ids"] if candidates else texts.prompt(prompt),
@@ -237,7 +268,9 @@ def _rows(
     }
     if texts is None:
         lengths = tuple(len(row["token_ids"]) for row in candidates)
-        choices = CHOOSE[pairing](group, Rules(lengths, prompt["prompt_id"], config.seed, config.max_length_ratio, config.min_preference))
+        choices = CHOOSE[pairing](
+            group, Rules(lengths, prompt["prompt_id"], config.seed, config.max_length_ratio, config.min_preference)
+        )
         if isinstance(choices, str):
             return choices
         return [
@@ -269,12 +302,20 @@ def _side(side: str, candidates: list[dict[str, Any]], number: int | None, group
 
 def _text_side(side: str, texts: _Texts, prompt: dict[str, Any], field: str, win_rate: float) -> dict[str, Any]:
     ids = texts.response(prompt, field)
-    return {f"{side}_ids": ids, side: prompt[field], f"score_{side}": None, f"win_rate_{side}": win_rate, f"{side}_candidate": -1}
+    return {
+        f"{side}_ids": ids,
+        side: prompt[field],
+        f"score_{side}": None,
+        f"win_rate_{side}": win_rate,
+        f"{side}_candidate": -1,
+    }
 
 
 def _score_row(prompt: dict[str, Any], scores: Scores) -> dict[str, Any]:
     plain = None if scores.scores is None else [None if np.isnan(value) else float(value) for value in scores.scores]
-    logits = None if scores.preference_logits is None else np.asarray(scores.preference_logits, dtype=float).ravel().tolist()
+    logits = (
+        None if scores.preference_logits is None else np.asarray(scores.preference_logits, dtype=float).ravel().tolist()
+    )
     return {"prompt_id": prompt["prompt_id"], "scores": plain, "preference_logits": logits, "reasons": scores.reasons}
 
 
@@ -294,7 +335,9 @@ def _summarise(job: Job, num_prompts: int) -> None:
     told = {event["index"]: event for event in events(job.out) if event["event"] == "scored"}.values()
     for unit in ("comparisons", "candidates"):
         if rates := [event for event in told if unit in event]:
-            job.metrics[f"{unit}_per_second"] = sum(event[unit] for event in rates) / max(sum(event["seconds"] for event in rates), 1e-9)
+            job.metrics[f"{unit}_per_second"] = sum(event[unit] for event in rates) / max(
+                sum(event["seconds"] for event in rates), 1e-9
+            )
     if len(scored):
         job.metrics["mean_score"] = float(scored.mean())
     flat = [row for row in raw["preference_logits"].to_pylist() if row is not None]
@@ -305,7 +348,9 @@ def _summarise(job: Job, num_prompts: int) -> None:
         job.metrics |= {f"pairwise/{name}": value for name, value in pair_statistics(known).rates().items()}
     if pairs.num_rows:
         for side in ("chosen", "rejected"):
-            job.metrics[f"mean_tokens/{side}"] = float(pairs[f"{side}_ids"].combine_chunks().value_lengths().to_numpy().mean())
+            job.metrics[f"mean_tokens/{side}"] = float(
+                pairs[f"{side}_ids"].combine_chunks().value_lengths().to_numpy().mean()
+            )
             job.metrics[f"win_rate/{side}"] = float(np.mean(pairs[f"win_rate_{side}"].to_numpy()))
     if drop_rate > job.config.max_drop_rate or not pairs.num_rows:
         raise ContractError(

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from data_contracts.checkpoint import external_model, has_chat_template
-from stages.logps import Pass
+from stages.models.logps import Pass
+from stages.models.tokens import encode_prompt, load_tokenizer
 from stages.scoring.base import Candidates, Scores, Surroundings
 from stages.scoring.models import ModelScorer, ModelScorerConfig, locate
-from stages.tokens import encode_prompt, load_tokenizer
 
 
 class TeacherLogp(ModelScorer):
@@ -32,7 +32,11 @@ class TeacherLogp(ModelScorer):
         self.surroundings: Surroundings | None = None
 
     def prepare(self, surroundings: Surroundings) -> None:
-        self.root, self.batch_tokens, self.surroundings = surroundings.store_root, surroundings.batch_tokens, surroundings
+        self.root, self.batch_tokens, self.surroundings = (
+            surroundings.store_root,
+            surroundings.batch_tokens,
+            surroundings,
+        )
 
     def _open(self) -> None:
         import tempfile
@@ -68,7 +72,11 @@ class TeacherLogp(ModelScorer):
 
     def _response(self, row: dict[str, Any]) -> list[int]:
         ids = list(self.tokenizer(row["completion"], add_special_tokens=False).input_ids)
-        return [*ids, self.tokenizer.eos_token_id] if row["finish_reason"] == "stop" and self.tokenizer.eos_token_id is not None else ids
+        return (
+            [*ids, self.tokenizer.eos_token_id]
+            if row["finish_reason"] == "stop" and self.tokenizer.eos_token_id is not None
+            else ids
+        )
 
     def _value(self, logps: np.ndarray | None) -> tuple[float, str]:
         if logps is None:

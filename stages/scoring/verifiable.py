@@ -45,7 +45,9 @@ class Checks:
             except ConfigError as error:
                 raise ConfigError(f"prompt {prompt['prompt_id']!r}: {error}") from None
             if not checks:
-                raise ConfigError(f"prompt {prompt['prompt_id']!r} has no `checks`, and the scorer `checks` has nothing else to go by")
+                raise ConfigError(
+                    f"prompt {prompt['prompt_id']!r} has no `checks`, and the scorer `checks` has nothing else to go by"
+                )
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         return [self._score(item) for item in batch]
@@ -62,7 +64,11 @@ class Checks:
 
     def _floor(self, completion: str, start_logp: float | None) -> str:
         """The name of the floor that a completion falls through, or ""."""
-        if self.config.min_start_logp is not None and start_logp is not None and start_logp < self.config.min_start_logp:
+        if (
+            self.config.min_start_logp is not None
+            and start_logp is not None
+            and start_logp < self.config.min_start_logp
+        ):
             return "not fluent"
         if self.config.max_repetition is not None and repetition(completion) > self.config.max_repetition:
             return "repeats itself"

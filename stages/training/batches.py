@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.lazy import torch
-from stages.policy import Batch, Packed, batches_by_budget, batches_by_sum, collate, pack
+from stages.models.lazy import torch
+from stages.models.policy import Batch, Packed, batches_by_budget, batches_by_sum, collate, pack
 
 STEPS = "steps"
 """Directory of the checkpoints that are kept from the middle of a training, by number of steps."""
@@ -61,7 +61,9 @@ def row_length(row: dict[str, Any], sides: tuple[str, ...], packed: bool = False
 def collate_rows(rows: list[dict[str, Any]], sides: tuple[str, ...], packed: bool = False) -> Batch | Packed:
     """B rows as one batch of B responses per side, chosen first."""
     build = pack if packed else collate
-    return build([row["prompt_ids"] for row in rows] * len(sides), [row[f"{side}_ids"] for side in sides for row in rows])
+    return build(
+        [row["prompt_ids"] for row in rows] * len(sides), [row[f"{side}_ids"] for side in sides for row in rows]
+    )
 
 
 def column(rows: list[dict[str, Any]], name: str, length: int) -> Any:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
-from stages.lazy import torch
-from stages.policy import load_causal_lm
-from stages.tokens import load_tokenizer, stop_ids
+from stages.models.lazy import torch
+from stages.models.policy import load_causal_lm
+from stages.models.tokens import load_tokenizer, stop_ids
 from stages.training.resume import forget, seal, sealed
 
 
@@ -33,7 +33,9 @@ class Engine:
         self.config, self.device = config, device
         _join(deepspeed, config.runtime.collective_timeout_seconds)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
+        self.torch_device = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
+        )
         if device == "cuda":
             torch.cuda.set_device(self.torch_device)
         torch.manual_seed(config.seed)
@@ -45,10 +47,15 @@ class Engine:
         optimizer = _optimizer(config, policy.parameters())
         planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
         schedule = get_scheduler(
-            config.schedule, optimizer, num_warmup_steps=round(config.warmup_ratio * planned), num_training_steps=planned
+            config.schedule,
+            optimizer,
+            num_warmup_steps=round(config.warmup_ratio * planned),
+            num_training_steps=planned,
         )
         exact = [parameter.detach().cpu() for parameter in policy.parameters()] if config.dtype == "bfloat16" else None
-        self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=_settings(config))
+        self.engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, lr_scheduler=schedule, config=_settings(config)
+        )
         if exact is not None:
             self._start_from(exact)
         del policy, exact
@@ -137,7 +144,9 @@ class Engine:
             full = copies[parameter] if parameter in copies else safe_get_full_fp32_param(parameter)
             full = parameter.detach() if full is None else full
             if not torch.isfinite(full).all():  # vLLM would sample token 0 from such weights for ever, without an error
-                raise ContractError(f"the trained weights hold NaN or infinity, first in {name}: lower training.learning_rate")
+                raise ContractError(
+                    f"the trained weights hold NaN or infinity, first in {name}: lower training.learning_rate"
+                )
             if self.is_main:
                 state[name] = full.to(device="cpu", dtype=dtype).clone()
         if self.is_main:
@@ -148,7 +157,9 @@ class Engine:
             module.config.use_cache = False  # training may go on
             # transformers writes the dtype that the model computes in, and loads in the dtype that is written there.
             path = directory / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": self.config.save_dtype}, indent=2) + "\n")
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | {"dtype": self.config.save_dtype}, indent=2) + "\n"
+            )
         self.barrier()
 
     def barrier(self) -> None:
@@ -174,7 +185,9 @@ def _import_deepspeed(device: str) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None  # the first step does, without a gradient for every weight
+    FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: (
+        None
+    )  # the first step does, without a gradient for every weight
     FP16_UnfusedOptimizer.step = _step_in_parts
     return deepspeed
 
@@ -188,7 +201,9 @@ def _step_in_parts(self: Any, closure: None = None) -> bool:
     where its own step makes float32 gradients of all of them at once and reads them twice more. Returns: whether the gradient was not finite.
     """
     pairs = [
-        (low, high) for lows, highs in zip(self.fp16_groups, self.fp32_groups, strict=True) for low, high in zip(lows, highs, strict=True)
+        (low, high)
+        for lows, highs in zip(self.fp16_groups, self.fp32_groups, strict=True)
+        for low, high in zip(lows, highs, strict=True)
     ]
     norms = [torch.linalg.vector_norm(low.grad, dtype=torch.float32) for low, _ in pairs if low.grad is not None]
     self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms)).item()
@@ -216,7 +231,9 @@ def _join(deepspeed: Any, timeout: float) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        os.environ.update(
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        )
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout))
 
 
@@ -235,7 +252,10 @@ def _settings(config: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": {"stage": runtime.zero_stage, **({"offload_optimizer": offload} if runtime.zero_stage else {})},
+        "zero_optimization": {
+            "stage": runtime.zero_stage,
+            **({"offload_optimizer": offload} if runtime.zero_stage else {}),
+        },
         "zero_allow_untested_optimizer": True,  # RMSprop
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -261,4 +281,8 @@ def _float32_copies(optimizer: Any) -> dict[Any, Any]:
 def _tied(module: Any, state: dict[str, Any]) -> list[tuple[str, Any]]:
     """Names that share a tensor with a parameter (a tied lm_head): named_parameters() lists a shared tensor once."""
     owner = {parameter: name for name, parameter in module.named_parameters()}
-    return [(name, state[owner[parameter]]) for name, parameter in module.named_parameters(remove_duplicate=False) if name not in state]
+    return [
+        (name, state[owner[parameter]])
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if name not in state
+    ]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.shards import Rows
-from stages.cost import loading
+from stages.running.cost import loading
+from stages.training.bad_step import BadStep, what_is_wrong
 from stages.training.batches import STEPS, Step, kept_steps, micro_batches, plan_steps, row_length
 from stages.training.engine import Engine
-from stages.training.replay import BadStep, what_is_wrong
 from stages.training.streams import Streams
 
 METRICS = "metrics.jsonl"
@@ -81,10 +81,19 @@ def one_step(engine: Engine, streams: Streams, config: Any, step: Step, rows: li
     totals = dict(zip(names, engine.total([sums[name] for name in names]), strict=True))
     tokens = totals.pop("tokens")
     metrics = {name: value / len(rows) for name, value in totals.items()}
-    return {"step": step.number + 1, "epoch": step.epoch, **metrics, **state, "tokens": tokens, "seconds": time.monotonic() - began}
+    return {
+        "step": step.number + 1,
+        "epoch": step.epoch,
+        **metrics,
+        **state,
+        "tokens": tokens,
+        "seconds": time.monotonic() - began,
+    }
 
 
-def _step_constants(engine: Engine, streams: Streams, rows: list[Any], partners: list[Any], batches: list[list[int]]) -> dict[str, float]:
+def _step_constants(
+    engine: Engine, streams: Streams, rows: list[Any], partners: list[Any], batches: list[list[int]]
+) -> dict[str, float]:
     """Means over the whole step that the method's loss treats as constants (KTO's z0): a pass before the first one with gradient."""
     sums: dict[str, float] = {}
     for chosen in batches:
@@ -113,7 +122,11 @@ class _Log:
         last = [line for line in self.lines if line["epoch"] == epoch]
         names = [name for name in self.lines[0] if name not in ("step", "epoch", "tokens", "seconds")]
         means = {name: sum(line[name] for line in last if name in line) / len(last) for name in names}
-        return {"steps": len(self.lines), "first_loss": self.lines[0]["loss"], "tokens": sum(line["tokens"] for line in self.lines)} | means
+        return {
+            "steps": len(self.lines),
+            "first_loss": self.lines[0]["loss"],
+            "tokens": sum(line["tokens"] for line in self.lines),
+        } | means
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -21,10 +21,10 @@ from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import BY_NAME, ConfigError, ContractError, PipelineError, StageError, TransientError
 from data_contracts.shards import Rows, read_shards
 from data_contracts.store import write_atomic
-from stages import rendezvous
-from stages.cost import TRAIN
 from stages.methods import METHODS
-from stages.policy import pick_device, pin_threads
+from stages.models.policy import pick_device, pin_threads
+from stages.running import rendezvous
+from stages.running.cost import TRAIN
 from stages.stage import Job, StageRuntime
 from stages.training.batches import STEPS
 
@@ -93,7 +93,10 @@ def run(job: Job) -> None:
     _adopt(job)
     _account(job)
     job.metrics |= metrics
-    job.facts |= {"device": pick_device(config.runtime.device), "world_size": config.runtime.num_processes * config.runtime.num_nodes}
+    job.facts |= {
+        "device": pick_device(config.runtime.device),
+        "world_size": config.runtime.num_processes * config.runtime.num_nodes,
+    }
 
 
 def _account(job: Job) -> None:
@@ -105,9 +108,13 @@ def _account(job: Job) -> None:
         if name in job.inputs:
             table = read_shards(job.path(name), "weighted_pairs")
             lengths = {
-                column: table[column].combine_chunks().value_lengths().to_numpy() for column in ("prompt_ids", "chosen_ids", "rejected_ids")
+                column: table[column].combine_chunks().value_lengths().to_numpy()
+                for column in ("prompt_ids", "chosen_ids", "rejected_ids")
             }
-            tokens += sum(int((lengths["prompt_ids"] + lengths[f"{side}_ids"])[lengths[f"{side}_ids"] > 0].sum()) for side in sides)
+            tokens += sum(
+                int((lengths["prompt_ids"] + lengths[f"{side}_ids"])[lengths[f"{side}_ids"] > 0].sum())
+                for side in sides
+            )
     job.used(job.path("policy"), tokens * config.epochs, per_token=TRAIN)
     for beside in ("reference", "teacher"):
         if beside in job.inputs:
@@ -115,13 +122,16 @@ def _account(job: Job) -> None:
 
 
 def _inputs(job: Job) -> dict[str, str | None]:
-    return {name: str(job.path(name)) if name in job.inputs else None for name in ("pairs", "more_pairs", "policy", "reference", "teacher")}
+    return {
+        name: str(job.path(name)) if name in job.inputs else None
+        for name in ("pairs", "more_pairs", "policy", "reference", "teacher")
+    }
 
 
 def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None], job: Job | None) -> dict[str, float]:
     """What every rank does; `job` reports, and is there on the main rank only."""
+    from stages.training.bad_step import BadStep, save
     from stages.training.loop import train
-    from stages.training.replay import BadStep, save
 
     rows = Rows([inputs[name] for name in ("pairs", "more_pairs") if inputs[name]], "weighted_pairs")
     check_rows(rows, config.method)
@@ -130,7 +140,9 @@ def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None],
     def report(done: int, total: int, metrics: dict[str, float]) -> None:
         if job:
             shown = "".join(
-                f" {name} {metrics[key]:.4f}" for name, key in (("loss", "loss"), ("margin", "rewards/margins")) if key in metrics
+                f" {name} {metrics[key]:.4f}"
+                for name, key in (("loss", "loss"), ("margin", "rewards/margins"))
+                if key in metrics
             )
             job.log(f"step {done}/{total}{shown} {metrics['seconds']:.1f} s")
             job.event("step", index=done)
@@ -140,7 +152,9 @@ def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None],
     try:
         return train(config, rows, *models, out, pick_device(config.runtime.device), report)
     except BadStep as bad:  # on every rank at once; the main one writes it down
-        raise (save(bad, out, config, inputs, rows) if os.environ.get("RANK", "0") == "0" else ContractError(bad.wrong)) from None
+        raise (
+            save(bad, out, config, inputs, rows) if os.environ.get("RANK", "0") == "0" else ContractError(bad.wrong)
+        ) from None
 
 
 def check_rows(rows: Sequence[dict[str, Any]], method: Any) -> None:
@@ -222,4 +236,11 @@ def _adopt(job: Job) -> None:
         check_model_directory(directory, chat_template=False)
 
 
-KEPT = ("chat_template.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+KEPT = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from data_contracts.errors import ConfigError
-from stages.lazy import torch
 from stages.methods import METHODS
 from stages.methods.base import Method, PairLoss, Pairs, Responses
 from stages.methods.importance import token_importance
-from stages.numerics import kl_divergence, token_logps
-from stages.policy import Batch, Packed, collate, load_causal_lm, packable, response_logits, response_logps
+from stages.models.lazy import torch
+from stages.models.numerics import kl_divergence, token_logps
+from stages.models.policy import Batch, Packed, collate, load_causal_lm, packable, response_logits, response_logps
 from stages.training.batches import collate_rows, column
 
 LIVE_REFERENCE = frozenset({"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"})
@@ -59,7 +59,9 @@ class Streams:
         if self.method.token_count is Method.token_count:
             return 0.0
         batch = collate_rows(rows, self.sides, self.packed)
-        counts = self.method.token_count(self.method_config, self._pairs(rows, batch, torch.zeros(batch.response_ids.shape)))
+        counts = self.method.token_count(
+            self.method_config, self._pairs(rows, batch, torch.zeros(batch.response_ids.shape))
+        )
         return 0.0 if counts is None else float(counts.sum())
 
     def step_values(self, rows: Rows, partners: Rows) -> dict[str, float]:
@@ -75,7 +77,8 @@ class Streams:
     def loss(self, rows: Rows, partners: Rows, step: dict[str, float]) -> tuple[PairLoss, Batch | Packed]:
         pairs, batch = self.pairs(rows, partners)
         constants = {
-            name: torch.tensor(value, dtype=pairs.chosen.logps.dtype, device=pairs.chosen.logps.device) for name, value in step.items()
+            name: torch.tensor(value, dtype=pairs.chosen.logps.dtype, device=pairs.chosen.logps.device)
+            for name, value in step.items()
         }
         return self.method.pair_loss(self.method_config, pairs._replace(step=constants)), batch
 
@@ -114,7 +117,9 @@ class Streams:
         responses = []
         for number, side in enumerate(self.sides):
             part = slice(number * count, (number + 1) * count)
-            columns = {name: column(rows, f"{side}_{name}", length) for name in ("reference_logps", "old_logps", "weights")}
+            columns = {
+                name: column(rows, f"{side}_{name}", length) for name in ("reference_logps", "old_logps", "weights")
+            }
             columns = {name: None if value is None else value.to(logps) for name, value in columns.items()}
             responses.append(
                 Responses(
@@ -126,7 +131,11 @@ class Streams:
             )
 
         def numbers(name: str) -> Any:
-            return None if rows[0][name] is None else torch.tensor([row[name] for row in rows], dtype=logps.dtype, device=logps.device)
+            return (
+                None
+                if rows[0][name] is None
+                else torch.tensor([row[name] for row in rows], dtype=logps.dtype, device=logps.device)
+            )
 
         single = len(responses) == 1
         return Pairs(
@@ -149,14 +158,18 @@ class Streams:
                 raise ConfigError(
                     f"the method {self.method_config.name} compares the candidates of a prompt, and row {row['pair_id']!r} has none: it needs generations and a scorer"
                 )
-            values = self.method.row_values(self.method_config, np.array(row["group_scores"]), np.array(row["group_win_rates"]))
+            values = self.method.row_values(
+                self.method_config, np.array(row["group_scores"]), np.array(row["group_win_rates"])
+            )
             for name, group in values.items():
                 found.setdefault(name, []).append(float(group[row["chosen_candidate"]]))
         return {name: torch.tensor(values, dtype=like.dtype, device=like.device) for name, values in found.items()}
 
     def _teacher(self, rows: Rows) -> dict[str, Any]:
         """The teacher's logits of its own tokens of the chosen responses."""
-        batch = collate([row["teacher_prompt_ids"] for row in rows], [row["teacher_ids"] for row in rows]).to(self.engine.torch_device)
+        batch = collate([row["teacher_prompt_ids"] for row in rows], [row["teacher_ids"] for row in rows]).to(
+            self.engine.torch_device
+        )
         with torch.no_grad():
             return {"teacher_logits": response_logits(self.teacher, batch), "teacher_mask": batch.response_mask}
 

@@ -1,4 +1,4 @@
-"""Stages - gradient attribution of many responses, in the form of a pass (see stages/logps.py)."""
+"""Stages - gradient attribution of many responses, in the form of a pass (see stages/models/logps.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from stages.methods.importance import token_importance
-from stages.policy import batches_by_budget, collate
+from stages.models.policy import batches_by_budget, collate
 
 
-def score_importance(model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[np.ndarray]:
+def score_importance(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int
+) -> list[np.ndarray]:
     """Raw attribution of every response token (methods/importance.py), float32, in the order given."""
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(prompts)
     device = next(model.parameters()).device

@@ -15,7 +15,7 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import Rows, read_shards, shard_path, to_table, write_shard
-from stages.logps import Pass
+from stages.models.logps import Pass
 from stages.stage import Job, StageRuntime, events
 from stages.weighting.teacher import TeacherView
 from stages.weighting.weights import WEIGHTS
@@ -75,7 +75,9 @@ def run(job: Job) -> None:
         chunk = _sided(chunk, config.swap)
         weights, stats = sources.weights(chunk, provider, settings)
         for row in sources.rows(chunk, weights):
-            identical = row["chosen_ids"] == row["rejected_ids"] and np.array_equal(row["chosen_weights"], row["rejected_weights"])
+            identical = row["chosen_ids"] == row["rejected_ids"] and np.array_equal(
+                row["chosen_weights"], row["rejected_weights"]
+            )
             (dropped if identical and config.drop_identical else rows).append(row)
         job.event("stats", index=index, stats=stats)
         reasons = [{"prompt_id": row["prompt_id"], "reason": "chosen and rejected are the same"} for row in dropped]
@@ -118,19 +120,34 @@ class _Sources:
         if "importance" in needs:
             from stages.weighting.importance import score_importance
 
-            self._add("importance", "policy" if "policy" in job.inputs else "reference", kind="importance", score=score_importance)
+            self._add(
+                "importance",
+                "policy" if "policy" in job.inputs else "reference",
+                kind="importance",
+                score=score_importance,
+            )
         scored = bool(needs & {"teacher", "teacher_unshifted"})
         if scored or config.teacher_tokens:
             self.teacher = TeacherView(job, scored, unshifted="teacher_unshifted" in needs)
 
     def _add(self, role: str, source: str, kind: str = "logps", system: str | None = None, **options: Any) -> None:
         if source not in self.job.inputs:
-            raise ConfigError(f"the weights need the model `{source}`: give it as an input of weigh, or as `{source}` of the run")
+            raise ConfigError(
+                f"the weights need the model `{source}`: give it as an input of weigh, or as `{source}` of the run"
+            )
         check_same_tokenizer(self.job, source)
         runtime = self.job.config.runtime
         root = self.job.store_root
         self.passes[role] = (
-            Pass(root, self.job.inputs[source], self.job.config.dtype, runtime.device, runtime.batch_tokens, kind, **options),
+            Pass(
+                root,
+                self.job.inputs[source],
+                self.job.config.dtype,
+                runtime.device,
+                runtime.batch_tokens,
+                kind,
+                **options,
+            ),
             system,
         )
 
@@ -144,11 +161,16 @@ class _Sources:
         scored = self.teacher is not None and self.teacher.scored
         total = len(starts) * (len(self.passes) + scored)
         done = 0
-        everyone = [(role, one, lambda rows, system=system: self._responses(rows, system)) for role, (one, system) in self.passes.items()]
+        everyone = [
+            (role, one, lambda rows, system=system: self._responses(rows, system))
+            for role, (one, system) in self.passes.items()
+        ]
         if scored:
             everyone.append(("teacher", self.teacher.scores, self.teacher.responses))
         for role, one, responses in everyone:
-            for number, start in self.job.share(role, starts, lambda start, one=one, responses=responses: one.has(*responses(at(start)))):
+            for number, start in self.job.share(
+                role, starts, lambda start, one=one, responses=responses: one.has(*responses(at(start)))
+            ):
                 rows = at(start)
                 if one.fill(*responses(rows)):
                     self.job.event("pass", role=role, index=number)
@@ -174,7 +196,11 @@ class _Sources:
         """One array per response, in the order of `_responses`, and the provider's statistics."""
         _, responses = self._responses(rows)
         sides = [(row, side) for side in SIDES for row in rows if row[f"{side}_ids"]]
-        columns = {role: one.get(*self._responses(rows, system)) for role, (one, system) in self.passes.items() if role in self.needs}
+        columns = {
+            role: one.get(*self._responses(rows, system))
+            for role, (one, system) in self.passes.items()
+            if role in self.needs
+        }
         view = self.teacher.batch(rows) if self.teacher is not None else {}
         ended = view.pop("ended", [False] * len(responses))
         batch = ResponseBatch(
@@ -192,7 +218,9 @@ class _Sources:
         prompts, responses = self._responses(rows)
         columns: dict[str, list[Any]] = {"weights": weights}
         for role in ("reference_logps", "old_logps"):
-            columns[role] = self.passes[role][0].get(prompts, responses) if role in self.passes else [None] * len(responses)
+            columns[role] = (
+                self.passes[role][0].get(prompts, responses) if role in self.passes else [None] * len(responses)
+            )
         streams = {name: iter(values) for name, values in columns.items()}
         out = [{name: row[name] for name in KEPT} | {"teacher_prompt_ids": None, "teacher_ids": None} for row in rows]
         for side in SIDES:
@@ -223,7 +251,7 @@ KEPT += ("chosen_candidate", "rejected_candidate", "group_scores", "group_win_ra
 
 def check_same_tokenizer(job: Job, source: str) -> None:
     """Token-level comparison needs equal tokens. Raises: ConfigError."""
-    from stages.tokens import tokenizer_digest
+    from stages.models.tokens import tokenizer_digest
 
     base = "reference" if "reference" in job.inputs else "policy"
     if base in job.inputs and tokenizer_digest(job.path(source)) != tokenizer_digest(job.path(base)):
@@ -256,7 +284,9 @@ def _summarise(job: Job, settings: Any, sources: _Sources) -> None:
             job.metrics[f"mean_reference_logp/{side}"] = float(logps.mean())
     stats = {event["index"]: event["stats"] for event in events(job.out) if event["event"] == "stats"}
     job.metrics |= {f"weights/{name}": value for name, value in add_stats(stats.values()).items()}
-    passes = {role: one for role, (one, _) in sources.passes.items()} | ({"teacher": sources.teacher.scores} if sources.teacher else {})
+    passes = {role: one for role, (one, _) in sources.passes.items()} | (
+        {"teacher": sources.teacher.scores} if sources.teacher else {}
+    )
     for role, one in passes.items():
         job.metrics |= {f"logps/{role}/hits": one.hits, f"logps/{role}/misses": one.misses}
     job.facts |= {"weights": settings.name, "weights_version": WEIGHTS.get(settings.name).VERSION}

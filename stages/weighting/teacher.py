@@ -9,10 +9,10 @@ import numpy as np
 
 from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
-from stages.logps import Pass
-from stages.policy import batches_by_budget, collate, response_logits
+from stages.models.logps import Pass
+from stages.models.policy import batches_by_budget, collate, response_logits
+from stages.models.tokens import encode_prompt, load_tokenizer, stop_ids, tokenizer_digest
 from stages.stage import Job
-from stages.tokens import encode_prompt, load_tokenizer, stop_ids, tokenizer_digest
 from stages.weighting.weights.base import Tokens
 from stages.weighting.weights.spans import TokenText, encode_with_spans
 
@@ -26,7 +26,9 @@ class TeacherView:
     def __init__(self, job: Job, scored: bool, unshifted: bool):
         for name in ("teacher", "reference" if "reference" in job.inputs else "policy"):
             if name not in job.inputs:
-                raise ConfigError(f"the weights need the model `{name}`: give it as an input of weigh, or as `{name}` of the run")
+                raise ConfigError(
+                    f"the weights need the model `{name}`: give it as an input of weigh, or as `{name}` of the run"
+                )
         student = job.path("reference" if "reference" in job.inputs else "policy")
         self.shared = tokenizer_digest(student) == tokenizer_digest(job.path("teacher"))
         self.student = load_tokenizer(student)
@@ -38,7 +40,9 @@ class TeacherView:
         runtime = job.config.runtime
         options = {"kind": "unshifted", "score": score_unshifted} if unshifted else {}
         self.scored = scored
-        self.scores = Pass(job.store_root, job.inputs["teacher"], job.config.dtype, runtime.device, runtime.batch_tokens, **options)
+        self.scores = Pass(
+            job.store_root, job.inputs["teacher"], job.config.dtype, runtime.device, runtime.batch_tokens, **options
+        )
 
     def _ended(self, ids: Sequence[int]) -> bool:
         return ids[-1] in self.stops
@@ -55,7 +59,9 @@ class TeacherView:
             return row["prompt_ids"]
         return list(self.teacher(self.student.decode(row["prompt_ids"], skip_special_tokens=False)).input_ids)
 
-    def _encode(self, sides: list[tuple[dict[str, Any], str]]) -> tuple[list[str], list[Any], list[list[int]], list[Any]]:
+    def _encode(
+        self, sides: list[tuple[dict[str, Any], str]]
+    ) -> tuple[list[str], list[Any], list[list[int]], list[Any]]:
         """Texts, student spans, teacher ids and teacher spans of responses."""
         read = [self._text(row[f"{side}_ids"]) for row, side in sides]
         texts, spans = [text for text, _ in read], [span for _, span in read]
@@ -109,15 +115,19 @@ class SystemPrompts:
         return encode_prompt(self.tokenizer, [{"role": "system", "content": system}, *rest], "chat")
 
 
-def score_unshifted(model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[np.ndarray]:
+def score_unshifted(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int
+) -> list[np.ndarray]:
     """SWIFT's released indexing, one position late; for `swift_released` only."""
-    from stages.lazy import torch
+    from stages.models.lazy import torch
     from stages.weighting.weights.swift_released import unshifted_logps
 
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(prompts)
     device = next(model.parameters()).device
     with torch.inference_mode():
-        for rows in batches_by_budget([len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)], budget):
+        for rows in batches_by_budget(
+            [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)], budget
+        ):
             batch = collate([prompts[i] for i in rows], [responses[i] for i in rows]).to(device)
             values = unshifted_logps(response_logits(model, batch), batch).float().cpu().numpy()
             for i, row in zip(rows, values, strict=True):

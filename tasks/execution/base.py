@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from data_contracts.store import Store
-
 
 class Work(NamedTuple):
     """One process tree: `python -m stages ARGUMENTS`, on each of `nodes` machines."""
@@ -68,23 +66,3 @@ def perform(
     finally:
         for handle in running.values():
             handle.cancel()
-
-
-def executor_for(execution: object, store: Store, log: Callable[[str], None], inherit: Sequence[int]) -> Executor:
-    """The engine of a profile. Raises: ConfigError if it is not installed or cannot be reached."""
-    profile = execution.profile
-    if profile == "local":
-        from tasks.execution.local import Local
-
-        return Local(log, inherit)
-    if profile in ("process-pool", "kubernetes"):
-        from tasks.execution.pool import Pool
-
-        return Pool(execution, store, log)
-    if profile == "ray":
-        from tasks.execution.ray_tasks import RayTasks
-
-        return RayTasks(execution, store, log)
-    from tasks.execution.slurm import Slurm
-
-    return Slurm(execution, store, log)

@@ -52,9 +52,13 @@ class ExecutionConfig(Runtime):
         for field in ("workers", "gpus"):
             for name, count in getattr(self, field).items():
                 if name not in STAGE_NAMES:
-                    raise ValueError(f"execution.{field}: no stage is called {name!r}; there are {', '.join(STAGE_NAMES)}")
+                    raise ValueError(
+                        f"execution.{field}: no stage is called {name!r}; there are {', '.join(STAGE_NAMES)}"
+                    )
                 if count < (field == "workers"):
-                    raise ValueError(f"execution.{field}.{name} must be at least {int(field == 'workers')}, got {count}")
+                    raise ValueError(
+                        f"execution.{field}.{name} must be at least {int(field == 'workers')}, got {count}"
+                    )
         for name in ("train", "evaluate"):
             if self.workers.get(name, 1) > 1:
                 raise ValueError(

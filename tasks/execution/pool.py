@@ -91,7 +91,9 @@ class PoolHandle:
 
     def _is_over(self, rank: int, run: Any) -> bool:
         """A worker that dies with its machine leaves its run Running for good: what lies in the store knows better."""
-        return self.states[run].is_final() or self.request.read("outcome", rank) is not None or self.request.is_lost(rank)
+        return (
+            self.states[run].is_final() or self.request.read("outcome", rank) is not None or self.request.is_lost(rank)
+        )
 
     def error_of(self, rank: int) -> Exception | None:
         state = self.states[self.runs[rank]]

@@ -19,12 +19,17 @@ class RayTasks:
         try:
             import ray
         except ImportError:
-            raise ConfigError("execution.profile is ray, and this interpreter has no ray: pip install ray, on every node") from None
+            raise ConfigError(
+                "execution.profile is ray, and this interpreter has no ray: pip install ray, on every node"
+            ) from None
         self.ray, self.execution, self.store = ray, execution, store
         if not ray.is_initialized():
             try:
                 ray.init(
-                    execution.address, runtime_env={"env_vars": {"PYTHONPATH": python_path()}}, log_to_driver=False, logging_level="ERROR"
+                    execution.address,
+                    runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+                    log_to_driver=False,
+                    logging_level="ERROR",
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(
@@ -35,7 +40,9 @@ class RayTasks:
         """Raises: ConfigError if no node has so many GPUs."""
         largest = max((node["Resources"].get("GPU", 0) for node in self.ray.nodes() if node["Alive"]), default=0)
         if work.gpus > largest:
-            raise ConfigError(f"{work.name} asks for {work.gpus} GPUs on a node; the largest node of the Ray cluster has {largest:g}")
+            raise ConfigError(
+                f"{work.name} asks for {work.gpus} GPUs on a node; the largest node of the Ray cluster has {largest:g}"
+            )
         alive = sum(node["Alive"] for node in self.ray.nodes())
         if work.nodes > alive:
             raise ConfigError(f"{work.name} asks for {work.nodes} nodes; the Ray cluster has {alive}")
@@ -48,7 +55,11 @@ class RayHandle:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self.ray, self.request = ray, Request(work, store.root)
-        self.group = placement_group([{"CPU": 1, "GPU": work.gpus}] * work.nodes, strategy="STRICT_SPREAD") if work.nodes > 1 else None
+        self.group = (
+            placement_group([{"CPU": 1, "GPU": work.gpus}] * work.nodes, strategy="STRICT_SPREAD")
+            if work.nodes > 1
+            else None
+        )
         # max_retries 0: what a lost task means is decided by whoever asked.
         remote = ray.remote(num_cpus=1, num_gpus=work.gpus, max_retries=0)(_run)
         self.tasks = []
@@ -56,7 +67,9 @@ class RayHandle:
             # SPREAD: workers beside each other on one node would leave the others' memory and network idle.
             place = "SPREAD" if self.group is None else PlacementGroupSchedulingStrategy(self.group, rank)
             self.tasks.append(
-                remote.options(name=work.name, scheduling_strategy=place).remote(str(self.request.path), self.request.token, rank)
+                remote.options(name=work.name, scheduling_strategy=place).remote(
+                    str(self.request.path), self.request.token, rank
+                )
             )
 
     def has_ended(self) -> bool:

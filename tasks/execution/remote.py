@@ -109,12 +109,17 @@ def at_fault(errors: Iterable[Exception | None]) -> Exception | None:
     return next((error for error in failed if not isinstance(error, TransientError)), failed[0] if failed else None)
 
 
-def do(path: Path, token: str, rank: int = 0, log: Callable[[str], None] = print, grace: float = VISIBLE_WITHIN_SECONDS) -> None:
+def do(
+    path: Path, token: str, rank: int = 0, log: Callable[[str], None] = print, grace: float = VISIBLE_WITHIN_SECONDS
+) -> None:
     """Run a request on this machine. Raises: ConfigError if the store is not shared with whoever asked; what the stage raises."""
     request = _read(path, token, grace)
     alive = open(path.with_name(f"alive-{rank}"), "a")  # noqa: SIM115 - held until the outcome is written, or this process is gone
     fcntl.flock(alive, fcntl.LOCK_EX)
-    write_atomic(path.with_name(f"hello-{rank}.json"), json.dumps({"host": os.uname().nodename, "time": time.time(), "pid": os.getpid()}))
+    write_atomic(
+        path.with_name(f"hello-{rank}.json"),
+        json.dumps({"host": os.uname().nodename, "time": time.time(), "pid": os.getpid()}),
+    )
     outcome: dict[str, Any] = {}
     try:
         many = {NODE_RANK: str(rank), NODES: str(request["nodes"]), RENDEZVOUS: token} if request["nodes"] > 1 else {}
@@ -179,7 +184,9 @@ def check_cuda(python: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     """python -m tasks.execution.remote REQUEST TOKEN: the node's rank is Slurm's, or Kubernetes', or 0."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    rank = next((int(os.environ[name]) for name in (NODE_RANK, "SLURM_NODEID", "JOB_COMPLETION_INDEX") if name in os.environ), 0)
+    rank = next(
+        (int(os.environ[name]) for name in (NODE_RANK, "SLURM_NODEID", "JOB_COMPLETION_INDEX") if name in os.environ), 0
+    )
     try:
         do(Path(arguments[0]), arguments[1], rank)
     except PipelineError as error:

@@ -11,10 +11,11 @@ from typing import Any
 from data_contracts import lease
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
-from stages.claims import WORKER, forget, poison, raise_poison, starts
+from stages.running.claims import WORKER, forget, poison, raise_poison, starts
 from stages.stage import EVENTS, LOCK_HELD, REMOTE
-from tasks.execution.base import Executor, Work, executor_for, perform
+from tasks.execution.base import Executor, Work, perform
 from tasks.execution.config import SHARDED, ExecutionConfig
+from tasks.execution.engines import executor_for
 from tasks.launch import Progress, run_stage
 
 
@@ -48,7 +49,14 @@ def run_work(
     executor = executor_for(execution, store, log, [lock])
     gpus = execution.gpus_of(stage, config)
     base = Work(
-        f"{stage}-{directory.name[:8]}", arguments, directory / "stage.log", env, python, gpus, getattr(runtime, "num_nodes", 1), timeout
+        f"{stage}-{directory.name[:8]}",
+        arguments,
+        directory / "stage.log",
+        env,
+        python,
+        gpus,
+        getattr(runtime, "num_nodes", 1),
+        timeout,
     )
     progress = Progress()
 
@@ -65,13 +73,19 @@ def run_work(
         raise error
 
 
-def _share(executor: Executor, base: Work, workers: int, directory: Path, log: Callable[[str], None], tick: Callable[[], None]) -> None:
+def _share(
+    executor: Executor, base: Work, workers: int, directory: Path, log: Callable[[str], None], tick: Callable[[], None]
+) -> None:
     """Workers until every shard is made, or has failed twice."""
     logs = directory / ".workers"
     logs.mkdir(exist_ok=True)
     forget(directory)
     works = [
-        base._replace(name=f"{base.name}-w{number}", log_file=logs / f"{number}.log", env=base.env | {WORKER: f"{number}/{workers}"})
+        base._replace(
+            name=f"{base.name}-w{number}",
+            log_file=logs / f"{number}.log",
+            env=base.env | {WORKER: f"{number}/{workers}"},
+        )
         for number in range(workers)
     ]
     with open(directory / EVENTS, "a", encoding="utf-8") as file:

@@ -18,21 +18,39 @@ from tasks.execution.config import ExecutionConfig
 from tasks.execution.remote import VISIBLE_WITHIN_SECONDS, Request, at_fault
 from tasks.launch import CHECKOUT
 
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
+OVER = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
 LOOK_EVERY_SECONDS = 2.0
 """What a slurmctld shared by many bears."""
 
 
 def script(work: Work, execution: ExecutionConfig, request: Path, token: str) -> str:
     """The batch script: the directives, the environment, and one task on each node."""
-    options = [f"--job-name={work.name}", f"--nodes={work.nodes}", "--ntasks-per-node=1", f"--output={request.with_name('slurm-%j.log')}"]
+    options = [
+        f"--job-name={work.name}",
+        f"--nodes={work.nodes}",
+        "--ntasks-per-node=1",
+        f"--output={request.with_name('slurm-%j.log')}",
+    ]
     options += [f"--gpus-per-node={work.gpus}"] * bool(work.gpus)
     options += [f"--time={round(work.timeout / 60) + 5}"] if work.timeout else []
     # A job that is cut off is looked at by the run, and begun again from its shards or its last checkpoint; not by Slurm behind its back.
     options += ["--no-requeue", *execution.sbatch]
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "set -euo pipefail"]
     lines += [execution.setup] if execution.setup else []
-    lines += [f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}", f"cd {shlex.quote(str(CHECKOUT))}"]
+    lines += [
+        f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"cd {shlex.quote(str(CHECKOUT))}",
+    ]
     if work.nodes > 1:
         # The first node's name is the ranks' meeting point; the port follows from the job, so that two jobs on a node do not meet.
         lines += [
@@ -63,7 +81,9 @@ class SlurmHandle:
         self.state, self.next_look, self.began = "", 0.0, time.monotonic()
         path = self.request.path.with_name("job.sh")
         path.write_text(script(work, execution, self.request.path, self.request.token))
-        self.job = _ask(["sbatch", "--parsable", str(path)], f"Slurm takes no job for {work.name}").split(";")[0].strip()
+        self.job = (
+            _ask(["sbatch", "--parsable", str(path)], f"Slurm takes no job for {work.name}").split(";")[0].strip()
+        )
         log(f"{work.name} is Slurm job {self.job}")
 
     def has_ended(self) -> bool:
@@ -73,7 +93,10 @@ class SlurmHandle:
         for rank in range(self.work.nodes):
             self.request.check_clock(rank)
         done = subprocess.run(
-            ["squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T"], capture_output=True, text=True, check=False
+            ["squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode == 0:
             self.state = done.stdout.strip() or "COMPLETED"  # forgotten by Slurm some minutes after its end
@@ -88,11 +111,15 @@ class SlurmHandle:
 
     def error(self) -> Exception | None:
         end = time.monotonic() + (VISIBLE_WITHIN_SECONDS if self.state == "COMPLETED" else 5.0)
-        while self.request.read("outcome") is None and time.monotonic() < end:  # the file system of the other node is not as quick as Slurm
+        while (
+            self.request.read("outcome") is None and time.monotonic() < end
+        ):  # the file system of the other node is not as quick as Slurm
             time.sleep(0.2)
         if self.request.read("outcome") is None and (refused := _refusal(self.request.directory)):
             return ConfigError(refused)
-        return at_fault(self.request.error(rank, f"Slurm job {self.job} is {self.state}") for rank in range(self.work.nodes))
+        return at_fault(
+            self.request.error(rank, f"Slurm job {self.job} is {self.state}") for rank in range(self.work.nodes)
+        )
 
     def cancel(self) -> None:
         if self.state not in OVER:
@@ -113,5 +140,7 @@ def _ask(command: list[str], what: str) -> str:
     """Raises: ConfigError with Slurm's own words."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode:
-        raise ConfigError(f"{what}: {done.stderr.strip()}. Check execution.sbatch and execution.gpus against `sinfo -o '%P %D %G'`")
+        raise ConfigError(
+            f"{what}: {done.stderr.strip()}. Check execution.sbatch and execution.gpus against `sinfo -o '%P %D %G'`"
+        )
     return done.stdout

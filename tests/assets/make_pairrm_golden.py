@@ -30,7 +30,9 @@ def main() -> None:
             batch = {key: value for key, value in batch.items() if value is not None}
             with torch.no_grad():
                 logits = blender.ranker._full_predict(**batch)["logits"][0].numpy()
-            ranked = blender.rank([case["prompt"]], [case["candidates"]], return_scores=True, batch_size=1, disable_tqdm=True)[0]
+            ranked = blender.rank(
+                [case["prompt"]], [case["candidates"]], return_scores=True, batch_size=1, disable_tqdm=True
+            )[0]
             if np.abs(ranked - (logits - logits.T).mean(axis=1)).max() > 1e-5:
                 raise SystemExit(f"{name}: rank() does not follow from the logits")
             golden["cases"][name] = {

@@ -200,16 +200,34 @@ def build(directory: Path, size: str = "tiny", seed: int = 0) -> dict[str, Path]
         "candidate_maxlength": 412, "n_tasks": 1, "loss_type": "instructgpt", "reduce_type": "linear", "inference_mode": "full",
         "drop_out": 0.05, "fp16": True,
     }  # fmt: skip
-    prefixes = {"source_prefix_id": first, "cand1_prefix_id": first + 1, "cand2_prefix_id": first + 2, "cand_prefix_id": first + 3}
+    prefixes = {
+        "source_prefix_id": first,
+        "cand1_prefix_id": first + 1,
+        "cand2_prefix_id": first + 2,
+        "cand_prefix_id": first + 3,
+    }
     for path, config in (
         (backbone, encoder | {"architectures": ["DebertaV2Model"]}),
         (ranker, ranking),
-        (hf, encoder | prefixes | {"architectures": ["DebertaV2PairRM"], "n_tasks": 1, "drop_out": 0.05, "vocab_size": first + 4}),
+        (
+            hf,
+            encoder
+            | prefixes
+            | {"architectures": ["DebertaV2PairRM"], "n_tasks": 1, "drop_out": 0.05, "vocab_size": first + 4},
+        ),
     ):
         (path / "config.json").write_text(json.dumps(config))
     name = "pretrained_model.embeddings.word_embeddings.weight"
-    plain = {key.removeprefix("pretrained_model."): value for key, value in tensors.items() if key.startswith("pretrained_model.")}
-    save_file(plain | {name.removeprefix("pretrained_model."): tensors[name][:first]}, backbone / "model.safetensors", {"format": "pt"})
+    plain = {
+        key.removeprefix("pretrained_model."): value
+        for key, value in tensors.items()
+        if key.startswith("pretrained_model.")
+    }
+    save_file(
+        plain | {name.removeprefix("pretrained_model."): tensors[name][:first]},
+        backbone / "model.safetensors",
+        {"format": "pt"},
+    )
     for path in (ranker, hf):
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
     for path in (backbone, hf):
@@ -222,10 +240,18 @@ def cases() -> dict[str, dict]:
     """name -> {prompt, candidates}: plain and odd texts, and lengths around every limit."""
     long = lambda count, start=0: " ".join(WORDS[(start + 7 * number) % len(WORDS)] for number in range(count))  # noqa: E731
     return {
-        "plain": {"prompt": "how can people find oil in water", "candidates": ["look down first", "use the number two", "no way!"]},
+        "plain": {
+            "prompt": "how can people find oil in water",
+            "candidates": ["look down first", "use the number two", "no way!"],
+        },
         "unicode": {
             "prompt": "Ｗｈａｔ is ½ of ① and ﬁre™?",
-            "candidates": ["ｈａｌｆ\u3000of it", "zero\u200bwidth  and   spaces\t\n", "中文字 é e\u0301 ü ß 🙂", " ≯ \u0338 leads"],
+            "candidates": [
+                "ｈａｌｆ\u3000of it",
+                "zero\u200bwidth  and   spaces\t\n",
+                "中文字 é e\u0301 ü ß 🙂",
+                " ≯ \u0338 leads",
+            ],
         },
         "empty": {"prompt": "", "candidates": ["", "one", " "]},
         "punctuation": {"prompt": "a.b,c;d", "candidates": ["(x)", "[y] <z> |", 'don\'t - "quote"']},

@@ -24,7 +24,9 @@ def sbatch(words):
     else:
         environment = os.environ | {"SLURM_JOB_ID": str(number), "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1"}
         with open(asked["output"].replace("%j", str(number)), "w") as log:
-            process = subprocess.Popen(["bash", words[-1]], stdout=log, stderr=log, start_new_session=True, env=environment)
+            process = subprocess.Popen(
+                ["bash", words[-1]], stdout=log, stderr=log, start_new_session=True, env=environment
+            )
         (HOME / f"pid-{number}").write_text(str(process.pid))
         if os.fork() == 0:  # slurmctld's part: to know when the job is over
             quiet = os.open(os.devnull, os.O_RDWR)
@@ -58,4 +60,6 @@ def srun(words):
     os.execvp(words[0], words)
 
 
-{"sbatch": sbatch, "squeue": squeue, "scancel": scancel, "scontrol": scontrol, "srun": srun}[Path(sys.argv[0]).name](sys.argv[1:])
+{"sbatch": sbatch, "squeue": squeue, "scancel": scancel, "scontrol": scontrol, "srun": srun}[Path(sys.argv[0]).name](
+    sys.argv[1:]
+)

@@ -33,7 +33,9 @@ def datasets() -> dict[str, dict[str, dict[str, list[dict]]]]:
     maths = {"train": few(maths_problem, 4), "test": few(maths_problem, 2)}
     ifeval = {"default": {"train": few(instruction, 2)}}
     return {
-        "allenai/ai2_arc": {"ARC-Challenge": {"train": few(science, 26), "validation": few(science, 2), "test": few(science, 3)}},
+        "allenai/ai2_arc": {
+            "ARC-Challenge": {"train": few(science, 26), "validation": few(science, 2), "test": few(science, 3)}
+        },
         "Rowan/hellaswag": {"default": {"train": few(story, 11), "validation": few(story, 3)}},
         "truthfulqa/truthful_qa": {"multiple_choice": {"validation": few(truth, 3)}},
         "allenai/winogrande": {"winogrande_xl": {"train": few(pronoun, 6), "validation": few(pronoun, 3)}},
@@ -45,7 +47,9 @@ def datasets() -> dict[str, dict[str, dict[str, list[dict]]]]:
         "google/IFEval": ifeval,
         "DigitalLearningGmbH/MATH-lighteval": dict.fromkeys(configs_of("leaderboard/math"), maths),
         "TIGER-Lab/MMLU-Pro": {"default": {"validation": few(many_choices, 6), "test": few(many_choices, 2)}},
-        "TAUR-Lab/MuSR": {"default": {name: few(mystery, 2) for name in ("murder_mysteries", "object_placements", "team_allocation")}},
+        "TAUR-Lab/MuSR": {
+            "default": {name: few(mystery, 2) for name in ("murder_mysteries", "object_placements", "team_allocation")}
+        },
         "openai/openai_humaneval": {"openai_humaneval": {"test": few(function, 2)}},
     }
 
@@ -60,7 +64,9 @@ def configs_of(folder: str) -> dict[str, dict]:
         task = yaml.safe_load(text)
         if "dataset_name" in task and "task" in task:
             samples = (task.get("fewshot_config") or {}).get("samples")
-            found[task["dataset_name"]] = {name: str(value) for name, value in samples[0].items()} if isinstance(samples, list) else {}
+            found[task["dataset_name"]] = (
+                {name: str(value) for name, value in samples[0].items()} if isinstance(samples, list) else {}
+            )
     return found
 
 
@@ -74,7 +80,13 @@ def science(i: int) -> dict:
 
 
 def story(i: int) -> dict:
-    row = {"ind": i, "activity_label": "Running", "ctx_a": f"Dog {i} sees a fox.", "ctx_b": "it", "ctx": f"Dog {i} sees a fox. it"}
+    row = {
+        "ind": i,
+        "activity_label": "Running",
+        "ctx_a": f"Dog {i} sees a fox.",
+        "ctx_b": "it",
+        "ctx": f"Dog {i} sees a fox. it",
+    }
     return row | {
         "endings": [f"runs {k}." for k in range(4)],
         "label": str(i % 4),
@@ -91,7 +103,12 @@ def truth(i: int) -> dict:
 
 
 def pronoun(i: int) -> dict:
-    return {"sentence": f"The fox saw dog {i} and _ ran away.", "option1": "the fox", "option2": "the dog", "answer": str(1 + i % 2)}
+    return {
+        "sentence": f"The fox saw dog {i} and _ ran away.",
+        "option1": "the fox",
+        "option2": "the dog",
+        "answer": str(1 + i % 2),
+    }
 
 
 def sum_of_two(i: int) -> dict:
@@ -114,12 +131,24 @@ def instruction(i: int) -> dict:
 
 
 def maths_problem(i: int) -> dict:
-    return {"problem": f"What is ${i} + 1$?", "level": "Level 5", "type": "Algebra", "solution": f"It is $\\boxed{{{i + 1}}}$."}
+    return {
+        "problem": f"What is ${i} + 1$?",
+        "level": "Level 5",
+        "type": "Algebra",
+        "solution": f"It is $\\boxed{{{i + 1}}}$.",
+    }
 
 
 def many_choices(i: int) -> dict:
     options = [str(i + k) for k in range(10)]
-    return {"question_id": i, "question": f"What is {i} + 1?", "options": options, "answer": "B", "answer_index": 1, "category": "math"}
+    return {
+        "question_id": i,
+        "question": f"What is {i} + 1?",
+        "options": options,
+        "answer": "B",
+        "answer_index": 1,
+        "category": "math",
+    }
 
 
 def mystery(i: int) -> dict:

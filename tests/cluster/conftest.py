@@ -54,7 +54,9 @@ def flaky(tmp_path, monkeypatch):
     (plugin / "flaky-1.0.dist-info").mkdir(parents=True)
     (plugin / "flaky_sampler.py").write_text(FLAKY)
     (plugin / "flaky-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: flaky\nVersion: 1.0\n")
-    (plugin / "flaky-1.0.dist-info" / "entry_points.txt").write_text("[selfplay.samplers]\nflaky = flaky_sampler:Flaky\n")
+    (plugin / "flaky-1.0.dist-info" / "entry_points.txt").write_text(
+        "[selfplay.samplers]\nflaky = flaky_sampler:Flaky\n"
+    )
     monkeypatch.syspath_prepend(str(plugin))
     monkeypatch.setenv("PYTHONPATH", str(plugin))
     log = tmp_path / "flaky.jsonl"
@@ -119,7 +121,9 @@ class Nodes:
         for process in self.started:
             self.kill(process)
         for name in self.names:
-            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split():
+            for pid in subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
+            ).stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], check=False)
@@ -132,7 +136,12 @@ class Nodes:
 
     def start(self, node: int, command: list[str], log: Path, **environment: str) -> subprocess.Popen:
         """A command on a node, in a session of its own; its output goes to `log`."""
-        own = {"SELFPLAY_ADDRESS": self.addresses[node], "GLOO_SOCKET_IFNAME": "wire", "FLAKY_NODE": str(node), "HF_HUB_OFFLINE": "1"}
+        own = {
+            "SELFPLAY_ADDRESS": self.addresses[node],
+            "GLOO_SOCKET_IFNAME": "wire",
+            "FLAKY_NODE": str(node),
+            "HF_HUB_OFFLINE": "1",
+        }
         with open(log, "ab") as out:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.names[node], *command], cwd=ROOT, env=os.environ | own | environment, stdin=subprocess.DEVNULL,
@@ -148,7 +157,9 @@ class Nodes:
 
     def kill_node(self, node: int) -> None:
         """Everything that runs there, at once: the plug is pulled."""
-        for pid in subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True, check=True).stdout.split():
+        for pid in subprocess.run(
+            ["ip", "netns", "pids", self.names[node]], capture_output=True, text=True, check=True
+        ).stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 
@@ -178,7 +189,12 @@ def make_pair():
             "rejected": "b",
             "scorer": "",
         }
-        row |= {"chosen_ids": [30 + number, 31, 1], "rejected_ids": [40 + number, 1], "win_rate_chosen": 1.0, "win_rate_rejected": 0.0}
+        row |= {
+            "chosen_ids": [30 + number, 31, 1],
+            "rejected_ids": [40 + number, 1],
+            "win_rate_chosen": 1.0,
+            "win_rate_rejected": 0.0,
+        }
         row |= {"score_chosen": None, "score_rejected": None, "chosen_candidate": 0, "rejected_candidate": 1}
         return row | {"group_scores": None, "group_win_rates": None}
 

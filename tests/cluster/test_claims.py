@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import StageError, TransientError
-from stages.claims import CLAIMS, Claims, forget, history, label_of, poison, raise_poison
+from stages.running.claims import CLAIMS, Claims, forget, history, label_of, poison, raise_poison
 
 COUNT = 12
 
@@ -21,7 +21,9 @@ def work(directory: Path, worker: str, trouble: dict[int, str], supervised: Path
     """Make shards as files that name their maker."""
     claims = Claims(directory, worker, supervised)
     try:
-        for index in claims.share("part", COUNT, lambda index: (directory / f"{index}").exists(), lambda index: f"row {index}"):
+        for index in claims.share(
+            "part", COUNT, lambda index: (directory / f"{index}").exists(), lambda index: f"row {index}"
+        ):
             what = trouble.get(index)
             if what == "kill" or (what == "once" and not (directory / f"{index}.tried").exists()):
                 (directory / f"{index}.tried").touch()
@@ -96,7 +98,9 @@ def test_failures_are_forgotten_when_the_work_is_begun_anew(tmp_path):
     forget(tmp_path)
     assert together(tmp_path, 2) == [0, 0]
     assert made(tmp_path) == set(range(COUNT))
-    assert {int(name.rpartition("-")[2]) for name, lines in history(tmp_path) if any("start" in line for line in lines)} == {3}
+    assert {
+        int(name.rpartition("-")[2]) for name, lines in history(tmp_path) if any("start" in line for line in lines)
+    } == {3}
 
 
 def test_a_worker_whose_run_is_gone_takes_no_further_shard(tmp_path):

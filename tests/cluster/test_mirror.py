@@ -44,7 +44,9 @@ def moto(tmp_path):
 
     def ask(method: str, path: str, body: bytes = b"") -> str:
         headers = {"Content-Type": "application/xml"}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data=body or None, headers=headers, method=method)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/{path}", data=body or None, headers=headers, method=method
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read().decode() + answer.headers.get("ETag", "")
 
@@ -58,7 +60,9 @@ def moto(tmp_path):
                 assert time.monotonic() < end
                 time.sleep(0.3)
         if "<CompleteMultipartUploadResult" not in _multipart(ask):
-            pytest.skip(f"{command} answers CompleteMultipartUpload under another name (getmoto/moto#10055): take moto 5.2.2 or later")
+            pytest.skip(
+                f"{command} answers CompleteMultipartUpload under another name (getmoto/moto#10055): take moto 5.2.2 or later"
+            )
         url = f"s3://test:test@bucket/selfplay?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
         yield SimpleNamespace(url=url, log=log, ask=ask)
     finally:
@@ -70,7 +74,9 @@ def _multipart(ask) -> str:
     """What the server says at the end of an upload in parts. An AWS SDK that misses the answer's name asks again until it gives up."""
     upload = re.search(r"<UploadId>([^<]+)", ask("POST", "bucket/probe?uploads"))[1]
     tag = ask("PUT", f"bucket/probe?partNumber=1&uploadId={upload}", b"x")
-    parts = f"<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>{tag}</ETag></Part></CompleteMultipartUpload>"
+    parts = (
+        f"<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>{tag}</ETag></Part></CompleteMultipartUpload>"
+    )
     return ask("POST", f"bucket/probe?uploadId={upload}", parts.encode())
 
 
@@ -126,7 +132,9 @@ print(json.dumps([built.cached, built.ref.key, built.ref.content]))
 
 def command(*words: str, **environment: str) -> str:
     """What a process of its own prints."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -211,10 +219,15 @@ def test_two_builds_of_one_key_never_mix(store, there, make_prompts, tmp_path):
     fresh = Store(tmp_path / "fresh")
     assert mirror.fetch(fresh, "prompts", record.key).content == second.content
     assert not fresh.problems(second, deep=True)
-    assert len([path for path in (tmp_path / "objects" / "artifacts" / "prompts" / record.key).iterdir() if path.is_dir()]) == 2
+    assert (
+        len([path for path in (tmp_path / "objects" / "artifacts" / "prompts" / record.key).iterdir() if path.is_dir()])
+        == 2
+    )
 
 
-def test_what_is_fetched_takes_the_place_of_unfinished_work_that_was_cut_otherwise(store, there, make_prompts, tmp_path):
+def test_what_is_fetched_takes_the_place_of_unfinished_work_that_was_cut_otherwise(
+    store, there, make_prompts, tmp_path
+):
     record, mirror = artifact(store, make_prompts, 4), Mirror(there)
     mirror.push(store, record)
     other = Store(tmp_path / "other")
@@ -236,7 +249,9 @@ def test_what_was_damaged_on_the_way_is_not_signed(store, there, make_prompts, t
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     other = Store(tmp_path / "other")
-    with pytest.raises(ArtifactError, match=r"part-00000.parquet has other content than was signed; delete artifacts/prompts/"):
+    with pytest.raises(
+        ArtifactError, match=r"part-00000.parquet has other content than was signed; delete artifacts/prompts/"
+    ):
         mirror.fetch(other, "prompts", record.key)
     assert other.load("prompts", record.key) is None
 
@@ -268,5 +283,7 @@ def test_a_server_that_does_not_answer_is_worth_another_try_and_credentials_stay
 
     mirror = Mirror("s3://user:secret@bucket/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
     mirror.files = Silent()
-    with pytest.raises(TransientError, match="^s3://bucket/x: could not read prompts 0000000000000000: no route to host$"):
+    with pytest.raises(
+        TransientError, match="^s3://bucket/x: could not read prompts 0000000000000000: no route to host$"
+    ):
         mirror.load("prompts", "0" * 16)

@@ -77,7 +77,9 @@ class Cluster:
         self.nodes.litter.append(data)
         as_user = ["runuser", "-u", "postgres", "--"]
         subprocess.run(
-            [*as_user, f"{binaries[-1]}/initdb", "-D", str(data / "db"), "-A", "trust", "-U", "prefect"], check=True, capture_output=True
+            [*as_user, f"{binaries[-1]}/initdb", "-D", str(data / "db"), "-A", "trust", "-U", "prefect"],
+            check=True,
+            capture_output=True,
         )
         # A socket's path must be short; TCP on the node's own loopback is all that is used.
         self.nodes.start(
@@ -99,11 +101,13 @@ class Cluster:
         ask = [sys.executable, "-c", f"import urllib.request as r; r.urlopen('{self.url}/health', timeout=5)"]
         wait_for(lambda: self.nodes.start(0, ask, self.home / "ask.log").wait() == 0, 240, "the server")
         assert self.prefect("work-pool", "create", "selfplay-work", "--type", "process").wait() == 0
-        assert self.prefect("--no-prompt", "deploy", "--name", "selfplay-work").wait() == 0, (self.home / "prefect-0.log").read_text()[
-            -3000:
-        ]
+        assert self.prefect("--no-prompt", "deploy", "--name", "selfplay-work").wait() == 0, (
+            self.home / "prefect-0.log"
+        ).read_text()[-3000:]
         for node in (0, 1):
-            self.prefect("worker", "start", "--pool", "selfplay-work", "--limit", "1", "--name", f"node{node}", node=node)
+            self.prefect(
+                "worker", "start", "--pool", "selfplay-work", "--limit", "1", "--name", f"node{node}", node=node
+            )
 
     def run(self, request: dict, log: Path) -> subprocess.Popen:
         return self.nodes.start(0, [sys.executable, "-c", RUN, json.dumps(request)], log, **self.environment)
@@ -127,7 +131,9 @@ def request_for(store: Store, prompts, policy, name: str, **execution) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_machine_that_dies_in_the_middle_of_a_shard_costs_nothing(cluster, flaky, make_prompts, tiny_model, tmp_path, nodes, shared_work):
+def test_a_machine_that_dies_in_the_middle_of_a_shard_costs_nothing(
+    cluster, flaky, make_prompts, tiny_model, tmp_path, nodes, shared_work
+):
     from data_contracts.checkpoint import external_model
     from stages.sampling.stage import SamplingConfig
 
@@ -141,7 +147,9 @@ def test_a_machine_that_dies_in_the_middle_of_a_shard_costs_nothing(cluster, fla
     def lines() -> list[dict]:
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
-    refused = cluster.run(request | {"execution": {"profile": "process-pool", "pool": "nowhere"}}, tmp_path / "refused.log")
+    refused = cluster.run(
+        request | {"execution": {"profile": "process-pool", "pool": "nowhere"}}, tmp_path / "refused.log"
+    )
     assert refused.wait(120) == 2
     assert (
         "there is no work pool 'nowhere': make it with `prefect work-pool create nowhere --type process`"
@@ -159,7 +167,9 @@ def test_a_machine_that_dies_in_the_middle_of_a_shard_costs_nothing(cluster, fla
     begun = Counter(prompt for line in lines() for prompt in line["prompts"])
     assert sum(begun.values()) == 17 and len(begun) == 16  # the shard in hand was made again, no other
     assert "was lost" in (tmp_path / "run.log").read_text()
-    shards = Counter(event["index"] for event in events(store.directory("generations", made["key"])) if event["event"] == "shard")
+    shards = Counter(
+        event["index"] for event in events(store.directory("generations", made["key"])) if event["event"] == "shard"
+    )
     assert shards == Counter(range(16))
 
     # The same artifact as one process makes; a run that was begun here can go on there.

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from flows.config import load_run
-from flows.plan import plan, refuse_what_cannot_fit
+from flows.forecast.plan import plan, refuse_what_cannot_fit
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "deploy" / "runs").glob("*-*.yaml"))
@@ -23,7 +23,9 @@ def test_a_preset_fits_the_hardware_it_names(name):
     assert run.execution.gpus_per_node and run.execution.gpu_memory_gib
     lines = refuse_what_cannot_fit(run)
     assert {line.need.stage for line in lines} >= {"sample", "weigh", "train", "evaluate"}
-    assert all(line.need.workers * line.need.gpus <= run.execution.gpus_per_node for line in lines)  # all at once, on one node
+    assert all(
+        line.need.workers * line.need.gpus <= run.execution.gpus_per_node for line in lines
+    )  # all at once, on one node
 
 
 def test_the_small_preset_would_not_fit_without_its_settings():

@@ -43,8 +43,12 @@ for stage, config, inputs in request["stages"]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(PYTHON is None, reason="no interpreter with ray: pip install ray somewhere and set SELFPLAY_RAY_PYTHON to it")
-def test_two_machines_share_sampling_and_weights(nodes, tmp_path, flaky, make_prompts, make_artifact, make_pair, tiny_model, shared_work):
+@pytest.mark.skipif(
+    PYTHON is None, reason="no interpreter with ray: pip install ray somewhere and set SELFPLAY_RAY_PYTHON to it"
+)
+def test_two_machines_share_sampling_and_weights(
+    nodes, tmp_path, flaky, make_prompts, make_artifact, make_pair, tiny_model, shared_work
+):
     flaky({}, pause="5.0")
     store, policy = Store(tmp_path / "store"), external_model(tiny_model)
     sample = {"backend": {"name": "flaky"}, "num_candidates": 2, "max_new_tokens": 6, "max_prompt_tokens": 64}
@@ -58,7 +62,11 @@ def test_two_machines_share_sampling_and_weights(nodes, tmp_path, flaky, make_pr
             ("weigh", WeightingConfig.model_validate(weigh), {"pairs": pairs, "reference": policy}),
         ]
 
-    environment = {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {name: os.environ[name] for name in ("FLAKY", "FLAKY_LOG", "FLAKY_PAUSE")}
     ray = [
         PYTHON,
@@ -80,7 +88,10 @@ def test_two_machines_share_sampling_and_weights(nodes, tmp_path, flaky, make_pr
     nodes.litter.append(Path(f"/tmp/spray{os.getpid()}"))
     nodes.start(0, [*ray, *head], tmp_path / "head.log", **environment)
     nodes.start(
-        1, [*ray, f"--address={nodes.addresses[0]}:6379", f"--node-ip-address={nodes.addresses[1]}"], tmp_path / "second.log", **environment
+        1,
+        [*ray, f"--address={nodes.addresses[0]}:6379", f"--node-ip-address={nodes.addresses[1]}"],
+        tmp_path / "second.log",
+        **environment,
     )
     wait = f"import ray, time\nray.init('{nodes.addresses[0]}:6379', log_to_driver=False)\nwhile sum(n['Alive'] for n in ray.nodes()) < 2: time.sleep(0.5)"
     for _ in range(30):
@@ -102,15 +113,25 @@ def test_two_machines_share_sampling_and_weights(nodes, tmp_path, flaky, make_pr
 
     begun = [json.loads(line) for line in Path(os.environ["FLAKY_LOG"]).read_text().splitlines()]
     assert {line["node"] for line in begun} == {"0", "1"}
-    assert Counter(prompt for line in begun for prompt in line["prompts"]) == Counter(f"p{number:03d}" for number in range(12))
-    passes = [event["index"] for event in events(store.directory("weighted_pairs", made[1]["key"])) if event["event"] == "pass"]
+    assert Counter(prompt for line in begun for prompt in line["prompts"]) == Counter(
+        f"p{number:03d}" for number in range(12)
+    )
+    passes = [
+        event["index"]
+        for event in events(store.directory("weighted_pairs", made[1]["key"]))
+        if event["event"] == "pass"
+    ]
     assert sorted(passes) == list(range(6))
 
     more = request | {"execution": request["execution"] | {"gpus": {"sample": 4}}}
-    more["stages"] = [(stage, settings | {"num_candidates": 3}, inputs) for stage, settings, inputs in request["stages"][:1]]
+    more["stages"] = [
+        (stage, settings | {"num_candidates": 3}, inputs) for stage, settings, inputs in request["stages"][:1]
+    ]
     refused = nodes.start(0, [PYTHON, "-c", RUN, json.dumps(more)], tmp_path / "refused.log", **environment)
     assert refused.wait(300) != 0
-    assert "asks for 4 GPUs on a node; the largest node of the Ray cluster has 0" in (tmp_path / "refused.log").read_text()
+    assert (
+        "asks for 4 GPUs on a node; the largest node of the Ray cluster has 0" in (tmp_path / "refused.log").read_text()
+    )
 
     alone = Store(tmp_path / "alone")
     for result, (stage, config, inputs) in zip(made, stages(alone), strict=True):
@@ -121,7 +142,9 @@ def test_two_machines_share_sampling_and_weights(nodes, tmp_path, flaky, make_pr
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed here")
 def test_without_ray_the_profile_says_what_to_install(store, make_prompts, tiny_model):
     config = SamplingConfig.model_validate({"backend": {"name": "canned"}})
-    with pytest.raises(ConfigError, match="execution.profile is ray, and this interpreter has no ray: pip install ray, on every node"):
+    with pytest.raises(
+        ConfigError, match="execution.profile is ray, and this interpreter has no ray: pip install ray, on every node"
+    ):
         build(
             "sample",
             config,

@@ -55,7 +55,9 @@ def test_three_workers_make_what_one_makes(store, inputs, tmp_path, make_prompts
     assert len(makers) == 3
     assert sum(makers.values()) == NUM_PROMPTS
     alone = Store(tmp_path / "alone")
-    single = shared_work.sign("sample", sampling("flaky"), {"prompts": make_prompts(alone, NUM_PROMPTS), "policy": tiny}, alone)
+    single = shared_work.sign(
+        "sample", sampling("flaky"), {"prompts": make_prompts(alone, NUM_PROMPTS), "policy": tiny}, alone
+    )
     assert (single.key, single.content) == (shared.key, shared.content)
     assert single.metrics == shared.metrics
     assert shared.seconds["workers/generate"] >= NUM_PROMPTS * 0.05  # what the workers spent, not what signing took
@@ -75,7 +77,9 @@ def test_a_shard_of_a_killed_worker_is_made_by_another(store, inputs, flaky):
 @pytest.mark.slow
 def test_a_poison_shard_is_named_and_all_others_are_kept(store, inputs, flaky):
     flaky({"p006": "raise"})
-    with pytest.raises(StageError, match=r"sample: 1 shard\(s\) failed 2 times.*part-00006 \(p006\): RuntimeError: no words for p006"):
+    with pytest.raises(
+        StageError, match=r"sample: 1 shard\(s\) failed 2 times.*part-00006 \(p006\): RuntimeError: no words for p006"
+    ):
         build("sample", sampling("flaky"), inputs, store, execution=workers(2))
     directory = store.directory("generations", STAGES["sample"].key(sampling("flaky"), inputs))
     assert len(list(directory.glob("part-*.parquet"))) == NUM_PROMPTS - 1
@@ -93,26 +97,37 @@ def test_workers_that_cannot_start_are_not_started_for_ever(store, inputs):
         build("sample", broken, inputs, store, execution=workers(2))
 
 
-def test_weights_are_shared_by_model_pass_and_by_shard(make_artifact, make_pair, tiny, tmp_path, shared_work, monkeypatch):
-    import stages.logps
+def test_weights_are_shared_by_model_pass_and_by_shard(
+    make_artifact, make_pair, tiny, tmp_path, shared_work, monkeypatch
+):
+    import stages.models.logps
     from stages.weighting.stage import WeightingConfig
 
-    one_at_a_time, load = threading.Lock(), stages.logps.load_causal_lm
+    one_at_a_time, load = threading.Lock(), stages.models.logps.load_causal_lm
 
     def load_alone(*arguments):  # transformers loads into the wrong model when two threads do it at once
         with one_at_a_time:
             return load(*arguments)
 
-    monkeypatch.setattr(stages.logps, "load_causal_lm", load_alone)
+    monkeypatch.setattr(stages.models.logps, "load_causal_lm", load_alone)
 
     config = WeightingConfig(dtype="float32", runtime={"pairs_per_shard": 1, "device": "cpu"})
     made = []
     for name, count in (("alone", 0), ("shared", 2)):
         mine = Store(tmp_path / name)
-        inputs = {"pairs": make_artifact(mine, "scored_pairs", [make_pair(number) for number in range(6)]), "reference": tiny}
+        inputs = {
+            "pairs": make_artifact(mine, "scored_pairs", [make_pair(number) for number in range(6)]),
+            "reference": tiny,
+        }
         shared_work.workers("weigh", config, inputs, mine, count)
         record = shared_work.sign("weigh", config, inputs, mine)
-        made.append((record.key, record.content, {name: value for name, value in record.metrics.items() if "logps/" not in name}))
+        made.append(
+            (
+                record.key,
+                record.content,
+                {name: value for name, value in record.metrics.items() if "logps/" not in name},
+            )
+        )
         passes = [event for event in events(mine.directory("weighted_pairs", record.key)) if event["event"] == "pass"]
         assert sorted(event["index"] for event in passes) == list(range(6))  # none was made twice
         assert len({event.get("worker") for event in passes}) == max(1, count)
@@ -120,12 +135,16 @@ def test_weights_are_shared_by_model_pass_and_by_shard(make_artifact, make_pair,
 
 
 def test_a_stage_without_shards_has_one_worker():
-    with pytest.raises(ConfigError, match=r"the stage train has no shards to share; set training.runtime.num_processes"):
+    with pytest.raises(
+        ConfigError, match=r"the stage train has no shards to share; set training.runtime.num_processes"
+    ):
         parse(ExecutionConfig, {"workers": {"train": 2}}, "execution")
 
 
 def test_an_unknown_profile_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"profile: Input should be 'local', 'process-pool', 'kubernetes', 'ray' or 'slurm'"):
+    with pytest.raises(
+        ConfigError, match=r"profile: Input should be 'local', 'process-pool', 'kubernetes', 'ray' or 'slurm'"
+    ):
         parse(ExecutionConfig, {"profile": "mesos"}, "execution")
 
 

@@ -51,13 +51,17 @@ def work(tmp_path: Path, **changes) -> Work:
 def checked_by_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
-        done = subprocess.run(["shellcheck", "--severity=style", str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["shellcheck", "--severity=style", str(path)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("changes", [{}, {"nodes": 4, "gpus": 8, "timeout": 7200.0}])
 def test_the_script_asks_for_what_the_work_needs(tmp_path, changes):
-    execution = ExecutionConfig(profile="slurm", sbatch=("--partition=gpu", "--account=me"), setup="module load cuda/13")
+    execution = ExecutionConfig(
+        profile="slurm", sbatch=("--partition=gpu", "--account=me"), setup="module load cuda/13"
+    )
     path = tmp_path / "job.sh"
     path.write_text(script(work(tmp_path, **changes), execution, tmp_path / "request.json", "t0ken"))
     text = path.read_text()
@@ -77,7 +81,12 @@ def test_the_script_asks_for_what_the_work_needs(tmp_path, changes):
 
 def test_a_whole_stage_goes_through_slurm(stub, store, make_prompts, tiny_model):
     config = SamplingConfig.model_validate(
-        {"backend": {"name": "canned"}, "max_new_tokens": 4, "max_prompt_tokens": 64, "runtime": {"device": "cpu", "prompts_per_shard": 2}}
+        {
+            "backend": {"name": "canned"},
+            "max_new_tokens": 4,
+            "max_prompt_tokens": 64,
+            "runtime": {"device": "cpu", "prompts_per_shard": 2},
+        }
     )
     inputs = {"prompts": make_prompts(store, 4), "policy": external_model(tiny_model)}
     built = build("sample", config, inputs, store, execution=ExecutionConfig(profile="slurm"))
@@ -91,7 +100,9 @@ def test_a_whole_stage_goes_through_slurm(stub, store, make_prompts, tiny_model)
 def real_slurm(monkeypatch):
     """munged, slurmctld and slurmd of our own, one node with one pretended GPU."""
     missing = [
-        name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
+        name
+        for name in ("munged", "slurmctld", "slurmd", "sbatch")
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
     ]
     if missing or os.geteuid() != 0:
         pytest.skip(f"a real Slurm needs root and {', '.join(missing) or 'nothing else'} (apt-get install slurm-wlm)")
@@ -111,13 +122,18 @@ def real_slurm(monkeypatch):
             "SlurmctldPort": ports[0], "SlurmdPort": ports[1], "ReturnToService": 2, "SelectType": "select/cons_tres", "CredType": "cred/munge",
             "SchedulerParameters": "sched_interval=1", "MpiDefault": "none", "SwitchType": "switch/none",
         }  # fmt: skip
-        node = (
-            f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} Gres=gpu:1 State=UNKNOWN\nPartitionName=all Nodes=ALL Default=YES\n"
-        )
+        node = f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} Gres=gpu:1 State=UNKNOWN\nPartitionName=all Nodes=ALL Default=YES\n"
         (home / "slurm.conf").write_text("".join(f"{name}={value}\n" for name, value in settings.items()) + node)
         monkeypatch.setenv("SLURM_CONF", str(home / "slurm.conf"))
         monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
-        munge = ["munged", "--foreground", "--force", f"--key-file={home}/key", f"--socket={home}/munge.sock", f"--pid-file={home}/m.pid"]
+        munge = [
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={home}/key",
+            f"--socket={home}/munge.sock",
+            f"--pid-file={home}/m.pid",
+        ]
         munge += [f"--log-file={home}/m.log", f"--seed-file={home}/seed"]
         started = []
         try:
@@ -126,7 +142,10 @@ def real_slurm(monkeypatch):
                     started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
                 time.sleep(1)
             end = time.monotonic() + 90
-            while "idle" not in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout:
+            while (
+                "idle"
+                not in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout
+            ):
                 logs = "".join(path.read_text()[-1500:] for path in home.glob("*.log"))
                 assert time.monotonic() < end, logs
                 time.sleep(0.5)
@@ -145,18 +164,37 @@ def _free_port() -> int:
 
 
 @pytest.mark.slow
-def test_shards_and_signature_go_through_a_real_slurm(real_slurm, store, make_prompts, tiny_model, flaky, shared_work, tmp_path):
+def test_shards_and_signature_go_through_a_real_slurm(
+    real_slurm, store, make_prompts, tiny_model, flaky, shared_work, tmp_path
+):
     log = flaky({"p003": "once"})
     monkey = {name: os.environ[name] for name in ("FLAKY", "FLAKY_LOG", "PYTHONPATH")}
     config = SamplingConfig.model_validate(
-        {"backend": {"name": "flaky"}, "max_new_tokens": 4, "max_prompt_tokens": 64, "runtime": {"device": "cpu", "prompts_per_shard": 2}}
+        {
+            "backend": {"name": "flaky"},
+            "max_new_tokens": 4,
+            "max_prompt_tokens": 64,
+            "runtime": {"device": "cpu", "prompts_per_shard": 2},
+        }
     )
     policy = external_model(tiny_model)
-    execution = ExecutionConfig(profile="slurm", workers={"sample": 2}, env=monkey, sbatch=("--time=5", "--mem=0", "--oversubscribe"))
+    execution = ExecutionConfig(
+        profile="slurm", workers={"sample": 2}, env=monkey, sbatch=("--time=5", "--mem=0", "--oversubscribe")
+    )
     logged = []
-    built = build("sample", config, {"prompts": make_prompts(store, 8), "policy": policy}, store, logged.append, execution=execution)
+    built = build(
+        "sample",
+        config,
+        {"prompts": make_prompts(store, 8), "policy": policy},
+        store,
+        logged.append,
+        execution=execution,
+    )
     jobs = [line for line in logged if "is Slurm job" in line]
-    assert len(jobs) in (3, 4)  # two workers, one signature; a worker in the dead one's place, if anything was left by then
+    assert len(jobs) in (
+        3,
+        4,
+    )  # two workers, one signature; a worker in the dead one's place, if anything was left by then
     assert any("killed by signal 9" in line for line in logged)
     assert len(log.read_text().splitlines()) == 5  # four shards, one of them twice
     alone = Store(tmp_path / "alone")
@@ -172,7 +210,8 @@ def test_a_real_slurm_gives_gpus_and_refuses_more_than_it_has(real_slurm, store,
 
 def test_a_refused_job_says_what_slurm_said(stub, store, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"Slurm takes no job for train-3f9c1a7b: .*Requested node configuration is not available.*execution.gpus against"
+        ConfigError,
+        match=r"Slurm takes no job for train-3f9c1a7b: .*Requested node configuration is not available.*execution.gpus against",
     ):
         perform(Slurm(ExecutionConfig(profile="slurm"), store, print), [work(tmp_path, gpus=16)], lambda: None)
 
@@ -187,13 +226,16 @@ def test_a_job_that_waits_too_long_is_given_up_and_cancelled(stub, store, tmp_pa
 
 def test_a_machine_without_slurm_is_told_so(store, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="there is no sbatch on this machine; start the run on a login or submit node"):
+    with pytest.raises(
+        ConfigError, match="there is no sbatch on this machine; start the run on a login or submit node"
+    ):
         perform(Slurm(ExecutionConfig(profile="slurm"), store, print), [work(tmp_path)], lambda: None)
 
 
 def test_a_store_that_the_node_does_not_see_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"does not see .*request.json, which the run has just written: the store is not shared.*SELFPLAY_STORE"
+        ConfigError,
+        match=r"does not see .*request.json, which the run has just written: the store is not shared.*SELFPLAY_STORE",
     ):
         do(tmp_path / "request.json", "t0ken", grace=0.1)
     (tmp_path / "request.json").write_text('{"token": "of another store"}')
@@ -219,7 +261,9 @@ def test_work_whose_process_is_gone_is_lost(store, tmp_path):
     (request.directory / "hello-0.json").write_text(json.dumps({"host": "n7", "time": time.time()}))
     assert request.is_lost(0)
     assert isinstance(request.error(0, "Slurm job 1 is NODE_FAIL"), TransientError)
-    (request.directory / "outcome-0.json").write_text(json.dumps({"error": {"type": "StageError", "message": "it broke"}}))
+    (request.directory / "outcome-0.json").write_text(
+        json.dumps({"error": {"type": "StageError", "message": "it broke"}})
+    )
     assert not request.is_lost(0)
     assert isinstance(request.error(0, ""), StageError)
 
@@ -240,7 +284,10 @@ def test_requests_of_killed_runs_are_swept_when_nobody_can_still_be_at_them(stor
 @pytest.mark.parametrize(
     ("version", "problem"),
     [
-        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n", "is built without CUDA, and the work has GPUs: install the gpu lock"),
+        (
+            "__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n",
+            "is built without CUDA, and the work has GPUs: install the gpu lock",
+        ),
         (
             "__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\n",
             r"is built for CUDA 13.0, the driver of \S+ knows CUDA 12.4 at most",
@@ -253,7 +300,9 @@ def test_a_torch_that_cannot_use_the_driver_is_refused(tmp_path, monkeypatch, ve
     (tmp_path / "torch" / "__init__.py").touch()
     (tmp_path / "torch" / "version.py").write_text(version)
     driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\necho '| NVIDIA-SMI 550.54.14   Driver Version: 550.54.14   CUDA Version: 12.4     |'\n")
+    driver.write_text(
+        "#!/bin/sh\necho '| NVIDIA-SMI 550.54.14   Driver Version: 550.54.14   CUDA Version: 12.4     |'\n"
+    )
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -17,7 +17,7 @@ from data_contracts.checkpoint import external_model
 from data_contracts.errors import ConfigError, ContractError, StageError, TransientError
 from data_contracts.shards import SCHEMAS
 from data_contracts.store import Store
-from stages import rendezvous
+from stages.running import rendezvous
 from stages.stage import STAGES, events
 from stages.training.stage import TrainingConfig, _failure, take_part
 from tasks.execution.remote import at_fault
@@ -31,16 +31,31 @@ def pairs(count: int) -> list[dict]:
     for number in range(count):
         prompt, chosen, rejected = (random.integers(5, 320, random.integers(2, most)).tolist() for most in (14, 12, 9))
         row = dict.fromkeys(SCHEMAS["weighted_pairs"].names)
-        row |= {"pair_id": f"q{number}", "prompt_id": f"p{number}", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        row |= {
+            "pair_id": f"q{number}",
+            "prompt_id": f"p{number}",
+            "prompt_ids": prompt,
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+        }
         row |= {"win_rate_chosen": 0.9, "win_rate_rejected": 0.1, "chosen_candidate": 0, "rejected_candidate": 1}
         for side, ids in (("chosen", chosen), ("rejected", rejected)):
-            row |= {f"{side}_weights": [1.0] * len(ids), f"{side}_reference_logps": (-random.uniform(3, 7, len(ids))).tolist()}
+            row |= {
+                f"{side}_weights": [1.0] * len(ids),
+                f"{side}_reference_logps": (-random.uniform(3, 7, len(ids))).tolist(),
+            }
         rows.append(row)
     return rows
 
 
 def settings(processes: int, nodes: int, zero: int = 0) -> dict:
-    runtime = {"device": "cpu", "num_processes": processes, "num_nodes": nodes, "zero_stage": zero, "save_every_steps": 2}
+    runtime = {
+        "device": "cpu",
+        "num_processes": processes,
+        "num_nodes": nodes,
+        "zero_stage": zero,
+        "save_every_steps": 2,
+    }
     runtime |= {"collective_timeout_seconds": 120}
     return {
         "method": {"name": "sppo", "eta": 5},
@@ -58,9 +73,19 @@ def spec(directory: Path, make_artifact, tiny_model, config: dict) -> tuple[Stor
     inputs = {"pairs": make_artifact(store, "weighted_pairs", pairs(18)), "policy": external_model(tiny_model)}
     path = directory / "spec.json"
     path.write_text(
-        json.dumps({"config": config, "inputs": {name: ref.model_dump() for name, ref in inputs.items()}, "store": str(store.root)})
+        json.dumps(
+            {
+                "config": config,
+                "inputs": {name: ref.model_dump() for name, ref in inputs.items()},
+                "store": str(store.root),
+            }
+        )
     )
-    return store, path, store.directory("checkpoint", STAGES["train"].key(TrainingConfig.model_validate(config), inputs))
+    return (
+        store,
+        path,
+        store.directory("checkpoint", STAGES["train"].key(TrainingConfig.model_validate(config), inputs)),
+    )
 
 
 def steps(directory: Path) -> list[dict]:
@@ -71,7 +96,10 @@ def on_both(nodes, path: Path) -> list:
     """The same command on both nodes; the processes, by node."""
     command = [sys.executable, "-m", "stages", "train", str(path)]
     own = {"SELFPLAY_RENDEZVOUS": "today", "DS_ACCELERATOR": "cpu"}
-    return [nodes.start(node, command, path.with_name(f"{node}.log"), SELFPLAY_NODE_RANK=str(node), **own) for node in (0, 1)]
+    return [
+        nodes.start(node, command, path.with_name(f"{node}.log"), SELFPLAY_NODE_RANK=str(node), **own)
+        for node in (0, 1)
+    ]
 
 
 def ends(ranks: list, path: Path) -> list[int]:
@@ -84,7 +112,9 @@ def ends(ranks: list, path: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2])
-def test_two_nodes_train_like_one_node_with_two_ranks(nodes, tmp_path, make_artifact, tiny_model, run_stage_command, zero):
+def test_two_nodes_train_like_one_node_with_two_ranks(
+    nodes, tmp_path, make_artifact, tiny_model, run_stage_command, zero
+):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     _, path, alone = spec(tmp_path / "one", make_artifact, tiny_model, settings(2, 1, zero))
@@ -111,7 +141,9 @@ def test_two_nodes_train_like_one_node_with_two_ranks(nodes, tmp_path, make_arti
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "dies"), [(0, 1), (2, 0)])
-def test_a_node_that_dies_in_mid_training_costs_the_steps_since_the_last_checkpoint(nodes, tmp_path, make_artifact, tiny_model, zero, dies):
+def test_a_node_that_dies_in_mid_training_costs_the_steps_since_the_last_checkpoint(
+    nodes, tmp_path, make_artifact, tiny_model, zero, dies
+):
     """Its plug is pulled; the other one ends by itself; the same command on both goes on, and ends with the very same weights."""
     config, last = settings(1, 2, zero) | {"epochs": 12}, 36
     for name in ("calm", "killed"):
@@ -138,7 +170,11 @@ def test_a_node_that_dies_in_mid_training_costs_the_steps_since_the_last_checkpo
     assert [step["loss"] for step in steps(directory)] == [step["loss"] for step in steps(calm)]
     assert (directory / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
     record = store.load("checkpoint", directory.name)
-    assert not store.problems(record, deep=True) and record.provenance["starts"] == 2 and not (directory / "resume").exists()
+    assert (
+        not store.problems(record, deep=True)
+        and record.provenance["starts"] == 2
+        and not (directory / "resume").exists()
+    )
 
 
 def test_the_node_is_known_from_the_engine_or_a_hostfile(tmp_path, monkeypatch):

@@ -25,7 +25,9 @@ def model(tiny_model, tmp_path):
 def edit(path, **changes) -> None:
     data = json.loads(path.read_text())
     data |= {name: value for name, value in changes.items() if value is not None}
-    path.write_text(json.dumps({name: value for name, value in data.items() if name not in changes or changes[name] is not None}))
+    path.write_text(
+        json.dumps({name: value for name, value in data.items() if name not in changes or changes[name] is not None})
+    )
 
 
 # --- complete or refused
@@ -43,15 +45,37 @@ def test_a_complete_directory_passes(model):
         (lambda model: (model / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda model: edit(model / "config.json", architectures=None), "config.json names no `architectures`"),
         (lambda model: (model / "tokenizer.json").unlink(), "has no tokenizer file"),
-        (lambda model: (model / "chat_template.jinja").unlink(), "has no chat template .*set `sampling.template: plain`"),
+        (
+            lambda model: (model / "chat_template.jinja").unlink(),
+            "has no chat template .*set `sampling.template: plain`",
+        ),
         (lambda model: (model / "model.safetensors").unlink(), "has no \\*.safetensors weights"),
-        (lambda model: os.truncate(model / "model.safetensors", 50_000), "has 50000 bytes, its header promises .* truncated or damaged"),
+        (
+            lambda model: os.truncate(model / "model.safetensors", 50_000),
+            "has 50000 bytes, its header promises .* truncated or damaged",
+        ),
         (lambda model: os.truncate(model / "model.safetensors", 100), "is not a readable safetensors file"),
         (lambda model: os.truncate(model / "model.safetensors", 3), "is not a readable safetensors file"),
         (lambda model: (model / "model.safetensors").write_bytes(b"x" * 100), "is not a readable safetensors file"),
-        (lambda model: (model / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}"), "is not a readable safetensors file"),
+        (
+            lambda model: (model / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}"),
+            "is not a readable safetensors file",
+        ),
     ],
-    ids=["directory", "config", "json", "architectures", "tokenizer", "template", "weights", "cut", "header", "length", "noise", "empty"],
+    ids=[
+        "directory",
+        "config",
+        "json",
+        "architectures",
+        "tokenizer",
+        "template",
+        "weights",
+        "cut",
+        "header",
+        "length",
+        "noise",
+        "empty",
+    ],
 )
 def test_what_is_missing_is_named(model, spoil, message):
     spoil(model)
@@ -75,8 +99,13 @@ def test_every_shard_of_an_indexed_model_must_be_there(model):
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert [path.name for path in weight_files(model)] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    with pytest.raises(ConfigError, match="model-00002-of-00002.safetensors is not a readable safetensors file .*No such file"):
+    assert [path.name for path in weight_files(model)] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    with pytest.raises(
+        ConfigError, match="model-00002-of-00002.safetensors is not a readable safetensors file .*No such file"
+    ):
         check_model_directory(model)
 
 
@@ -112,7 +141,9 @@ def test_the_address_is_the_content_wherever_it_lies(model, tiny_model, tmp_path
     assert external_model(tmp_path / "link") == here
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"]
+)
 def test_any_byte_of_any_file_changes_the_address(model, name):
     before = external_model(model).content
     raw = bytearray((model / name).read_bytes())

@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 COLD = {"temperature": 0.7, "backend": {"name": "vllm", "dtype": "float32"}, "stop": [1, 2]}
 
 
-def make(store: Store, config: dict, policy: str = "ab" * 32, version: str = "1", time: str = "2026-01-02T03:04:05+0000", **inputs) -> str:
+def make(
+    store: Store,
+    config: dict,
+    policy: str = "ab" * 32,
+    version: str = "1",
+    time: str = "2026-01-02T03:04:05+0000",
+    **inputs,
+) -> str:
     """A signed artifact of a few bytes; its key."""
     inputs |= {"policy": ArtifactRef(kind="checkpoint", key="external", path="/models/tiny", content=policy)}
     key = fingerprint("sample", version, config, {name: ref.content for name, ref in inputs.items()})
@@ -185,6 +192,11 @@ def test_the_command_uses_the_store_of_the_environment_and_its_exit_code(store):
     flip(shard_path(store.directory("generations", key), 0))
     command = [sys.executable, "-m", "data_contracts", "verify"]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"SELFPLAY_STORE": str(store.root)}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"SELFPLAY_STORE": str(store.root)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 4 and "other content" in done.stdout

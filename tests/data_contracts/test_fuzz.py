@@ -140,7 +140,9 @@ def test_records(place, data):
 @settings(max_examples=200)
 @given(
     data=st.binary(max_size=40)
-    | st.tuples(st.integers(0, 2**64 - 1), JSON).map(lambda one: one[0].to_bytes(8, "little") + json.dumps(one[1]).encode())
+    | st.tuples(st.integers(0, 2**64 - 1), JSON).map(
+        lambda one: one[0].to_bytes(8, "little") + json.dumps(one[1]).encode()
+    )
 )
 def test_safetensors(place, data):
     path = place / "model.safetensors"
@@ -152,7 +154,13 @@ def test_safetensors(place, data):
 @settings(max_examples=150)
 @given(
     name=st.sampled_from(
-        ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"]
+        [
+            "config.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "model.safetensors.index.json",
+        ]
     ),
     data=st.data(),
 )
@@ -163,7 +171,10 @@ def test_model_directories(place, tiny_model, name, data):
     path = model / name
     good = path.read_bytes() if path.exists() else None
     path.write_bytes(
-        data.draw(spoilt(good or b'{"weight_map": {"a": "model.safetensors"}}') | JSON.map(lambda value: json.dumps(value).encode()))
+        data.draw(
+            spoilt(good or b'{"weight_map": {"a": "model.safetensors"}}')
+            | JSON.map(lambda value: json.dumps(value).encode())
+        )
     )
     try:
         check_model_directory(model)
@@ -204,7 +215,11 @@ def test_specs_and_saved_batches(place, value):
 
 
 @settings(max_examples=200)
-@given(body=JSON | JSON.map(lambda value: {"choices": [{"message": {"content": value}}]}) | JSON.map(lambda value: {"choices": value}))
+@given(
+    body=JSON
+    | JSON.map(lambda value: {"choices": [{"message": {"content": value}}]})
+    | JSON.map(lambda value: {"choices": value})
+)
 def test_a_judges_reply_is_text(body):
     assert isinstance(Reply(body, "").text, str)
 

@@ -28,7 +28,16 @@ def make(store: Store, kind: str, key: str, **inputs: ArtifactRef) -> ArtifactRe
     (directory / "part-00000.parquet").write_text(f"{kind} {key} " * 100)
     inputs |= {"start": ArtifactRef(kind="checkpoint", key="external", path="/m", content="ab" * 32)}
     record = ArtifactRecord(
-        kind=kind, key=key, stage="test", version="1", config={}, inputs=inputs, content="", files=[], rows=1, seconds={"wall": 1.0}
+        kind=kind,
+        key=key,
+        stage="test",
+        version="1",
+        config={},
+        inputs=inputs,
+        content="",
+        files=[],
+        rows=1,
+        seconds={"wall": 1.0},
     )
     return store.sign(record).ref(str(directory))
 
@@ -65,7 +74,15 @@ def left(store: Store) -> set[str]:
     return {f"{path.parent.name}/{path.name}" for path in store.root.glob("artifacts/*/*")}
 
 
-EVERYTHING = {"prompts/pa", "prompts/p", "generations/ga", "generations/gb", "checkpoint/ca", "checkpoint/cb", "checkpoint/cc"}
+EVERYTHING = {
+    "prompts/pa",
+    "prompts/p",
+    "generations/ga",
+    "generations/gb",
+    "checkpoint/ca",
+    "checkpoint/cb",
+    "checkpoint/cc",
+}
 OF_C = {"prompts/p", "generations/gb", "checkpoint/cb", "checkpoint/cc"}
 
 
@@ -73,7 +90,9 @@ OF_C = {"prompts/p", "generations/gb", "checkpoint/cb", "checkpoint/cc"}
 def test_what_a_kept_run_came_from_stays_all_the_way_back(store, three_runs, runs, kept):
     assert left(store) == EVERYTHING
     removed = {
-        f"{one.path.parent.name}/{one.path.name}" for one in gc(store, runs, dry_run=True) if one.path.parents[1].name == "artifacts"
+        f"{one.path.parent.name}/{one.path.name}"
+        for one in gc(store, runs, dry_run=True)
+        if one.path.parents[1].name == "artifacts"
     }
     assert left(store) == EVERYTHING and EVERYTHING - kept == removed
     gc(store, runs)
@@ -122,7 +141,10 @@ def test_the_state_to_resume_from_goes_when_the_training_is_finished(store, thre
 
 
 def test_passes_of_forgotten_models_temporary_files_and_idle_locks_go(store, three_runs):
-    known, forgotten = store.root / "logps" / f"{'ab' * 8}-float32-logps-1", store.root / "logps" / f"{'ef' * 8}-float32-logps-1"
+    known, forgotten = (
+        store.root / "logps" / f"{'ab' * 8}-float32-logps-1",
+        store.root / "logps" / f"{'ef' * 8}-float32-logps-1",
+    )
     for path in (known, forgotten):
         path.mkdir(parents=True)
     (known / ".part-1.parquet.tmp-1").touch()
@@ -179,7 +201,9 @@ def test_the_command_says_what_and_how_much(store, three_runs, capsys):
 # --- paths, and what is deleted
 
 
-@pytest.mark.parametrize("spelling", ["{root}", "{root}/", "{parent}/x/../store", "{parent}/link", "{parent}/link/../store", "./x/../store"])
+@pytest.mark.parametrize(
+    "spelling", ["{root}", "{root}/", "{parent}/x/../store", "{parent}/link", "{parent}/link/../store", "./x/../store"]
+)
 def test_a_store_is_the_same_however_its_path_is_written(store, three_runs, spelling, monkeypatch):
     (store.root.parent / "x").mkdir()
     (store.root.parent / "link").symlink_to(store.root)
@@ -191,7 +215,9 @@ def test_a_store_is_the_same_however_its_path_is_written(store, three_runs, spel
     assert (store.root / "runs" / "d" / "iter_01" / "c-d" / RECORD).is_file()
 
 
-def test_rooms_that_are_links_to_other_disks_and_links_written_with_other_paths_are_read_by_kind_and_key(store, three_runs, tmp_path):
+def test_rooms_that_are_links_to_other_disks_and_links_written_with_other_paths_are_read_by_kind_and_key(
+    store, three_runs, tmp_path
+):
     for room in ("artifacts", "runs"):
         (store.root / room).rename(tmp_path / f"other-{room}")
         (store.root / room).symlink_to(tmp_path / f"other-{room}")
@@ -217,7 +243,10 @@ def test_nothing_goes_when_a_kept_run_reaches_nothing(store, three_runs):
             gc(store, 2, delete=delete)
     for run in "abc":
         shutil.rmtree(store.root / "runs" / run)
-    with pytest.raises(ConfigError, match="no run of .* has links to artifacts, so --keep-runs 2 would keep none of 7: nothing is removed"):
+    with pytest.raises(
+        ConfigError,
+        match="no run of .* has links to artifacts, so --keep-runs 2 would keep none of 7: nothing is removed",
+    ):
         gc(store, 2, delete=True)
     assert left(store) == EVERYTHING
 
@@ -238,7 +267,9 @@ def test_what_is_not_needed_is_set_aside_and_deleted_only_when_asked(store, thre
     grow_old(store)
     assert main(["--keep-runs", "1", "--yes", "--store", str(store.root)]) == 0
     assert "artifacts/checkpoint/ca  (of no kept run)" in capsys.readouterr().out and left(store) == OF_C
-    assert [reason["was"] for _, reason in store.list_set_aside()] == ["artifacts/prompts/pa"], "odd things are for people to delete"
+    assert [reason["was"] for _, reason in store.list_set_aside()] == ["artifacts/prompts/pa"], (
+        "odd things are for people to delete"
+    )
 
 
 def test_two_things_of_one_name_are_set_aside_side_by_side(store):
@@ -262,7 +293,9 @@ def test_a_store_beyond_its_budget_or_on_a_full_disk_is_not_built_in(store, thre
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "1G")
     store.check_room()
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "1K")
-    with pytest.raises(ArtifactError, match="its budget SELFPLAY_STORE_MAX_BYTES is 1 KiB. `python -m data_contracts.gc"):
+    with pytest.raises(
+        ArtifactError, match="its budget SELFPLAY_STORE_MAX_BYTES is 1 KiB. `python -m data_contracts.gc"
+    ):
         store.check_room()
     monkeypatch.delenv("SELFPLAY_STORE_MAX_BYTES")
     monkeypatch.setenv("SELFPLAY_STORE_MIN_FREE_BYTES", "999T")

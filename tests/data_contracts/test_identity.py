@@ -84,7 +84,9 @@ def test_a_runtime_setting_inside_a_list_of_configs_does_not_change_the_key():
     assert key(parts[0]) == key(parts[1]) != key(Outer())
 
 
-@pytest.mark.parametrize("config", [Outer(temperature=0.7), Outer(inner=Inner(dtype="bfloat16")), Outer(parts=(Inner(),))])
+@pytest.mark.parametrize(
+    "config", [Outer(temperature=0.7), Outer(inner=Inner(dtype="bfloat16")), Outer(parts=(Inner(),))]
+)
 def test_any_other_setting_changes_the_key(config):
     assert key(config) != key(Outer())
 
@@ -143,12 +145,18 @@ def test_another_process_computes_the_same_key():
     here = fingerprint("sample", "1", {"a": {"b": 1e-7, "z": 0.1}, "stop": ["é", None, True]}, {"a": "y", "p": "x"})
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == here
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )

@@ -71,7 +71,10 @@ def test_sums_add_and_peaks_do_not(store, run):
     (total,) = ledgers.total(ledgers.rows(ledgers.read(store, "demo")))
     assert total["wall"] == 17.0 and total["flops"] == 4.8e9 and total["tokens_out"] == 40
     assert total["peak_rss_bytes"] == 9e8 and total["artifacts"] == 2 and total["found"] == 0
-    assert [row["step"] for row in ledgers.total(ledgers.rows(ledgers.read(store, "demo")), ("step",))] == ["iter_00", "iter_01"]
+    assert [row["step"] for row in ledgers.total(ledgers.rows(ledgers.read(store, "demo")), ("step",))] == [
+        "iter_00",
+        "iter_01",
+    ]
 
 
 def test_what_another_run_built_is_saved_time_and_no_work(store, run, clock):
@@ -124,7 +127,9 @@ def test_a_line_cut_by_a_kill_and_a_removed_artifact_do_no_harm(store, run):
 def test_the_command_prints_tables_and_csv(store, run, capsys):
     assert contracts.main(["ledger", "demo", "--store", str(store.root)]) == 0
     out = capsys.readouterr().out
-    assert "iter_01" in out and "tokens in" in out and "other 12.0 s" in out and "GPUs" not in out  # nothing happened there
+    assert (
+        "iter_01" in out and "tokens in" in out and "other 12.0 s" in out and "GPUs" not in out
+    )  # nothing happened there
     assert contracts.main(["ledger", "demo", "--csv", "--store", str(store.root)]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [float(row["wall"]) for row in rows] == [9.5, 7.5]
@@ -154,7 +159,15 @@ def test_an_artifact_that_is_gone_or_damaged_keeps_its_line(store, run):
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"{", b"5", b"null", b'{"event": ["stage"]}', b'{"event": "stage", "session": "x", "time": 1.0}', b"\xff\xfe", b"[" * 100_000],
+    [
+        b"{",
+        b"5",
+        b"null",
+        b'{"event": ["stage"]}',
+        b'{"event": "stage", "session": "x", "time": 1.0}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
 )
 def test_a_damaged_line_is_left_out(store, run, garbage):
     before = ledgers.read(store, "demo")

@@ -30,7 +30,11 @@ def test_a_line_becomes_a_row_with_every_column(tmp_path):
     }  # fmt: skip
     short, long = load(tmp_path, GOOD, "", json.dumps(full))
     none = {"response": None, "chosen": None, "rejected": None}
-    assert short == {"prompt_id": "a", "messages": [{"role": "user", "content": "Name a fruit."}], "checks": "[]", "source": ""} | none
+    assert (
+        short
+        == {"prompt_id": "a", "messages": [{"role": "user", "content": "Name a fruit."}], "checks": "[]", "source": ""}
+        | none
+    )
     assert long == full | {"checks": '[{"name": "max_words", "value": 3}]'}
     assert text_of(long) == "Be brief.\nHi"
 
@@ -143,7 +147,9 @@ def test_texts_without_words_are_all_alike():
 
 
 def test_a_heldout_prompt_with_a_training_id_is_refused():
-    with pytest.raises(ConfigError, match=r"1 prompt id\(s\) are both in the training and in the held-out file, e\.g\. \['b'\]"):
+    with pytest.raises(
+        ConfigError, match=r"1 prompt id\(s\) are both in the training and in the held-out file, e\.g\. \['b'\]"
+    ):
         check_disjoint(rows(a="one two three", b="four five six"), rows(b="seven eight nine", c="ten eleven twelve"))
 
 

@@ -37,7 +37,12 @@ def row(number: int = 0, **changes):
 def test_rows_come_back_as_they_were_in_shard_order(tmp_path):
     for index in (1, 0):
         write_shard(shard_path(tmp_path, index), to_table([row(10 * index), row(10 * index + 1)], "generations"))
-    assert [item["prompt_id"] for item in read_shards(tmp_path, "generations").to_pylist()] == ["p0", "p1", "p10", "p11"]
+    assert [item["prompt_id"] for item in read_shards(tmp_path, "generations").to_pylist()] == [
+        "p0",
+        "p1",
+        "p10",
+        "p11",
+    ]
     assert read_shard(shard_path(tmp_path, 0), "generations").to_pylist()[0] == row(0)
     assert count_rows(tmp_path) == 4
 
@@ -158,7 +163,9 @@ def test_only_the_shards_that_no_earlier_try_finished_are_made_again(tmp_path):
     truncate(shard_path(tmp_path, 2))
     shard_path(tmp_path, 3).unlink()
     assert run() == [2, 3]
-    assert [item["prompt_id"] for item in read_shards(tmp_path, "generations").to_pylist()] == [f"p{number}" for number in range(7)]
+    assert [item["prompt_id"] for item in read_shards(tmp_path, "generations").to_pylist()] == [
+        f"p{number}" for number in range(7)
+    ]
     # Shards of another size hold other rows: none can be kept, nor what lies beside them.
     write_shard(shard_path(tmp_path, 3, "dropped"), to_table([], "dropped"))
     assert run(3) == [0, 1, 2]
@@ -175,7 +182,11 @@ def test_rows_of_several_shards_are_those_of_the_table(tmp_path, monkeypatch, jo
         write_shard(shard_path(tmp_path / "a", index), to_table(part, "dropped"))
     write_shard(shard_path(tmp_path / "b", 0), to_table(rows[:2], "dropped"))
     found, expected = Rows([tmp_path / "a", tmp_path / "b"], "dropped"), rows + rows[:2]
-    assert len(found) == 12 and list(found) == expected and [found[i] for i in (0, 4, 11)] == [expected[i] for i in (0, 4, 11)]
+    assert (
+        len(found) == 12
+        and list(found) == expected
+        and [found[i] for i in (0, 4, 11)] == [expected[i] for i in (0, 4, 11)]
+    )
     assert all(found[a:b] == expected[a:b] for a in range(13) for b in range(14))
     assert found.pick([11, 0, 5, 0]) == [expected[i] for i in (11, 0, 5, 0)] and found.pick([]) == []
     with pytest.raises(IndexError):

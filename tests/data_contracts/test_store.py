@@ -24,7 +24,9 @@ KEY = "0123456789abcdef"
 
 
 def record(key: str = KEY, kind: str = "generations") -> ArtifactRecord:
-    return ArtifactRecord(kind=kind, key=key, stage="sample", version="1", config={}, inputs={}, content="", files=[], rows=0)
+    return ArtifactRecord(
+        kind=kind, key=key, stage="sample", version="1", config={}, inputs={}, content="", files=[], rows=0
+    )
 
 
 def make(store: Store, key: str = KEY, text: str = "hello", kind: str = "generations") -> ArtifactRecord:
@@ -74,7 +76,9 @@ def test_a_crash_while_signing_leaves_unfinished_work(store, monkeypatch):
     assert (store.directory("generations", KEY) / "data.txt").is_file()
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("hell"), lambda path: path.write_text("hello!")])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_text("hell"), lambda path: path.write_text("hello!")]
+)
 def test_an_artifact_with_a_missing_or_resized_file_is_not_found(store, damage):
     signed = make(store)
     damage(store.directory("generations", KEY) / "data.txt")
@@ -85,7 +89,10 @@ def test_an_artifact_with_a_missing_or_resized_file_is_not_found(store, damage):
 def test_a_changed_byte_is_found_at_once_in_a_small_file_and_by_a_deep_look_in_a_large_one(store, monkeypatch):
     signed = make(store)
     (store.directory("generations", KEY) / "data.txt").write_text("hallo")
-    assert store.problems(signed) == ["data.txt has other content than was signed"] and store.find("generations", KEY) is None
+    assert (
+        store.problems(signed) == ["data.txt has other content than was signed"]
+        and store.find("generations", KEY) is None
+    )
     monkeypatch.setattr(data_contracts.store, "QUICK_BYTES", 3)
     assert store.problems(signed) == []
     assert store.problems(signed, deep=True) == ["data.txt has other content than was signed"]
@@ -137,7 +144,10 @@ def test_logs_records_hidden_temporary_and_resume_files_are_no_content(store):
     ):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text("x")
-    assert [path.relative_to(directory).as_posix() for path in data_files(directory)] == ["model.safetensors", "sub/more.json"]
+    assert [path.relative_to(directory).as_posix() for path in data_files(directory)] == [
+        "model.safetensors",
+        "sub/more.json",
+    ]
 
 
 def test_equal_data_has_equal_content_under_another_key(store):
@@ -205,7 +215,9 @@ def test_a_link_is_replaced_in_one_step(store):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
     write_atomic(path, "old")
-    monkeypatch.setattr(data_contracts.store.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        data_contracts.store.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
@@ -240,7 +252,9 @@ with Store(sys.argv[1]).lock("generations", "k") as lock:
 
 def hold(store: Store, what: str = "") -> tuple[subprocess.Popen, str]:
     """A process that holds the lock, and the line it printed once it did."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(store.root), what], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store.root), what], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     with process.stdout as lines:
         return process, lines.readline().strip()
 

@@ -22,7 +22,9 @@ def small_disk():
     made: list[Path] = []
 
     def mount(options: str, place: Path) -> None:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             place.rmdir()
             pytest.skip(f"a filesystem cannot be mounted here: {done.stderr.strip()}")

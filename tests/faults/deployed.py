@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.supervise import processes_with, signal_all, supervisor_options
+from stages.running.supervise import processes_with, signal_all, supervisor_options
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -57,9 +57,13 @@ class Cluster:
         """`prefect WORDS`, in the background; under the supervisor it takes along whatever it has started."""
         command = [*PREFECT, *words]
         if supervised:
-            command = [sys.executable, "-m", "stages.supervise", *supervisor_options(5), *command]
+            command = [sys.executable, "-m", "stages.running.supervise", *supervisor_options(5), *command]
         with open(self.log, "ab") as log:
-            self.started.append(subprocess.Popen(command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+            self.started.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+            )
         return self.started[-1]
 
     def worker(self, supervised: bool = True) -> subprocess.Popen:

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 from data_contracts.artifact import RECORD
 from data_contracts.checkpoint import external_model
 from data_contracts.store import Store
+from stages.running.supervise import processes_with
 from stages.stage import STAGES, events
-from stages.supervise import processes_with
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = Path(__file__).resolve().parent / "hooks"
@@ -127,7 +127,11 @@ class Command:
         self.mark = uuid.uuid4().hex
         request = work / f"{self.mark}.json"
         request.write_text(json.dumps({"store": str(store), "steps": list(steps)}))
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SELFPLAY_", "FAULT"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PREFECT_", "MLFLOW_", "SELFPLAY_", "FAULT"))
+        }
         path = os.pathsep.join([str(HOOKS), str(ROOT)])
         self.log = work / f"{self.mark}.log"
         with open(self.log, "wb") as log:
@@ -168,7 +172,9 @@ def contents(out: str) -> dict[str, str]:
     return {name: digest for _, name, digest in lines}
 
 
-def prepare(root: Path, build_model: Callable[[Path], Path], publish: Callable[[Store], Any], two_ranks: bool = False) -> dict[str, Scene]:
+def prepare(
+    root: Path, build_model: Callable[[Path], Path], publish: Callable[[Store], Any], two_ranks: bool = False
+) -> dict[str, Scene]:
     """Build every stage once, undisturbed, and keep the store before and after each."""
     root.mkdir(parents=True, exist_ok=True)
     model = build_model(root / "model")
@@ -180,7 +186,11 @@ def prepare(root: Path, build_model: Callable[[Path], Path], publish: Callable[[
     table = dict(STEPS)
     if two_ranks:
         stage, config, inputs = table["train"]
-        table[TWO_RANKS] = (stage, config | {"learning_rate": 2e-3, "runtime": config["runtime"] | {"num_processes": 2}}, inputs)
+        table[TWO_RANKS] = (
+            stage,
+            config | {"learning_rate": 2e-3, "runtime": config["runtime"] | {"num_processes": 2}},
+            inputs,
+        )
     for name, (stage, config, inputs) in table.items():
         words = {"PROMPTS": f"prompts/{prompts.key}", "MODEL": f"model:{model}"}
         mine = [name, stage, config, {role: words.get(text, text) for role, text in inputs.items()}]
@@ -195,10 +205,22 @@ def prepare(root: Path, build_model: Callable[[Path], Path], publish: Callable[[
         assert ended.code == 0, ended.out
         seconds = time.monotonic() - began
         shutil.copytree(store.root, after, symlinks=True)
-        key = next(path for path in sorted(store.root.glob(f"artifacts/{STAGES[stage].produces}/*"), key=lambda p: -p.stat().st_mtime))
+        key = next(
+            path
+            for path in sorted(
+                store.root.glob(f"artifacts/{STAGES[stage].produces}/*"), key=lambda p: -p.stat().st_mtime
+            )
+        )
         changes = [tuple(json.loads(line)) for line in trace.read_text().splitlines()]
         scenes[name] = Scene(
-            name, [*earlier, mine], before, after, f"{STAGES[stage].produces}/{key.name}", contents(ended.out), changes, seconds
+            name,
+            [*earlier, mine],
+            before,
+            after,
+            f"{STAGES[stage].produces}/{key.name}",
+            contents(ended.out),
+            changes,
+            seconds,
         )
         steps.append(mine)
     return scenes
@@ -274,7 +296,9 @@ def strike(scene: Scene, fault: Fault, work: Path) -> Verdict:
         command = Command(scene.steps, store, work)
         again = command.end()
         problems += [f"left running after the second try: {one}" for one in command.remains()]
-    if fault.kind.endswith("input") and again.code != 0:  # an input found damaged on use is set back: the next try makes it again
+    if (
+        fault.kind.endswith("input") and again.code != 0
+    ):  # an input found damaged on use is set back: the next try makes it again
         command = Command(scene.steps, store, work)
         again = command.end()
     problems += judge(scene, store, again, redone)
@@ -338,10 +362,17 @@ def _module(pid: int) -> str:
     return words[words.index("-m") + 1] if "-m" in words else words[0]
 
 
-def _at_rest(scene: Scene, kind: str, chance: random.Random, store: Path, work: Path) -> tuple[str, Ended, Command | None, int]:
+def _at_rest(
+    scene: Scene, kind: str, chance: random.Random, store: Path, work: Path
+) -> tuple[str, Ended, Command | None, int]:
     """Damage to what lies there: the finished artifact, or (half of the time, where it makes a difference) one whose build was interrupted."""
     sharded = scene.name in ("sample", "score", "weigh")
-    unfinished = kind in ("garbage in .plan", "cut checkpoint to resume from", "empty `latest`", "stale temporary files") or (
+    unfinished = kind in (
+        "garbage in .plan",
+        "cut checkpoint to resume from",
+        "empty `latest`",
+        "stale temporary files",
+    ) or (
         sharded and chance.random() < 0.5 and "record" not in kind and "input" not in kind and "companion" not in kind
     )
     shutil.copytree(scene.after, store, symlinks=True)
@@ -378,7 +409,10 @@ def _damage(scene: Scene, kind: str, chance: random.Random, store: Path, directo
         "flipped companion": (companions, lambda path: _flip(path, chance)),
         "half record": ([directory / RECORD], lambda path: _cut(path, chance)),
         "empty record": ([directory / RECORD], lambda path: path.write_bytes(b"")),
-        "foreign record": ([directory / RECORD], lambda path: path.write_text('{"kind": "../../etc", "key": "passwd"}')),
+        "foreign record": (
+            [directory / RECORD],
+            lambda path: path.write_text('{"kind": "../../etc", "key": "passwd"}'),
+        ),
         "garbage in .plan": ([directory / ".plan"], lambda path: path.write_bytes(chance.randbytes(40))),
         "garbage in .events.jsonl": (
             [directory / ".events.jsonl"],
@@ -405,7 +439,9 @@ def _damage(scene: Scene, kind: str, chance: random.Random, store: Path, directo
             _cut(theirs / RECORD, chance)
             return f"{chosen['kind']} {RECORD}", 1
         path = chance.choice(sorted(path for path in theirs.glob("*") if path.suffix in (".parquet", ".safetensors")))
-        {"cut": lambda: _cut(path, chance), "flipped": lambda: _flip(path, chance), "lost": path.unlink}[kind.split()[0]]()
+        {"cut": lambda: _cut(path, chance), "flipped": lambda: _flip(path, chance), "lost": path.unlink}[
+            kind.split()[0]
+        ]()
         return f"{chosen['kind']} {path.name}", 1
     files, do = plans[kind]
     if not files:
@@ -457,7 +493,9 @@ def judge(scene: Scene, store: Path, ended: Ended, redone: int = 1) -> list[str]
     problems = []
     for name, digest in contents(ended.out).items():
         if digest != scene.wanted[name]:
-            problems.append(f"other content: {name} has {digest[:12]}, the undisturbed run made {scene.wanted[name][:12]}")
+            problems.append(
+                f"other content: {name} has {digest[:12]}, the undisturbed run made {scene.wanted[name][:12]}"
+            )
     problems += [f"other content: {problem}" for problem in damage_in(Store(store))]
     return problems + repeated(Store(store), redone) + untidy(store)
 
@@ -471,7 +509,9 @@ def repeated(store: Store, redone: int = 1) -> list[str]:
     found = []
     for record in store.records():
         made = collections.Counter(
-            event["index"] for event in events(store.directory(record.kind, record.key)) if event["event"] in ("shard", "step")
+            event["index"]
+            for event in events(store.directory(record.kind, record.key))
+            if event["event"] in ("shard", "step")
         )
         again = sum(count - 1 for count in made.values())
         if again > redone:
@@ -488,7 +528,11 @@ def untidy(store: Path) -> list[str]:
             continue
         if ".tmp-" in path.name or path.name in ("resume", ".export"):
             found.append(f"litter: {path.relative_to(store)}")
-    found += [f"litter: {path.relative_to(store)} is unfinished" for path in store.glob("artifacts/*/*") if not (path / RECORD).is_file()]
+    found += [
+        f"litter: {path.relative_to(store)} is unfinished"
+        for path in store.glob("artifacts/*/*")
+        if not (path / RECORD).is_file()
+    ]
     for path in sorted((store / "locks").glob("*")):
         if path.is_file() and not path.name.startswith("."):
             with open(path) as file:

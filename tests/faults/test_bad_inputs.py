@@ -21,18 +21,18 @@ import yaml
 
 import data_contracts.__main__ as store_command
 import data_contracts.gc
-import flows.cli
+import flows.cli.commands
+import flows.cli.server
 import flows.preflight
-import flows.server
 import stages.__main__ as stages_command
-import stages.policy
+import stages.models.policy
 import stages.sampling.check
 import tasks.build
 from data_contracts.artifact import RECORD
 from data_contracts.errors import ArtifactError, ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from data_contracts.store import Store
-from flows.cli import main as selfplay
+from flows.cli.commands import main as selfplay
 from stages.evaluation import sandbox
 
 WRONG, BROKEN, DAMAGED = ConfigError.exit_code, ContractError.exit_code, ArtifactError.exit_code
@@ -55,9 +55,9 @@ def nothing_may_load(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a wrong input got as far as a model, a stage or a server")
 
-    monkeypatch.setattr(stages.policy, "load_causal_lm", refuse)
+    monkeypatch.setattr(stages.models.policy, "load_causal_lm", refuse)
     monkeypatch.setattr(tasks.build, "run_work", refuse)
-    monkeypatch.setattr(flows.server, "prefect_server", refuse)
+    monkeypatch.setattr(flows.cli.server, "prefect_server", refuse)
     monkeypatch.setattr(flows.preflight.subprocess, "run", check_here)
     flows.preflight._preflight.cache_clear()
 
@@ -141,7 +141,10 @@ def train(*lines: str | bytes | dict) -> callable:
 
     def spoil(desk: Desk) -> int:
         first = desk.train.read_bytes().splitlines()[0]
-        given = [line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode() for line in lines]
+        given = [
+            line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+            for line in lines
+        ]
         desk.train.write_bytes(b"\n".join([first, *given]) + b"\n")
         return desk.play()
 
@@ -179,7 +182,9 @@ def only_pickles(desk: Desk) -> int:
 
 def weights_outside(desk: Desk) -> int:
     (desk.root / "outside.safetensors").write_bytes((desk.model / "model.safetensors").read_bytes())
-    (desk.model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../outside.safetensors"}}))
+    (desk.model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "../outside.safetensors"}})
+    )
     return desk.play()
 
 
@@ -297,9 +302,13 @@ def pairs(method: str = "sppo", **changes) -> callable:
         from stages.training.stage import check_rows
 
         good = {"pair_id": "q0/0-1", "chosen_ids": [3, 1], "rejected_ids": [4, 1]}
-        good |= {f"{side}_{name}": [1.0, 1.0] for side in ("chosen", "rejected") for name in ("weights", "reference_logps")}
+        good |= {
+            f"{side}_{name}": [1.0, 1.0] for side in ("chosen", "rejected") for name in ("weights", "reference_logps")
+        }
         return _said(
-            lambda: check_rows([] if changes.get("none") else [good, good | {"pair_id": "q1/0-1"} | changes], METHODS.config(method))
+            lambda: check_rows(
+                [] if changes.get("none") else [good, good | {"pair_id": "q1/0-1"} | changes], METHODS.config(method)
+            )
         )
 
     return spoil
@@ -563,6 +572,6 @@ def test_an_interrupted_command_does_not_say_that_it_is_done(desk, monkeypatch, 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flows.cli, "_play", interrupted)
+    monkeypatch.setattr(flows.cli.commands, "_play", interrupted)
     assert desk.play() == 130
     assert "interrupted; the same command goes on from here" in capsys.readouterr().err

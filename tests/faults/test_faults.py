@@ -40,7 +40,9 @@ def test_the_judge_sees_what_is_wrong(scenes, tmp_path):
     assert harness.judge(scene, store, ended) == []
     assert harness.judge(scene, store, harness.Ended(1, "")) == ["lost: the same command again ended with 1"]
     assert harness.judge(scene, store, harness.Ended(None, "")) == ["hang: the same command again does not end"]
-    assert harness.judge(scene, store, harness.Ended(0, "content score 00"))[0].startswith("other content: score has 00, ")
+    assert harness.judge(scene, store, harness.Ended(0, "content score 00"))[0].startswith(
+        "other content: score has 00, "
+    )
     history = store / "artifacts" / scene.directory / ".events.jsonl"
     text = history.read_text()
     history.write_text(text * 3)
@@ -52,4 +54,6 @@ def test_the_judge_sees_what_is_wrong(scenes, tmp_path):
     assert untidy(store) == ["litter: logps/.x.tmp-1", "litter: artifacts/generations/left is unfinished"]
     shard = next((store / "artifacts" / scene.directory).glob("part-*"))
     shard.write_bytes(shard.read_bytes()[::-1])
-    assert "other content: scored_pairs " + shard.name + " has other content than was signed" in harness.judge(scene, store, ended)
+    assert "other content: scored_pairs " + shard.name + " has other content than was signed" in harness.judge(
+        scene, store, ended
+    )

@@ -72,7 +72,11 @@ class Moody(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        mood = self.mood.choice(["503", "429", "hang up", "half", "html", "fine", "fine", "fine"]) if self.moody else "fine"
+        mood = (
+            self.mood.choice(["503", "429", "hang up", "half", "html", "fine", "fine", "fine"])
+            if self.moody
+            else "fine"
+        )
         if mood == "hang up":
             self.connection.close()
             return
@@ -82,7 +86,9 @@ class Moody(http.server.BaseHTTPRequestHandler):
             self.send_header("Retry-After", "0")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        self.wfile.write(text[: len(text) // 2] if mood == "half" else b"<html>"[:6].ljust(len(text)) if mood == "html" else text)
+        self.wfile.write(
+            text[: len(text) // 2] if mood == "half" else b"<html>"[:6].ljust(len(text)) if mood == "html" else text
+        )
         if mood == "half":
             self.connection.close()
         if mood == "fine":
@@ -95,8 +101,16 @@ class Moody(http.server.BaseHTTPRequestHandler):
 def test_a_judge_that_comes_and_goes_gives_the_scores_of_one_that_stays(scenes, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moody)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    runtime = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "retries": 12, "backoff_seconds": 0.01, "timeout_seconds": 5}
-    config = {"scorer": {"name": "llm_judge", "model": "m", "runtime": runtime}, "runtime": {"prompts_per_shard": 2, **RUNTIME}}
+    runtime = {
+        "base_url": f"http://127.0.0.1:{server.server_port}/v1",
+        "retries": 12,
+        "backoff_seconds": 0.01,
+        "timeout_seconds": 5,
+    }
+    config = {
+        "scorer": {"name": "llm_judge", "model": "m", "runtime": runtime},
+        "runtime": {"prompts_per_shard": 2, **RUNTIME},
+    }
     steps = [list(step) for step in scenes["score"].steps]
     steps[-1][2] = config
     found = []
@@ -123,6 +137,14 @@ def test_a_hub_that_cannot_be_reached_is_worth_another_try_and_says_so(tmp_path)
         "try:\n    locate(ModelRef(hub_id='nobody/nothing', revision='main'), True)\nexcept TransientError as error:\n    print(error)"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert "the model nobody/nothing could not be fetched and is not in the local cache" in done.stdout, done.stderr
     assert "Give `path:` of a directory instead" in done.stdout

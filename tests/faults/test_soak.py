@@ -14,7 +14,8 @@ def looks(**slopes: float) -> list[dict[str, float]]:
         "prefect.db MB": 1.0,
     }
     return [
-        {name: value + slopes.get(name.replace(" ", "_"), 0.0) * number for name, value in base.items()} | {"iterations": number / 2}
+        {name: value + slopes.get(name.replace(" ", "_"), 0.0) * number for name, value in base.items()}
+        | {"iterations": number / 2}
         for number in range(80)
     ]
 

@@ -16,7 +16,19 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import ArtifactError, ConfigError
-from data_contracts.lease import FENCE, HELD, MODE, SECONDS, Lease, check, environment, highest_token, is_wanted, lease_seconds, tokens
+from data_contracts.lease import (
+    FENCE,
+    HELD,
+    MODE,
+    SECONDS,
+    Lease,
+    check,
+    environment,
+    highest_token,
+    is_wanted,
+    lease_seconds,
+    tokens,
+)
 from data_contracts.store import Store
 from stages.stage import events
 from tests.faults.harness import Command, contents, judge
@@ -29,7 +41,9 @@ LEASE = {MODE: "lease", SECONDS: "3"}
 def host():
     """host(name) -> the words before a command that run it on a host of its own."""
     done = (
-        subprocess.run([*OWN_HOST, "probe", "hostname"], capture_output=True, text=True, check=False) if shutil.which("unshare") else None
+        subprocess.run([*OWN_HOST, "probe", "hostname"], capture_output=True, text=True, check=False)
+        if shutil.which("unshare")
+        else None
     )
     if done is None or done.stdout.strip() != "probe":
         pytest.skip("network namespaces cannot be made here: this needs root and unshare(1)")
@@ -48,7 +62,9 @@ def starts(store: Path) -> list[int]:
 def is_stopped(struck: Path) -> bool:
     """The stage has taken the fault, and stands still."""
     try:
-        return Path(f"/proc/{json.loads(struck.read_text())['pid']}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+        return (
+            Path(f"/proc/{json.loads(struck.read_text())['pid']}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+        )
     except (OSError, ValueError):
         return False
 
@@ -146,7 +162,9 @@ def test_a_living_owner_is_never_taken_for_dead(tmp_path):
 
     import threading
 
-    thread = threading.Thread(target=lambda: until.append((second.acquire(lambda _: None, 0.02), time.monotonic() - began)))
+    thread = threading.Thread(
+        target=lambda: until.append((second.acquire(lambda _: None, 0.02), time.monotonic() - began))
+    )
     thread.start()
     time.sleep(2.0)  # five lease times
     assert until == []
@@ -192,7 +210,8 @@ def test_the_fence_stops_who_lost_the_lease(tmp_path, monkeypatch):
         check(tmp_path, "generations-k")
         (tmp_path / "locks" / "generations-k.lease-00000002").write_text("{}")
         with pytest.raises(
-            ArtifactError, match="held lease 1 and stood still for longer than SELFPLAY_LEASE_SECONDS; lease 2 has taken over"
+            ArtifactError,
+            match="held lease 1 and stood still for longer than SELFPLAY_LEASE_SECONDS; lease 2 has taken over",
         ):
             check(tmp_path, "generations-k")
         HELD.clear()

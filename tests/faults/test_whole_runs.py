@@ -55,7 +55,7 @@ def test_a_run_listens_on_this_machine_only_and_the_doctor_finds_it_dead(tiny_mo
         play.end()
         assert play.remains() == []
         time.sleep(1)
-        command = [sys.executable, "-m", "flows.doctor", "--store", str(tmp_path / "store"), "--api", api]
+        command = [sys.executable, "-m", "flows.cli.doctor", "--store", str(tmp_path / "store"), "--api", api]
         calm = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert "is Running for Prefect" not in calm.stdout  # too early to tell
         environment = os.environ | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "1"}

@@ -22,9 +22,20 @@ from typing import Any
 import yaml
 
 from data_contracts.store import Store
-from stages.supervise import processes_with
+from stages.running.supervise import processes_with
 from tests.faults.deployed import Cluster, cluster, wait_for
-from tests.faults.harness import REMAINS_SECONDS, ROOT, Command, Ended, Fault, Scene, Verdict, damage_in, repeated, untidy
+from tests.faults.harness import (
+    REMAINS_SECONDS,
+    ROOT,
+    Command,
+    Ended,
+    Fault,
+    Scene,
+    Verdict,
+    damage_in,
+    repeated,
+    untidy,
+)
 
 WHOLE = "whole run"
 OUTAGE_SECONDS = 60.0
@@ -34,7 +45,11 @@ LIMIT_SECONDS = 420
 
 def fresh_environment() -> dict[str, str]:
     """As of a new shell: nobody's Prefect, nobody's MLflow, nobody's store."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SELFPLAY_", "FAULT"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "MLFLOW_", "SELFPLAY_", "FAULT"))
+    }
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     return kept | quiet | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
@@ -74,7 +89,9 @@ class Play(Command):
 def write_config(root: Path, model: Path, rows: list[dict], heldout: list[dict]) -> Path:
     """One small iteration around the canned sampler."""
     for name, lines in (("train", rows), ("heldout", heldout)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row | {"checks": json.loads(row["checks"])}) + "\n" for row in lines))
+        (root / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row | {"checks": json.loads(row["checks"])}) + "\n" for row in lines)
+        )
     run = {
         "name": "tiny",
         "policy": {"path": str(model)},
@@ -109,7 +126,9 @@ def _contents(store: Path) -> dict[str, str]:
 def _table(store: Path) -> list[list[str]]:
     """The report's table without its seconds."""
     lines = [
-        line.strip("|").split("|") for line in (store / "runs" / "tiny" / "report.md").read_text().splitlines() if line.startswith("| ")
+        line.strip("|").split("|")
+        for line in (store / "runs" / "tiny" / "report.md").read_text().splitlines()
+        if line.startswith("| ")
     ]
     keep = [number for number, name in enumerate(lines[0]) if not name.strip().endswith(" s")]
     return [[line[number].strip() for number in keep] for line in lines[2:]]
@@ -130,12 +149,12 @@ def _signal(number: int) -> Callable[[Play, random.Random, Scene, Path], str]:
 
 
 def _in_a_stage(play: Play) -> bool:
-    return bool([pid for pid in play.of("-m", "stages") if pid not in play.of("stages.supervise")])
+    return bool([pid for pid in play.of("-m", "stages") if pid not in play.of("stages.running.supervise")])
 
 
 def _kill_server(play: Play, chance: random.Random, scene: Scene, store: Path) -> str:
     play.wait_for(lambda: _in_a_stage(play))
-    servers = [pid for pid in play.of("uvicorn") if pid not in play.of("stages.supervise")]
+    servers = [pid for pid in play.of("uvicorn") if pid not in play.of("stages.running.supervise")]
     for pid in servers:
         os.kill(pid, signal.SIGKILL)
     return f"server killed ({len(servers)})" if servers else ""
@@ -261,7 +280,7 @@ def strike_deployed(scene: Scene, fault: Fault, work: Path) -> Verdict:
 def _cure(one: Cluster, run: dict[str, Any]) -> list[str]:
     """What the doctor says is to be done about a run; nothing, if it finds nothing wrong with it."""
     said = subprocess.run(
-        [sys.executable, "-m", "flows.doctor", "--store", str(one.store), "--api", one.url], cwd=ROOT, env=one.environment, stdin=subprocess.DEVNULL,
+        [sys.executable, "-m", "flows.cli.doctor", "--store", str(one.store), "--api", one.url], cwd=ROOT, env=one.environment, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     found = re.search(rf"-> prefect (flow-run delete {run['id']}) ", said.stdout)
@@ -271,7 +290,7 @@ def _cure(one: Cluster, run: dict[str, Any]) -> list[str]:
 def _is_stage(pid: int) -> bool:
     with suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        return {"-m", "stages"} <= set(words) and "stages.supervise" not in words
+        return {"-m", "stages"} <= set(words) and "stages.running.supervise" not in words
     return False
 
 
@@ -310,6 +329,15 @@ def _judge(scene: Scene, store: Path, ended: Ended) -> list[str]:
         return [f"lost: the same command again ended with {ended.code}"]
     if not (store / "runs" / "tiny" / "report.md").is_file():
         return ["lost: the run says that it is done, and has no report"]
-    problems = [] if _contents(store) == scene.wanted else ["other content: the artifacts are not those of the undisturbed run"]
+    problems = (
+        []
+        if _contents(store) == scene.wanted
+        else ["other content: the artifacts are not those of the undisturbed run"]
+    )
     problems += [] if _table(store) == _table(scene.after) else ["other content: the report's table differs"]
-    return problems + [f"other content: {problem}" for problem in damage_in(Store(store))] + repeated(Store(store)) + untidy(store)
+    return (
+        problems
+        + [f"other content: {problem}" for problem in damage_in(Store(store))]
+        + repeated(Store(store))
+        + untidy(store)
+    )

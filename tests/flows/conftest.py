@@ -41,13 +41,22 @@ def table_of(store: Path, run: str) -> list[dict[str, str]]:
     lines = [line for line in (store / "runs" / run / "report.md").read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     names = cells[0]
-    return [{name: value for name, value in zip(names, row, strict=True) if not name.endswith(" s")} for row in cells[2:]]
+    return [
+        {name: value for name, value in zip(names, row, strict=True) if not name.endswith(" s")} for row in cells[2:]
+    ]
 
 
 def environment(**more: str) -> dict[str, str]:
     """Like a fresh shell: nobody's Prefect, nobody's MLflow, nobody's store."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SELFPLAY_"))}
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SELFPLAY_"))
+    }
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
     return kept | quiet | {"MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200"} | more
 
 
@@ -82,7 +91,9 @@ def processes_of(marker: str) -> list[psutil.Process]:
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
     """Functions for tests: with `--import-mode=importlib` a test cannot import its conftest."""
-    return SimpleNamespace(play=play, finish=finish, environment=environment, table_of=table_of, processes_of=processes_of, root=ROOT)
+    return SimpleNamespace(
+        play=play, finish=finish, environment=environment, table_of=table_of, processes_of=processes_of, root=ROOT
+    )
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +127,11 @@ def make_run(tmp_path_factory, tiny_model, prompt_files):
             },
             "scoring": {"scorer": {"name": "length", "target_tokens": 8}, "runtime": {"prompts_per_shard": 3}},
             "weighting": {"runtime": {"pairs_per_shard": 3}},
-            "training": {"learning_rate": 1e-3, "batch_size": 2, "runtime": {"batch_tokens": 512, "save_every_steps": 1}},
+            "training": {
+                "learning_rate": 1e-3,
+                "batch_size": 2,
+                "runtime": {"batch_tokens": 512, "save_every_steps": 1},
+            },
             "evaluation": {"scorer": {"name": "length", "target_tokens": 8}},
         }
         for section, values in sections.items():
@@ -135,7 +150,8 @@ class Undisturbed(NamedTuple):
 
 
 PLANTED = {
-    name: f"planted-{number}-{name.lower()}-value" for number, name in enumerate(("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"))
+    name: f"planted-{number}-{name.lower()}-value"
+    for number, name in enumerate(("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"))
 }
 """Secrets in the environment of the undisturbed run: test_secrets.py looks for them in everything it wrote."""
 

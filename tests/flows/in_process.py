@@ -10,7 +10,12 @@ import sys
 import traceback
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+}
 
 import flows.preflight
 import stages.training.engine
@@ -60,7 +65,9 @@ def play(case, store):
     start, models = models_of(config, store)
     history = History()
     hands = Hands(run, lambda rows, place, shown_as="": tasks.prompts.publish(rows, store))
-    final = play_whole(config, checked, Place(str(store.root), config.name, "iter_00"), start, models, history, hands=hands)
+    final = play_whole(
+        config, checked, Place(str(store.root), config.name, "iter_00"), start, models, history, hands=hands
+    )
     return {"final": final.path, "iterations": history.iterations, "tournament": history.tournament}
 
 

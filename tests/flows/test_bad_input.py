@@ -23,15 +23,28 @@ def refuse(tmp_path, make_run):
     def check(*message: str, store: Path | None = None, config: Path | None = None, settings=(), **sections) -> str:
         store = store or tmp_path / "store"
         before = sorted(path for path in tmp_path.rglob("*"))
-        command = [sys.executable, "-m", "flows", "run", str(config or make_run("bad", **sections)), "--store", str(store)]
+        command = [
+            sys.executable,
+            "-m",
+            "flows",
+            "run",
+            str(config or make_run("bad", **sections)),
+            "--store",
+            str(store),
+        ]
         command += [word for setting in settings for word in ("--set", setting)]
         environment = os.environ | {"HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 2, done.stdout + done.stderr
         for part in message:
             assert part in done.stderr
         assert "Traceback" not in done.stderr and done.stdout == ""
-        assert not store.is_dir() and sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
+        assert (
+            not store.is_dir()
+            and sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
+        )
         return done.stderr
 
     return check
@@ -57,7 +70,9 @@ def prompt(number: int, **changes) -> dict:
 
 
 def test_an_unknown_key(refuse):
-    said = refuse("bad.yaml: 1 problem(s) in the settings\n  sampling.temprature: unknown key\n", sampling={"temprature": 1})
+    said = refuse(
+        "bad.yaml: 1 problem(s) in the settings\n  sampling.temprature: unknown key\n", sampling={"temprature": 1}
+    )
     assert said.startswith("ConfigError: ") and len(said.splitlines()) == 2
 
 
@@ -120,7 +135,10 @@ def test_a_model_without_a_part_of_it(refuse, tmp_path, tiny_model, missing, mes
     [
         ([], "train.jsonl is empty"),
         ([prompt(1), '{"prompt": "x"'], "train.jsonl line 2 is not valid JSON: Expecting ',' delimiter at column 15"),
-        ([prompt(1), prompt(2), prompt(3, prompt_id="q1")], "train.jsonl line 3: the prompt_id 'q1' was already used in line 1"),
+        (
+            [prompt(1), prompt(2), prompt(3, prompt_id="q1")],
+            "train.jsonl line 3: the prompt_id 'q1' was already used in line 1",
+        ),
         ([prompt(1), prompt(2, promt="x")], "train.jsonl line 2 has the unknown field(s) ['promt']"),
         ([prompt(1), prompt(2)], "train.jsonl has 2 prompts; 2 iterations of 12 need 24"),
     ],
@@ -131,7 +149,10 @@ def test_a_prompt_file_that_is_wrong(refuse, lines, rows, message):
 
 
 def test_a_prompt_file_that_is_not_there(refuse):
-    refuse("cannot read the prompt file /no/prompts.jsonl: No such file or directory", prompts={"heldout": "/no/prompts.jsonl"})
+    refuse(
+        "cannot read the prompt file /no/prompts.jsonl: No such file or directory",
+        prompts={"heldout": "/no/prompts.jsonl"},
+    )
 
 
 def test_a_heldout_prompt_in_the_training_set(refuse, lines):
@@ -150,7 +171,12 @@ def test_a_prompt_with_a_check_that_nobody_knows(refuse, lines):
 
 def test_a_prompt_without_the_truth_that_the_method_trains_on(refuse, lines):
     rows = [prompt(number, response="Seven.") for number in range(29)]
-    refuse("1 prompts of", "have no `response`, e.g. ['q29']", prompts={"train": lines(*rows, prompt(29))}, method={"name": "spin"})
+    refuse(
+        "1 prompts of",
+        "have no `response`, e.g. ['q29']",
+        prompts={"train": lines(*rows, prompt(29))},
+        method={"name": "spin"},
+    )
 
 
 def test_a_prompt_longer_than_the_limit(refuse, lines):
@@ -163,7 +189,10 @@ def test_a_prompt_longer_than_the_limit(refuse, lines):
 
 
 def test_limits_longer_than_the_context(refuse):
-    refuse("max_prompt_tokens + max_new_tokens = 264 exceeds the context of 256 positions", sampling={"max_new_tokens": 200})
+    refuse(
+        "max_prompt_tokens + max_new_tokens = 264 exceeds the context of 256 positions",
+        sampling={"max_new_tokens": 200},
+    )
 
 
 # --- the machine
@@ -171,7 +200,9 @@ def test_limits_longer_than_the_context(refuse):
 
 def test_a_store_that_is_a_file(refuse, tmp_path):
     (tmp_path / "file").write_text("")
-    refuse(f"the store {tmp_path}/file/store cannot be made: {tmp_path}/file is a file", store=tmp_path / "file" / "store")
+    refuse(
+        f"the store {tmp_path}/file/store cannot be made: {tmp_path}/file is a file", store=tmp_path / "file" / "store"
+    )
 
 
 def test_a_store_that_cannot_be_written(refuse):
@@ -190,12 +221,15 @@ def test_an_lm_eval_task_that_is_not_there(refuse):
 
 
 def test_a_profile_that_nobody_knows(refuse):
-    refuse("execution.profile", "'local', 'process-pool', 'kubernetes', 'ray' or 'slurm'", execution={"profile": "mesos"})
+    refuse(
+        "execution.profile", "'local', 'process-pool', 'kubernetes', 'ray' or 'slurm'", execution={"profile": "mesos"}
+    )
 
 
 def test_workers_of_a_server_that_nobody_named(refuse):
     refuse(
-        "execution.profile is process-pool, and no Prefect server is named: export PREFECT_API_URL", execution={"profile": "process-pool"}
+        "execution.profile is process-pool, and no Prefect server is named: export PREFECT_API_URL",
+        execution={"profile": "process-pool"},
     )
 
 

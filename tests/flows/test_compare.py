@@ -10,7 +10,17 @@ import yaml
 
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
-from flows.comparison import load_comparison, outcomes, phase_of, ratios, seconds_table, sharing, table, text, write_report
+from flows.comparison import (
+    load_comparison,
+    outcomes,
+    phase_of,
+    ratios,
+    seconds_table,
+    sharing,
+    table,
+    text,
+    write_report,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("dpo", "ipo", "simpo", "sppo", "rdpo", "rebel")
@@ -19,7 +29,12 @@ PRESETS = sorted((ROOT / "deploy" / "runs" / "compare").glob("*.yaml"))
 
 def write(directory, run, **more):
     path = directory / "comparison.yaml"
-    body = {"name": "six", "base": str(run), "vary": ["method"], "variants": {name: {"method": {"name": name}} for name in METHODS}}
+    body = {
+        "name": "six",
+        "base": str(run),
+        "vary": ["method"],
+        "variants": {name: {"method": {"name": name}} for name in METHODS},
+    }
     path.write_text(yaml.safe_dump(body | more, sort_keys=False))
     return path
 
@@ -38,7 +53,12 @@ def six(tmp_path_factory, make_run):
         cases.append({"id": one.name, "config": str(config), "set": {}})
     for out in ("first.jsonl", "again.jsonl"):
         (work / "request.json").write_text(json.dumps({"store": str(store.root), "cases": cases}))
-        command = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(work / "request.json"), str(work / out)]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("in_process.py")),
+            str(work / "request.json"),
+            str(work / out),
+        ]
         subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=900, capture_output=True)
     results = [json.loads(line) for line in (work / "first.jsonl").read_text().splitlines()]
     assert not [result["error"] for result in results if "error" in result]
@@ -100,14 +120,19 @@ def test_the_report_is_one_page_without_network(six):
 
 def test_an_incomplete_comparison_says_what_is_missing(six, tmp_path):
     comparison, _ = six
-    with pytest.raises(ConfigError, match="six-dpo-s0 is not complete .heldout_generations is not built.: run the comparison again"):
+    with pytest.raises(
+        ConfigError, match="six-dpo-s0 is not complete .heldout_generations is not built.: run the comparison again"
+    ):
         outcomes(comparison, Store(tmp_path))
 
 
 def test_variants_that_differ_in_more_than_they_say_are_refused_by_field(tmp_path, make_run):
     variants = {"a": {}, "b": {"training": {"batch_size": 7}, "sampling": {"top_p": 0.9}}}
     path = write(tmp_path, make_run("base"), variants=variants)
-    with pytest.raises(ConfigError, match="variant b differs from a in sampling.top_p, training.batch_size, and `vary` names only method"):
+    with pytest.raises(
+        ConfigError,
+        match="variant b differs from a in sampling.top_p, training.batch_size, and `vary` names only method",
+    ):
         load_comparison(path)
     path = write(tmp_path, make_run("base"), variants=variants, vary=["training", "sampling.top_p"])
     assert [one.config.name for one in load_comparison(path).variants] == ["six-a-s0", "six-b-s0"]
@@ -120,7 +145,9 @@ def test_seeds_multiply_the_variants_and_overrides_reach_all(tmp_path, make_run)
     assert {one.config.training.learning_rate for one in found} == {0.5}
 
 
-@pytest.mark.parametrize("body", [{"variants": {}}, {"vary": []}, {"name": "Has Space"}, {"nonsense": 1}, {"base": "nowhere.yaml"}])
+@pytest.mark.parametrize(
+    "body", [{"variants": {}}, {"vary": []}, {"name": "Has Space"}, {"nonsense": 1}, {"base": "nowhere.yaml"}]
+)
 def test_a_comparison_that_says_nothing_is_refused(body, tmp_path, make_run):
     with pytest.raises(ConfigError):
         load_comparison(write(tmp_path, make_run("base"), **body))

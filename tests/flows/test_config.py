@@ -50,7 +50,10 @@ def refused(**changes) -> str:
             {"sampling": {"temperature": "hot"}},
             "  sampling.temperature: Input should be a valid number, unable to parse string as a number (got 'hot')",
         ),
-        ({"sampling": {"num_candidates": 0}}, "  sampling.num_candidates: Input should be greater than or equal to 1 (got 0)"),
+        (
+            {"sampling": {"num_candidates": 0}},
+            "  sampling.num_candidates: Input should be greater than or equal to 1 (got 0)",
+        ),
         ({"iterations": 2.5}, "  iterations: Input should be a valid integer"),
         ({"training": {"learning_rate": float("nan")}}, "  training.learning_rate: Input should be"),
         ({"training": {"dtype": "fp8"}}, "  training.dtype: Input should be 'bfloat16' or 'float32' (got 'fp8')"),
@@ -64,7 +67,10 @@ def refused(**changes) -> str:
         ({"method": 7}, '  method: must be a mapping with a "name"'),
         ({"scoring": {"scorer": {"name": "lenght"}}}, "Did you mean 'length'?"),
         ({"sampling": {"backend": {"name": "vlm"}}}, "Did you mean 'vllm'?"),
-        ({"training": {"method": {"name": "dpo"}}}, "training.method is set by the run's own `method`: remove it there"),
+        (
+            {"training": {"method": {"name": "dpo"}}},
+            "training.method is set by the run's own `method`: remove it there",
+        ),
         ({"training": {"seed": 1}}, "training.seed is set by the run's own `seed`"),
         ({"sampling": {"seed": 1}}, "sampling.seed is set by the run's own `seed`"),
         ({"sampling": {"num_candidates": 1}}, "need sampling.num_candidates >= 2"),
@@ -112,7 +118,11 @@ def test_runtime_settings_change_no_key_of_any_stage():
     )  # fmt: skip
 
     def keys(config):
-        parts = {"sample": config.sampling_for_training(), "score": config.scoring_for_pairs(), "weigh": config.weighting_for_pairs()}
+        parts = {
+            "sample": config.sampling_for_training(),
+            "score": config.scoring_for_pairs(),
+            "weigh": config.weighting_for_pairs(),
+        }
         parts |= {"train": config.training_for(0), "evaluate": config.evaluation}
         return {name: STAGES[name].key(part, {}) for name, part in parts.items()}
 
@@ -128,7 +138,10 @@ def test_rates_may_differ_by_iteration_and_the_last_one_goes_on():
 
 
 def test_the_settings_survive_as_json():
-    config = run(method={"name": "dpo", "beta": 0.3}, sampling={"backend": {"name": "transformers", "runtime": {"batch_size": 3}}})
+    config = run(
+        method={"name": "dpo", "beta": 0.3},
+        sampling={"backend": {"name": "transformers", "runtime": {"batch_size": 3}}},
+    )
     again = RunConfig.model_validate_json(config.model_dump_json())
     assert again == config and again.sampling.backend.runtime.batch_size == 3
 
@@ -178,11 +191,16 @@ def test_a_rate_may_be_written_without_a_point(files):
     # YAML 1.1 reads 1e-6 as text; a number is what everybody means.
     directory = files(run=RUN | {"training": {"learning_rate": "1e-6"}})
     assert load_run(directory / "run.yaml").training.learning_rate == 1e-6
-    assert load_run(directory / "run.yaml", dict([parse_assignment("training.learning_rate=2e-6")])).training.learning_rate == 2e-6
+    assert (
+        load_run(directory / "run.yaml", dict([parse_assignment("training.learning_rate=2e-6")])).training.learning_rate
+        == 2e-6
+    )
 
 
 def test_overrides_reach_into_sections_that_the_file_does_not_have(files):
-    config = load_run(files(run=RUN) / "run.yaml", {"training.runtime.zero_stage": 2, "iterations": 5, "method.eta": 30})
+    config = load_run(
+        files(run=RUN) / "run.yaml", {"training.runtime.zero_stage": 2, "iterations": 5, "method.eta": 30}
+    )
     assert (config.training.runtime.zero_stage, config.iterations, config.method.eta) == (2, 5, 30)
 
 

@@ -21,7 +21,7 @@ import pytest
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
-from flows.rehearsal import rehearse
+from flows.forecast.rehearsal import rehearse
 from stages.stage import events
 from tasks.execution.config import ExecutionConfig, Profile
 from tests.conftest import pretend_slurm
@@ -108,7 +108,11 @@ def test_a_plug_ins_own_options_pass_the_servers_check(cluster, first):
 
 
 def test_a_cancelled_run_leaves_no_process(cluster, make_run, tools):
-    config = make_run("cancelled", iterations=1, sampling={"num_candidates": 64, "max_new_tokens": 64, "runtime": {"prompts_per_shard": 1}})
+    config = make_run(
+        "cancelled",
+        iterations=1,
+        sampling={"num_candidates": 64, "max_new_tokens": 64, "runtime": {"prompts_per_shard": 1}},
+    )
     assert cluster.run("-p", f"config={config}").returncode == 0
     run = cluster.last_run()
     marker = f"PREFECT__FLOW_RUN_ID={run['id']}"
@@ -128,9 +132,18 @@ def test_a_cancelled_run_leaves_no_process(cluster, make_run, tools):
 @pytest.mark.parametrize(
     ("execution", "message"),
     [
-        ({"pool": "nowhere"}, "there is no work pool 'nowhere': make it with `prefect work-pool create nowhere --type process`"),
-        ({"profile": "kubernetes"}, "the work pool 'selfplay-work' is of type process, and the profile kubernetes wants kubernetes"),
-        ({"pool": "selfplay"}, "there is no deployment stage-work/selfplay: `prefect --no-prompt deploy --all` makes it"),
+        (
+            {"pool": "nowhere"},
+            "there is no work pool 'nowhere': make it with `prefect work-pool create nowhere --type process`",
+        ),
+        (
+            {"profile": "kubernetes"},
+            "the work pool 'selfplay-work' is of type process, and the profile kubernetes wants kubernetes",
+        ),
+        (
+            {"pool": "selfplay"},
+            "there is no deployment stage-work/selfplay: `prefect --no-prompt deploy --all` makes it",
+        ),
     ],
     ids=["no pool", "another type", "no deployment"],
 )
@@ -139,14 +152,19 @@ def test_a_pool_that_cannot_take_the_work_is_refused(cluster, tmp_path, executio
 
     from tasks.execution.pool import Pool
 
-    with temporary_settings({PREFECT_API_URL: cluster.environment["PREFECT_API_URL"]}), pytest.raises(ConfigError) as refused:
+    with (
+        temporary_settings({PREFECT_API_URL: cluster.environment["PREFECT_API_URL"]}),
+        pytest.raises(ConfigError) as refused,
+    ):
         Pool(ExecutionConfig.model_validate({"profile": "process-pool"} | execution), Store(tmp_path), print)
     assert message in str(refused.value)
 
 
 def test_a_run_whose_pool_is_missing_is_refused_before_anything_is_written(cluster, make_run, tools, tmp_path):
     settings = ("execution.profile=process-pool", "execution.pool=nowhere")
-    refused = tools.play(make_run("elsewhere"), tmp_path / "store", *settings, PREFECT_API_URL=cluster.environment["PREFECT_API_URL"])
+    refused = tools.play(
+        make_run("elsewhere"), tmp_path / "store", *settings, PREFECT_API_URL=cluster.environment["PREFECT_API_URL"]
+    )
     assert refused.code == 2, refused.out
     assert "ConfigError: there is no work pool 'nowhere'" in refused.out
     assert not (tmp_path / "store").exists()
@@ -181,12 +199,16 @@ def cut_off(tools, command, log, moment, **more):
 
 def unfinished(store: Store, kind: str):
     """The directory of the artifact of a kind that is being built, or None."""
-    return next((path for path in (store.root / "artifacts" / kind).glob("*") if not (path / "record.json").is_file()), None)
+    return next(
+        (path for path in (store.root / "artifacts" / kind).glob("*") if not (path / "record.json").is_file()), None
+    )
 
 
 def counts(directory: Path | None, name: str) -> collections.Counter:
     """How often each shard was made, or each step done."""
-    return collections.Counter(event["index"] for event in (events(directory) if directory else ()) if event["event"] == name)
+    return collections.Counter(
+        event["index"] for event in (events(directory) if directory else ()) if event["event"] == name
+    )
 
 
 def contents(store: Store) -> dict:
@@ -197,13 +219,20 @@ def test_what_a_run_here_left_half_done_slurm_finishes(undisturbed, slurm, tools
     """The undisturbed run's store, set back to the middle of the last sampling: one shard of three is gone, and what follows."""
     wanted = Store(undisturbed.store)
     store = Store(shutil.copytree(wanted.root, tmp_path / "store", symlinks=True))
-    last = {name: (store.root / "runs" / "tiny" / "iter_02" / name).resolve() for name in ("heldout_generations", "evaluate")}
+    last = {
+        name: (store.root / "runs" / "tiny" / "iter_02" / name).resolve()
+        for name in ("heldout_generations", "evaluate")
+    }
     store.discard("eval_report", last["evaluate"].name)
     sampling = last["heldout_generations"]
     for name in ("record.json", "part-00001.parquet"):
         (sampling / name).unlink()
     done = tools.play(
-        undisturbed.config, store.root, "execution.profile=slurm", "execution.gpus_per_node=0", PATH=f"{slurm}:{os.environ['PATH']}"
+        undisturbed.config,
+        store.root,
+        "execution.profile=slurm",
+        "execution.gpus_per_node=0",
+        PATH=f"{slurm}:{os.environ['PATH']}",
     )
     assert done.code == 0, done.out
     jobs = [json.loads(job.read_text())["job-name"] for job in sorted(slurm.glob("job-*.json"))]
@@ -239,7 +268,11 @@ def test_a_run_begun_under_one_profile_is_finished_under_others(cluster, undistu
 
     def sampled() -> int:
         """Whole shards of the candidates; those of the held-out answers do not count."""
-        return len(counts(unfinished(store, "generations"), "shard")) if len(list(store.records("eval_report"))) == 1 else 0
+        return (
+            len(counts(unfinished(store, "generations"), "shard"))
+            if len(list(store.records("eval_report"))) == 1
+            else 0
+        )
 
     cut_off(tools, command, tmp_path / "local.log", sampled)
     sampling = unfinished(store, "generations")
@@ -249,7 +282,13 @@ def test_a_run_begun_under_one_profile_is_finished_under_others(cluster, undistu
     under_slurm = ["execution.profile=slurm", "execution.gpus_per_node=0", "execution.workers={weigh: 2}"]
     command += [word for setting in under_slurm for word in ("--set", setting)]
     path = f"{slurm}:{os.environ['PATH']}"
-    cut_off(tools, command, tmp_path / "slurm.log", lambda: len(counts(unfinished(store, "checkpoint"), "step")) >= 2, PATH=path)
+    cut_off(
+        tools,
+        command,
+        tmp_path / "slurm.log",
+        lambda: len(counts(unfinished(store, "checkpoint"), "step")) >= 2,
+        PATH=path,
+    )
     jobs = [json.loads(job.read_text())["job-name"].split("-")[0] for job in sorted(slurm.glob("job-*.json"))]
     assert jobs == ["sample", "score", "weigh", "weigh", "weigh", "train"]
     assert counts(sampling, "shard") == collections.Counter(range(4))
@@ -258,19 +297,30 @@ def test_a_run_begun_under_one_profile_is_finished_under_others(cluster, undistu
 
     cluster.start("worker", "start", "--pool", "selfplay-work", "--limit", "2")
     execution = {"execution.profile": "process-pool", "execution.gpus_per_node": 0, "execution.workers": {"sample": 2}}
-    given = (f"config={undisturbed.config}", f"store={store.root}", "iterations=1", f"overrides={json.dumps(execution)}")
+    given = (
+        f"config={undisturbed.config}",
+        f"store={store.root}",
+        "iterations=1",
+        f"overrides={json.dumps(execution)}",
+    )
     done = watch(cluster, *given, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + cluster.log.read_text()[-3000:]
     shown = [run["name"] for run in cluster.ask("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 200})]
     assert f"train-{training.name[:8]}" in shown and sum(name.startswith("sample-") for name in shown) >= 3
 
-    links = [path.resolve() for step in ("iter_00", "iter_01") for path in (wanted.root / "runs" / "tiny" / step).iterdir()]
-    assert contents(store) == {name: content for name, content in contents(wanted).items() if wanted.directory(*name) in links}
+    links = [
+        path.resolve() for step in ("iter_00", "iter_01") for path in (wanted.root / "runs" / "tiny" / step).iterdir()
+    ]
+    assert contents(store) == {
+        name: content for name, content in contents(wanted).items() if wanted.directory(*name) in links
+    }
     assert tools.table_of(store.root, "tiny") == tools.table_of(wanted.root, "tiny")[:2]
     for record in store.records():
         directory = store.directory(record.kind, record.key)
         assert not store.problems(record, deep=True)
-        assert set(counts(directory, "shard").values()) <= {1}, f"{record.kind} {record.key}: a whole shard was made again"
+        assert set(counts(directory, "shard").values()) <= {1}, (
+            f"{record.kind} {record.key}: a whole shard was made again"
+        )
         again = sum(count - 1 for count in counts(directory, "step").values())
         assert again <= (1 if directory == training else 0)  # it saves every step
     assert sum(counts(training, "step").values()) >= store.load("checkpoint", training.name).metrics["steps"]

@@ -20,9 +20,15 @@ def walk(tmp_path):
 
     def go(values, **gate):
         names = [f"p{i}" for i in range(40)]
-        known = [Measured({name: v + 0.001 * (i % 7) for i, name in enumerate(names)}, dict.fromkeys(names, 5.0)) for v in values]
+        known = [
+            Measured({name: v + 0.001 * (i % 7) for i, name in enumerate(names)}, dict.fromkeys(names, 5.0))
+            for v in values
+        ]
         history = SimpleNamespace(
-            rows=[{}], decisions=[], directory=tmp_path / "runs" / "x", measured_at=lambda i: known[len(history.rows) - 1 if i < 0 else i]
+            rows=[{}],
+            decisions=[],
+            directory=tmp_path / "runs" / "x",
+            measured_at=lambda i: known[len(history.rows) - 1 if i < 0 else i],
         )
         history.decided = history.decisions.append
         gatekeeper = Gate(GateConfig(**gate), history, ref(0))

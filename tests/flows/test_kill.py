@@ -54,7 +54,10 @@ class Run:
         began = time.monotonic()
         while self.processes():
             if time.monotonic() - began > limit:
-                pytest.fail(f"still there after {limit} s: " + "; ".join(f"{role(process)} {process}" for process in self.processes()))
+                pytest.fail(
+                    f"still there after {limit} s: "
+                    + "; ".join(f"{role(process)} {process}" for process in self.processes())
+                )
             time.sleep(0.1)
         return time.monotonic() - began
 
@@ -70,16 +73,23 @@ def role(process: psutil.Process) -> str:
         words = process.cmdline()
     except psutil.Error:
         return "gone"
-    if "stages.supervise" in words:
+    if "stages.running.supervise" in words:
         return "server supervisor" if "uvicorn" in words else "stage supervisor"
-    for name, mark in (("server", "uvicorn"), ("main", "flows"), ("check", "stages.sampling.check"), ("stage", "stages")):
+    for name, mark in (
+        ("server", "uvicorn"),
+        ("main", "flows"),
+        ("check", "stages.sampling.check"),
+        ("stage", "stages"),
+    ):
         if mark in words:
             return f"stage {words[words.index('stages') + 1]}" if name == "stage" else name
     return "other"
 
 
 def in_a_stage(run: Run) -> bool:
-    return any(role(process).startswith("stage ") and not role(process).endswith("supervisor") for process in run.processes())
+    return any(
+        role(process).startswith("stage ") and not role(process).endswith("supervisor") for process in run.processes()
+    )
 
 
 def wait_for_the_moment(run: Run, chance: random.Random, unit: float) -> None:
@@ -96,7 +106,9 @@ def kill_one(run: Run, chance: random.Random) -> str:
     """SIGKILL to one process of the tree; says which. Those that do the work are hit more often than those that watch over it."""
     alive = sorted(run.processes(), key=lambda process: process.create_time())
     roles = [role(process) for process in alive]
-    weight = [4 if name.startswith("stage ") and "supervisor" not in name else 2 if name == "main" else 1 for name in roles]
+    weight = [
+        4 if name.startswith("stage ") and "supervisor" not in name else 2 if name == "main" else 1 for name in roles
+    ]
     number = chance.choices(range(len(alive)), weight)[0]
     try:
         alive[number].send_signal(signal.SIGKILL)
@@ -161,7 +173,9 @@ class Experiment:
         dead = self.run
         self.start()
         gone = dead.seconds_until_gone(REMAINS_SECONDS)
-        self.tell(f"{name} killed {at:.1f} s into the run: exit {dead.main.returncode}, all of it gone after {gone:.1f} s")
+        self.tell(
+            f"{name} killed {at:.1f} s into the run: exit {dead.main.returncode}, all of it gone after {gone:.1f} s"
+        )
 
     def until_done(self) -> None:
         """Type the command again until it ends well; a run may still die of the last kill, an undisturbed one may not."""
@@ -192,7 +206,9 @@ def rows_of(store: Store) -> dict[str, list[dict]]:
         directory = store.directory(record.kind, record.key)
         for path in sorted(directory.glob("*.parquet")):
             prefix = path.name.split("-")[0]
-            found[f"{record.kind}/{record.key}/{path.name}"] = read_shard(path, record.kind if prefix == "part" else prefix).to_pylist()
+            found[f"{record.kind}/{record.key}/{path.name}"] = read_shard(
+                path, record.kind if prefix == "part" else prefix
+            ).to_pylist()
     return found
 
 
@@ -212,7 +228,9 @@ def assert_little_was_done_twice(store: Store, kills: int, save_every_steps: int
         starts = sum(event["event"] == "start" for event in history)
         shards = collections.Counter(event["index"] for event in history if event["event"] == "shard")
         steps = collections.Counter(event["index"] for event in history if event["event"] == "step")
-        assert not shards or max(shards.values()) == 1, f"{record.kind} {record.key}: a finished shard was made again: {shards}"
+        assert not shards or max(shards.values()) == 1, (
+            f"{record.kind} {record.key}: a finished shard was made again: {shards}"
+        )
         again = sum(count - 1 for count in steps.values())
         assert again <= save_every_steps * max(0, starts - 1), (
             f"{record.kind} {record.key}: {again} steps again in {starts} starts: {steps}"
@@ -222,7 +240,11 @@ def assert_little_was_done_twice(store: Store, kills: int, save_every_steps: int
 
 
 def assert_tidy(store: Store) -> None:
-    litter = [path for path in store.root.joinpath("artifacts").rglob("*") if ".tmp-" in path.name or path.name in ("resume", ".export")]
+    litter = [
+        path
+        for path in store.root.joinpath("artifacts").rglob("*")
+        if ".tmp-" in path.name or path.name in ("resume", ".export")
+    ]
     assert not litter
     assert not [path for path in store.root.joinpath("artifacts").glob("*/*") if not (path / "record.json").is_file()]
     for path in store.root.joinpath("locks").iterdir():

@@ -17,16 +17,26 @@ from stages.weighting.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TWINS = sorted(
-    path.stem for path in (ROOT / "deploy" / "runs" / "tiny").glob("*.yaml") if path.stem not in ("base", "teacher", "auxiliary")
+    path.stem
+    for path in (ROOT / "deploy" / "runs" / "tiny").glob("*.yaml")
+    if path.stem not in ("base", "teacher", "auxiliary")
 )
 LOG_2 = ("d2po", "dpo", "kto_pair", "spin", "spin_lengthnorm", "swift", "swift_released", "tdpo", "tgdpo", "tis_dpo")
-CONSTANTS = {name: math.log(2) for name in LOG_2} | {"kto_pair": 1.0, "kto": 0.5, "tidpo": math.log(2) + 0.1 * 0.5, "ipo": 25.0}
+CONSTANTS = {name: math.log(2) for name in LOG_2} | {
+    "kto_pair": 1.0,
+    "kto": 0.5,
+    "tidpo": math.log(2) + 0.1 * 0.5,
+    "ipo": 25.0,
+}
 EXTRA = {
     "sppo-all": {"method": {"name": "sppo", "eta": 1, "keep": "all", "log_z": True}, "scoring.pairing": "each"},
     "swift-tdpo-kl": {"method": {"name": "swift", "weight_mode": "divide", "kl_mode": "tdpo"}},
     "tidpo-given": {"method": {"name": "tidpo", "importance": "given"}, "weighting.weights": {"name": "tidpo"}},
     "seqkd-teacher": {"method": {"name": "seqkd"}, "prompts.answers_from_teacher": True},
-    "swift-template": {"method": {"name": "swift"}, "weighting.weights": {"name": "swift", "teacher_prompt": "chat_template"}},
+    "swift-template": {
+        "method": {"name": "swift"},
+        "weighting.weights": {"name": "swift", "teacher_prompt": "chat_template"},
+    },
 }
 
 
@@ -36,10 +46,21 @@ def played(tmp_path_factory, make_model, tiny_model):
     work = tmp_path_factory.mktemp("methods")
     same, teacher = make_model(work / "same_tokens", seed=1), make_model(work / "teacher", seed=2, vocabulary=300)
     heldout = work / "heldout.jsonl"
-    heldout.write_text("".join(line + "\n" for line in (ROOT / "deploy/prompts/quickstart_heldout.jsonl").read_text().splitlines()[:4]))
-    small = {"policy.path": str(tiny_model), "prompts.heldout": str(heldout), "training.dtype": "float32", "training.learning_rate": 1e-4}
+    heldout.write_text(
+        "".join(line + "\n" for line in (ROOT / "deploy/prompts/quickstart_heldout.jsonl").read_text().splitlines()[:4])
+    )
+    small = {
+        "policy.path": str(tiny_model),
+        "prompts.heldout": str(heldout),
+        "training.dtype": "float32",
+        "training.learning_rate": 1e-4,
+    }
     small |= {"sampling.backend.dtype": "float32", "sampling.max_prompt_tokens": 200, "learning_rates": []}
-    base = small | {"iterations": 1, "scoring.scorer": {"name": "length", "target_tokens": 6}, "sampling.num_candidates": 4}
+    base = small | {
+        "iterations": 1,
+        "scoring.scorer": {"name": "length", "target_tokens": 6},
+        "sampling.num_candidates": 4,
+    }
     base |= {"models.teacher": {"path": str(teacher)}} | {
         f"models.{role}": {"path": str(same)} for role in ("positive", "negative", "reward_model")
     }
@@ -52,7 +73,11 @@ def played(tmp_path_factory, make_model, tiny_model):
         if case["id"] == "method kd":  # its teacher must share the vocabulary
             case["set"] |= {"models.teacher": {"path": str(same)}}
     cases += [
-        {"id": f"weights {name}", "config": plain, "set": base | {"method": {"name": "swift"}, "weighting.weights": {"name": name}}}
+        {
+            "id": f"weights {name}",
+            "config": plain,
+            "set": base | {"method": {"name": "swift"}, "weighting.weights": {"name": name}},
+        }
         for name in WEIGHTS.names()
     ]
     cases += [{"id": f"extra {name}", "config": plain, "set": base | settings} for name, settings in EXTRA.items()]
@@ -65,8 +90,15 @@ def played(tmp_path_factory, make_model, tiny_model):
         if name == "swift":  # on a store of its own, where no other run has paid for anything
             cases.append(cases[-1] | {"id": "swift alone", "store": str(work / "alone")})
     (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
-    command = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(work / "request.json"), str(work / "out.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=1100, check=False)
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("in_process.py")),
+        str(work / "request.json"),
+        str(work / "out.jsonl"),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=1100, check=False
+    )
     results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
     assert len(results) == len(cases), done.stderr[-3000:]
     return results
@@ -99,7 +131,9 @@ def test_every_weight_provider_fills_the_rows(played, name):
     assert weigh["weights/chosen/min"] <= weigh["weights/chosen/mean"] <= weigh["weights/chosen/max"]
     assert iteration["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
     if name == "swift":
-        assert weigh["weights/chosen/min"] >= math.exp(-0.5) - 1e-4 and weigh["weights/chosen/max"] <= math.exp(1.5) + 1e-4
+        assert (
+            weigh["weights/chosen/min"] >= math.exp(-0.5) - 1e-4 and weigh["weights/chosen/max"] <= math.exp(1.5) + 1e-4
+        )
 
 
 @pytest.mark.parametrize("name", EXTRA)
@@ -133,7 +167,9 @@ def test_every_preset_has_a_twin_and_is_valid():
     from flows.config import load_run
 
     presets = {path.stem for path in (ROOT / "deploy" / "runs").glob("*.yaml")} - {"quickstart"}
-    sizes = {name for name in presets if "-" in name}  # swift-qwen1.5-1.8b, ...: a paper's sizes; they extend a preset and share its twin
+    sizes = {
+        name for name in presets if "-" in name
+    }  # swift-qwen1.5-1.8b, ...: a paper's sizes; they extend a preset and share its twin
     assert presets - sizes == set(TWINS)
     assert all("\nextends: " in (ROOT / "deploy" / "runs" / f"{name}.yaml").read_text() for name in sizes)
     for name in presets:

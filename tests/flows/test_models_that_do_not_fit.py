@@ -16,7 +16,9 @@ from stages.training.stage import check_rows
 @pytest.fixture
 def run_with(make_run, tmp_path, monkeypatch):
     """run_with(sections) -> the ConfigError of its preflight."""
-    monkeypatch.setattr(flows.preflight, "_check_tokens", lambda *_: None)  # the prompts are fine; see test_bad_input.py
+    monkeypatch.setattr(
+        flows.preflight, "_check_tokens", lambda *_: None
+    )  # the prompts are fine; see test_bad_input.py
 
     def check(**sections) -> str:
         with pytest.raises(ConfigError) as refused:
@@ -39,7 +41,9 @@ def test_a_reward_model_with_another_tokenizer_is_refused(run_with, other_tokens
 
 @pytest.mark.parametrize("role", ["positive", "negative"])
 def test_a_contrastive_model_with_another_tokenizer_is_refused(run_with, other_tokens, tiny_model, role):
-    models = {"positive": {"path": str(tiny_model)}, "negative": {"path": str(tiny_model)}} | {role: {"path": str(other_tokens)}}
+    models = {"positive": {"path": str(tiny_model)}, "negative": {"path": str(tiny_model)}} | {
+        role: {"path": str(other_tokens)}
+    }
     assert f"models.{role}" in run_with(method={"name": "tis_dpo"}, models=models)
 
 
@@ -58,7 +62,9 @@ def test_swift_without_a_teacher_is_refused(run_with):
 
 
 def test_weights_where_the_formula_has_no_place_for_them_are_refused(run_with):
-    assert "no place for per-token weights" in run_with(method={"name": "orpo"}, weighting={"weights": {"name": "random"}})
+    assert "no place for per-token weights" in run_with(
+        method={"name": "orpo"}, weighting={"weights": {"name": "random"}}
+    )
 
 
 def test_one_candidate_cannot_make_a_pair(run_with):

@@ -59,23 +59,41 @@ def pairrm(tmp_path_factory):
 def play(work: Path, tiny_model: Path, scorers: dict[str, dict]) -> dict[str, dict]:
     """name -> result of a two-iteration SPPO run whose training pairs that scorer makes."""
     heldout = work / "heldout.jsonl"
-    heldout.write_text("".join(line + "\n" for line in (ROOT / "deploy/prompts/quickstart_heldout.jsonl").read_text().splitlines()[:2]))
+    heldout.write_text(
+        "".join(line + "\n" for line in (ROOT / "deploy/prompts/quickstart_heldout.jsonl").read_text().splitlines()[:2])
+    )
     settings = {
         "policy.path": str(tiny_model),
         "prompts.heldout": str(heldout),
         "training.dtype": "float32",
         "training.learning_rate": 1e-4,
     }
-    settings |= {"sampling.backend.dtype": "float32", "sampling.max_prompt_tokens": 200, "sampling.num_candidates": 5, "learning_rates": []}
+    settings |= {
+        "sampling.backend.dtype": "float32",
+        "sampling.max_prompt_tokens": 200,
+        "sampling.num_candidates": 5,
+        "learning_rates": [],
+    }
     settings |= {"prompts.per_iteration": 4}
     cases = [
         {"id": name, "config": "deploy/runs/tiny/sppo.yaml", "set": settings | {"scoring.scorer": scorer}}
         for name, scorer in scorers.items()
     ]
     (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
-    command = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(work / "request.json"), str(work / "out.jsonl")]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("in_process.py")),
+        str(work / "request.json"),
+        str(work / "out.jsonl"),
+    ]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert (work / "out.jsonl").is_file(), done.stderr[-3000:]
     return {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
@@ -85,7 +103,12 @@ def play(work: Path, tiny_model: Path, scorers: dict[str, dict]) -> dict[str, di
 def played(tmp_path_factory, tiny_model, judge_url, pairrm):
     scorers = {
         "pairrm": {"name": "pairrm", "model": {"path": str(pairrm)}},
-        "judge": {"name": "llm_judge", "model": "by-length", "mode": "pairwise", "runtime": {"base_url": judge_url, "num_parallel": 4}},
+        "judge": {
+            "name": "llm_judge",
+            "model": "by-length",
+            "mode": "pairwise",
+            "runtime": {"base_url": judge_url, "num_parallel": 4},
+        },
     }
     work = tmp_path_factory.mktemp("scoring_loop")
     return play(work, tiny_model, scorers) | {"work": work}
@@ -119,7 +142,13 @@ def test_a_judge_served_by_the_stage_with_vllm(tmp_path, tiny_model):
     if not model.is_dir():
         pytest.skip("make model")
     server = {"arguments": {"max_model_len": 1024, "dtype": "float32"}}
-    scorer = {"name": "llm_judge", "model": "smollm2", "mode": "logprob", "serve": {"path": str(model)}, "server": server}
+    scorer = {
+        "name": "llm_judge",
+        "model": "smollm2",
+        "mode": "logprob",
+        "serve": {"path": str(model)},
+        "server": server,
+    }
     scorer["runtime"] = {"num_parallel": 4, "timeout_seconds": 120}
     result = play(tmp_path, tiny_model, {"vllm": scorer})["vllm"]
     assert "error" not in result, result["error"]

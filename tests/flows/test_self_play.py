@@ -9,7 +9,9 @@ import pytest
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
 
-STAGES_OF_TWO_ITERATIONS = 2 + 2 * 6  # sample and evaluate the start, then sample, score, weigh, train, sample, evaluate
+STAGES_OF_TWO_ITERATIONS = (
+    2 + 2 * 6
+)  # sample and evaluate the start, then sample, score, weigh, train, sample, evaluate
 
 
 @pytest.fixture
@@ -85,7 +87,9 @@ def test_spin_prefers_the_ground_truth_to_the_same_samples(undisturbed, copy, to
     assert {"score-iter_01", "train-iter_01"} <= set(other.names("Completed()"))
     prompts = read_shards(copy / "runs" / "other" / "iter_01" / "prompts", "prompts").to_pylist()
     pairs = read_shards(copy / "runs" / "other" / "iter_01" / "score", "scored_pairs").to_pylist()
-    assert {pair["prompt_id"]: pair["chosen"] for pair in pairs} == {prompt["prompt_id"]: prompt["response"] for prompt in prompts}
+    assert {pair["prompt_id"]: pair["chosen"] for pair in pairs} == {
+        prompt["prompt_id"]: prompt["response"] for prompt in prompts
+    }
 
 
 def test_mlflow_has_a_parent_run_and_a_child_for_each_iteration(undisturbed):
@@ -93,13 +97,17 @@ def test_mlflow_has_a_parent_run_and_a_child_for_each_iteration(undisturbed):
         runs = dict(database.execute("select run_uuid, name from runs"))
         parents = dict(database.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'"))
         status = {row[0] for row in database.execute("select status from runs")}
-        seconds = {row[0] for row in database.execute("select distinct key from metrics where key like '%/seconds/wall'")}
+        seconds = {
+            row[0] for row in database.execute("select distinct key from metrics where key like '%/seconds/wall'")
+        }
         digests = [row[0] for row in database.execute("select value from tags where key = 'digest.train'")]
         curve = database.execute("select count(*) from metrics where key = 'curve/loss'").fetchone()[0]
     children = [runs[child] for child, parent in parents.items() if runs[parent] == "tiny"]
     assert {"iter_00", "iter_01", "iter_02"} <= set(children)
     assert status == {"FINISHED"}
-    assert {f"{name}/seconds/wall" for name in ("sample", "score", "weigh", "train", "evaluate", "heldout_generations")} == seconds
+    assert {
+        f"{name}/seconds/wall" for name in ("sample", "score", "weigh", "train", "evaluate", "heldout_generations")
+    } == seconds
     assert all(len(digest) == 64 for digest in digests)
     assert curve >= 6
 

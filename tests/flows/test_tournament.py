@@ -31,19 +31,27 @@ ROOT = Path(__file__).resolve().parents[2]
 def scored(tmp_path, rows):
     """A finished artifact with these raw scores; only its path is read."""
     base = {"scores": None, "preference_logits": None, "reasons": ["", ""]}
-    write_shard(shard_path(tmp_path, 0, "scores"), to_table([base | {"prompt_id": f"p{i}"} | row for i, row in enumerate(rows)], "scores"))
+    write_shard(
+        shard_path(tmp_path, 0, "scores"),
+        to_table([base | {"prompt_id": f"p{i}"} | row for i, row in enumerate(rows)], "scores"),
+    )
     return type("Ref", (), {"path": str(tmp_path)})
 
 
 def test_of_two_scores_the_higher_one_wins_and_what_has_none_is_in_no_mean(tmp_path):
-    found = standing("x", ["a", "b"], scored(tmp_path, [{"scores": [1.0, 0.0]}, {"scores": [0.5, 0.5]}, {"scores": [None, 1.0]}]), 3)
+    found = standing(
+        "x", ["a", "b"], scored(tmp_path, [{"scores": [1.0, 0.0]}, {"scores": [0.5, 0.5]}, {"scores": [None, 1.0]}]), 3
+    )
     assert found.rates == [[0.5, 0.75], [0.25, 0.5]]  # a win and a tie
     assert (found.failed, found.prompts) == (1, 3)
 
 
 def test_a_pair_scorers_liking_for_a_place_cancels(tmp_path):
     first = 0.7  # for standing first, in logits
-    rows = [{"preference_logits": [0.0, math.log(3) + first, -math.log(3) + first, 0.0]}, {"preference_logits": [0.0, math.nan, 0.2, 0.0]}]
+    rows = [
+        {"preference_logits": [0.0, math.log(3) + first, -math.log(3) + first, 0.0]},
+        {"preference_logits": [0.0, math.nan, 0.2, 0.0]},
+    ]
     found = standing("x", ["a", "b"], scored(tmp_path, rows), 2)
     assert found.rates[0][1] == pytest.approx(0.75)
     assert found.rates[1][0] == pytest.approx(0.25)
@@ -67,7 +75,10 @@ def test_answers_of_several_policies_become_the_candidates_of_one(store, make_ar
 
     players = {"0": answers("start", 1), "other": answers("other", 3)}
     ref = merged(players, store)
-    found = [(row["prompt_id"], row["candidate"], row["completion"]) for row in read_shards(ref.path, "generations").to_pylist()]
+    found = [
+        (row["prompt_id"], row["candidate"], row["completion"])
+        for row in read_shards(ref.path, "generations").to_pylist()
+    ]
     assert found == [("p0", 0, "start 0 0"), ("p0", 1, "other 0 0"), ("p1", 0, "start 1 0"), ("p1", 1, "other 1 0")]
     assert merged(players, store) == ref
 
@@ -76,7 +87,9 @@ def test_a_training_is_kept_for_as_long_as_one_of_its_checkpoints_is_needed(stor
     def sign(kind, key, **inputs):
         store.directory(kind, key).mkdir(parents=True)
         (store.directory(kind, key) / "data").write_text(key)
-        record = ArtifactRecord(kind=kind, key=key, stage="x", version="1", config={}, inputs=inputs, content="", files=[], rows=0)
+        record = ArtifactRecord(
+            kind=kind, key=key, stage="x", version="1", config={}, inputs=inputs, content="", files=[], rows=0
+        )
         return store.sign(record).ref(str(store.directory(kind, key)))
 
     trained = sign("checkpoint", "abc")
@@ -100,13 +113,27 @@ def played(tmp_path_factory, make_run, make_model, tiny_model):
     other = make_model(work / "other", seed=3)
     base = {"iterations": 1, "evaluation.gate": {"min_prompts": 2}}
     tournament = {"scorer": {"name": "length", "target_tokens": 4}, "baselines": {"other": {"path": str(other)}}}
-    judge = {"name": "llm_judge", "model": "m", "mode": "pairwise", "runtime": {"base_url": "http://127.0.0.1:9/v1", "retries": 0}}
+    judge = {
+        "name": "llm_judge",
+        "model": "m",
+        "mode": "pairwise",
+        "runtime": {"base_url": "http://127.0.0.1:9/v1", "retries": 0},
+    }
     cases = [
         {"id": "plain", "config": config, "set": base | {"evaluation.tournament": {"scorer": judge}}},
-        {"id": "kept", "config": config, "set": base | {"training.checkpoints": [0.3, 0.6], "evaluation.tournament": tournament}},
+        {
+            "id": "kept",
+            "config": config,
+            "set": base | {"training.checkpoints": [0.3, 0.6], "evaluation.tournament": tournament},
+        },
     ]
     (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
-    command = [sys.executable, str(Path(__file__).with_name("in_process.py")), str(work / "request.json"), str(work / "out.jsonl")]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("in_process.py")),
+        str(work / "request.json"),
+        str(work / "out.jsonl"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
@@ -157,11 +184,15 @@ def test_settings_of_the_tournament_change_no_key_and_its_baselines_are_checked(
         return load_run(make_run("t", evaluation=evaluation))
 
     plain = load()
-    playing = load(tournament={"scorer": {"name": "length", "target_tokens": 4}, "baselines": {"other": {"path": "none"}}})
+    playing = load(
+        tournament={"scorer": {"name": "length", "target_tokens": 4}, "baselines": {"other": {"path": "none"}}}
+    )
     assert plain.evaluation.identity() == playing.evaluation.identity()
     assert "checkpoints" not in plain.training.identity()
     with pytest.raises(ConfigError, match="the model directory none does not exist"):
         preflight(playing, store)
-    named = load(tournament={"scorer": {"name": "length", "target_tokens": 4}, "baselines": {"1": plain.policy.model_dump()}})
+    named = load(
+        tournament={"scorer": {"name": "length", "target_tokens": 4}, "baselines": {"1": plain.policy.model_dump()}}
+    )
     with pytest.raises(ConfigError, match="would be taken for an iteration"):
         preflight(named, store)

@@ -133,7 +133,11 @@ def test_a_damaged_artifact_is_made_again_by_one_of_those_who_want_it(copy, buil
     assert (again.cached, found.cached) == (False, True) and again.ref == found.ref
     damage = f"generations {directory.name} is damaged (part-00003.parquet has 4 bytes, not "
     assert [line for line in logged if line.startswith(damage) and line.endswith("building it again")]
-    assert [line for line in logged if line.startswith(f"generations {directory.name} is being built by") and line.endswith(": waiting")]
+    assert [
+        line
+        for line in logged
+        if line.startswith(f"generations {directory.name} is being built by") and line.endswith(": waiting")
+    ]
     assert shards_made(directory) == [list(range(NUM_PROMPTS)), [3]]  # what was whole is kept
     assert read_shards(directory, "generations").equals(read_shards(built[2].ref.path, "generations"))
     assert store.problems(again.record, deep=True) == []
@@ -173,7 +177,9 @@ def test_a_build_that_was_stopped_midway_goes_on_and_makes_no_shard_twice(store,
 
 def test_a_failed_stage_is_its_own_error_and_leaves_no_artifact(store, tiny, make_prompts):
     inputs = {"prompts": make_prompts(store, 1), "policy": tiny}
-    with pytest.raises(ConfigError, match=r"the prompt 'p000' has 2\d tokens, allowed are 1 to 3 .*\[stage sample, log: .*stage\.log\]"):
+    with pytest.raises(
+        ConfigError, match=r"the prompt 'p000' has 2\d tokens, allowed are 1 to 3 .*\[stage sample, log: .*stage\.log\]"
+    ):
         build("sample", sampling(max_prompt_tokens=3), inputs, store)
     assert not list(store.root.glob("artifacts/generations/*/record.json"))
 

@@ -68,7 +68,10 @@ def test_a_failed_stage_whose_input_is_damaged_sets_the_input_back(store, tiny_m
         build("sample", SETTINGS, inputs, store)
     path = shard_path(store.directory("prompts", inputs["prompts"].key), 0)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match=r"Its input is damaged: prompts .* \(part-00000.parquet has \d+ bytes, not \d+\). Run again"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"Its input is damaged: prompts .* \(part-00000.parquet has \d+ bytes, not \d+\). Run again",
+    ):
         build("sample", SETTINGS, inputs, store)
     assert not path.exists() and store.find("prompts", inputs["prompts"].key) is None
 
@@ -78,7 +81,9 @@ def test_a_damaged_record_of_an_input_is_set_back_by_whoever_looks_for_it(store,
     record = store.directory("prompts", ref.key) / "record.json"
     record.write_text("{")
     store.set_back("prompts", ref.key)
-    assert not record.exists() and shard_path(store.directory("prompts", ref.key), 0).is_file()  # its shard is sealed by itself
+    assert (
+        not record.exists() and shard_path(store.directory("prompts", ref.key), 0).is_file()
+    )  # its shard is sealed by itself
 
 
 def hub(monkeypatch, error):
@@ -102,7 +107,9 @@ def test_a_model_that_the_hub_does_not_have_is_the_requests_fault(monkeypatch):
 @pytest.mark.parametrize("error", [OSError("disk"), ConnectionError("away")])
 def test_a_hub_that_does_not_answer_is_worth_another_try(monkeypatch, error):
     hub(monkeypatch, error)
-    with pytest.raises(TransientError, match="the model a/b could not be fetched .* Give `path:` of a directory instead"):
+    with pytest.raises(
+        TransientError, match="the model a/b could not be fetched .* Give `path:` of a directory instead"
+    ):
         locate(ModelRef(hub_id="a/b", revision="v1"), True)
 
 

@@ -32,7 +32,9 @@ def work(tmp_path):
         python = tmp_path / "python"
         python.write_text(f"#!{sys.executable}\n{code}\n")
         python.chmod(0o755)
-        return Work("sample-3f9c1a7b-w0", ("sample", "spec.json"), tmp_path / "stage.log", {}, python=str(python))._replace(**changes)
+        return Work(
+            "sample-3f9c1a7b-w0", ("sample", "spec.json"), tmp_path / "stage.log", {}, python=str(python)
+        )._replace(**changes)
 
     return make
 
@@ -52,7 +54,9 @@ def test_fewer_workers_or_gpus_than_there_can_be_are_refused(field, least):
 
 
 def test_one_machine_is_not_several(work):
-    with pytest.raises(ConfigError, match="asks for 2 nodes, and the profile local has one machine: set execution.profile"):
+    with pytest.raises(
+        ConfigError, match="asks for 2 nodes, and the profile local has one machine: set execution.profile"
+    ):
         Local(print, []).start(work(nodes=2))
 
 

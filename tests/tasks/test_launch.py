@@ -15,7 +15,7 @@ import pytest
 
 import tasks.launch
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, StageError, TransientError
-from stages.supervise import descendants, processes_with, supervisor_options
+from stages.running.supervise import descendants, processes_with, supervisor_options
 from tasks.launch import LINES_PER_SECOND, run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,12 +122,16 @@ for done in (1, 2, 4):
 
 def test_a_line_that_only_looks_like_a_message_to_us_ends_nothing(stage):
     # Two processes that write to one pipe cut each other's lines.
-    stage("print('@progress {\"done\": 1, \"tot'); print('@error'); print('@error {}{'); print('@progress 3'); print('fine')")
+    stage(
+        "print('@progress {\"done\": 1, \"tot'); print('@error'); print('@error {}{'); print('@progress 3'); print('fine')"
+    )
     assert "fine" in stage.logged
 
 
 def test_bars_and_library_noise_are_in_the_file_only(stage):
-    stage("print('Loading: 50%|#####     | 1/2'); print('x.py:3: UserWarning: old'); print('    old()'); print('loss 0.5')")
+    stage(
+        "print('Loading: 50%|#####     | 1/2'); print('x.py:3: UserWarning: old'); print('    old()'); print('loss 0.5')"
+    )
     assert stage.logged == ["loss 0.5"]
     assert len(stage.log_file.read_text().splitlines()) == 4
 
@@ -176,7 +180,8 @@ def test_an_error_the_stage_reported_is_raised_again_as_what_it_was(stage, repor
 @pytest.mark.parametrize("code", [1, 17, 128, 200, 247, 255])
 def test_an_exit_code_without_a_report_is_a_stage_error_with_the_last_lines(stage, code):
     with pytest.raises(
-        StageError, match=rf"the stage sample ended with exit code {code}; log: .*stage\.log; its last lines:\n(.*\n)*line 39"
+        StageError,
+        match=rf"the stage sample ended with exit code {code}; log: .*stage\.log; its last lines:\n(.*\n)*line 39",
     ):
         stage(f"for number in range(40): print('line', number)\nraise SystemExit({code})")
 
@@ -316,10 +321,13 @@ def test_a_supervisor_whose_parent_died_before_it_began_starts_nothing(tmp_path)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     command = [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w')"]
-    late = [sys.executable, "-m", "stages.supervise", "--parent", str(gone.pid), "--", *command]
+    late = [sys.executable, "-m", "stages.running.supervise", "--parent", str(gone.pid), "--", *command]
     assert subprocess.run(late, cwd=ROOT, check=False).returncode == 143
     assert not (tmp_path / "ran").exists()
     assert (
-        subprocess.run([sys.executable, "-m", "stages.supervise", *supervisor_options(), *command], cwd=ROOT, check=False).returncode == 0
+        subprocess.run(
+            [sys.executable, "-m", "stages.running.supervise", *supervisor_options(), *command], cwd=ROOT, check=False
+        ).returncode
+        == 0
     )
     assert (tmp_path / "ran").exists()

@@ -28,10 +28,17 @@ def record(store: Store, key: str = "a" * 16, kind: str = "checkpoint", **change
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_text(key)
     curve = [{"step": step, "loss": 1 / step, "rewards/margins": float(step)} for step in range(1, 1501)]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve) if kind == "checkpoint" else "")
-    fields = {"metrics": {"loss": 0.25, "dropped/no pair, really?": 3}, "seconds": {"wall": 12.5, "load": 1.0}} | changes
+    (directory / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in curve) if kind == "checkpoint" else ""
+    )
+    fields = {
+        "metrics": {"loss": 0.25, "dropped/no pair, really?": 3},
+        "seconds": {"wall": 12.5, "load": 1.0},
+    } | changes
     return store.sign(
-        ArtifactRecord(kind=kind, key=key, stage="train", version="1", config={}, inputs={}, content="", files=[], rows=0, **fields)
+        ArtifactRecord(
+            kind=kind, key=key, stage="train", version="1", config={}, inputs={}, content="", files=[], rows=0, **fields
+        )
     )
 
 
@@ -41,7 +48,12 @@ def mirrored(tmp_path_factory):
     store, logged = Store(tmp_path_factory.mktemp("tracked") / "store"), []
     tracker = Tracker(store, "quickstart", logged.append)
     tracker.parameters(
-        {"method": {"name": "sppo", "eta": 20}, "iterations": 2, "long": "x" * 1000, "many": {f"n{k}": k for k in range(250)}}
+        {
+            "method": {"name": "sppo", "eta": 20},
+            "iterations": 2,
+            "long": "x" * 1000,
+            "many": {f"n{k}": k for k in range(250)},
+        }
     )
     signed = record(store)
     tracker.stage(1, signed, cached=False, shown_as="train")
@@ -64,14 +76,22 @@ def test_a_run_has_a_child_for_each_iteration(mirrored):
     _, runs, _, logged = mirrored
     assert logged == []
     assert runs.keys() == {"quickstart", "iter_01", "iter_02"}
-    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("iter_01", "iter_02")} == {runs["quickstart"].info.run_id}
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("iter_01", "iter_02")} == {
+        runs["quickstart"].info.run_id
+    }
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
 
 def test_a_child_has_metrics_seconds_and_digests_of_its_stages(mirrored):
     _, runs, signed, _ = mirrored
     data = runs["iter_01"].data
-    expected = {"train/loss": 0.25, "train/seconds/wall": 12.5, "train/cached": 0.0, "sample/tokens": 99.0, "sample/cached": 1.0}
+    expected = {
+        "train/loss": 0.25,
+        "train/seconds/wall": 12.5,
+        "train/cached": 0.0,
+        "sample/tokens": 99.0,
+        "sample/cached": 1.0,
+    }
     assert expected.items() <= data.metrics.items()
     assert data.metrics["train/dropped/no pair_ really_"] == 3
     assert data.tags["digest.train"] == signed.content and data.tags["artifact.train"] == f"checkpoint/{'a' * 16}"
@@ -119,7 +139,9 @@ def test_best_and_final_are_versions_of_one_model_and_a_repeated_run_adds_none(m
     from mlflow.artifacts import download_artifacts
 
     mlflow.set_registry_uri(client.tracking_uri)
-    where = Path(download_artifacts("models:/quickstart@best", dst_path=str(root / "fetched"), tracking_uri=client.tracking_uri))
+    where = Path(
+        download_artifacts("models:/quickstart@best", dst_path=str(root / "fetched"), tracking_uri=client.tracking_uri)
+    )
     assert (where / "model.safetensors").read_text() == "a" * 16
     tracker = Tracker(store, "quickstart", logged.append)
     tracker.register({"best": last, "final": last})  # another one is better now
@@ -133,8 +155,16 @@ def test_a_server_that_takes_no_path_of_this_machine_gets_it_as_a_tag(store, tmp
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", str(tmp_path / "artifacts")]
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as server:
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+        "--artifacts-destination",
+        str(tmp_path / "artifacts"),
+    ]
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as server,
+    ):
         try:
             uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
             while True:
@@ -151,7 +181,9 @@ def test_a_server_that_takes_no_path_of_this_machine_gets_it_as_a_tag(store, tmp
                 tracker.finish(None)
             assert logged == []
             found = tracker.client.get_model_version_by_alias("elsewhere", "best")
-            assert found.tags["path"] == str(store.directory("checkpoint", signed.key)) and found.source.startswith("mlflow-artifacts:")
+            assert found.tags["path"] == str(store.directory("checkpoint", signed.key)) and found.source.startswith(
+                "mlflow-artifacts:"
+            )
             assert len(tracker.client.search_model_versions("name='elsewhere'")) == 1
         finally:
             os.killpg(server.pid, signal.SIGTERM)
@@ -165,7 +197,11 @@ def test_a_server_that_does_not_answer_costs_one_warning_and_some_seconds(store)
     tracker.summary(1, {"heldout_score": 0.5})
     tracker.finish(None)
     assert time.monotonic() - began < 30
-    assert len(logged) == 1 and logged[0].startswith("MLflow at http://127.0.0.1:9 does not work (") and "\n" not in logged[0]
+    assert (
+        len(logged) == 1
+        and logged[0].startswith("MLflow at http://127.0.0.1:9 does not work (")
+        and "\n" not in logged[0]
+    )
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:////proc/none/mlflow.db"])
@@ -216,7 +252,9 @@ def test_a_run_that_failed_is_marked_so_on_the_server_that_the_environment_names
     logged = []
     tracker = Tracker(store, "quickstart", logged.append)
     # MLflow refuses neither; a diverged training must not end the mirror of the run.
-    tracker.stage(1, record(store, metrics={"loss": float("inf"), "nothing": float("nan")}), cached=False, shown_as="train")
+    tracker.stage(
+        1, record(store, metrics={"loss": float("inf"), "nothing": float("nan")}), cached=False, shown_as="train"
+    )
     tracker.finish(None, "FAILED")
     assert logged == [] and not (store.root / "mlflow.db").exists()
     assert MlflowClient(tracking_uri=uri).get_run(tracker.parent).info.status == "FAILED"

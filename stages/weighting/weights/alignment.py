@@ -62,7 +62,9 @@ def align(texts: Sequence[str], student: Tokens, teacher: Tokens, segmenter: str
     Raises: ContractError if the two tokenizations are not of the same texts, or have no spans at all.
     """
     if not len(texts) == len(student.starts) - 1 == len(teacher.starts) - 1:
-        raise ContractError(f"{len(texts)} texts, {len(student.starts) - 1} student and {len(teacher.starts) - 1} teacher tokenizations")
+        raise ContractError(
+            f"{len(texts)} texts, {len(student.starts) - 1} student and {len(teacher.starts) - 1} teacher tokenizations"
+        )
     text_starts = row_starts([len(text) for text in texts])
     points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     space = SPACES[np.minimum(points, len(SPACES) - 1)] & (points < len(SPACES))
@@ -80,10 +82,14 @@ def align(texts: Sequence[str], student: Tokens, teacher: Tokens, segmenter: str
     rows = np.repeat(np.arange(len(texts)), np.diff(text_starts))[starts]
     is_space = np.logical_and.reduceat(space, starts) if len(starts) else np.zeros(0, dtype=bool)
     indices = [
-        np.where(side.inside & usable[side.rows], component[side.position], -1) if len(points) else np.full(len(side.rows), -1)
+        np.where(side.inside & usable[side.rows], component[side.position], -1)
+        if len(points)
+        else np.full(len(side.rows), -1)
         for side in sides
     ]
-    return Alignment(starts, np.append(starts[1:], len(points))[: len(starts)], rows, is_space, *indices, text_starts, usable)
+    return Alignment(
+        starts, np.append(starts[1:], len(points))[: len(starts)], rows, is_space, *indices, text_starts, usable
+    )
 
 
 class _Side(NamedTuple):
@@ -102,7 +108,9 @@ class _Side(NamedTuple):
 
 def _place(tokens: Tokens, text_starts: np.ndarray) -> _Side:
     if tokens.spans is None:
-        raise ContractError("a tokenization without character offsets cannot be aligned: use a tokenizer with a fast (tokenizers) backend")
+        raise ContractError(
+            "a tokenization without character offsets cannot be aligned: use a tokenizer with a fast (tokenizers) backend"
+        )
     rows, real = tokens.rows(), ~tokens.is_eos()
     begin, end = text_starts[rows], text_starts[rows + 1]
     starts, ends = begin + tokens.spans[:, 0], begin + tokens.spans[:, 1]
@@ -140,7 +148,9 @@ def _token_starts(side: _Side, size: int, usable: np.ndarray) -> np.ndarray:
 def _close(cut: np.ndarray, side: _Side, usable: np.ndarray) -> None:
     """Drop every border that a token crosses. One pass is the closure: merging makes no new border."""
     wide = side.inside & usable[side.rows] & (side.ends - side.starts > 1)
-    depth = np.bincount(side.starts[wide] + 1, minlength=len(cut) + 1) - np.bincount(side.ends[wide], minlength=len(cut) + 1)
+    depth = np.bincount(side.starts[wide] + 1, minlength=len(cut) + 1) - np.bincount(
+        side.ends[wide], minlength=len(cut) + 1
+    )
     cut &= np.cumsum(depth)[: len(cut)] == 0
 
 
@@ -161,7 +171,10 @@ def merge_empty(alignment: Alignment, scored: np.ndarray) -> Alignment:
 
 
 def pair_means(
-    alignment: Alignment, student: np.ndarray, teacher: np.ndarray, weight: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    alignment: Alignment,
+    student: np.ndarray,
+    teacher: np.ndarray,
+    weight: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of weight(a_r - b_i, i) over the teacher tokens r of student token i's component (SWIFT, Eq. 6).
 
@@ -171,7 +184,9 @@ def pair_means(
     usable = np.flatnonzero((alignment.teacher >= 0) & ~np.isnan(teacher))
     order = usable[np.argsort(alignment.teacher[usable], kind="stable")]
     values = teacher[order]
-    counts = np.bincount(alignment.teacher[order], minlength=len(alignment.starts) + 1)  # the last one is component -1's: 0
+    counts = np.bincount(
+        alignment.teacher[order], minlength=len(alignment.starts) + 1
+    )  # the last one is component -1's: 0
     offsets = np.cumsum(counts) - counts
     number = counts[alignment.student]
     means = np.full(len(student), np.nan)

@@ -45,7 +45,11 @@ class Tokens(NamedTuple):
     def of(cls, ids: Sequence[Sequence[int]], spans: Sequence[Any] | None, ended: Sequence[bool]) -> Tokens:
         """From one list per response. `spans` rows may leave out the EOS; None marks a response without spans."""
         starts = row_starts([len(row) for row in ids])
-        flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids]) if starts[-1] else np.zeros(0, dtype=np.int64)
+        flat = (
+            np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+            if starts[-1]
+            else np.zeros(0, dtype=np.int64)
+        )
         if spans is None:
             return cls(starts, flat, None, np.asarray(ended, dtype=bool))
         table = np.zeros((starts[-1], 2), dtype=np.int64)
@@ -107,7 +111,9 @@ class ResponseBatch:
 
     def _check(self, role: str, values: np.ndarray, tokens: Tokens, bad: np.ndarray) -> None:
         if values.shape != (tokens.starts[-1],):
-            raise ContractError(f"log-probs {role!r}: {values.size} values for {tokens.starts[-1]} tokens of {len(self.keys)} responses")
+            raise ContractError(
+                f"log-probs {role!r}: {values.size} values for {tokens.starts[-1]} tokens of {len(self.keys)} responses"
+            )
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             row = int(np.searchsorted(tokens.starts, first, side="right")) - 1
@@ -184,4 +190,6 @@ def add_stats(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, f
         for name, (value, count) in part.items():
             old, seen = totals.get(name, (float("inf"), 0.0) if name.startswith("min/") else (0.0, 0.0))
             totals[name] = (min(old, value) if name.startswith("min/") else old + value, seen + count)
-    return {name: value if name.startswith("min/") else value / max(count, 1.0) for name, (value, count) in totals.items()}
+    return {
+        name: value if name.startswith("min/") else value / max(count, 1.0) for name, (value, count) in totals.items()
+    }

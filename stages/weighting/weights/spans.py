@@ -87,7 +87,9 @@ class TokenText:
         ends = np.cumsum(lengths)
         starts = ends - lengths
         character = np.append(character, len(spelled))
-        spans = np.stack((character[starts], np.where(ends > starts, character[ends - 1] + 1, character[starts])), axis=1)
+        spans = np.stack(
+            (character[starts], np.where(ends > starts, character[ends - 1] + 1, character[starts])), axis=1
+        )
         for dropped in (0, 1):  # SentencePiece decoders drop the space of the first piece
             if spelled[dropped:] == text and (not dropped or spelled[0] == " "):
                 return text, np.maximum(spans - dropped, 0)

@@ -82,7 +82,9 @@ class SwiftWeights(WeightProvider):
         if shared.any():
             parts.append((shared, shared_weights(config, batch.student, batch.teacher, student, teacher, mu)))
         if not shared.all():
-            parts.append((~shared, cross_weights(config, batch.texts, batch.student, batch.teacher, student, teacher, mu)))
+            parts.append(
+                (~shared, cross_weights(config, batch.texts, batch.student, batch.teacher, student, teacher, mu))
+            )
         values, stats = np.zeros(len(student)), {}
         for rows, part in parts:
             tokens = rows[batch.student.rows()]
@@ -114,7 +116,10 @@ class _Part(NamedTuple):
         if self.alignment is not None:
             mine = (rows & self.alignment.aligned)[self.alignment.rows]
             chars = (self.alignment.ends - self.alignment.starts)[mine]
-            found |= {"unaligned": fraction(~self.alignment.aligned[rows]), "component_chars": (float(chars.sum()), float(chars.size))}
+            found |= {
+                "unaligned": fraction(~self.alignment.aligned[rows]),
+                "component_chars": (float(chars.sum()), float(chars.size)),
+            }
         return found
 
 
@@ -123,10 +128,16 @@ def same_tokens(student: Tokens, teacher: Tokens) -> np.ndarray:
     equal = np.diff(student.starts) == np.diff(teacher.starts)
     mine, theirs = equal[student.rows()], equal[teacher.rows()]
     differs = student.ids[mine] != teacher.ids[theirs]
-    return equal & (np.bincount(student.rows()[mine][differs], minlength=len(equal)) == 0) & (student.ended == teacher.ended)
+    return (
+        equal
+        & (np.bincount(student.rows()[mine][differs], minlength=len(equal)) == 0)
+        & (student.ended == teacher.ended)
+    )
 
 
-def shared_weights(config: SwiftConfig, tokens: Tokens, other: Tokens, student: np.ndarray, teacher: np.ndarray, mu: np.ndarray) -> _Part:
+def shared_weights(
+    config: SwiftConfig, tokens: Tokens, other: Tokens, student: np.ndarray, teacher: np.ndarray, mu: np.ndarray
+) -> _Part:
     """Eq. 4-5, token by token; only rows of `same_tokens` mean anything."""
     paired = np.full(len(student), np.nan)
     same = same_tokens(tokens, other)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from stages.numerics import token_logps
+from stages.models.numerics import token_logps
 from stages.weighting.weights.alignment import align, pair_means
 from stages.weighting.weights.base import (
     ResponseBatch,
@@ -23,7 +23,7 @@ from stages.weighting.weights.swift import normalise, same_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.policy import Batch
+    from stages.models.policy import Batch
 
 
 class SwiftReleasedWeights(WeightProvider):

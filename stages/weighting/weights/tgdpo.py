@@ -48,7 +48,10 @@ class TGDPOWeights(WeightProvider):
         """
         tokens = batch.student
         reward = token_rewards(
-            config, batch.column("reward_model"), None if config.kind == "simpo" else batch.column("reference"), tokens.starts
+            config,
+            batch.column("reward_model"),
+            None if config.kind == "simpo" else batch.column("reference"),
+            tokens.starts,
         )
         raw = factors(reward, batch.chosen[tokens.rows()], config.alpha)
         values = raw if config.floor is None else np.maximum(raw, config.floor)
@@ -56,7 +59,9 @@ class TGDPOWeights(WeightProvider):
         return result(values, nonpositive=fraction(raw <= 0), **{"min/weight": (lowest, float(len(raw)))})
 
 
-def token_rewards(config: TGDPOWeights.Config, model: np.ndarray, reference: np.ndarray | None, starts: np.ndarray) -> np.ndarray:
+def token_rewards(
+    config: TGDPOWeights.Config, model: np.ndarray, reference: np.ndarray | None, starts: np.ndarray
+) -> np.ndarray:
     if config.kind == "dpo":
         return config.beta_r * (model - reference)
     lengths = np.diff(starts)

@@ -11,7 +11,10 @@ from stages.evaluation.judging import JudgeFailed, Reply
 
 
 def judgements(shared, model):
-    rows = [json.loads(line) for line in (shared / "data" / "alpaca_eval" / f"judgements_{model}.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared / "data" / "alpaca_eval" / f"judgements_{model}.jsonl").read_text().splitlines()
+    ]
     return [row["preference"] - 1 for row in rows], [row["len_2"] for row in rows], [row["len_1"] for row in rows]
 
 
@@ -60,7 +63,9 @@ def by_scikit_learn(preferences, model, baseline, difficulty, gamed) -> float:
     mass = np.concatenate([y, 1 - y]) * np.concatenate([weight, weight])
 
     def fit(rows, strength):
-        estimator = LogisticRegression(l1_ratio=1.0, C=strength, solver="liblinear", fit_intercept=False, random_state=123)
+        estimator = LogisticRegression(
+            l1_ratio=1.0, C=strength, solver="liblinear", fit_intercept=False, random_state=123
+        )
         return estimator.fit(doubled[rows], label[rows], sample_weight=mass[rows])
 
     def loss(strength):
@@ -103,7 +108,10 @@ BY_THE_PACKAGE = {
 
 def annotations(shared, name, side):
     """Index, preference and both lengths; as the baseline's, the sides are swapped: a model that nearly always wins."""
-    rows = [json.loads(line) for line in (shared / "data" / "alpaca_eval" / f"judgements_{name}.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared / "data" / "alpaca_eval" / f"judgements_{name}.jsonl").read_text().splitlines()
+    ]
     index = [row["i"] for row in rows]
     preference, ours, theirs = np.array([(row["preference"] - 1, row["len_2"], row["len_1"]) for row in rows]).T
     return (index, preference, ours, theirs) if side == "model" else (index, 1 - preference, theirs, ours)
@@ -144,7 +152,9 @@ def test_length_controlled_win_rates_of_real_judgements_are_the_packages(shared,
 @pytest.mark.parametrize(("name", "side"), BY_THE_PACKAGE)
 def test_the_frozen_numbers_are_what_the_package_says(shared, tmp_path, name, side):
     pytest.importorskip("alpaca_eval")
-    assert by_the_package(*annotations(shared, name, side), tmp_path) == pytest.approx(BY_THE_PACKAGE[name, side], abs=1e-6)
+    assert by_the_package(*annotations(shared, name, side), tmp_path) == pytest.approx(
+        BY_THE_PACKAGE[name, side], abs=1e-6
+    )
 
 
 def test_length_control_takes_away_what_length_gave():

@@ -61,7 +61,9 @@ def test_planted_strengths_and_styles_are_recovered():
     for m, strength in enumerate(strengths):
         assert controlled[f"m{m}"] == pytest.approx(100 / (1 + math.exp(-strength)), abs=2.5)
     spread = np.array([game.style for game in games]).std(axis=0)
-    assert [found[name] for name in ("length", "headers", "lists", "bold")] == pytest.approx(list(np.array(styles) * spread), abs=0.07)
+    assert [found[name] for name in ("length", "headers", "lists", "bold")] == pytest.approx(
+        list(np.array(styles) * spread), abs=0.07
+    )
     plain, nothing = scores(games, style_control=False)
     assert plain["m2"] > controlled["m2"] + 3
     assert nothing == {}
@@ -74,7 +76,9 @@ def test_the_fit_is_scikit_learns():
     x = rng.normal(size=(500, 3))
     y = (rng.random(500) < 1 / (1 + np.exp(-x @ np.array([1.0, -0.5, 0.2])))).astype(int)
     w = rng.integers(1, 4, 500).astype(float)
-    theirs = LogisticRegression(C=1e6, fit_intercept=False, tol=1e-10, max_iter=1000).fit(x, y, sample_weight=w).coef_[0]
+    theirs = (
+        LogisticRegression(C=1e6, fit_intercept=False, tol=1e-10, max_iter=1000).fit(x, y, sample_weight=w).coef_[0]
+    )
     assert fit(x, y, w) == pytest.approx(theirs, abs=1e-5)
 
 
@@ -106,7 +110,9 @@ def test_two_games_a_prompt_with_the_official_template_and_failures_counted(shar
     config = yaml.safe_load((shared / "data" / "arena_hard" / "v0.1_judge_config.yaml").read_text())
     with open(shared / "data" / "arena_hard" / "v0.1_question.jsonl") as file:
         questions = [json.loads(line) for line, _ in zip(file, range(3), strict=False)]
-    rows = [{"prompt_id": one["uid"], "prompt": one["prompt"], "answer": "mine", "baseline": "theirs"} for one in questions]
+    rows = [
+        {"prompt_id": one["uid"], "prompt": one["prompt"], "answer": "mine", "baseline": "theirs"} for one in questions
+    ]
     rows.append({"prompt_id": "x", "prompt": "broken", "answer": "mine", "baseline": "theirs"})
     games = play(Judge(), config["system_prompt"], config["prompt_template"][0], "m", rows)
     assert len(games) == 8

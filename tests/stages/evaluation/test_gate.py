@@ -40,7 +40,10 @@ def comparison(rng, gain=0.0, length_effect=0.0, longer=0.0, prompts=PROMPTS):
     change = tokens[1] - tokens[0]
     scores = [difficulty + luck[0], difficulty + luck[1] + gain + length_effect * np.tanh(change / change.std())]
     names = [f"p{i}" for i in range(prompts)]
-    return [Measured(dict(zip(names, s, strict=True)), dict(zip(names, t, strict=True))) for s, t in zip(scores, tokens, strict=True)]
+    return [
+        Measured(dict(zip(names, s, strict=True)), dict(zip(names, t, strict=True)))
+        for s, t in zip(scores, tokens, strict=True)
+    ]
 
 
 def promoted(gain, seed, config=None, **more) -> float:

@@ -29,7 +29,13 @@ def run_python(code: str, *arguments: object, timeout: float = 500, **environmen
     command = [sys.executable, "-c", code, *map(str, arguments)]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | quiet | environment, capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | quiet | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -38,8 +44,8 @@ def run_python(code: str, *arguments: object, timeout: float = 500, **environmen
 OWN_ROWS = """
 import json, sys
 from stages.evaluation.lm_eval import evaluate, load_task
-from stages.policy import load_causal_lm
-from stages.tokens import load_tokenizer
+from stages.models.policy import load_causal_lm
+from stages.models.tokens import load_tokenizer
 model, task = sys.argv[1:3]
 rows = evaluate(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), [load_task(task)], 16, None)
 print("ROWS" + json.dumps(rows))
@@ -50,8 +56,24 @@ def test_our_rows_are_those_of_lm_evals_own_command_line(tiny_model, tmp_path):
     ours = json.loads(run_python(OWN_ROWS, tiny_model, QUICKSTART).partition("ROWS")[2])
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "task.yaml").write_text(yaml.safe_dump(load_task(str(QUICKSTART))))
-    arguments = ["--model", "hf", "--model_args", f"pretrained={tiny_model},dtype=float32,max_length=2048", "--tasks", "quickstart_mc"]
-    arguments += ["--include_path", tmp_path / "tasks", "--device", "cpu", "--batch_size", "16", "--output_path", tmp_path / "out"]
+    arguments = [
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={tiny_model},dtype=float32,max_length=2048",
+        "--tasks",
+        "quickstart_mc",
+    ]
+    arguments += [
+        "--include_path",
+        tmp_path / "tasks",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "16",
+        "--output_path",
+        tmp_path / "out",
+    ]
     printed = run_python("import sys; from lm_eval.__main__ import cli_evaluate; cli_evaluate()", *arguments)
     theirs = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["quickstart_mc"]
     assert {row["metric"] for row in ours} == {"acc", "acc_norm"}
@@ -60,14 +82,20 @@ def test_our_rows_are_those_of_lm_evals_own_command_line(tiny_model, tmp_path):
         assert row["stderr"] == pytest.approx(theirs[f"{row['metric']}_stderr,none"], abs=1e-12)
         line = re.search(rf"\|{row['metric']} *\|[^|]*\|([^|]*)\|[^|]*\|([^|]*)\|", printed)
         assert (f"{row['value']:.4f}", f"{row['stderr']:.4f}") == (line[1].strip(), line[2].strip())
-        assert (row["suite"], row["task"], row["n"], row["n_shot"], row["task_version"]) == ("lm-eval", "quickstart_mc", 60, 2, "1.0")
+        assert (row["suite"], row["task"], row["n"], row["n_shot"], row["task_version"]) == (
+            "lm-eval",
+            "quickstart_mc",
+            60,
+            2,
+            "1.0",
+        )
 
 
 SUITE_ROWS = """
 import json, sys
 from stages.evaluation.lm_eval import evaluate_suite, open_transformers
-from stages.policy import load_causal_lm
-from stages.tokens import load_tokenizer
+from stages.models.policy import load_causal_lm
+from stages.models.tokens import load_tokenizer
 model, root = sys.argv[1:3]
 lm = open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
 print("ROWS" + json.dumps(evaluate_suite(lm, "open_llm_v1", root, 12, ("arc_challenge",))))
@@ -100,10 +128,19 @@ def test_an_official_task_reads_its_data_from_a_mirror(tiny_model, shared, tmp_p
     )
     out = run_python(SUITE_ROWS, tiny_model, tmp_path)
     (row,) = json.loads(out.partition("ROWS")[2].partition("\n")[0])
-    assert (row["suite"], row["task"], row["metric"], row["n"], row["n_shot"]) == ("open_llm_v1", "arc_challenge", "acc_norm", 12, 25)
+    assert (row["suite"], row["task"], row["metric"], row["n"], row["n_shot"]) == (
+        "open_llm_v1",
+        "arc_challenge",
+        "acc_norm",
+        12,
+        25,
+    )
     assert 0 <= row["value"] <= 1
     assert row["stderr"] > 0
-    assert f"the data of allenai/winogrande is not in data_root: neither {tmp_path}/allenai/winogrande nor {tmp_path}/winogrande" in out
+    assert (
+        f"the data of allenai/winogrande is not in data_root: neither {tmp_path}/allenai/winogrande nor {tmp_path}/winogrande"
+        in out
+    )
 
 
 def test_every_suite_names_tasks_that_lm_eval_has():
@@ -123,26 +160,43 @@ def test_suites_are_checked_before_anything_runs():
 
 
 def test_a_config_without_the_new_options_keeps_its_identity():
-    config = EvaluationConfig.model_validate({"scorer": {"name": "length", "target_tokens": 8}, "lm_eval": [{"path": "x"}]})
+    config = EvaluationConfig.model_validate(
+        {"scorer": {"name": "length", "target_tokens": 8}, "lm_eval": [{"path": "x"}]}
+    )
     assert set(config.identity()) == {"scorer", "lm_eval", "dtype"}
     assert set(config.identity()["lm_eval"][0]) == {"path", "limit", "digest"}
     with_suite = config.model_copy(update={"suites": ({"name": "open_llm_v1"},)})
     assert "suites" in with_suite.identity()
 
 
-def test_the_stage_writes_the_benchmarks_beside_the_heldout_numbers(store, tiny_model, make_prompts, make_artifact, run_stage_command):
+def test_the_stage_writes_the_benchmarks_beside_the_heldout_numbers(
+    store, tiny_model, make_prompts, make_artifact, run_stage_command
+):
     prompts = make_prompts(store, 4)
     rows = [
         {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1], "token_logps": [-1.0] * 3,
          "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
         for i in range(4)
     ]  # fmt: skip
-    inputs = {"prompts": prompts, "generations": make_artifact(store, "generations", rows), "policy": tiny_model, "start": tiny_model}
-    config = {"scorer": {"name": "length", "target_tokens": 3}, "lm_eval": [{"path": str(QUICKSTART), "limit": 6}], "dtype": "float32"}
+    inputs = {
+        "prompts": prompts,
+        "generations": make_artifact(store, "generations", rows),
+        "policy": tiny_model,
+        "start": tiny_model,
+    }
+    config = {
+        "scorer": {"name": "length", "target_tokens": 3},
+        "lm_eval": [{"path": str(QUICKSTART), "limit": 6}],
+        "dtype": "float32",
+    }
     done = run_stage_command("evaluate", config, inputs, store)
     assert done.returncode == 0, done.stderr[-3000:]
     found = read_shards(done.stdout.strip().splitlines()[-1], "eval_report").to_pylist()
-    assert {(row["suite"], row["metric"]) for row in found} >= {("heldout", "score"), ("lm-eval", "acc"), ("lm-eval", "acc_norm")}
+    assert {(row["suite"], row["metric"]) for row in found} >= {
+        ("heldout", "score"),
+        ("lm-eval", "acc"),
+        ("lm-eval", "acc_norm"),
+    }
     assert {row["n"] for row in found if row["suite"] == "lm-eval"} == {6}
 
 
@@ -154,8 +208,8 @@ if __name__ == "__main__":
     if backend == "vllm":
         lm = ours.open_vllm(model, "float32", "cpu", {"max_model_len": 512, "max_num_batched_tokens": 4096})
     else:
-        from stages.policy import load_causal_lm
-        from stages.tokens import load_tokenizer
+        from stages.models.policy import load_causal_lm
+        from stages.models.tokens import load_tokenizer
         lm = ours.open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
     from lm_eval.tasks import TaskManager
     result = ours._evaluate(lm, [ours.load_task(task)], TaskManager(include_defaults=False), None)
@@ -194,7 +248,11 @@ def arc_easy(shared, tmp_path):
 @pytest.mark.slow
 def test_arc_easy_on_smollm2_is_right_and_equal_on_both_backends(smollm2, arc_easy):
     found = {
-        backend: json.loads(run_python(LOGLIKS, backend, smollm2, arc_easy, OMP_NUM_THREADS="2").partition("FOUND")[2].partition("\n")[0])
+        backend: json.loads(
+            run_python(LOGLIKS, backend, smollm2, arc_easy, OMP_NUM_THREADS="2")
+            .partition("FOUND")[2]
+            .partition("\n")[0]
+        )
         for backend in ("transformers", "vllm")
     }
     (accuracy, ours), (other, theirs) = found["transformers"], found["vllm"]
@@ -217,9 +275,20 @@ def test_the_whole_stage_runs_on_vllm(smollm2, arc_easy, store, make_prompts, ma
         "policy": smollm2,
         "start": smollm2,
     }
-    bench = {"judge": "x", "max_new_tokens": 16, "limit": 2, "baseline": "start", "backend": {"name": "vllm", "dtype": "float32"}}
+    bench = {
+        "judge": "x",
+        "max_new_tokens": 16,
+        "limit": 2,
+        "baseline": "start",
+        "backend": {"name": "vllm", "dtype": "float32"},
+    }
     bench["runtime"] = {"base_url": "http://127.0.0.1:9/v1", "retries": 0}
-    config = {"scorer": {"name": "length", "target_tokens": 3}, "dtype": "float32", "lm_eval": [{"path": str(arc_easy)}], "mt_bench": bench}
+    config = {
+        "scorer": {"name": "length", "target_tokens": 3},
+        "dtype": "float32",
+        "lm_eval": [{"path": str(arc_easy)}],
+        "mt_bench": bench,
+    }
     config["runtime"] = {"lm_eval_backend": "vllm", "vllm": {"max_model_len": 512, "max_num_batched_tokens": 4096}}
     done = run_stage_command("evaluate", config, inputs, store, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -228,5 +297,8 @@ def test_the_whole_stage_runs_on_vllm(smollm2, arc_easy, store, make_prompts, ma
     accuracy = found["arc_easy_100", "acc"]
     assert (accuracy["value"], accuracy["n"]) == (pytest.approx(0.46, abs=0.02), 100)
     assert found["mt_bench_pairs", "failed_judgments"]["n"] == 4
-    answers = [json.loads(line)["choices"][0]["turns"] for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)["choices"][0]["turns"]
+        for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()
+    ]
     assert len(answers) == 2 and all(len(turns) == 2 and all(turns) for turns in answers)

@@ -10,7 +10,17 @@ import pytest
 
 from data_contracts.errors import ConfigError
 from stages.evaluation.judging import JudgeFailed, Reply
-from stages.evaluation.mt_bench import answer, judge_in_pairs, judge_singly, load, pair_prompt, rating, report, single_prompt, verdict
+from stages.evaluation.mt_bench import (
+    answer,
+    judge_in_pairs,
+    judge_singly,
+    load,
+    pair_prompt,
+    rating,
+    report,
+    single_prompt,
+    verdict,
+)
 
 OWN = Path(__file__).resolve().parents[3] / "deploy" / "evals" / "mt_bench_mini"
 
@@ -26,7 +36,10 @@ def official(shared):
 
 def texts(question, side=""):
     """Answers that would break a naive filling."""
-    return [f"Answer {side}{turn} to {question['question_id']}: {{question}} {{answer_1}} {{ref_answer_1}} \\n {{}}" for turn in (1, 2)]
+    return [
+        f"Answer {side}{turn} to {question['question_id']}: {{question}} {{answer_1}} {{ref_answer_1}} \\n {{}}"
+        for turn in (1, 2)
+    ]
 
 
 def replaced(template: str, fields: dict[str, str]) -> str:
@@ -47,17 +60,25 @@ def replaced(template: str, fields: dict[str, str]) -> str:
 def test_all_160_judge_prompts_are_the_official_templates_byte_for_byte(official, kind):
     bench = load(official)
     templates = {row["name"]: row for row in lines(official / "judge_prompts.jsonl")}
-    references = {row["question_id"]: row["choices"][0]["turns"] for row in lines(official / "reference_answer_gpt-4.jsonl")}
+    references = {
+        row["question_id"]: row["choices"][0]["turns"] for row in lines(official / "reference_answer_gpt-4.jsonl")
+    }
     checked = with_reference = 0
     for question in lines(official / "question.jsonl"):
         for turn in (1, 2):
             needs = question["category"] in ("math", "reasoning", "coding")
-            name = {"single": "single-math-v1" if needs else "single-v1", "pair": "pair-math-v1" if needs else "pair-v2"}[kind]
+            name = {
+                "single": "single-math-v1" if needs else "single-v1",
+                "pair": "pair-math-v1" if needs else "pair-v2",
+            }[kind]
             template = templates[name + "-multi-turn" * (turn == 2)]
             q = question["turns"]
             fields = {"question": q[0], "question_1": q[0], "question_2": q[1]}
             if needs:
-                fields |= {"ref_answer_1": references[question["question_id"]][0], "ref_answer_2": references[question["question_id"]][1]}
+                fields |= {
+                    "ref_answer_1": references[question["question_id"]][0],
+                    "ref_answer_2": references[question["question_id"]][1],
+                }
             if kind == "single":
                 ours = texts(question)
                 fields |= {"answer": ours[0], "answer_1": ours[0], "answer_2": ours[1]}
@@ -190,9 +211,11 @@ def test_a_pair_is_won_only_in_both_orders(rule, outcome):
 def test_our_own_set_has_every_category_and_its_references():
     bench = load(OWN)
     assert len({question["category"] for question in bench.questions}) == len(bench.questions) == 8
-    assert {question["question_id"] for question in bench.questions if question["category"] in ("math", "reasoning", "coding")} == set(
-        bench.references
-    )
+    assert {
+        question["question_id"]
+        for question in bench.questions
+        if question["category"] in ("math", "reasoning", "coding")
+    } == set(bench.references)
 
 
 @pytest.mark.parametrize("missing", ["question.jsonl", "judge_prompts.jsonl", "reference_answer.jsonl"])

@@ -20,6 +20,8 @@ def test_it_is_the_packages_number_on_dialogues(shared):
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
     with open(shared / "data" / "dialogsum" / "dialogsum.dev.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(150), strict=False)]
-    pairs = [(row["dialogue"], row["summary"]) for row in rows] + [(a["summary"], b["summary"]) for a, b in pairwise(rows)]
+    pairs = [(row["dialogue"], row["summary"]) for row in rows] + [
+        (a["summary"], b["summary"]) for a, b in pairwise(rows)
+    ]
     for text, reference in pairs:
         assert rouge_l(text, reference) == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure, abs=1e-12)

@@ -25,9 +25,12 @@ from stages.evaluation import sandbox
 from stages.evaluation.lm_eval import code_run_by
 from stages.evaluation.sandbox import CodeEval, run
 from stages.evaluation.stage import EvaluationConfig, check_sandbox
-from stages.supervise import descendants
+from stages.running.supervise import descendants
 
-if shutil.which("unshare") is None or subprocess.run(["unshare", "-rmn", "true"], capture_output=True, check=False).returncode:
+if (
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-rmn", "true"], capture_output=True, check=False).returncode
+):
     pytestmark = pytest.mark.skip(reason="this machine grants no namespaces")
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,7 +105,9 @@ sets = (ctypes.c_uint32 * 6)()
 assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), sets) == 0
 assert any(sets), "effective, permitted, inheritable"
 """
-WRITABLE = "import json, os\nassert not all(os.statvfs(path).f_flag & os.ST_RDONLY for path in ('/', '/usr', json.__file__))"
+WRITABLE = (
+    "import json, os\nassert not all(os.statvfs(path).f_flag & os.ST_RDONLY for path in ('/', '/usr', json.__file__))"
+)
 DESCRIPTORS = """
 import os
 found = 0
@@ -217,9 +222,18 @@ def test_an_ordinary_user_is_as_safe_as_root():
     user = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
     if shutil.which("unshare") is None or subprocess.run([*user, "true"], capture_output=True, check=False).returncode:
         pytest.skip("unshare(1) cannot make a user here")
-    programs = DEEDS | {"capable": CAPABLE, "writable": WRITABLE, "honest": "import numpy\nassert numpy.prod([2, 3]) == 6"}
+    programs = DEEDS | {
+        "capable": CAPABLE,
+        "writable": WRITABLE,
+        "honest": "import numpy\nassert numpy.prod([2, 3]) == 6",
+    }
     done = subprocess.run(
-        [*user, sys.executable, "-c", ORDINARY], cwd=ROOT, input=json.dumps(programs), capture_output=True, text=True, check=False
+        [*user, sys.executable, "-c", ORDINARY],
+        cwd=ROOT,
+        input=json.dumps(programs),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -254,10 +268,14 @@ def test_the_metric_that_humaneval_asks_for_is_ours_and_counts_as_the_paper_does
     with code_run_by(CodeEval()):
         metric = evaluate.load("code_eval")
         rates, told = metric.compute(
-            references=["assert add(2, 3) == 5"] * 2, predictions=[[add, "def add(a, b): return a * b"], [add, add]], k=[1, 2, 5]
+            references=["assert add(2, 3) == 5"] * 2,
+            predictions=[[add, "def add(a, b): return a * b"], [add, add]],
+            k=[1, 2, 5],
         )
     assert rates == {"pass@1": 0.75, "pass@2": 1.0}  # 1 - C(n - c, k) / C(n, k); no 5 of 2
-    assert [verdict["passed"] for _, verdict in told[0]] == [True, False] and told[0][1][1]["result"] == "AssertionError"
+    assert [verdict["passed"] for _, verdict in told[0]] == [True, False] and told[0][1][1][
+        "result"
+    ] == "AssertionError"
 
 
 def test_a_machine_without_namespaces_is_refused_before_a_model_loads(monkeypatch):
@@ -269,12 +287,17 @@ def test_a_machine_without_namespaces_is_refused_before_a_model_loads(monkeypatc
     check_sandbox(config)
     monkeypatch.setattr(sandbox, "run", refuse)
     with pytest.raises(
-        ConfigError, match=r"sandbox on this machine: unshare \(Operation not permitted\)\. .* set evaluation.runtime.sandbox: false"
+        ConfigError,
+        match=r"sandbox on this machine: unshare \(Operation not permitted\)\. .* set evaluation.runtime.sandbox: false",
     ):
         check_sandbox(config)
-    with pytest.raises(TransientError, match="could not be set up this time"):  # in the middle of a run: not a wrong answer
+    with pytest.raises(
+        TransientError, match="could not be set up this time"
+    ):  # in the middle of a run: not a wrong answer
         CodeEval().compute(["assert True"], [["x = 1"]], [1])
-    only_numbers = parse(EvaluationConfig, {"scorer": {"name": "length"}, "suites": [{"name": "tidpo", "only": ["mmlu"]}]}, "x")
+    only_numbers = parse(
+        EvaluationConfig, {"scorer": {"name": "length"}, "suites": [{"name": "tidpo", "only": ["mmlu"]}]}, "x"
+    )
     check_sandbox(only_numbers)
 
 

@@ -33,8 +33,12 @@ def server():
             text = "So [[A]]" if "two AI assistants" in request["messages"][0]["content"] else text
             text = "[[A>B]]" if "<|User Prompt|>" in body and "mumble" not in body else text
             top = [{"token": "M", "logprob": -0.1}, {"token": "m", "logprob": -2.0}]
-            logprobs = {"content": [{"token": "M", "logprob": -0.1, "top_logprobs": top}]} if request.get("logprobs") else None
-            body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}, "logprobs": logprobs}]}).encode()
+            logprobs = (
+                {"content": [{"token": "M", "logprob": -0.1, "top_logprobs": top}]} if request.get("logprobs") else None
+            )
+            body = json.dumps(
+                {"choices": [{"message": {"role": "assistant", "content": text}, "logprobs": logprobs}]}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -50,9 +54,7 @@ def server():
     http.server_close()
 
 
-ARENA = (
-    "<|User Prompt|>\n{question_1}\n\n<|The Start of Assistant A's Answer|>\n{answer_1}\n<|The Start of Assistant B's Answer|>\n{answer_2}"
-)
+ARENA = "<|User Prompt|>\n{question_1}\n\n<|The Start of Assistant A's Answer|>\n{answer_1}\n<|The Start of Assistant B's Answer|>\n{answer_2}"
 
 
 def lines(path, rows):
@@ -68,7 +70,10 @@ def benches(tmp_path):
     words = ["Say hello.", "Count to three.", "Name a tree.", "Please mumble."]
     (alpaca / "clf.txt").write_text("<|im_start|>user\n{instruction}\n{output_1}\n{output_2}\n<|im_end|>")
     answers = ["Yes.", "It is.", "So they say.", "Of course it is."]
-    lines(alpaca / "baseline.jsonl", [{"instruction": text, "output": answer} for text, answer in zip(words, answers, strict=True)])
+    lines(
+        alpaca / "baseline.jsonl",
+        [{"instruction": text, "output": answer} for text, answer in zip(words, answers, strict=True)],
+    )
     lines(arena / "question.jsonl", [{"uid": f"q{i}", "prompt": text} for i, text in enumerate(words)])
     newer = [{"uid": f"q{i}", "messages": [{"role": "assistant", "content": {"answer": "**Yes**."}}]} for i in range(2)]
     older = [{"question_id": f"q{i}", "choices": [{"turns": [{"content": "No."}]}]} for i in range(2, 4)]
@@ -92,10 +97,14 @@ def evaluated(store, tiny_model, make_prompts, make_artifact, run_stage_command)
         how = {"judge": "grader", "backend": {"name": "transformers", "dtype": "float32"}, "max_new_tokens": 8}
         how["runtime"] = {"base_url": url, "retries": 0, "timeout_seconds": 20}
         config = {"scorer": {"name": "length", "target_tokens": 3}, "dtype": "float32"} | config
-        done = run_stage_command("evaluate", config | {name: how | more for name, more in benchmarks.items()}, inputs, store)
+        done = run_stage_command(
+            "evaluate", config | {name: how | more for name, more in benchmarks.items()}, inputs, store
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         directory = Path(done.stdout.strip().splitlines()[-1])
-        return {(row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()}, directory
+        return {
+            (row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()
+        }, directory
 
     return run
 
@@ -152,7 +161,11 @@ def test_heldout_answers_whose_judge_is_away_are_unscored_and_the_stage_ends_wel
     ],
 )
 def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
-    with pytest.raises(ConfigError, match="only compares two answers.*evaluation.tournament") if refused else nullcontext():
+    with (
+        pytest.raises(ConfigError, match="only compares two answers.*evaluation.tournament")
+        if refused
+        else nullcontext()
+    ):
         parse(EvaluationConfig, {"scorer": scorer}, "x")
 
 
@@ -163,7 +176,12 @@ def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
         ("alpaca_eval", "baseline.jsonl", '{"instruction": "x"}', "row 0 has no `instruction` and `output`"),
         ("alpaca_eval", "clf.txt", "{instruction} {output_1}", "no place for {output_2}"),
         ("alpaca_eval", "df_gamed.csv", "index,preference\n0,1\n", "is not the package's df_gamed.csv"),
-        ("alpaca_eval", "df_gamed.csv", "index,preference,std_delta_len,instruction_difficulty\n0,1,0,0\n", "no difficulty of 3 of the 4"),
+        (
+            "alpaca_eval",
+            "df_gamed.csv",
+            "index,preference,std_delta_len,instruction_difficulty\n0,1,0,0\n",
+            "no difficulty of 3 of the 4",
+        ),
         ("arena_hard", "baseline.jsonl", "", "has no answer to 4 of 4 questions, e.g. q0"),
         ("arena_hard", "judge_config.yaml", "system_prompt: x", "must hold `system_prompt` and `prompt_template`"),
         ("mt_bench", None, "none.jsonl", "cannot read .*none.jsonl"),
@@ -181,7 +199,9 @@ def test_broken_files_are_refused_by_name_before_anything_runs(benches, name, fi
 def test_the_packages_file_of_gamed_baselines_is_read(benches):
     path = Path(benches["alpaca_eval"]["path"]) / "df_gamed.csv"
     rows = [f"verbose,{i},0.{i},{i - 1.5},{i * 0.1:.1f},False" for i in range(4)]
-    path.write_text("\n".join(["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline", *rows]))
+    path.write_text(
+        "\n".join(["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline", *rows])
+    )
     bench = load(path.parent)
     assert bench.difficulty == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert bench.gamed.preferences == pytest.approx([0.0, 0.1, 0.2, 0.3])
@@ -189,7 +209,9 @@ def test_the_packages_file_of_gamed_baselines_is_read(benches):
     assert load(path.parent, limit=2).gamed is None  # of a part of the instructions the number is nobody's
 
 
-def test_best_of_n_and_rouge_are_rows_of_the_heldout_report(store, tiny_model, make_prompts, make_artifact, run_stage_command, make_rows):
+def test_best_of_n_and_rouge_are_rows_of_the_heldout_report(
+    store, tiny_model, make_prompts, make_artifact, run_stage_command, make_rows
+):
     rows = [
         {"prompt_id": f"p{i:03d}", "candidate": k, "prompt_ids": [60, 61], "token_ids": [70, 80, *[90] * k, 1], "token_logps": [-1.0] * (3 + k),
          "finish_reason": "stop", "seed": k, "completion": make_rows(3)[i]["response"] if k == 0 else "quite another text"}

@@ -25,8 +25,8 @@ model, work, wanted = sys.argv[1:4]
 root = runpy.run_path("tests/assets/suite_mirror.py")["build"](Path(work))
 os.environ["NLTK_DATA"] = str(root / "nltk")
 from stages.evaluation.lm_eval import evaluate_suite, open_transformers
-from stages.policy import load_causal_lm
-from stages.tokens import load_tokenizer
+from stages.models.policy import load_causal_lm
+from stages.models.tokens import load_tokenizer
 lm = open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
 for suite, only in json.loads(wanted).items():
     print("ROWS" + json.dumps(evaluate_suite(lm, suite, str(root), 1, only, allow_code=True)), flush=True)
@@ -41,8 +41,15 @@ def runnable(member) -> bool:
 def test_every_task_of_every_suite_runs_on_a_mirror_without_a_hub(tiny_model, tmp_path):
     wanted = {suite: [member.task for member in members if runnable(member)] for suite, members in SUITES.items()}
     command = [sys.executable, "-c", CODE, str(tiny_model), str(tmp_path / "mirror"), json.dumps(wanted)]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_ALLOW_CODE_EVAL": "0", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=580, check=False)
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_ALLOW_CODE_EVAL": "0",
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=580, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for line in done.stdout.splitlines() if line.startswith("ROWS") for row in json.loads(line[4:])]
     found = {(row["suite"], row["task"], row["metric"]): row for row in rows}
@@ -56,12 +63,16 @@ def test_every_task_of_every_suite_runs_on_a_mirror_without_a_hub(tiny_model, tm
     counts = {row["task"]: row["n"] for row in rows}
     assert (counts["mmlu"], counts["leaderboard_bbh"], counts["leaderboard_gpqa"]) == (57, 24, 3)
     if left := sorted({member.task for members in SUITES.values() for member in members if not runnable(member)}):
-        pytest.skip(f"all others run; packages of {', '.join(left)} are not installed: pip install 'lm-eval[ifeval,math]'")
+        pytest.skip(
+            f"all others run; packages of {', '.join(left)} are not installed: pip install 'lm-eval[ifeval,math]'"
+        )
 
 
 def test_a_task_whose_packages_are_missing_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(lm_eval, "find_spec", lambda name: None if name == "math_verify" else object())
     members = lm_eval.check_suite("open_llm_v2")
-    with pytest.raises(ConfigError, match=r"leaderboard_math_hard of the suite open_llm_v2 imports math_verify.*lm-eval\[ifeval,math\]"):
+    with pytest.raises(
+        ConfigError, match=r"leaderboard_math_hard of the suite open_llm_v2 imports math_verify.*lm-eval\[ifeval,math\]"
+    ):
         lm_eval.check_packages("open_llm_v2", members)
     lm_eval.check_packages("open_llm_v2", lm_eval.check_suite("open_llm_v2", only=("leaderboard_musr",)))

@@ -12,7 +12,7 @@ import torch
 
 from stages.methods import METHODS
 from stages.methods.base import Pairs, Responses
-from stages.numerics import kl_divergence, token_logps
+from stages.models.numerics import kl_divergence, token_logps
 
 VOCABULARY = 5
 
@@ -82,7 +82,9 @@ def make_row(seed: int, lengths: Sequence[int] = (4, 2, 3, 3), same: bool = Fals
     return Row(*(response(length) for length in (*lengths, 2)), numbers)
 
 
-def stack(responses: Sequence[Response], needs: frozenset[str], left: int = 0, right: int = 0, fill: float = 0.0) -> Responses:
+def stack(
+    responses: Sequence[Response], needs: frozenset[str], left: int = 0, right: int = 0, fill: float = 0.0
+) -> Responses:
     """Pad [T] and [T, V] rows to one batch, `fill` outside the mask."""
     width = left + max(len(response.ids) for response in responses) + right
 
@@ -112,7 +114,9 @@ def stack(responses: Sequence[Response], needs: frozenset[str], left: int = 0, r
         mask,
         kl=kl,
         importance=pad([response.importance for response in responses]) if "importance" in needs else None,
-        importance_range=torch.tensor([[0.0, 4.0]] * len(responses), dtype=torch.float64) if "importance" in needs else None,
+        importance_range=torch.tensor([[0.0, 4.0]] * len(responses), dtype=torch.float64)
+        if "importance" in needs
+        else None,
         old_logps=pad([response.old_logps for response in responses]) if "old_policy" in needs else None,
         logits=policy if "policy_logits" in needs else None,
         teacher_logits=pad([response.teacher for response in responses]) if "teacher_logits" in needs else None,
@@ -122,7 +126,9 @@ def stack(responses: Sequence[Response], needs: frozenset[str], left: int = 0, r
 
 def stack_pairs(rows: Sequence[Row], method: Any, config: Any, **padding: Any) -> Pairs:
     needs = method.needs(config)
-    sides = {side: stack([getattr(row, side) for row in rows], needs, **padding) for side in ("chosen", "rejected", "gold")}
+    sides = {
+        side: stack([getattr(row, side) for row in rows], needs, **padding) for side in ("chosen", "rejected", "gold")
+    }
     numbers = {name: torch.tensor([row.numbers[name] for row in rows], dtype=torch.float64) for name in rows[0].numbers}
     extra = {
         name: stack([getattr(row, name) for row in rows], frozenset({"reference"}), **padding)
@@ -142,7 +148,9 @@ def stack_pairs(rows: Sequence[Row], method: Any, config: Any, **padding: Any) -
     )
 
 
-def step_loss(name: str, settings: dict[str, Any], rows: Sequence[Row], cuts: Sequence[int] = (), **padding: Any) -> torch.Tensor:
+def step_loss(
+    name: str, settings: dict[str, Any], rows: Sequence[Row], cuts: Sequence[int] = (), **padding: Any
+) -> torch.Tensor:
     """The loss of one optimizer step over `rows`, in micro-batches that begin at `cuts`, as the loop adds it up."""
     method = METHODS.get(name)
     config = method.Config(**settings)
@@ -178,7 +186,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sppo", {"eta": 2.0, "keep": "all"}),
     ("sppo", {"eta": 2.0, "keep": "all", "log_z": True}),
     ("tdpo", {"version": 1}),
-    *(("swift", {"weight_mode": mode, "kl_mode": kl}) for mode in ("multiply", "divide") for kl in ("none", "paper", "tdpo", "supp")),
+    *(
+        ("swift", {"weight_mode": mode, "kl_mode": kl})
+        for mode in ("multiply", "divide")
+        for kl in ("none", "paper", "tdpo", "supp")
+    ),
     ("tis_dpo", {"use_eta": True}),
     ("tis_dpo", {"use_eta": True, "alpha": 0.5}),
     ("tidpo", {"lengths": "zero"}),
@@ -192,4 +204,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def variant_id(value: Any) -> str:
-    return str(value) if not isinstance(value, dict) else ",".join(f"{key}={item}" for key, item in value.items()) or "default"
+    return (
+        str(value)
+        if not isinstance(value, dict)
+        else ",".join(f"{key}={item}" for key, item in value.items()) or "default"
+    )

@@ -24,7 +24,10 @@ BY_HAND = [
         "call": "dpo",
         "args": {"pol_w": [-1.0, -0.5], "ref_w": [-2.0, -0.5], "pol_l": [-3.0], "ref_l": [-2.0], "beta": 0.5},
         "diff": ["pol_w", "pol_l"],
-        "expect": {"value": 0.3132616875182228, "grad": {"pol_w": [-0.13447071068499755] * 2, "pol_l": [0.13447071068499755]}},
+        "expect": {
+            "value": 0.3132616875182228,
+            "grad": {"pol_w": [-0.13447071068499755] * 2, "pol_l": [0.13447071068499755]},
+        },
     },
     # (2 - 1/(2 * 0.25))^2 = 0
     {
@@ -35,7 +38,15 @@ BY_HAND = [
     # (LR_w - 2 * 0.3)^2 + (LR_l + 2 * 0.2)^2 = 0.4^2 + 0.6^2
     {
         "call": "sppo_pair",
-        "args": {"pol_w": [-1.0], "ref_w": [-2.0], "pol_l": [-3.0], "ref_l": [-2.0], "p_w": 0.8, "p_l": 0.3, "eta": 2.0},
+        "args": {
+            "pol_w": [-1.0],
+            "ref_w": [-2.0],
+            "pol_l": [-3.0],
+            "ref_l": [-2.0],
+            "p_w": 0.8,
+            "p_l": 0.3,
+            "eta": 2.0,
+        },
         "diff": ["pol_w", "pol_l"],
         "expect": {"value": 0.52, "grad": {"pol_w": [0.8], "pol_l": [-1.2]}},
     },
@@ -48,7 +59,13 @@ BY_HAND = [
     # z0 = max(0, mean(1, 0)) = 0.5; LR = 1 and -1 with beta 1: (1 - sigma(0.5) + 1 - sigma(1.5)) / 2
     {
         "call": "kto_flat",
-        "args": {"pols": [[-1.0], [-3.0]], "refs": [[-2.0], [-2.0]], "desirable": [True, False], "kl_logratios": [1.0, 0.0], "beta": 1.0},
+        "args": {
+            "pols": [[-1.0], [-3.0]],
+            "refs": [[-2.0], [-2.0]],
+            "desirable": [True, False],
+            "kl_logratios": [1.0, 0.0],
+            "beta": 1.0,
+        },
         "expect": {"value": (2 - SIGMOID_HALF - 1 / (1 + math.exp(-1.5))) / 2},
     },
     # NLL: 4 nats over 3 tokens of the batch, not a mean of means; preference term log 2 in both pairs
@@ -61,7 +78,13 @@ BY_HAND = [
     # ratio clipped at 1.2 for A > 0: 1.2 A without gradient; beta 0
     {
         "call": "grpo",
-        "args": {"pols": [[math.log(0.5)]], "olds": [[math.log(0.25)]], "refs": [[math.log(0.5)]], "adv": [2.0], "beta": 0.0},
+        "args": {
+            "pols": [[math.log(0.5)]],
+            "olds": [[math.log(0.25)]],
+            "refs": [[math.log(0.5)]],
+            "adv": [2.0],
+            "beta": 0.0,
+        },
         "diff": ["pols"],
         "expect": {"value": -2.4, "grad": {"pols": [[0.0]]}},
     },
@@ -74,7 +97,10 @@ BY_HAND = [
     # sorted (3/4, 1/4) against (1/2, 1/2, 0): 1/4 + 1/4
     {
         "call": "uld",
-        "args": {"student_logits": [[math.log(0.25), math.log(0.75)]], "teacher_logits": [[0.0, 0.0, -1e9], [9.0, 0.0, 0.0]]},
+        "args": {
+            "student_logits": [[math.log(0.25), math.log(0.75)]],
+            "teacher_logits": [[0.0, 0.0, -1e9], [9.0, 0.0, 0.0]],
+        },
         "expect": {"value": 0.5},
     },
     # near = (1 - 0)^2 over the overlap of one token, far = (2 - 1)^2; 1 - 1 + 0.25
@@ -149,7 +175,9 @@ def test_a_wrong_expectation_fails():
 
 def test_an_unknown_call_counts_as_failed(tmp_path, capsys):
     path = tmp_path / "vectors.json"
-    path.write_text(json.dumps({"cases": [{"id": "a", "call": "no_such", "args": {}, "expect": {}}, {"id": "b", **BY_HAND[0]}]}))
+    path.write_text(
+        json.dumps({"cases": [{"id": "a", "call": "no_such", "args": {}, "expect": {}}, {"id": "b", **BY_HAND[0]}]})
+    )
     assert main([str(path)]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 1 failed"
 

@@ -10,14 +10,16 @@ import torch
 
 from stages.methods import METHODS
 from stages.methods.base import Pairs, Responses, hinge, logistic
-from stages.numerics import kl_divergence, left_align, positions
+from stages.models.numerics import kl_divergence, left_align, positions
 from tests.stages.methods.rows import VARIANTS, gradients, make_row, step_loss, variant_id
 
 STOPPED = {"tdpo": {}}
 """TDPO2 stops a gradient on purpose: differences see what autograd must not. The conformance cases cover it with that term held."""
 
 
-@pytest.mark.parametrize(("name", "settings"), [case for case in VARIANTS if STOPPED.get(case[0]) != case[1]], ids=variant_id)
+@pytest.mark.parametrize(
+    ("name", "settings"), [case for case in VARIANTS if STOPPED.get(case[0]) != case[1]], ids=variant_id
+)
 def test_gradient_equals_central_differences(name, settings):
     rows = [make_row(3, (3, 2, 2, 3)), make_row(4, (2, 3, 1, 2))]
     leaves = [leaf for row in rows for leaf in row.leaves()]
@@ -34,7 +36,9 @@ def test_gradient_equals_central_differences(name, settings):
                 for leaf, direction in zip(leaves, directions, strict=True):
                     leaf -= sign * step * direction
         slope = sum(float((grad * direction).sum()) for grad, direction in zip(found, directions, strict=True))
-        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-7 * max(1.0, abs(values[0])))
+        assert slope == pytest.approx(
+            (values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-7 * max(1.0, abs(values[0]))
+        )
 
 
 PAIRWISE = [
@@ -92,7 +96,9 @@ def test_logistic_and_hinge_at_hand_picked_points():
     margin = torch.tensor([0.0, 1.0, -800.0, 800.0], dtype=torch.float64)
     # log(1 + e^-1) = 0.3132616875182228
     assert torch.allclose(
-        logistic(margin), torch.tensor([0.6931471805599453, 0.3132616875182228, 800.0, 0.0], dtype=torch.float64), atol=1e-15
+        logistic(margin),
+        torch.tensor([0.6931471805599453, 0.3132616875182228, 800.0, 0.0], dtype=torch.float64),
+        atol=1e-15,
     )
     assert hinge(margin).tolist() == [1.0, 0.0, 801.0, 0.0]
 
@@ -105,7 +111,10 @@ def test_dpo_by_hand():
     method = METHODS.get("dpo")
     result = method.pair_loss(method.Config(beta=0.5), Pairs(chosen, rejected, torch.ones(1), torch.zeros(1)))
     assert result.loss.item() == pytest.approx(0.3132616875182228)
-    assert result.metrics["rewards/margins"].item() == pytest.approx(1.0) and result.metrics["rewards/accuracies"].item() == 1.0
+    assert (
+        result.metrics["rewards/margins"].item() == pytest.approx(1.0)
+        and result.metrics["rewards/accuracies"].item() == 1.0
+    )
     assert result.metrics["logps/chosen"].item() == pytest.approx(-1.5)
 
 
@@ -121,9 +130,15 @@ def test_orpo_by_hand():
 
 def test_the_full_vocabulary_kl_by_hand_and_in_chunks():
     # p = (1/2, 1/2), q = (1/4, 3/4): KL(p||q) = 1/2 log 2 + 1/2 log(2/3) = 0.14384103622589045
-    left, right = torch.zeros(1, 1, 2, dtype=torch.float64), torch.log(torch.tensor([[[0.25, 0.75]]], dtype=torch.float64))
+    left, right = (
+        torch.zeros(1, 1, 2, dtype=torch.float64),
+        torch.log(torch.tensor([[[0.25, 0.75]]], dtype=torch.float64)),
+    )
     assert kl_divergence(left, right, torch.ones(1, 1, dtype=torch.bool)).item() == pytest.approx(0.14384103622589045)
-    left, right = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True), torch.randn(2, 7, 5, dtype=torch.float64)
+    left, right = (
+        torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 7, 5, dtype=torch.float64),
+    )
     mask = torch.rand(2, 7) > 0.3
     whole = kl_divergence(left, right, mask)
     assert torch.equal(whole[~mask], torch.zeros(int((~mask).sum()), dtype=torch.float64))

@@ -12,7 +12,7 @@ import torch
 
 from stages.methods import METHODS
 from stages.methods.importance import min_max
-from stages.numerics import masked_sum
+from stages.models.numerics import masked_sum
 from tests.stages.methods.rows import VARIANTS, gradients, make_row, stack, stack_pairs, step_loss, variant_id
 
 LOG2 = math.log(2)
@@ -62,7 +62,8 @@ def test_sppo_at_the_reference_is_its_squared_targets():
     data = rows(same=True)
     eta = 1000.0
     expected = sum(
-        eta**2 * ((row.numbers["win_rate_chosen"] - 0.5) ** 2 + (row.numbers["win_rate_rejected"] - 0.5) ** 2) for row in data
+        eta**2 * ((row.numbers["win_rate_chosen"] - 0.5) ** 2 + (row.numbers["win_rate_rejected"] - 0.5) ** 2)
+        for row in data
     ) / len(data)
     assert step_loss("sppo", {}, data).item() == pytest.approx(expected)
     assert step_loss("sppo", {"target": "hard"}, data).item() == pytest.approx(5e5)
@@ -70,14 +71,18 @@ def test_sppo_at_the_reference_is_its_squared_targets():
 
 def test_rebel_at_the_reference_is_the_squared_reward_difference():
     data = rows(same=True)
-    expected = sum((2.0 * (row.numbers["score_chosen"] - row.numbers["score_rejected"])) ** 2 for row in data) / len(data)
+    expected = sum((2.0 * (row.numbers["score_chosen"] - row.numbers["score_rejected"])) ** 2 for row in data) / len(
+        data
+    )
     assert step_loss("rebel", {"eta": 2.0}, data).item() == pytest.approx(expected)
 
 
 def test_rdpo_at_the_reference_is_log_two_for_equal_lengths_only():
     assert step_loss("rdpo", {}, rows(same=True, lengths=[(3, 3, 3, 3)])).item() == pytest.approx(LOG2)
     # alpha (T_w - T_l) = 0.05 * 2
-    assert step_loss("rdpo", {}, rows(same=True, lengths=[(4, 2, 3, 3)])).item() == pytest.approx(math.log(1 + math.exp(-0.1)))
+    assert step_loss("rdpo", {}, rows(same=True, lengths=[(4, 2, 3, 3)])).item() == pytest.approx(
+        math.log(1 + math.exp(-0.1))
+    )
 
 
 def test_grpo_on_policy_is_minus_the_mean_advantage():
@@ -112,7 +117,9 @@ def test_weights_of_one_give_the_parent_loss(name, settings, parent, parent_sett
         row.gold = row.chosen  # tpo without a gold answer is cpo
     mine, theirs = step_loss(name, settings, data), step_loss(parent, parent_settings, data)
     assert mine.item() == pytest.approx(theirs.item(), abs=1e-13)
-    assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(gradients(mine, data), gradients(theirs, data), strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-13) for a, b in zip(gradients(mine, data), gradients(theirs, data), strict=True)
+    )
 
 
 def test_tis_dpo_with_eta_and_weights_of_one_is_dpo_less_the_kl_difference():
@@ -122,7 +129,10 @@ def test_tis_dpo_with_eta_and_weights_of_one_is_dpo_less_the_kl_difference():
     method = METHODS.get("tis_dpo")
     config = method.Config(use_eta=True)
     pairs = stack_pairs(data, method, config)
-    h = 0.1 * (masked_sum(pairs.chosen.log_ratio(), pairs.chosen.mask) - masked_sum(pairs.rejected.log_ratio(), pairs.rejected.mask))
+    h = 0.1 * (
+        masked_sum(pairs.chosen.log_ratio(), pairs.chosen.mask)
+        - masked_sum(pairs.rejected.log_ratio(), pairs.rejected.mask)
+    )
     v = 0.1 * (masked_sum(pairs.chosen.kl, pairs.chosen.mask) - masked_sum(pairs.rejected.kl, pairs.rejected.mask))
     assert torch.allclose(method.pair_loss(config, pairs).loss, torch.log1p(torch.exp(-(h - v))))
 
@@ -142,21 +152,41 @@ def test_padding_order_and_micro_batches_change_neither_loss_nor_gradient(name, 
     for way in ways:
         loss = step_loss(name, settings, data, **way)
         assert loss.item() == pytest.approx(whole.item(), rel=1e-12), way
-        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(loss, data), expected, strict=True)), way
+        assert all(
+            torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(loss, data), expected, strict=True)
+        ), way
     backwards = step_loss(name, settings, data[::-1], cuts=(1,))
     assert backwards.item() == pytest.approx(whole.item(), rel=1e-12)
-    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(backwards, data), expected, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(gradients(backwards, data), expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo", "spin", "swift", "tis_dpo", "tgdpo", "d2po", "ipo", "simpo", "cpo", "orpo", "tdpo", "tidpo", "spin_lengthnorm"]
+    "name",
+    [
+        "dpo",
+        "spin",
+        "swift",
+        "tis_dpo",
+        "tgdpo",
+        "d2po",
+        "ipo",
+        "simpo",
+        "cpo",
+        "orpo",
+        "tdpo",
+        "tidpo",
+        "spin_lengthnorm",
+    ],
 )
 def test_swapping_chosen_and_rejected_flips_the_margin(name):
     method = METHODS.get(name)
     config = method.Config()
     pairs = stack_pairs(rows(), method, config)
     metrics, swapped = (
-        method.pair_loss(config, each).metrics for each in (pairs, pairs._replace(chosen=pairs.rejected, rejected=pairs.chosen))
+        method.pair_loss(config, each).metrics
+        for each in (pairs, pairs._replace(chosen=pairs.rejected, rejected=pairs.chosen))
     )
     assert torch.allclose(metrics["rewards/margins"], -swapped["rewards/margins"])
     assert torch.allclose(metrics["logps/chosen"], swapped["logps/rejected"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.methods.importance import min_max, token_importance
-from stages.policy import collate
+from stages.models.policy import collate
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import ResponseBatch, Tokens
 from tests.stages.methods.models import tiny_llama
@@ -74,6 +74,10 @@ def test_the_provider_scales_as_the_method_does(model):
     flat = np.concatenate([importance[i, : len(response)].numpy() for i, response in enumerate(RESPONSES)])
     tokens = Tokens.of(RESPONSES, None, [True] * 3)
     provider = WEIGHTS.get("tidpo")
-    result = provider.weights(provider.Config(), ResponseBatch(["a", "b", "c"], np.ones(3, dtype=bool), tokens, {"importance": flat}))
-    assert result.values.tolist() == pytest.approx(min_max(importance, batch.response_mask)[batch.response_mask].tolist())
+    result = provider.weights(
+        provider.Config(), ResponseBatch(["a", "b", "c"], np.ones(3, dtype=bool), tokens, {"importance": flat})
+    )
+    assert result.values.tolist() == pytest.approx(
+        min_max(importance, batch.response_mask)[batch.response_mask].tolist()
+    )
     assert result.stats["degenerate"] == (0.0, 3.0)

@@ -11,7 +11,7 @@ import torch
 
 from stages.methods import METHODS
 from stages.methods.base import Pairs, Responses
-from stages.policy import collate, response_logits, response_logps
+from stages.models.policy import collate, response_logits, response_logps
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import ResponseBatch, Tokens
 from stages.weighting.weights.swift_released import unshifted_logps
@@ -45,7 +45,8 @@ def test_the_weight_of_a_token_meets_the_gradient_of_its_own_logits_row(model):
     side = Responses(logps, logps.detach(), chosen_weights, batch.response_mask)
     other = Responses(torch.zeros_like(logps), torch.zeros_like(logps), chosen_weights, batch.response_mask)
     (gradient,) = torch.autograd.grad(
-        method.pair_loss(method.Config(beta=1.0), Pairs(side, other, torch.ones(1), torch.zeros(1))).loss.sum(), model.table
+        method.pair_loss(method.Config(beta=1.0), Pairs(side, other, torch.ones(1), torch.zeros(1))).loss.sum(),
+        model.table,
     )
     # At equal models -d loss = 1/2 sum_t w_t d log p(y_t | y_{t-1}): token 0 follows 2, token 2 follows 0, and token 1's weight is 0.
     expected = torch.zeros(3, 3, dtype=torch.float64)

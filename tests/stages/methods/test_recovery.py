@@ -59,7 +59,9 @@ def iterate(name: str, policy: torch.Tensor, beta: float) -> torch.Tensor:
     """One self-play iteration: y from the data, y' from the policy, which is also the reference and the start."""
     method = METHODS.get(name)
     config, reference = method.Config(beta=beta), policy.log()
-    truth, generation = (index.reshape(-1) for index in torch.meshgrid(torch.arange(VOCABULARY), torch.arange(VOCABULARY), indexing="ij"))
+    truth, generation = (
+        index.reshape(-1) for index in torch.meshgrid(torch.arange(VOCABULARY), torch.arange(VOCABULARY), indexing="ij")
+    )
     weights = swift_weights(policy) if name == "swift" else torch.ones(VOCABULARY, dtype=torch.float64)
     share = DATA[truth] * policy[generation]
 
@@ -100,7 +102,9 @@ def test_sppo_on_a_cyclic_game_averages_to_a_third_each():
 
         def loss(logps, reference=reference, rates=rates, log_z=log_z):
             ones = torch.ones(3, dtype=torch.float64)
-            return method.pair_loss(config, Pairs(side(logps, reference, ones), None, rates, None, values={"log_z": log_z})).loss.mean()
+            return method.pair_loss(
+                config, Pairs(side(logps, reference, ones), None, rates, None, values={"log_z": log_z})
+            ).loss.mean()
 
         policy = minimise(loss, policy)
         total += policy

@@ -23,7 +23,9 @@ README = Path(sys.modules[Method.__module__].__file__).parent / "README.md"
 def table_rows(number: int) -> dict[str, list[str]]:
     """Rows of the first table (methods) or the second (weights), by name."""
     part = README.read_text(encoding="utf-8").split("# Token weights")[number]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| `")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| `")
+    ]
     return {re.match(r"`(\w+)`", row[0])[1]: row for row in cells}
 
 
@@ -105,7 +107,9 @@ def test_an_outside_package_adds_a_method_by_an_entry_point(tmp_path, monkeypatc
     metadata = tmp_path / "outside_method-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-method\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[selfplay.methods]\nslack = outside_method:Slack\nbroken = outside_method:Missing\n")
+    (metadata / "entry_points.txt").write_text(
+        "[selfplay.methods]\nslack = outside_method:Slack\nbroken = outside_method:Missing\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "slack" in METHODS.names()
     config = METHODS.config({"name": "slack", "beta": 2.0})

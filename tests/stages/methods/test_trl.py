@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from stages.methods import METHODS
 from stages.methods.base import Pairs, Responses
-from stages.policy import collate, response_logps
+from stages.models.policy import collate, response_logps
 from tests.stages.methods.models import tiny_llama
 
 PROMPTS = [[1, 5, 9], [1, 4], [1, 7, 8, 6]]
@@ -32,9 +32,15 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{number}": number for number in range(32)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
-    backend = Tokenizer(models.WordLevel({word: number for word, number in words.items() if number > 2 or word[0] == "<"}, unk_token="w31"))
+    backend = Tokenizer(
+        models.WordLevel(
+            {word: number for word, number in words.items() if number > 2 or word[0] == "<"}, unk_token="w31"
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w31")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w31"
+    )
 
 
 @pytest.fixture
@@ -77,16 +83,25 @@ def responses(model: Any, reference: Any, prompts: list[list[int]], answers: lis
     return Responses(logps, constants, torch.ones_like(constants), batch.response_mask)
 
 
-def ours(name: str, config: dict[str, Any], model: Any, reference: Any, labels: list[float] | None = None) -> torch.Tensor:
+def ours(
+    name: str, config: dict[str, Any], model: Any, reference: Any, labels: list[float] | None = None
+) -> torch.Tensor:
     method = METHODS.get(name)
     config = method.Config(**config)
     if labels is None:
         sides = [responses(model, reference, PROMPTS, answers) for answers in (CHOSEN, REJECTED)]
-        pairs = Pairs(*sides, torch.ones(3), torch.zeros(3), gold=responses(model, reference, PROMPTS, GOLD) if name == "tpo" else None)
+        pairs = Pairs(
+            *sides,
+            torch.ones(3),
+            torch.zeros(3),
+            gold=responses(model, reference, PROMPTS, GOLD) if name == "tpo" else None,
+        )
     else:
         rotated = [CHOSEN[-1], *CHOSEN[:-1]]
         single = responses(model, reference, PROMPTS, CHOSEN)
-        pairs = Pairs(single, None, torch.tensor(labels), None, mismatched=responses(model, reference, PROMPTS, rotated))
+        pairs = Pairs(
+            single, None, torch.tensor(labels), None, mismatched=responses(model, reference, PROMPTS, rotated)
+        )
         step = {key: value.mean().detach() for key, value in method.step_values(config, pairs).items()}
         pairs = pairs._replace(step=step)
     count = method.token_count(config, pairs)
@@ -125,7 +140,10 @@ def test_dpo_trainer(tmp_path, tokenizer, models, loss_type, smoothing, name, co
         processing_class=tokenizer,
     )
     inputs = trainer.data_collator(
-        [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in zip(PROMPTS, CHOSEN, REJECTED, strict=True)]
+        [
+            {"prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
+            for p, c, r in zip(PROMPTS, CHOSEN, REJECTED, strict=True)
+        ]
     )
     theirs = trainer.compute_loss(trainer.model, inputs)
     strength = {"ipo": {"tau": beta}, "sppo": {"eta": 1 / beta}}.get(name, {"beta": beta})
@@ -138,7 +156,9 @@ def test_kto_trainer(tmp_path, tokenizer, models, labels, drifted):
 
     # One way round the mismatched log-ratio is negative and z0 is 0, the other way round it counts.
     model, reference = reversed(models) if drifted else models
-    args = KTOConfig(**settings(tmp_path, beta=0.5, desirable_weight=1.25, undesirable_weight=0.75, per_device_train_batch_size=3))
+    args = KTOConfig(
+        **settings(tmp_path, beta=0.5, desirable_weight=1.25, undesirable_weight=0.75, per_device_train_batch_size=3)
+    )
     trainer = KTOTrainer(
         model=model,
         ref_model=reference,
@@ -156,7 +176,9 @@ def test_kto_trainer(tmp_path, tokenizer, models, labels, drifted):
     theirs = trainer.compute_loss(trainer.model, inputs)
     drift = responses(trainer.model, reference, PROMPTS, rotated).log_ratio().sum(-1).mean()
     assert (drift > 0.05) == drifted
-    mine = ours("kto", {"beta": 0.5, "lam_d": 1.25, "lam_u": 0.75}, trainer.model, reference, [float(label) for label in labels])
+    mine = ours(
+        "kto", {"beta": 0.5, "lam_d": 1.25, "lam_u": 0.75}, trainer.model, reference, [float(label) for label in labels]
+    )
     assert_agree(mine, theirs, trainer.model)
 
 
@@ -171,9 +193,14 @@ def test_cpo_trainer(tmp_path, tokenizer, models, loss_type, alpha, name, config
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     model, reference = models
-    args = CPOConfig(**settings(tmp_path, max_length=64, loss_type=loss_type, beta=0.5, cpo_alpha=alpha, simpo_gamma=0.3))
+    args = CPOConfig(
+        **settings(tmp_path, max_length=64, loss_type=loss_type, beta=0.5, cpo_alpha=alpha, simpo_gamma=0.3)
+    )
     trainer = CPOTrainer(
-        model=model, args=args, train_dataset=rows(prompt=PROMPTS, chosen=CHOSEN, rejected=REJECTED), processing_class=tokenizer
+        model=model,
+        args=args,
+        train_dataset=rows(prompt=PROMPTS, chosen=CHOSEN, rejected=REJECTED),
+        processing_class=tokenizer,
     )
     theirs, _ = trainer.get_batch_loss_metrics(trainer.model, concatenated())
     assert_agree(ours(name, config, trainer.model, reference), theirs, trainer.model)
@@ -186,7 +213,10 @@ def test_orpo_trainers_odds_term(tmp_path, tokenizer, models):
     model, reference = models
     args = ORPOConfig(**settings(tmp_path, max_length=64, beta=0.3))
     trainer = ORPOTrainer(
-        model=model, args=args, train_dataset=rows(prompt=PROMPTS, chosen=CHOSEN, rejected=REJECTED), processing_class=tokenizer
+        model=model,
+        args=args,
+        train_dataset=rows(prompt=PROMPTS, chosen=CHOSEN, rejected=REJECTED),
+        processing_class=tokenizer,
     )
     chosen, rejected = trainer.concatenated_forward(trainer.model, concatenated())[:2]
     theirs = -trainer.odds_ratio_loss(chosen, rejected)[0].mean()
@@ -202,8 +232,12 @@ def concatenated() -> dict[str, torch.Tensor]:
     for side, answers in (("chosen", CHOSEN), ("rejected", REJECTED)):
         width = max(len(p) + len(a) for p, a in zip(PROMPTS, answers, strict=True))
         full = [p + a + [0] * (width - len(p) - len(a)) for p, a in zip(PROMPTS, answers, strict=True)]
-        mask = [[1] * (len(p) + len(a)) + [0] * (width - len(p) - len(a)) for p, a in zip(PROMPTS, answers, strict=True)]
-        labels = [[-100] * len(p) + a + [-100] * (width - len(p) - len(a)) for p, a in zip(PROMPTS, answers, strict=True)]
+        mask = [
+            [1] * (len(p) + len(a)) + [0] * (width - len(p) - len(a)) for p, a in zip(PROMPTS, answers, strict=True)
+        ]
+        labels = [
+            [-100] * len(p) + a + [-100] * (width - len(p) - len(a)) for p, a in zip(PROMPTS, answers, strict=True)
+        ]
         batch |= {
             f"{side}_input_ids": torch.tensor(full),
             f"{side}_attention_mask": torch.tensor(mask),
@@ -213,7 +247,9 @@ def concatenated() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "config"), [("sigmoid", {}), ("tpo-l", {"length_normalised": True, "gamma": 0.4})], ids=["sigmoid", "tpo-l"]
+    ("loss_type", "config"),
+    [("sigmoid", {}), ("tpo-l", {"length_normalised": True, "gamma": 0.4})],
+    ids=["sigmoid", "tpo-l"],
 )
 def test_tpo_trainer(tmp_path, tokenizer, models, loss_type, config):
     from trl.experimental.tpo import TPOConfig, TPOTrainer

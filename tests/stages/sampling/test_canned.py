@@ -67,4 +67,6 @@ def test_a_candidate_holds_a_stop_id_where_it_ended_and_nowhere_else():
 
 
 def test_a_model_that_names_no_stop_id_never_ends_a_response():
-    assert {candidate.finish_reason for group in sampler(stop_ids=()).generate(prompts(50)) for candidate in group} == {"length"}
+    assert {candidate.finish_reason for group in sampler(stop_ids=()).generate(prompts(50)) for candidate in group} == {
+        "length"
+    }

@@ -10,10 +10,10 @@ import stages.sampling.stage as stage
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
+from stages.models.tokens import load_tokenizer
 from stages.sampling.base import Candidate
 from stages.sampling.stage import SamplingConfig, encode_prompts
 from stages.stage import STAGES, execute
-from stages.tokens import load_tokenizer
 
 
 def config(**changes) -> SamplingConfig:
@@ -46,14 +46,20 @@ def sample(store, make_prompts, tiny_model):
 
 def test_there_are_k_rows_per_prompt_in_the_order_of_the_prompts(sample, make_rows, tokenizer):
     record, rows = sample(make_rows(5))
-    assert [(row["prompt_id"], row["candidate"]) for row in rows] == [(f"p{number:03d}", k) for number in range(5) for k in range(3)]
+    assert [(row["prompt_id"], row["candidate"]) for row in rows] == [
+        (f"p{number:03d}", k) for number in range(5) for k in range(3)
+    ]
     assert record.rows == record.metrics["candidates"] == 15
     for row, prompt in zip(rows[::3], make_rows(5), strict=True):
         assert row["prompt_ids"] == stage.encode_prompt(tokenizer, prompt["messages"], "chat")
     assert record.metrics["tokens"] == sum(len(row["token_ids"]) for row in rows)
     assert record.metrics["mean_tokens"] == pytest.approx(np.mean([len(row["token_ids"]) for row in rows]))
     assert record.metrics["finished_rate"] == pytest.approx(np.mean([row["finish_reason"] == "stop" for row in rows]))
-    assert record.facts["template"] == "chat" and len(record.facts["tokenizer_digest"]) == 64 and record.facts["device"] == "cpu"
+    assert (
+        record.facts["template"] == "chat"
+        and len(record.facts["tokenizer_digest"]) == 64
+        and record.facts["device"] == "cpu"
+    )
 
 
 def test_the_text_of_a_response_is_that_of_its_tokens_without_the_eos_that_ended_it(sample, tokenizer):
@@ -75,13 +81,17 @@ def test_a_prompt_that_is_too_long_is_refused_by_name(make_rows, tiny_model, tok
     limit = max(lengths)
     encode_prompts(make_rows(3), config(max_prompt_tokens=limit), str(tiny_model), tokenizer)
     late = lengths.index(limit)
-    with pytest.raises(ConfigError, match=rf"the prompt 'p00{late}' has {limit} tokens, allowed are 1 to {limit - 1} .*context is 256"):
+    with pytest.raises(
+        ConfigError, match=rf"the prompt 'p00{late}' has {limit} tokens, allowed are 1 to {limit - 1} .*context is 256"
+    ):
         encode_prompts(make_rows(3)[late:], config(max_prompt_tokens=limit - 1), str(tiny_model), tokenizer)
 
 
 def test_limits_beyond_the_context_are_refused(make_rows, tiny_model, tokenizer):
     encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=56), str(tiny_model), tokenizer)
-    with pytest.raises(ConfigError, match=r"max_prompt_tokens \+ max_new_tokens = 257 exceeds the context of 256 positions"):
+    with pytest.raises(
+        ConfigError, match=r"max_prompt_tokens \+ max_new_tokens = 257 exceeds the context of 256 positions"
+    ):
         encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=57), str(tiny_model), tokenizer)
 
 
@@ -94,21 +104,27 @@ def test_an_empty_prompt_is_refused(tiny_model, tokenizer):
 @pytest.mark.parametrize(
     ("candidate", "message"),
     [
-        (Candidate([5, 6], [-1.0, -1.0], "stop"), r"prompt p000 candidate 0: finish_reason 'stop' but the last token is \[?6"),
+        (
+            Candidate([5, 6], [-1.0, -1.0], "stop"),
+            r"prompt p000 candidate 0: finish_reason 'stop' but the last token is \[?6",
+        ),
         (Candidate([5, 1], [-1.0, -1.0], "length"), r"finish_reason 'length' but the last token is \[?1"),
         (Candidate([], [], "length"), "0 tokens and 0 log-probs"),
         (Candidate([5, 6], [-1.0], "length"), "2 tokens and 1 log-probs"),
     ],
 )
 def test_a_sampler_that_breaks_the_token_contract_is_caught(sample, monkeypatch, candidate, message):
-    monkeypatch.setattr("stages.sampling.canned.Canned.generate", lambda self, prompts: [[candidate] * 3 for _ in prompts])
+    monkeypatch.setattr(
+        "stages.sampling.canned.Canned.generate", lambda self, prompts: [[candidate] * 3 for _ in prompts]
+    )
     with pytest.raises(ContractError, match=message):
         sample(2)
 
 
 def test_a_sampler_that_forgets_a_candidate_is_caught(sample, monkeypatch):
     monkeypatch.setattr(
-        "stages.sampling.canned.Canned.generate", lambda self, prompts: [[Candidate([5], [-1.0], "length")] * 2 for _ in prompts]
+        "stages.sampling.canned.Canned.generate",
+        lambda self, prompts: [[Candidate([5], [-1.0], "length")] * 2 for _ in prompts],
     )
     with pytest.raises(ContractError, match="4 rows for 2 prompts x 3 candidates"):
         sample(2)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from data_contracts.errors import ContractError
-from stages.policy import load_causal_lm, score_responses
+from stages.models.policy import load_causal_lm, score_responses
+from stages.models.tokens import encode_prompt, load_tokenizer
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.stage import SamplingConfig
 from stages.sampling.transformers import Transformers, _draw
-from stages.tokens import encode_prompt, load_tokenizer
 
 STOPS = [1, 4]
 
@@ -29,7 +29,10 @@ def prompts(tiny_model, make_rows) -> list[Prompt]:
     rows = make_rows(7)
     rows[3]["messages"][0]["content"] *= 3  # lengths differ, or there is no padding to get wrong
     return [
-        Prompt(row["prompt_id"], encode_prompt(tokenizer, row["messages"], "chat"), candidate_seeds(0, row["prompt_id"], 4)) for row in rows
+        Prompt(
+            row["prompt_id"], encode_prompt(tokenizer, row["messages"], "chat"), candidate_seeds(0, row["prompt_id"], 4)
+        )
+        for row in rows
     ]
 
 

@@ -12,11 +12,13 @@ import pytest
 
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
-from stages.policy import load_causal_lm, score_responses
+from stages.models.policy import load_causal_lm, score_responses
+from stages.models.tokens import load_tokenizer
 from stages.stage import events
-from stages.tokens import load_tokenizer
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: the extras cpu and gpu have it")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: the extras cpu and gpu have it"
+)
 SETTINGS = {
     "backend": {"name": "vllm", "dtype": "float32", "runtime": {"kv_cache_gib": 0.1}},
     "num_candidates": 4,
@@ -32,7 +34,9 @@ def runs(tmp_path_factory, tiny_model, make_prompts, run_stage_command):
     def run(size: int):
         store = Store(tmp_path_factory.mktemp(f"vllm{size}") / "store")
         inputs = {"prompts": make_prompts(store, 7).key, "policy": tiny_model}
-        done = run_stage_command("sample", SETTINGS | {"runtime": {"device": "cpu", "prompts_per_shard": size}}, inputs, store)
+        done = run_stage_command(
+            "sample", SETTINGS | {"runtime": {"device": "cpu", "prompts_per_shard": size}}, inputs, store
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         (record,) = store.records("generations")
         directory = store.directory("generations", record.key)
@@ -45,7 +49,9 @@ def runs(tmp_path_factory, tiny_model, make_prompts, run_stage_command):
 def test_the_stage_signs_k_candidates_per_prompt(runs):
     for (record, rows, directory), shards in zip(runs, (4, 1), strict=True):
         assert record.rows == len(rows) == 28
-        assert [(row["prompt_id"], row["candidate"]) for row in rows] == [(f"p{number:03d}", k) for number in range(7) for k in range(4)]
+        assert [(row["prompt_id"], row["candidate"]) for row in rows] == [
+            (f"p{number:03d}", k) for number in range(7) for k in range(4)
+        ]
         assert sum(event["event"] == "shard" for event in events(directory)) == shards
         assert "vllm" in record.provenance["versions"]
 
@@ -54,7 +60,9 @@ def test_log_probs_are_those_of_the_policy_for_the_same_ids(runs, tiny_model):
     rows = runs[0][1]
     model = load_causal_lm(str(tiny_model), "float32", "cpu").eval()
     scored = score_responses(model, [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows], 4096)
-    gaps = np.abs(np.concatenate([np.array(row["token_logps"]) - logps for row, logps in zip(rows, scored, strict=True)]))
+    gaps = np.abs(
+        np.concatenate([np.array(row["token_logps"]) - logps for row, logps in zip(rows, scored, strict=True)])
+    )
     assert gaps.max() < 0.05 and gaps.mean() < 1e-3
 
 

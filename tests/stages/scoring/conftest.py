@@ -26,7 +26,9 @@ def candidates_of(prompt: str, completions: list[str], finished: bool = True, ch
         }
         for number, text in enumerate(completions)
     ]
-    return Candidates({"prompt_id": prompt, "messages": [{"role": "user", "content": prompt}], "checks": checks}, rows, None)
+    return Candidates(
+        {"prompt_id": prompt, "messages": [{"role": "user", "content": prompt}], "checks": checks}, rows, None
+    )
 
 
 @pytest.fixture(scope="session")

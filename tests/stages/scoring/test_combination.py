@@ -32,7 +32,11 @@ def test_what_a_part_could_not_score_the_whole_cannot_and_says_which():
 
 def test_a_veto_leaves_a_candidate_unscored():
     found = combine([part(), part(0, veto_below=-3, name="checks")], [points(9, 1, 5), points(-4, -3, NAN)])
-    assert math.isnan(found.scores[0]) and found.scores[1:].tolist() == [1, 5] and found.reasons == ["vetoed by checks", "", ""]
+    assert (
+        math.isnan(found.scores[0])
+        and found.scores[1:].tolist() == [1, 5]
+        and found.reasons == ["vetoed by checks", "", ""]
+    )
 
 
 def test_beside_a_pair_scorer_a_score_counts_as_differences():

@@ -47,7 +47,10 @@ def test_both_orders_by_hand():
     found = group(LOGITS)
     assert found.preferences == pytest.approx(sigmoid([[0, 2, 0.5], [-2, 0, 1.5], [-0.5, -1.5, 0]]))
     assert found.rewards == pytest.approx([2.5 / 3, -0.5 / 3, -2 / 3])
-    assert found.win_rates == pytest.approx(found.preferences.mean(axis=1)) and np.diag(found.preferences).tolist() == [0.5] * 3
+    assert (
+        found.win_rates == pytest.approx(found.preferences.mean(axis=1))
+        and np.diag(found.preferences).tolist() == [0.5] * 3
+    )
 
 
 def test_one_order_takes_each_pair_as_it_was_asked():
@@ -65,13 +68,18 @@ def test_sppo_release_is_what_the_released_code_computes():
 
 def test_sppo_release_is_transitive_and_wider_where_the_paper_sees_a_cycle():
     cycle = np.array([[0.0, 1.0, -1.0], [-1.0, 0.0, 1.0], [1.0, -1.0, 0.0]])
-    assert group(cycle).preferences[0, 1] == pytest.approx(sigmoid(1)) and best_vs_worst(group(cycle)) == "all candidates are equally good"
+    assert (
+        group(cycle).preferences[0, 1] == pytest.approx(sigmoid(1))
+        and best_vs_worst(group(cycle)) == "all candidates are equally good"
+    )
     assert group(cycle, "sppo_release").preferences == pytest.approx(np.full((3, 3), 0.5))
     ladder = np.subtract.outer([2.0, 1.0, 0.0], [2.0, 1.0, 0.0])  # antisymmetric and additive: twice the difference
     assert relative_rewards(ladder, "sppo_release") == pytest.approx(2 * relative_rewards(ladder, "both_orders"))
 
 
-@given(st.lists(st.lists(st.floats(-50, 50), min_size=4, max_size=4), min_size=4, max_size=4), st.permutations(range(4)))
+@given(
+    st.lists(st.lists(st.floats(-50, 50), min_size=4, max_size=4), min_size=4, max_size=4), st.permutations(range(4))
+)
 def test_preferences_are_complementary_and_follow_a_permutation(rows, order):
     logits = np.array(rows)
     np.fill_diagonal(logits, 0)
@@ -98,7 +106,9 @@ def test_a_threshold_takes_out_what_is_not_sure_enough():
     assert best_vs_worst(points(0.0, 1.0), rules) == [Choice(1, 0)]
     assert all_pairs(points(0.0, 0.5, 2.0), rules) == [Choice(2, 0), Choice(2, 1)]
     failed = group([[0, 2, NAN], [0, 0, 2], [NAN, 0, 0]])  # best and worst were never compared
-    assert best_vs_worst(failed, rules) == "no preference reaches min_preference" and best_vs_worst(failed) == [Choice(0, 2)]
+    assert best_vs_worst(failed, rules) == "no preference reaches min_preference" and best_vs_worst(failed) == [
+        Choice(0, 2)
+    ]
 
 
 def test_a_random_pair_is_unequal_repeats_and_follows_the_seed():
@@ -113,10 +123,15 @@ def test_a_random_pair_is_unequal_repeats_and_follows_the_seed():
 
 def test_length_matched_takes_the_widest_difference_among_equals_in_length():
     found, rules = points(0, 1, 2, 9), Rules(lengths=(100, 80, 120, 300))
-    assert length_matched(found, rules) == [Choice(2, 0)]  # 3 is best and too long for all; 2 over 1 is 1.5 times as long
+    assert length_matched(found, rules) == [
+        Choice(2, 0)
+    ]  # 3 is best and too long for all; 2 over 1 is 1.5 times as long
     assert length_matched(found, rules._replace(max_length_ratio=1.5)) == [Choice(2, 0)]
     assert length_matched(found, rules._replace(max_length_ratio=4)) == [Choice(3, 0)]
-    assert length_matched(found, rules._replace(max_length_ratio=1.1)) == "no two unequal candidates are of about the same length"
+    assert (
+        length_matched(found, rules._replace(max_length_ratio=1.1))
+        == "no two unequal candidates are of about the same length"
+    )
     assert length_matched(points(0, 1), Rules(lengths=(0, 0))) == [Choice(1, 0)]
     assert length_matched(points(1, 1), Rules(lengths=(5, 5))) == "all candidates are equally good"
 
@@ -189,4 +204,6 @@ def test_answers_of_six_real_models_go_through_pairing(real_answers):
         assert pair_statistics([logits]).rates()["position_bias"] == pytest.approx(0.3)
     by_model = dict(zip(real_answers[0]["outputs"], np.nanmean(rates, axis=0), strict=True))
     assert kept["best_vs_worst"] == kept["all_pairs"] == len(real_answers) == 150 and kept["length_matched"] > 100
-    assert by_model["SPPO-Mistral7B-PairRM"] > by_model["Mistral-7B-Instruct-v0.2"] > by_model["alpaca-7b"]  # its known taste for length
+    assert (
+        by_model["SPPO-Mistral7B-PairRM"] > by_model["Mistral-7B-Instruct-v0.2"] > by_model["alpaca-7b"]
+    )  # its known taste for length

@@ -84,11 +84,18 @@ def text_of(request):
 
 
 def test_the_rubric_gives_each_candidate_its_score(server, judge, scoring):
-    server.answer = lambda request: "Fine.\nScore: 4" if "<answer>\ngood" in text_of(request) else "It is wrong.\n**Score:** 1.5/5"
+    server.answer = lambda request: (
+        "Fine.\nScore: 4" if "<answer>\ngood" in text_of(request) else "It is wrong.\n**Score:** 1.5/5"
+    )
     (scores,) = judge().score([scoring.candidates("why?", ["good", "bad"])])
     assert scores.scores.tolist() == [4.0, 1.5] and scores.preference_logits is None and scores.reasons == ["", ""]
     request = server.requests[0]
-    assert request["model"] == "tiny-judge" and request["temperature"] == 0 and "why?" in text_of(request) and "sample" not in request
+    assert (
+        request["model"] == "tiny-judge"
+        and request["temperature"] == 0
+        and "why?" in text_of(request)
+        and "sample" not in request
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,9 @@ def test_what_counts_as_a_score(text, expected):
     assert read_score(Reply({"choices": [{"message": {"content": text}}]}, "")) == expected
 
 
-@pytest.mark.parametrize("body", [{"choices": [{}]}, {"choices": [{"message": {"content": None}}]}, {"choices": [{"message": None}]}])
+@pytest.mark.parametrize(
+    "body", [{"choices": [{}]}, {"choices": [{"message": {"content": None}}]}, {"choices": [{"message": None}]}]
+)
 def test_a_reply_without_text_is_no_score(body):
     assert read_score(Reply(body, "")) == "judge gave no score"
 
@@ -148,7 +157,9 @@ def test_a_comparison_that_failed_is_unscored_and_says_why(server, judge, scorin
 
 def top(**logps):
     listed = [{"token": token, "logprob": value} for token, value in logps.items()]
-    return {"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "top_logprobs": listed}]}}]}
+    return {
+        "choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "top_logprobs": listed}]}}]
+    }
 
 
 def test_one_token_judging_reads_the_probabilities(server, judge, scoring):
@@ -162,7 +173,10 @@ def test_spellings_of_a_letter_are_added_and_a_missing_one_is_the_least_listed()
     body = top(**{"A": math.log(0.3), " a": math.log(0.2), "the": math.log(0.1)})
     assert read_letter(Reply(body, "")) == pytest.approx(math.log(0.5) - math.log(0.1))
     assert read_letter(Reply(top(the=-1.0), "")) == "judge named neither A nor B"
-    assert read_letter(Reply({"choices": [{"message": {"content": "A"}, "logprobs": None}]}, "")) == "judge gave no log-probs"
+    assert (
+        read_letter(Reply({"choices": [{"message": {"content": "A"}, "logprobs": None}]}, ""))
+        == "judge gave no log-probs"
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,8 +197,12 @@ def test_a_judge_that_fails_leaves_a_candidate_unscored_with_the_reason(server, 
 
 
 def test_a_judge_that_hangs_is_given_up(server, judge, scoring):
-    server.answer = lambda request: time.sleep(1.5) or "Score: 5" if "<answer>\nslow" in text_of(request) else "Score: 2"
-    (scores,) = judge(runtime={"timeout_seconds": 0.3, "retries": 0}).score([scoring.candidates("why?", ["slow", "fast"])])
+    server.answer = lambda request: (
+        time.sleep(1.5) or "Score: 5" if "<answer>\nslow" in text_of(request) else "Score: 2"
+    )
+    (scores,) = judge(runtime={"timeout_seconds": 0.3, "retries": 0}).score(
+        [scoring.candidates("why?", ["slow", "fast"])]
+    )
     assert math.isnan(scores.scores[0]) and scores.scores[1] == 2 and scores.reasons == ["judge timed out", ""]
 
 
@@ -263,7 +281,12 @@ def test_the_evaluate_stage_keeps_what_its_judge_said(server, store, tiny_model,
         for i in range(3)
     ]  # fmt: skip
     model = external_model(tiny_model, store.root / "digests")
-    inputs = {"prompts": make_prompts(store, 3), "generations": make_artifact(store, "generations", rows), "policy": model, "start": model}
+    inputs = {
+        "prompts": make_prompts(store, 3),
+        "generations": make_artifact(store, "generations", rows),
+        "policy": model,
+        "start": model,
+    }
     scorer = {"name": "llm_judge", "model": "grader", "runtime": {"base_url": server.url}}
     config = EvaluationConfig.model_validate({"scorer": scorer, "dtype": "float32", "runtime": {"device": "cpu"}})
     record = execute(STAGES["evaluate"], config, inputs, store)

@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from data_contracts.errors import ConfigError
 from stages.scoring.pairrm_tokens import MARKERS, Limits, blank, load_tokenizer
 
-CASES = ("plain", "unicode", "empty", "punctuation", "800 tokens", "source cut", "source at its limit", "candidates cut", "half way")
+CASES = (
+    "plain",
+    "unicode",
+    "empty",
+    "punctuation",
+    "800 tokens",
+    "source cut",
+    "source at its limit",
+    "candidates cut",
+    "half way",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,8 @@ def matrix(scoring, scorer, prompt, texts):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [*((name, "ranker") for name in CASES), *((name, "hf") for name in ("plain", "unicode", "empty", "source cut"))]
+    ("name", "layout"),
+    [*((name, "ranker") for name in CASES), *((name, "hf") for name in ("plain", "unicode", "empty", "source cut"))],
 )
 def test_logits_are_those_of_llm_blender(scoring, scorers, golden, pairrm_tiny, name, layout):
     case, expected = pairrm_tiny.cases()[name], golden["cases"][name]
@@ -77,7 +88,11 @@ def test_truncation_lengths_are_exact(checkpoints, source_words, candidate_words
     assert len(source) == min(1224, source_words + 3)
     limit = 412 + (1224 - len(source)) // 2
     found = tokenizer.candidate("of " * candidate_words, len(source))
-    assert len(found) == min(limit, candidate_words + 3) and found[-1] == tokenizer.sep_id and found[:2] == [1, tokenizer.first_id]
+    assert (
+        len(found) == min(limit, candidate_words + 3)
+        and found[-1] == tokenizer.sep_id
+        and found[:2] == [1, tokenizer.first_id]
+    )
 
 
 _CACHE = {}
@@ -89,7 +104,14 @@ def _tokenizer(directory):
     return _CACHE[directory]
 
 
-TEXTS = ["look down first", "use the number two", "no way!", "", "ａ ½ 中", "the oil is in the water and the people can find it"]
+TEXTS = [
+    "look down first",
+    "use the number two",
+    "no way!",
+    "",
+    "ａ ½ 中",
+    "the oil is in the water and the people can find it",
+]
 
 
 @given(st.permutations(range(len(TEXTS))))
@@ -126,7 +148,9 @@ def test_blanking_reaches_every_marker():
 
 def test_ragged_and_lone_candidates_are_scored(scoring, scorers):
     sizes = [1, 2, 5]
-    found = scorers["ranker"].score([scoring.candidates(f"p{size}", [f"number {k}" for k in range(size)]) for size in sizes])
+    found = scorers["ranker"].score(
+        [scoring.candidates(f"p{size}", [f"number {k}" for k in range(size)]) for size in sizes]
+    )
     assert [scores.preference_logits.shape for scores in found] == [(size, size) for size in sizes]
     assert found[0].preference_logits.tolist() == [[0.0]]
 
@@ -134,7 +158,9 @@ def test_ragged_and_lone_candidates_are_scored(scoring, scorers):
 def test_the_two_orders_are_both_asked(scoring, scorers):
     found = matrix(scoring, scorers["ranker"], "how can it be", TEXTS)
     off = ~np.eye(len(TEXTS), dtype=bool)
-    assert (found[off] != 0).all() and np.abs(found + found.T)[off].max() > 1e-3  # it has a position bias, and we can see it
+    assert (found[off] != 0).all() and np.abs(found + found.T)[
+        off
+    ].max() > 1e-3  # it has a position bias, and we can see it
 
 
 def test_a_tokenizer_file_of_transformers_4_gives_the_same_ids(checkpoints, tmp_path):
@@ -163,7 +189,10 @@ def test_a_tokenizer_file_of_transformers_4_gives_the_same_ids(checkpoints, tmp_
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("head_layer.4.bias"), r"1 missing, e.g. \['head_layer.4.bias'\]"),
-        (lambda tensors: tensors.update({"head_layer.9.bias": np.zeros(1, np.float32)}), r"1 unknown, e.g. \['head_layer.9.bias'\]"),
+        (
+            lambda tensors: tensors.update({"head_layer.9.bias": np.zeros(1, np.float32)}),
+            r"1 unknown, e.g. \['head_layer.9.bias'\]",
+        ),
         (
             lambda tensors: tensors.update({"head_layer.4.bias": np.zeros(2, np.float32)}),
             r"1 of another shape.*head_layer.4.bias \(2,\), not \(1,\)",
@@ -187,7 +216,9 @@ def test_an_old_position_buffer_is_no_obstacle(scoring, checkpoints, tmp_path):
 
     shutil.copytree(checkpoints["hf"], tmp_path / "old")
     tensors = load_file(tmp_path / "old" / "model.safetensors")
-    save_file(tensors | {"pretrained_model.embeddings.position_ids": np.arange(4)}, tmp_path / "old" / "model.safetensors")
+    save_file(
+        tensors | {"pretrained_model.embeddings.position_ids": np.arange(4)}, tmp_path / "old" / "model.safetensors"
+    )
     scoring.scorer({"name": "pairrm", "model": {"path": str(tmp_path / "old")}}).load()
 
 

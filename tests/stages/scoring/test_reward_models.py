@@ -43,7 +43,9 @@ def plain_reward(directory, prompt, answer, output=0, limit=None):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    ids = tokenizer(tokenizer.apply_chat_template(conversation(prompt, answer), tokenize=False), add_special_tokens=False).input_ids
+    ids = tokenizer(
+        tokenizer.apply_chat_template(conversation(prompt, answer), tokenize=False), add_special_tokens=False
+    ).input_ids
     model = AutoModelForSequenceClassification.from_pretrained(str(directory)).eval()
     with torch.no_grad():
         return float(model(input_ids=torch.tensor([ids[-limit:] if limit else ids])).logits[0, output])
@@ -67,19 +69,27 @@ def test_prompts_with_different_numbers_of_candidates(scoring, reward_model):
 def test_what_is_too_long_loses_the_beginning_of_its_prompt(scoring, reward_model):
     settings = {"name": "reward_model", "model": {"path": str(reward_model)}, "max_tokens": 24}
     (scores,) = scoring.scorer(settings).score([scoring.candidates("Once upon a time, " * 5, ["the end"])])
-    assert scores.scores[0] == pytest.approx(plain_reward(reward_model, "Once upon a time, " * 5, "the end", limit=24), abs=1e-5)
-    (other,) = scoring.scorer(settings).score([scoring.candidates("In another world, but " + "Once upon a time, " * 5, ["the end"])])
+    assert scores.scores[0] == pytest.approx(
+        plain_reward(reward_model, "Once upon a time, " * 5, "the end", limit=24), abs=1e-5
+    )
+    (other,) = scoring.scorer(settings).score(
+        [scoring.candidates("In another world, but " + "Once upon a time, " * 5, ["the end"])]
+    )
     assert other.scores[0] == pytest.approx(scores.scores[0], abs=1e-6)
 
 
 def test_a_model_without_a_trained_head_is_refused(scoring, tiny_model):
     with pytest.raises(ConfigError, match="it is no reward model"):
-        scoring.scorer({"name": "reward_model", "model": {"path": str(tiny_model)}}).score([scoring.candidates("p", ["a"])])
+        scoring.scorer({"name": "reward_model", "model": {"path": str(tiny_model)}}).score(
+            [scoring.candidates("p", ["a"])]
+        )
 
 
 def test_an_output_that_is_not_there_is_refused(scoring, reward_model):
     with pytest.raises(ConfigError, match="has 2 output"):
-        scoring.scorer({"name": "reward_model", "model": {"path": str(reward_model)}, "output": 2}).score([scoring.candidates("p", ["a"])])
+        scoring.scorer({"name": "reward_model", "model": {"path": str(reward_model)}, "output": 2}).score(
+            [scoring.candidates("p", ["a"])]
+        )
 
 
 def test_a_model_with_code_of_its_own_is_refused_unless_switched_on(reward_model, tmp_path):
@@ -100,7 +110,9 @@ def test_damaged_weights_are_no_score(scoring, reward_model, tmp_path):
     tensors["score.weight"][:] = math.nan
     save_file(tensors, tmp_path / "rm" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ContractError, match="NaN or infinity"):
-        scoring.scorer({"name": "reward_model", "model": {"path": str(tmp_path / "rm")}}).score([scoring.candidates("p", ["a"])])
+        scoring.scorer({"name": "reward_model", "model": {"path": str(tmp_path / "rm")}}).score(
+            [scoring.candidates("p", ["a"])]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +164,9 @@ def armo(tmp_path_factory, tiny_model):
     def normal(*shape):
         return torch.randn(shape, generator=generator)
 
-    tensors = {key: value for key, value in load_file(directory / "model.safetensors").items() if key.startswith("model.")}
+    tensors = {
+        key: value for key, value in load_file(directory / "model.safetensors").items() if key.startswith("model.")
+    }
     sizes = [64, 16, 16, 16, 19]
     tensors |= {f"gating.layers.{i}.weight": normal(sizes[i + 1], sizes[i]) / sizes[i] ** 0.5 for i in range(4)}
     tensors |= {f"gating.layers.{i}.bias": normal(sizes[i + 1]) for i in range(4)}
@@ -180,7 +194,9 @@ def test_armorm_by_its_formulas(scoring, armo, budget):
 
     (scores,) = scoring.scorer(armo_settings(armo), budget).score([scoring.candidates("Say a word.", ANSWERS)])
     t = load_file(armo / "model.safetensors")
-    llama = LlamaModel(LlamaConfig(**{k: v for k, v in json.loads((armo / "config.json").read_text()).items() if k != "auto_map"}))
+    llama = LlamaModel(
+        LlamaConfig(**{k: v for k, v in json.loads((armo / "config.json").read_text()).items() if k != "auto_map"})
+    )
     llama.load_state_dict({k.removeprefix("model."): torch.tensor(v) for k, v in t.items() if k.startswith("model.")})
     tokenizer = AutoTokenizer.from_pretrained(str(armo))
     for answer, score in zip(ANSWERS, scores.scores, strict=True):
@@ -198,7 +214,9 @@ def test_armorm_by_its_formulas(scoring, armo, budget):
 
 
 def test_an_answer_that_leaves_no_room_for_the_gate_is_unscored(scoring, armo):
-    (scores,) = scoring.scorer(armo_settings(armo, max_tokens=16)).score([scoring.candidates("Say a word.", ["wood", "word " * 60])])
+    (scores,) = scoring.scorer(armo_settings(armo, max_tokens=16)).score(
+        [scoring.candidates("Say a word.", ["wood", "word " * 60])]
+    )
     assert math.isfinite(scores.scores[0]) and math.isnan(scores.scores[1])
     assert scores.reasons == ["", "the answer fills the reward model's context"]
 
@@ -218,7 +236,11 @@ def test_armorm_refuses_other_models_and_damaged_ones(scoring, armo, tiny_model,
 
 def test_the_last_header_is_taken():
     assert last_occurrence([7, 1, 2, 7, 1, 2, 9], [1, 2]) == 4 and last_occurrence([1, 1, 1], [1, 1]) == 1
-    assert last_occurrence([1, 2], [1, 2]) == 0 and last_occurrence([1], [1, 2]) is None and last_occurrence([3, 2], [1]) is None
+    assert (
+        last_occurrence([1, 2], [1, 2]) == 0
+        and last_occurrence([1], [1, 2]) is None
+        and last_occurrence([3, 2], [1]) is None
+    )
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -227,9 +249,15 @@ def test_the_teachers_log_probs(scoring, tiny_model, tmp_path, normalise):
 
     settings = {"name": "teacher_logp", "model": {"path": str(tiny_model)}, "dtype": "float32", "normalise": normalise}
     scorer = scoring.scorer(settings, root=tmp_path / "store")
-    items = [scoring.candidates("Say a word.", [*ANSWERS, "wood"]), scoring.candidates("Say a word.", ["", "wood"], finished=False)]
+    items = [
+        scoring.candidates("Say a word.", [*ANSWERS, "wood"]),
+        scoring.candidates("Say a word.", ["", "wood"], finished=False),
+    ]
     ended, cut = scorer.score(items)
-    tokenizer, model = AutoTokenizer.from_pretrained(str(tiny_model)), AutoModelForCausalLM.from_pretrained(str(tiny_model)).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(str(tiny_model)),
+        AutoModelForCausalLM.from_pretrained(str(tiny_model)).eval(),
+    )
     prompt = tokenizer("<|user|>Say a word.<|end|><|assistant|>", add_special_tokens=False).input_ids
 
     def expected(answer, end):
@@ -256,7 +284,9 @@ def test_beyond_the_teachers_context_there_is_no_score(scoring, tiny_model):
 
 def test_the_stage_is_told_of_the_tokens_it_read(tmp_path, scoring, reward_model):
     told = []
-    scorer = SCORERS.get("reward_model")(SCORERS.config({"name": "reward_model", "model": {"path": str(reward_model)}}), "cpu")
+    scorer = SCORERS.get("reward_model")(
+        SCORERS.config({"name": "reward_model", "model": {"path": str(reward_model)}}), "cpu"
+    )
     scorer.prepare(Surroundings(tmp_path, 100, print, used=lambda model, count: told.append((model, count))))
     scorer.score([scoring.candidates("Say a word.", ANSWERS)])
     prompt = [{"role": "user", "content": "Say a word."}]

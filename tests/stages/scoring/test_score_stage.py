@@ -71,8 +71,14 @@ def generations_of(prompts, texts_of):
 def score(store, make_rows, make_prompts, make_artifact, checkpoints):
     def run(texts_of, prompts=4, **settings):
         rows = make_rows(prompts)
-        inputs = {"prompts": make_prompts(store, rows), "generations": make_artifact(store, "generations", generations_of(rows, texts_of))}
-        settings = {"scorer": {"name": "pairrm", "model": {"path": str(checkpoints["hf"])}}, "runtime": {"prompts_per_shard": 2}} | settings
+        inputs = {
+            "prompts": make_prompts(store, rows),
+            "generations": make_artifact(store, "generations", generations_of(rows, texts_of)),
+        }
+        settings = {
+            "scorer": {"name": "pairrm", "model": {"path": str(checkpoints["hf"])}},
+            "runtime": {"prompts_per_shard": 2},
+        } | settings
         record = execute(STAGES["score"], ScoringConfig.model_validate(settings), inputs, store)
         return record, store.directory(record.kind, record.key)
 
@@ -83,13 +89,20 @@ def test_raw_logits_are_kept_and_preferences_derived(score, ranker):
     record, out = score(lambda number: ["aaaa", "b", "cc"])
     raw = read_shards(out, "scores", "scores").to_pylist()
     expected = np.subtract.outer([4, 1, 2], [4, 1, 2]) + 0.5 * (1 - np.eye(3))
-    assert len(raw) == 4 and all(np.array(row["preference_logits"]).reshape(3, 3) == pytest.approx(expected) for row in raw)
+    assert len(raw) == 4 and all(
+        np.array(row["preference_logits"]).reshape(3, 3) == pytest.approx(expected) for row in raw
+    )
     pair = read_shards(out, "scored_pairs").to_pylist()[0]
     assert (pair["chosen"], pair["rejected"], pair["scorer"]) == ("aaaa", "b", "pairrm")
     # Both orders: the bias of 0.5 cancels, s = 4 - 1, 4 - 2.
     assert pair["win_rate_chosen"] == pytest.approx((0.5 + 1 / (1 + np.exp(-3)) + 1 / (1 + np.exp(-2))) / 3)
-    assert pair["score_chosen"] == pytest.approx(5 / 3) and pair["group_scores"] == pytest.approx([5 / 3, -4 / 3, -1 / 3])
-    assert record.metrics["pairwise/position_bias"] == pytest.approx(0.5) and record.metrics["pairwise/cyclic_triples"] == 0
+    assert pair["score_chosen"] == pytest.approx(5 / 3) and pair["group_scores"] == pytest.approx(
+        [5 / 3, -4 / 3, -1 / 3]
+    )
+    assert (
+        record.metrics["pairwise/position_bias"] == pytest.approx(0.5)
+        and record.metrics["pairwise/cyclic_triples"] == 0
+    )
     told = [event for event in events(out) if event["event"] == "scored"]
     assert [event["index"] for event in told] == [0, 1] and all(event["comparisons"] == 12 for event in told)
     assert told[0]["position_bias"] == pytest.approx(0.5) and told[0]["comparisons_per_second"] > 0
@@ -97,7 +110,11 @@ def test_raw_logits_are_kept_and_preferences_derived(score, ranker):
 
 def test_progress_counts_comparisons_and_goes_on_where_an_earlier_try_stopped(score, ranker, capsys):
     def told():
-        lines = [json.loads(line.split(" ", 1)[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("@progress")]
+        lines = [
+            json.loads(line.split(" ", 1)[1])
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith("@progress")
+        ]
         assert {(line["unit"], line["total"]) for line in lines} == {("comparisons", 24)}
         return [line["done"] for line in lines]
 
@@ -116,7 +133,11 @@ def test_equal_completions_are_compared_once_and_tie(score, ranker):
     _, out = score(lambda number: ["aaaa", "b", "aaaa", "b", "aaaa"], prompts=1)
     assert sorted(ranker.asked) == [(1, 4), (4, 1)]
     logits = np.array(read_shards(out, "scores", "scores").to_pylist()[0]["preference_logits"]).reshape(5, 5)
-    assert logits[0, 2] == logits[2, 4] == logits[1, 3] == 0 and logits[0, 1] == logits[4, 3] == 3.5 and logits[1, 0] == -2.5
+    assert (
+        logits[0, 2] == logits[2, 4] == logits[1, 3] == 0
+        and logits[0, 1] == logits[4, 3] == 3.5
+        and logits[1, 0] == -2.5
+    )
 
 
 def test_prompts_of_equal_answers_are_dropped_and_counted(score, ranker):
@@ -129,7 +150,9 @@ def test_candidates_in_different_numbers_and_empty_ones(score, ranker):
     _, out = score(lambda number: [["lone"], ["a", ""], ["a", "bb", "ccc"], ["", "", "x", "yy"]][number])
     raw = read_shards(out, "scores", "scores").to_pylist()
     assert [len(row["preference_logits"]) for row in raw] == [1, 4, 9, 16]
-    assert [row["reason"] for row in read_shards(out, "dropped", "dropped").to_pylist()] == ["fewer than two candidates could be scored"]
+    assert [row["reason"] for row in read_shards(out, "dropped", "dropped").to_pylist()] == [
+        "fewer than two candidates could be scored"
+    ]
 
 
 def test_nothing_is_lost_and_nothing_scored_twice_after_a_kill(score, ranker, store):
@@ -155,7 +178,9 @@ def test_the_derivation_is_a_setting_and_part_of_the_key_only_when_it_is_set(sco
     assert pair["win_rate_chosen"] == pytest.approx((0.5 + 1 / (1 + np.exp(-6)) + 1 / (1 + np.exp(-4))) / 3)
 
 
-@pytest.mark.parametrize(("pairing", "count"), [("random_pair", 1), ("all_pairs", 3), ("best_vs_worst", 1), ("each", 3)])
+@pytest.mark.parametrize(
+    ("pairing", "count"), [("random_pair", 1), ("all_pairs", 3), ("best_vs_worst", 1), ("each", 3)]
+)
 def test_every_pairing_gives_its_rows(score, ranker, pairing, count):
     _, out = score(lambda number: ["aaaa", "b", "cc"], pairing=pairing)
     rows = read_shards(out, "scored_pairs").to_pylist()
@@ -168,12 +193,16 @@ def test_a_scorer_that_could_compare_nothing_stops_the_stage_with_the_reasons(sc
         score(lambda number: ["a", "bb"])
 
 
-def test_another_python_writes_the_same_contract(run_stage_command, store, make_rows, make_prompts, make_artifact, checkpoints):
+def test_another_python_writes_the_same_contract(
+    run_stage_command, store, make_rows, make_prompts, make_artifact, checkpoints
+):
     """The stage as a process: the tiny checkpoint, from settings in JSON."""
     rows = make_rows(2)
     inputs = {
         "prompts": make_prompts(store, rows),
-        "generations": make_artifact(store, "generations", generations_of(rows, lambda number: ["the sea", "a fox", "no"])),
+        "generations": make_artifact(
+            store, "generations", generations_of(rows, lambda number: ["the sea", "a fox", "no"])
+        ),
     }
     config = {"scorer": {"name": "pairrm", "model": {"path": str(checkpoints["ranker"])}}}
     done = run_stage_command("score", config, inputs, store)
@@ -186,18 +215,29 @@ def test_another_python_writes_the_same_contract(run_stage_command, store, make_
 @pytest.mark.slow
 def test_llm_blender_itself_writes_the_same_logits(make_rows, store, make_prompts, make_artifact, checkpoints):
     """In its own environment, by `runtime.python`'s way: another interpreter runs the same command."""
-    python = Path(os.environ.get("SELFPLAY_ORACLE") or Path(__file__).resolve().parents[3] / ".venv-oracle" / "bin" / "python")
+    python = Path(
+        os.environ.get("SELFPLAY_ORACLE") or Path(__file__).resolve().parents[3] / ".venv-oracle" / "bin" / "python"
+    )
     if not python.is_file():
         pytest.skip("deploy/setup/oracle.sh makes the environment; SELFPLAY_ORACLE names its python")
     rows = make_rows(2)
     texts = lambda number: ["the sea", "a fox", "no", "a fox"]  # noqa: E731
-    inputs = {"prompts": make_prompts(store, rows), "generations": make_artifact(store, "generations", generations_of(rows, texts))}
+    inputs = {
+        "prompts": make_prompts(store, rows),
+        "generations": make_artifact(store, "generations", generations_of(rows, texts)),
+    }
     found = {}
     for name, interpreter in (("pairrm", sys.executable), ("llm_blender", str(python))):
         spec = store.root / f"{name}.json"
         config = {"scorer": {"name": name, "model": {"path": str(checkpoints["ranker"])}}, "runtime": {"device": "cpu"}}
         spec.write_text(
-            json.dumps({"config": config, "inputs": {key: ref.model_dump() for key, ref in inputs.items()}, "store": str(store.root)})
+            json.dumps(
+                {
+                    "config": config,
+                    "inputs": {key: ref.model_dump() for key, ref in inputs.items()},
+                    "store": str(store.root),
+                }
+            )
         )
         done = subprocess.run(
             [interpreter, "-m", "stages", "score", str(spec)],
@@ -209,5 +249,7 @@ def test_llm_blender_itself_writes_the_same_logits(make_rows, store, make_prompt
         assert done.returncode == 0, done.stderr[-3000:]
         for path in store.root.glob("artifacts/scored_pairs/*/record.json"):
             if json.loads(path.read_text())["config"]["scorer"]["name"] == name:
-                found[name] = [row["preference_logits"] for row in read_shards(path.parent, "scores", "scores").to_pylist()]
+                found[name] = [
+                    row["preference_logits"] for row in read_shards(path.parent, "scores", "scores").to_pylist()
+                ]
     assert np.abs(np.array(found["pairrm"]) - np.array(found["llm_blender"])).max() < 1e-5

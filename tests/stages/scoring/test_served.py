@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import ConfigError, TransientError
+from stages.running.supervise import processes_with
 from stages.scoring import SCORERS
-from stages.supervise import processes_with
 
 ROOT = Path(__file__).resolve().parents[3]
 FAKE = """#!{python}
@@ -47,8 +47,16 @@ def serve(tmp_path, tiny_model, monkeypatch):
         python = tmp_path / "python"
         python.write_text(FAKE.format(python=sys.executable, log=tmp_path / "starts", extra=extra))
         python.chmod(0o755)
-        server = {"python": str(python), "arguments": {"max_model_len": 512}, "start_seconds": 30} | settings.pop("server", {})
-        return {"name": "llm_judge", "model": "own", "serve": {"path": str(model)}, "server": server, "runtime": {"retries": 0}} | settings
+        server = {"python": str(python), "arguments": {"max_model_len": 512}, "start_seconds": 30} | settings.pop(
+            "server", {}
+        )
+        return {
+            "name": "llm_judge",
+            "model": "own",
+            "serve": {"path": str(model)},
+            "server": server,
+            "runtime": {"retries": 0},
+        } | settings
 
     make.marker = marker
     return make
@@ -72,13 +80,19 @@ def test_it_is_started_once_by_the_first_request_that_is_not_cached_and_ends_whe
         (scores,) = judge.score([scoring.candidates("why?", answers)])
         assert scores.scores.tolist() == [4.0] * len(answers)
     (line,) = starts(tmp_path)
-    assert "vllm.entrypoints.openai.api_server" in line and '"--host", "127.0.0.1"' in line and '"--max-model-len", "512"' in line
+    assert (
+        "vllm.entrypoints.openai.api_server" in line
+        and '"--host", "127.0.0.1"' in line
+        and '"--max-model-len", "512"' in line
+    )
     assert processes_with(serve.marker)
     judge.close()
     assert gone(serve.marker)
     again = scoring.scorer(serve(), root=tmp_path / "store")
     (scores,) = again.score([scoring.candidates("why?", ["a", "c"])])
-    assert scores.scores.tolist() == [4.0, 4.0] and len(starts(tmp_path)) == 1  # all of it was cached: nobody was started
+    assert (
+        scores.scores.tolist() == [4.0, 4.0] and len(starts(tmp_path)) == 1
+    )  # all of it was cached: nobody was started
 
 
 def test_its_key_and_its_judgements_follow_the_weights_not_their_place(scoring, serve, tiny_model, tmp_path):
@@ -111,7 +125,9 @@ def test_a_server_that_dies_is_worth_another_try_and_no_missing_score(scoring, s
     judge.score([scoring.candidates("why?", ["a"])])
     with pytest.raises(TransientError, match="ended with code 7"):
         judge.score([scoring.candidates("leave", ["a", "b"])])
-    assert judge.score([scoring.candidates("who?", ["a"])])[0].scores.tolist() == [4.0]  # and the next one starts it again
+    assert judge.score([scoring.candidates("who?", ["a"])])[0].scores.tolist() == [
+        4.0
+    ]  # and the next one starts it again
     judge.close()
 
 

@@ -41,8 +41,20 @@ def test_ranks_share_a_step_without_loss_and_in_equally_many_micro_batches(lengt
 
 
 ROWS = [
-    {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "chosen_weights": [0.5], "chosen_old_logps": None},
-    {"prompt_ids": [6], "chosen_ids": [7, 8, 9], "rejected_ids": [10], "chosen_weights": [1.0, 2.0, 3.0], "chosen_old_logps": None},
+    {
+        "prompt_ids": [1, 2],
+        "chosen_ids": [3],
+        "rejected_ids": [4, 5],
+        "chosen_weights": [0.5],
+        "chosen_old_logps": None,
+    },
+    {
+        "prompt_ids": [6],
+        "chosen_ids": [7, 8, 9],
+        "rejected_ids": [10],
+        "chosen_weights": [1.0, 2.0, 3.0],
+        "chosen_old_logps": None,
+    },
 ]
 
 
@@ -77,7 +89,9 @@ def test_rows_that_keep_the_contract_pass():
     check_rows([good(), good()], METHODS.config("sppo"))
 
 
-@pytest.mark.parametrize("name", ["chosen_weights", "rejected_weights", "chosen_reference_logps", "rejected_reference_logps"])
+@pytest.mark.parametrize(
+    "name", ["chosen_weights", "rejected_weights", "chosen_reference_logps", "rejected_reference_logps"]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_named_by_row_and_column(name, bad):
     row = good()
@@ -92,18 +106,24 @@ def test_a_number_that_is_not_finite_is_named_by_row_and_column(name, bad):
         ({"chosen_weights": [1.0]}, "chosen_weights has 1 values for 2 tokens"),
         ({"rejected_reference_logps": [-1.0, -1.0]}, "rejected_reference_logps has 2 values for 1 tokens"),
         ({"chosen_reference_logps": None}, "chosen_reference_logps has 0 values for 2 tokens"),
-        ({"rejected_ids": [], "rejected_weights": [], "rejected_reference_logps": []}, "rejected_weights has 0 values for 0 tokens"),
+        (
+            {"rejected_ids": [], "rejected_weights": [], "rejected_reference_logps": []},
+            "rejected_weights has 0 values for 0 tokens",
+        ),
     ],
 )
 def test_a_column_of_another_length_is_named_by_row_and_column(changes, message):
-    with pytest.raises(ContractError, match=rf"weighted_pairs row 1 \(pair_id p7/0-1\): {message}.*python -m stages weigh"):
+    with pytest.raises(
+        ContractError, match=rf"weighted_pairs row 1 \(pair_id p7/0-1\): {message}.*python -m stages weigh"
+    ):
         check_rows([good(), good(**changes)], METHODS.config("sppo"))
 
 
 def test_a_method_without_a_reference_asks_for_none_and_one_on_single_responses_for_no_rejected():
     check_rows([good(chosen_reference_logps=None, rejected_reference_logps=None)], METHODS.config("simpo"))
     check_rows(
-        [good(chosen_reference_logps=None, rejected_ids=[], rejected_weights=[], rejected_reference_logps=None)], METHODS.config("sft")
+        [good(chosen_reference_logps=None, rejected_ids=[], rejected_weights=[], rejected_reference_logps=None)],
+        METHODS.config("sft"),
     )
 
 

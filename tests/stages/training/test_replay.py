@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_contracts.shards import SCHEMAS, read_shards
-from stages.training.replay import BATCH, MOST_NATS, main, what_is_wrong
+from stages.training.bad_step import BATCH, MOST_NATS, what_is_wrong
+from stages.training.replay import main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -47,7 +48,10 @@ def test_training_stops_with_the_rows_and_signs_nothing(failed):
     done, batch = failed
     assert done.returncode == 3
     names = json.loads((batch / BATCH).read_text())["pair_ids"]
-    assert "ContractError: step 3: loss nan, " in done.stderr and f"its rows: {', '.join(names)}. Nothing was signed." in done.stderr
+    assert (
+        "ContractError: step 3: loss nan, " in done.stderr
+        and f"its rows: {', '.join(names)}. Nothing was signed." in done.stderr
+    )
     assert f"python -m stages.training.replay {batch}" in done.stderr
     assert [row["pair_id"] for row in read_shards(batch, "weighted_pairs").to_pylist()] == names and len(names) == 2
     assert not (batch.parents[1] / "record.json").exists()
@@ -56,7 +60,12 @@ def test_training_stops_with_the_rows_and_signs_nothing(failed):
 def test_the_batch_goes_wrong_again_when_it_is_replayed(failed):
     _, batch = failed
     done = subprocess.run(
-        [sys.executable, "-m", "stages.training.replay", str(batch)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "stages.training.replay", str(batch)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = json.loads((batch / BATCH).read_text())["pair_ids"]
@@ -80,7 +89,10 @@ def test_a_directory_without_a_batch_is_refused(tmp_path, capsys):
         ({"loss": 0.5, "grad_norm": float("inf")}, "loss 0.5, grad norm inf"),
         ({"loss": 0.5, "rewards/chosen": float("-inf")}, "loss 0.5, rewards/chosen -inf"),
         # Two rows of ten tokens in all: 5 * 60 nats each, against 5 * 40.
-        ({"loss": 0.5, "logps/chosen": -300.0, "tokens": 10.0}, "log-probs of -60 nats per token: the log-ratios explode"),
+        (
+            {"loss": 0.5, "logps/chosen": -300.0, "tokens": 10.0},
+            "log-probs of -60 nats per token: the log-ratios explode",
+        ),
         ({"loss": 0.5, "logps/chosen": -200.0, "tokens": 10.0}, ""),
     ],
 )

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.shards import SCHEMAS
 from data_contracts.store import Store
-from stages.policy import load_causal_lm, score_responses
+from stages.models.policy import load_causal_lm, score_responses
 from stages.stage import STAGES, events
 from stages.training.batches import plan_steps
 from stages.training.stage import TrainingConfig
@@ -35,7 +35,13 @@ BASE = {
     "method": {"name": "sppo", "eta": ETA}, "learning_rate": 1e-4, "epochs": 2, "batch_size": 5, "optimizer": "rmsprop", "schedule": "linear",
     "warmup_ratio": 0.25, "max_grad_norm": 1.0, "dtype": "float32", "seed": 3, "runtime": {"device": "cpu"},
 }  # fmt: skip
-DPO = {"method": {"name": "dpo", "beta": BETA}, "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.01, "max_grad_norm": 0.0}
+DPO = {
+    "method": {"name": "dpo", "beta": BETA},
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.0,
+}
 VARIANTS = {
     "base": {},
     "one pair at a time": {"runtime": {"batch_tokens": 1}},
@@ -49,7 +55,12 @@ VARIANTS = {
     "bf16, zero 2": {"dtype": "bfloat16", "runtime": {"zero_stage": 2}},
     "bf16, one pair at a time": {"dtype": "bfloat16", "runtime": {"batch_tokens": 1}},
     **{
-        f"bf16, zero {stage}, no step": {"dtype": "bfloat16", "learning_rate": 1e-30, "epochs": 1, "runtime": {"zero_stage": stage}}
+        f"bf16, zero {stage}, no step": {
+            "dtype": "bfloat16",
+            "learning_rate": 1e-30,
+            "epochs": 1,
+            "runtime": {"zero_stage": stage},
+        }
         for stage in range(4)
     },
     "bf16, adamw": {
@@ -133,10 +144,14 @@ def _pair_loss(model, row, method):
         prompt, ids = row["prompt_ids"], torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
         logits = model(input_ids=ids).logits[0].log_softmax(-1)
         logps = logits[range(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]]
-        ratios.append((torch.tensor(row[f"{side}_weights"]) * (logps - torch.tensor(row[f"{side}_reference_logps"]))).sum())
+        ratios.append(
+            (torch.tensor(row[f"{side}_weights"]) * (logps - torch.tensor(row[f"{side}_reference_logps"]))).sum()
+        )
     if method == "dpo":
         return torch.nn.functional.softplus(-BETA * (ratios[0] - ratios[1]))
-    return (ratios[0] - ETA * (row["win_rate_chosen"] - 0.5)) ** 2 + (ratios[1] - ETA * (row["win_rate_rejected"] - 0.5)) ** 2
+    return (ratios[0] - ETA * (row["win_rate_chosen"] - 0.5)) ** 2 + (
+        ratios[1] - ETA * (row["win_rate_rejected"] - 0.5)
+    ) ** 2
 
 
 # Every variant in one process. Closing an engine ends torch's process group, which cannot be opened again: it is left open here.
@@ -245,7 +260,9 @@ def test_the_loss_falls(trained):
 # --- however the work is cut up
 
 
-@pytest.mark.parametrize("name", ["one pair at a time", "padded", "activations recomputed", "zero 1", "zero 2", "zero 3"])
+@pytest.mark.parametrize(
+    "name", ["one pair at a time", "padded", "activations recomputed", "zero 1", "zero 2", "zero 3"]
+)
 def test_cutting_the_work_or_the_model_up_changes_nothing(trained, name):
     base, other = trained("base"), trained(name)
     assert other.losses == pytest.approx(base.losses, rel=1e-5)
@@ -319,9 +336,17 @@ class Command:
         settings = config(**changes)
         self.spec = directory / "spec.json"
         self.spec.write_text(
-            json.dumps({"config": settings, "inputs": {"pairs": pairs.key, "policy": str(policy)}, "store": str(self.store.root)})
+            json.dumps(
+                {
+                    "config": settings,
+                    "inputs": {"pairs": pairs.key, "policy": str(policy)},
+                    "store": str(self.store.root),
+                }
+            )
         )
-        key = STAGES["train"].key(TrainingConfig.model_validate(settings), {"pairs": pairs, "policy": external_model(policy)})
+        key = STAGES["train"].key(
+            TrainingConfig.model_validate(settings), {"pairs": pairs, "policy": external_model(policy)}
+        )
         self.out = self.store.directory("checkpoint", key)
 
     def start(self) -> subprocess.Popen:
@@ -349,7 +374,9 @@ class Command:
         process = self.start()
         deadline = time.monotonic() + 120
         while not any(step in done for done in self.tries()):
-            assert process.poll() is None and time.monotonic() < deadline, self.spec.with_name("log").read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, self.spec.with_name("log").read_text()[
+                -3000:
+            ]
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -369,7 +396,9 @@ def check_resumed(command: Command, every: int) -> None:
     assert second[-1] == 10 and second == list(range(second[0], 11))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", "bfloat16"), pytest.param("base", "float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", "bfloat16"), pytest.param("base", "float32", marks=pytest.mark.slow)]
+)
 def test_a_training_killed_in_mid_epoch_ends_with_the_very_same_weights(command, trained, tiny_model, name, dtype):
     train = command(dtype=dtype, runtime={"save_every_steps": 2}, checkpoints=[0.3, 0.6])
     train.kill_after(3)
@@ -400,7 +429,9 @@ def test_two_ranks_train_as_one(command, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_ranks_of_a_bf16_training_that_does_not_move_return_the_weights_they_were_given(command, tiny_model, stage):
-    run = command(dtype="bfloat16", learning_rate=1e-30, runtime={"num_processes": 2, "batch_tokens": 60, "zero_stage": stage}).run()
+    run = command(
+        dtype="bfloat16", learning_rate=1e-30, runtime={"num_processes": 2, "batch_tokens": 60, "zero_stage": stage}
+    ).run()
     assert gap(run.weights, load_file(tiny_model / "model.safetensors")) < 1e-20
 
 
@@ -423,11 +454,15 @@ def test_two_ranks_with_zero_train_as_one(command, trained, stage):
     ],
     ids=str,
 )
-def test_a_killed_training_resumes_bit_by_bit_with_ranks_and_zero_too(tmp_path, tiny_model, rows, make_artifact, dtype, runtime):
+def test_a_killed_training_resumes_bit_by_bit_with_ranks_and_zero_too(
+    tmp_path, tiny_model, rows, make_artifact, dtype, runtime
+):
     shas = []
     for name, kill in (("whole", None), ("killed", 3)):
         (tmp_path / name).mkdir()
-        train = Command(tmp_path / name, tiny_model, rows, make_artifact, dtype=dtype, runtime=runtime | {"save_every_steps": 2})
+        train = Command(
+            tmp_path / name, tiny_model, rows, make_artifact, dtype=dtype, runtime=runtime | {"save_every_steps": 2}
+        )
         if kill:
             train.kill_after(kill)
         shas.append(sha256(train.run().model / "model.safetensors"))

@@ -37,9 +37,13 @@ def spanned(*rows: list[tuple[int, int]], ended: bool = False) -> Tokens:
     return Tokens.of([range(len(row) + ended) for row in rows], rows, [ended] * len(rows))
 
 
-def components(text: str, student: list[tuple[int, int]] = (), teacher: list[tuple[int, int]] = (), segmenter: str = "word"):
+def components(
+    text: str, student: list[tuple[int, int]] = (), teacher: list[tuple[int, int]] = (), segmenter: str = "word"
+):
     found = align([text], spanned(list(student)), spanned(list(teacher)), segmenter)
-    return [(text[a:b], bool(space)) for a, b, space in zip(found.starts, found.ends, found.is_space, strict=True)], found
+    return [
+        (text[a:b], bool(space)) for a, b, space in zip(found.starts, found.ends, found.is_space, strict=True)
+    ], found
 
 
 # ---- components
@@ -79,7 +83,10 @@ def test_a_token_that_crosses_a_border_merges_what_it_touches():
 
 
 def test_common_starts_cut_where_both_begin_a_token():
-    assert components("abcd e", [(0, 2), (2, 4), (4, 6)], [(0, 1), (1, 2), (2, 6)], "common_starts")[0] == [("ab", False), ("cd e", False)]
+    assert components("abcd e", [(0, 2), (2, 4), (4, 6)], [(0, 1), (1, 2), (2, 6)], "common_starts")[0] == [
+        ("ab", False),
+        ("cd e", False),
+    ]
 
 
 def test_zero_width_tokens_belong_where_they_stand():
@@ -96,7 +103,9 @@ def test_pieces_of_one_character_share_its_component():
 
 
 @pytest.mark.parametrize(
-    "bad", [[(0, 3), (3, 9)], [(3, 7), (0, 3)], [(-1, 3), (3, 7)], [(0, 5), (2, 4)]], ids=["outside", "backwards", "negative", "nested"]
+    "bad",
+    [[(0, 3), (3, 9)], [(3, 7), (0, 3)], [(-1, 3), (3, 7)], [(0, 5), (2, 4)]],
+    ids=["outside", "backwards", "negative", "nested"],
 )
 def test_unusable_spans_leave_their_response_alone(bad):
     texts = ["one two", "one two", "one two"]
@@ -128,13 +137,21 @@ def test_empty_components_merge_forwards_and_at_the_end_backwards():
 # ---- weights on top
 
 
-def batch_of(texts, student: Tokens, teacher: Tokens, seed: int = 0, chosen: bool = True, truncate: float = 0.0) -> ResponseBatch:
+def batch_of(
+    texts, student: Tokens, teacher: Tokens, seed: int = 0, chosen: bool = True, truncate: float = 0.0
+) -> ResponseBatch:
     draw = np.random.default_rng(seed)
     teacher_logps = -draw.exponential(2.0, int(teacher.starts[-1]))
     teacher_logps[draw.uniform(size=len(teacher_logps)) < truncate] = np.nan
     logps = {"reference": -draw.exponential(2.0, int(student.starts[-1]))}
     return ResponseBatch(
-        [f"row{i}" for i in range(len(texts))], np.full(len(texts), chosen), student, logps, list(texts), teacher, teacher_logps
+        [f"row{i}" for i in range(len(texts))],
+        np.full(len(texts), chosen),
+        student,
+        logps,
+        list(texts),
+        teacher,
+        teacher_logps,
     )
 
 
@@ -151,7 +168,9 @@ def slow_weights(batch: ResponseBatch, k=1.0, mu=1.0, L=-0.5, U=1.5, segmenter="
     values = []
     for i, b in enumerate(batch.logps["reference"]):
         partners = [
-            a for c, a in zip(found.teacher, batch.teacher_logps, strict=True) if c == found.student[i] and c >= 0 and not np.isnan(a)
+            a
+            for c, a in zip(found.teacher, batch.teacher_logps, strict=True)
+            if c == found.student[i] and c >= 0 and not np.isnan(a)
         ]
         terms = [k * np.exp(mu * min(max(a - b, L), U)) for a in partners]
         values.append(np.mean(terms) if terms else (0.0 if empty == "zero" else k))
@@ -164,7 +183,9 @@ def test_vectorised_weights_equal_the_loop_over_tokens(monkeypatch, empty, pairs
     monkeypatch.setattr(alignment_module, "PAIRS_AT_ONCE", pairs_at_once)
     student, teacher = trained("bytes"), trained("metaspace")
     batch = batch_of(PROSE, tokens_of(student, PROSE, eos=False), tokens_of(teacher, PROSE, eos=False), truncate=0.3)
-    assert np.allclose(swift(batch, empty=empty, mu_chosen=0.7, k=1.3).values, slow_weights(batch, k=1.3, mu=0.7, empty=empty))
+    assert np.allclose(
+        swift(batch, empty=empty, mu_chosen=0.7, k=1.3).values, slow_weights(batch, k=1.3, mu=0.7, empty=empty)
+    )
 
 
 def test_one_tokenizer_is_compared_token_by_token():
@@ -182,7 +203,9 @@ def test_one_tokenizer_is_compared_token_by_token():
 def test_equal_models_mu_of_zero_and_equal_bounds_give_constants():
     tokens = tokens_of(trained("bytes"), PROSE)
     batch = batch_of(PROSE, tokens, tokens)
-    same = ResponseBatch(batch.keys, batch.chosen, tokens, {"reference": batch.teacher_logps}, batch.texts, tokens, batch.teacher_logps)
+    same = ResponseBatch(
+        batch.keys, batch.chosen, tokens, {"reference": batch.teacher_logps}, batch.texts, tokens, batch.teacher_logps
+    )
     assert np.allclose(swift(same, k=0.7).values, 0.7)
     cross = batch_of(PROSE, tokens, tokens_of(trained("metaspace"), PROSE))
     assert np.allclose(swift(cross, mu_chosen=0.0, k=0.7).values, 0.7)
@@ -206,7 +229,9 @@ def test_the_eos_is_paired_with_the_teachers():
         (teacher, [-1.0, -1.0, -0.2], "zero", 0.0),
         (teacher, [-1.0, -1.0, -0.2], "neutral", 1.0),
     ):
-        batch = ResponseBatch(["row"], np.ones(1, dtype=bool), student, logps, text, teacher_tokens, np.array(teacher_logps))
+        batch = ResponseBatch(
+            ["row"], np.ones(1, dtype=bool), student, logps, text, teacher_tokens, np.array(teacher_logps)
+        )
         assert swift(batch, eos=policy).values.tolist() == pytest.approx([1.0, expected])
 
 
@@ -243,7 +268,9 @@ def test_normalised_weights_sum_to_what_they_should():
     batch = batch_of(PROSE, student, teacher)
     sums = [row.sum() for row in swift(batch, normalise="sum100").per_response(student)]
     assert sums == pytest.approx([100.0] * len(PROSE), rel=1e-5)
-    assert [row.mean() for row in swift(batch, normalise="mean1").per_response(student)] == pytest.approx([1.0] * len(PROSE), rel=1e-5)
+    assert [row.mean() for row in swift(batch, normalise="mean1").per_response(student)] == pytest.approx(
+        [1.0] * len(PROSE), rel=1e-5
+    )
 
 
 def test_log_probs_that_are_no_numbers_are_refused_by_row_and_column():
@@ -252,7 +279,9 @@ def test_log_probs_that_are_no_numbers_are_refused_by_row_and_column():
     batch.logps["reference"][tokens.starts[1] + 4] = np.nan
     with pytest.raises(ContractError, match=r"'row1'.*'reference'.*token 4: nan"):
         swift(batch)
-    short = ResponseBatch(batch.keys, batch.chosen, tokens, {"reference": np.zeros(3)}, batch.texts, tokens, batch.teacher_logps)
+    short = ResponseBatch(
+        batch.keys, batch.chosen, tokens, {"reference": np.zeros(3)}, batch.texts, tokens, batch.teacher_logps
+    )
     with pytest.raises(ContractError, match=f"3 values for {tokens.starts[-1]} tokens"):
         swift(short)
     with pytest.raises(ContractError, match="need the log-probs 'reference'"):
@@ -260,7 +289,9 @@ def test_log_probs_that_are_no_numbers_are_refused_by_row_and_column():
 
 
 def test_statistics_add_up_over_batches():
-    assert add_stats([{"mean": (3.0, 2.0), "min/weight": (0.5, 2.0)}, {"mean": (1.0, 2.0), "min/weight": (-1.0, 2.0)}]) == {
+    assert add_stats(
+        [{"mean": (3.0, 2.0), "min/weight": (0.5, 2.0)}, {"mean": (1.0, 2.0), "min/weight": (-1.0, 2.0)}]
+    ) == {
         "mean": 1.0,
         "min/weight": -1.0,
     }
@@ -270,7 +301,10 @@ def test_statistics_add_up_over_batches():
 
 CORPUS = [
     *PROSE,
-    *(" ".join(words) for words in itertools.permutations(["singer", "东京", "naïve", "return", "\n\n", "\t", "12", "don't"], 4)),
+    *(
+        " ".join(words)
+        for words in itertools.permutations(["singer", "东京", "naïve", "return", "\n\n", "\t", "12", "don't"], 4)
+    ),
 ]
 
 
@@ -281,21 +315,27 @@ def trained(kind: str) -> Tokenizer:
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer()  # lower case, no accents: characters that no token covers
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False))
+        tokenizer.train_from_iterator(
+            CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
+        )
         return tokenizer
     if kind == "metaspace":
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)  # pieces of several words
         tokenizer.decoder = decoders.Metaspace()
         specials = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-        tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False))
+        tokenizer.train_from_iterator(
+            CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
+        )
         return tokenizer
     tokenizer = Tokenizer(models.BPE())
     if kind == "lowercase":
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "lowercase", use_regex=kind != "runs")
     size = {"bytes": 300, "runs": 420, "lowercase": 350}[kind]
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
@@ -316,7 +356,10 @@ def check_batch(texts: list[str], student: Tokens, teacher: Tokens) -> None:
             borders = [found.text_starts[row], *found.ends[mine]]
             assert list(found.starts[mine]) == borders[:-1] and borders[-1] == found.text_starts[row + 1]
             if text:
-                spaces = [text[a:b].isspace() for a, b in zip(found.starts[mine] - borders[0], found.ends[mine] - borders[0], strict=True)]
+                spaces = [
+                    text[a:b].isspace()
+                    for a, b in zip(found.starts[mine] - borders[0], found.ends[mine] - borders[0], strict=True)
+                ]
                 assert spaces == found.is_space[mine].tolist()
         # Every token of a text lies inside exactly one component of its own text.
         for tokens, owner in ((student, found.student), (teacher, found.teacher)):
@@ -327,7 +370,9 @@ def check_batch(texts: list[str], student: Tokens, teacher: Tokens) -> None:
     batch = batch_of(texts, student, teacher, truncate=0.1)
     for empty in ("neutral", "merge"):
         result = swift(batch, empty=empty, k=1.2)
-        assert (result.values >= 1.2 * np.exp(-0.5) - 1e-12).all() and (result.values <= 1.2 * np.exp(1.5) + 1e-12).all()
+        assert (result.values >= 1.2 * np.exp(-0.5) - 1e-12).all() and (
+            result.values <= 1.2 * np.exp(1.5) + 1e-12
+        ).all()
         assert result.stats["mean"][1] == student.starts[-1]
 
 
@@ -382,10 +427,16 @@ def test_any_text_under_tokenizers_made_here(texts, pair):
     check_batch(texts, student, teacher)
     found = align(texts, student, teacher)
     for row, text in enumerate(texts):
-        spans = [tuple(span) for tokens in (student, teacher) for span in tokens.spans[tokens.starts[row] : tokens.starts[row + 1] - 1]]
+        spans = [
+            tuple(span)
+            for tokens in (student, teacher)
+            for span in tokens.spans[tokens.starts[row] : tokens.starts[row + 1] - 1]
+        ]
         mine = found.rows == row
         borders = [(int(a), int(b)) for a, b in zip(found.starts[mine], found.ends[mine], strict=True)]
-        assert [(a - found.text_starts[row], b - found.text_starts[row]) for a, b in borders] == slow_components(text, spans)
+        assert [(a - found.text_starts[row], b - found.text_starts[row]) for a, b in borders] == slow_components(
+            text, spans
+        )
 
 
 def shared_tokenizers() -> dict[str, Path]:
@@ -425,7 +476,23 @@ def nasty_texts(count: int, seed: int) -> list[str]:
             "हिन्दी",
             "한국어",
         ),
-        *("\n", "\n\n", "\r\n", "\t", "\n\t", "    ", "  ", "\u00a0", "\u3000", "\u200b", "\u2028", "\ufeff", "\u0000", "\u0085", "\ufffd"),
+        *(
+            "\n",
+            "\n\n",
+            "\r\n",
+            "\t",
+            "\n\t",
+            "    ",
+            "  ",
+            "\u00a0",
+            "\u3000",
+            "\u200b",
+            "\u2028",
+            "\ufeff",
+            "\u0000",
+            "\u0085",
+            "\ufffd",
+        ),
         *(
             "```python\n",
             "{'a': [1, 2.5e-3]}",
@@ -442,10 +509,19 @@ def nasty_texts(count: int, seed: int) -> list[str]:
             "1234567",
         ),
     ]
-    alphabet = [*range(0x20, 0x7F), *range(0xA0, 0x250), *range(0x370, 0x400), *range(0x4E00, 0x4E80), *range(0x1F300, 0x1F380)]
+    alphabet = [
+        *range(0x20, 0x7F),
+        *range(0xA0, 0x250),
+        *range(0x370, 0x400),
+        *range(0x4E00, 0x4E80),
+        *range(0x1F300, 0x1F380),
+    ]
     texts = []
     for _ in range(count):
-        parts = [draw.choice(pieces) if draw.random() < 0.8 else chr(draw.choice(alphabet)) for _ in range(draw.randint(0, 40))]
+        parts = [
+            draw.choice(pieces) if draw.random() < 0.8 else chr(draw.choice(alphabet))
+            for _ in range(draw.randint(0, 40))
+        ]
         texts.append(draw.choice(["", " ", " ", "\n"]).join(parts))
     return texts
 

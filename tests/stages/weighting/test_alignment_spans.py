@@ -26,7 +26,10 @@ def byte_level() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"], show_progress=False
+        vocab_size=330,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
@@ -37,9 +40,13 @@ def sentence_piece() -> PreTrainedTokenizerFast:
     """As Llama 2 and Mistral: a space before the text, bytes for unknown characters."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+        vocab_size=420,
+        special_tokens=["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
@@ -51,7 +58,9 @@ def word_piece() -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(cleanup=False)
-    backend.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]", "[EOS]"], show_progress=False))
+    backend.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]", "[EOS]"], show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[EOS]", unk_token="[UNK]")
 
 
@@ -147,5 +156,10 @@ def test_random_ids_of_real_tokenizers(name):
         text, spans = reader.read(ids)
         unread += spans is None
         if spans is not None:
-            assert len(spans) == len(ids) and (np.diff(spans[:, 0]) >= 0).all() and (spans <= len(text)).all() and (spans >= 0).all()
+            assert (
+                len(spans) == len(ids)
+                and (np.diff(spans[:, 0]) >= 0).all()
+                and (spans <= len(text)).all()
+                and (spans >= 0).all()
+            )
     assert not unread  # though random ids are full of broken characters

@@ -24,7 +24,9 @@ def weights(name: str, batch: ResponseBatch, **settings):
 
 
 def test_tis_dpo_raises_what_the_good_model_prefers_in_chosen_and_what_the_bad_one_prefers_in_rejected():
-    batch = responses({"positive": [[-1.0, -2.0], [-1.0, -2.0]], "negative": [[-2.0, -1.8], [-2.0, -1.8]]}, [True, False])
+    batch = responses(
+        {"positive": [[-1.0, -2.0], [-1.0, -2.0]], "negative": [[-2.0, -1.8], [-2.0, -1.8]]}, [True, False]
+    )
     result = weights("tis_dpo", batch)
     assert result.values.tolist() == pytest.approx([np.e, np.exp(-0.2), 1 / np.e, np.exp(0.2)])
     assert weights("contrastive", batch).values.tolist() == result.values.tolist()
@@ -36,13 +38,19 @@ def test_tis_dpos_published_transforms():
     # raw 0.13, -1, 9 and 1
     assert weights("tis_dpo", batch, transform="rank").values.tolist() == pytest.approx([1.0, 0.7, 1.3, 1.0])
     # (x + 1.5) / 3 * 0.6 + 0.7, clipped
-    assert weights("tis_dpo", batch, transform="threshold_scale").values.tolist() == pytest.approx([1.026, 0.8, 1.3, 1.2])
+    assert weights("tis_dpo", batch, transform="threshold_scale").values.tolist() == pytest.approx(
+        [1.026, 0.8, 1.3, 1.2]
+    )
 
 
 def test_tgdpo_token_rewards_of_both_kinds():
-    batch = responses({"reward_model": [[-1.0, -3.0], [-1.0, -3.0]], "reference": [[-2.0, -1.0], [-2.0, -1.0]]}, [True, False])
+    batch = responses(
+        {"reward_model": [[-1.0, -3.0], [-1.0, -3.0]], "reference": [[-2.0, -1.0], [-2.0, -1.0]]}, [True, False]
+    )
     assert weights("tgdpo", batch, alpha=0.5, beta_r=1.0).values.tolist() == pytest.approx([1.5, 0.0, 0.5, 2.0])
-    assert weights("tgdpo", batch, alpha=0.5, beta_r=1.0, kind="simpo").values.tolist() == pytest.approx([0.75, 0.25, 1.25, 1.75])
+    assert weights("tgdpo", batch, alpha=0.5, beta_r=1.0, kind="simpo").values.tolist() == pytest.approx(
+        [0.75, 0.25, 1.25, 1.75]
+    )
     assert weights("tgdpo", batch, alpha=0.0).values.tolist() == [1.0] * 4
     result = weights("tgdpo", batch, alpha=1.0, beta_r=1.0, floor=0.1)
     assert result.values.tolist() == pytest.approx([2.0, 0.1, 0.1, 3.0])
@@ -113,7 +121,14 @@ def test_decimals_are_rounded_as_python_does():
 
 def test_empty_batches_give_empty_weights():
     batch = responses(
-        {"reference": [[], []], "positive": [[], []], "negative": [[], []], "reward_model": [[], []], "importance": [[], []]}, [True, False]
+        {
+            "reference": [[], []],
+            "positive": [[], []],
+            "negative": [[], []],
+            "reward_model": [[], []],
+            "importance": [[], []],
+        },
+        [True, False],
     )
     for name in ("ones", "tis_dpo", "tgdpo", "tidpo", "random"):
         assert weights(name, batch).values.shape == (0,)

@@ -1,0 +1,324 @@
+"""selfplay: the command line. Every command imports what it needs when it runs, so that --help answers at once.
+
+Exit codes: 0 done, 2 the request is wrong and nothing was written, 130 interrupted, else see data_contracts/errors.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="selfplay", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    help="Let a language model improve by playing against itself: sample, score, weigh, train, evaluate, again.",
+)  # fmt: skip
+
+STORE = Annotated[
+    str | None, typer.Option("--store", metavar="DIR", help="artifact store; default: $SELFPLAY_STORE or ./store")
+]
+SET = Annotated[
+    list[str] | None, typer.Option("--set", metavar="section.field=value", help="override one setting; repeatable")
+]
+RUN_FILE = Annotated[str, typer.Argument(metavar="RUN.yaml", help="run config, e.g. deploy/runs/quickstart.yaml")]
+RUN_NAME = Annotated[str, typer.Argument(metavar="RUN", help="name of a run in the store, or a run config")]
+KEY = Annotated[str, typer.Argument(help="a key, the start of one, or kind/key")]
+
+
+@app.command()
+def run(config: RUN_FILE, set: SET = None, store: STORE = None) -> None:
+    """One self-play run, here and now.
+
+    Run it again after anything - a finish, a kill, a power cut - and it goes on.
+    """
+    _play(config, set, store)
+
+
+@app.command()
+def resume(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
+    """Go on with a run by its name.
+
+    With the settings it was started with last, as runs/NAME/run.json keeps them.
+    """
+    _play(str(_settings_of(name, store)), set, store)
+
+
+@app.command()
+def compare(config: Annotated[str, typer.Argument(metavar="COMPARISON.yaml", help="e.g. deploy/runs/compare/table3.yaml")],
+            set: SET = None, store: STORE = None) -> None:  # fmt: skip
+    """Several methods or seeds on shared artifacts.
+
+    One table, with intervals; what does not depend on the method is built once.
+    """
+    from data_contracts.store import Store
+    from flows.comparison import load_comparison
+
+    root = Store(store)
+    comparison = load_comparison(config, _overrides(set))
+    comparison.check(root)
+    for variant in comparison.variants:
+        _check_server(variant.config)
+    with _server(root) as url:
+        from flows.compare import compare as flow
+
+        print(f"watch it at {url.removesuffix('/api')}", flush=True)
+        result = flow(config=config, overrides=_overrides(set), store=str(root.root))
+    print(result["text"])
+    print(f"report: {result['report']}")
+
+
+@app.command()
+def estimate(config: RUN_FILE, set: SET = None, store: STORE = None,
+             price: Annotated[float | None, typer.Option(help="money per hour of this machine")] = None,
+             calibrate: Annotated[bool, typer.Option(help="measure on this machine what the store's records do not tell")] = True) -> None:  # fmt: skip
+    """What a run will cost, before it is started.
+
+    Seconds, tokens, FLOPs, memory, disk and money per stage. What is built already costs nothing.
+    """
+    from data_contracts.store import Store
+    from flows.config import load_run
+    from flows.forecast.estimate import estimate as predict
+    from flows.forecast.estimate import show
+
+    print(show(predict(load_run(config, _overrides(set)), Store(store), price_per_hour=price, calibrate=calibrate)))
+
+
+@app.command()
+def plan(config: RUN_FILE, set: SET = None) -> None:
+    """What will run where, and whether it fits.
+
+    Memory per stage and rank, on paper; what cannot fit is refused with the settings that help.
+    """
+    _hand_over("flows.forecast.plan", [config, *(word for text in set or [] for word in ("--set", text))], None)
+
+
+@app.command()
+def status(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
+    """What of a run is built, and what is to come."""
+    from data_contracts.store import Store
+    from flows.cli.status import status as look
+    from flows.config import load_run
+
+    print(look(load_run(_settings_of(name, store), _overrides(set)), Store(store)))
+
+
+@app.command()
+def report(name: RUN_NAME, store: STORE = None) -> None:
+    """Write a run's report again, from its artifacts."""
+    from data_contracts.store import Store
+    from flows.cli.status import report_again
+    from flows.config import load_run
+
+    print(report_again(load_run(_settings_of(name, store)), Store(store)))
+
+
+@app.command()
+def init(method: Annotated[str, typer.Argument(help="a name of `selfplay methods`")],
+         out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default: METHOD.yaml; - prints it")] = None) -> None:  # fmt: skip
+    """Write a commented run config for a method."""
+    from data_contracts.errors import ConfigError
+    from flows.cli.scaffold import commented_config
+
+    text = commented_config(method)
+    path = out or Path(f"{method}.yaml")
+    if str(path) == "-":
+        print(text)
+        return
+    if path.exists():
+        raise ConfigError(f"{path} is there already: name another file with --out")
+    path.write_text(text, encoding="utf-8")
+    print(f"{path}: a run config for {method}. Try: selfplay run {path}")
+
+
+@app.command()
+def methods() -> None:
+    """What can be trained: name, equation, source, needs."""
+    from stages.__main__ import print_methods
+
+    print_methods()
+
+
+@app.command()
+def ls(
+    kind: Annotated[str | None, typer.Option(help="only generations, checkpoint, ...")] = None, store: STORE = None
+) -> None:
+    """Every finished artifact, oldest first."""
+    _contracts("ls", store, kind)
+
+
+@app.command()
+def show(key: KEY, store: STORE = None) -> None:
+    """Everything a record says."""
+    _contracts("show", store, key)
+
+
+@app.command()
+def explain(key: KEY, store: STORE = None) -> None:
+    """Why an artifact is not one of the others."""
+    _contracts("explain", store, key)
+
+
+@app.command()
+def verify(
+    keys: Annotated[list[str] | None, typer.Argument(help="keys; default: all")] = None, store: STORE = None
+) -> None:
+    """Read every byte again, compare with what was signed."""
+    _contracts("verify", store, keys or [])
+
+
+@app.command()
+def ledger(run: Annotated[str, typer.Argument(metavar="RUN", help="name of a run in the store")],
+           csv: Annotated[bool, typer.Option(help="one row per artifact, for a spreadsheet")] = False, store: STORE = None) -> None:  # fmt: skip
+    """What a run cost, stage by stage."""
+    _contracts("ledger", store, run, csv)
+
+
+@app.command()
+def doctor(store: STORE = None) -> None:
+    """What is wrong with this machine, store or server.
+
+    Zombie runs, stuck locks, versions that do not fit, too little memory or disk; each with the command that mends it.
+    """
+    _hand_over("flows.cli.doctor", [], store)
+
+
+@app.command()
+def gc(keep_runs: Annotated[int, typer.Option(metavar="N", help="the last N runs stay as they are")],
+       dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be set aside, change nothing")] = False,
+       yes: Annotated[bool, typer.Option("--yes", help="delete it, and what earlier calls have set aside")] = False,
+       store: STORE = None) -> None:  # fmt: skip
+    """Set aside what the last N runs do not need.
+
+    It lies in STORE/set_aside and can be moved back; --yes deletes it.
+    """
+    flags = (["--dry-run"] if dry_run else []) + (["--yes"] if yes else [])
+    _hand_over("data_contracts.gc", ["--keep-runs", str(keep_runs), *flags], store)
+
+
+@app.command("replay-batch")
+def replay_batch(path: Annotated[str, typer.Argument(help="the directory that the stopped training named")]) -> None:
+    """Repeat the training step at which numbers went wrong."""
+    _hand_over("stages.training.replay", [path], None)
+
+
+def _hand_over(module: str, arguments: list[str], store: str | None) -> None:
+    """To a command that can also be called by itself: `python -m MODULE`."""
+    import importlib
+
+    code = importlib.import_module(module).main([*arguments, *(["--store", store] if store else [])])
+    if code:
+        raise SystemExit(code)
+
+
+def _contracts(command: str, store: str | None, *arguments: Any) -> None:
+    import data_contracts.__main__ as contracts
+    from data_contracts.store import Store
+
+    getattr(contracts, command)(Store(store), *arguments)
+
+
+def _overrides(assignments: list[str] | None) -> dict[str, Any]:
+    from flows.config import parse_assignment
+
+    return dict(parse_assignment(text) for text in assignments or [])
+
+
+def _settings_of(name: str, store: str | None) -> Path:
+    """The run config itself, or the settings that the store keeps of a run by that name."""
+    from data_contracts.errors import ConfigError
+    from data_contracts.store import RUN_SETTINGS, Store
+
+    if Path(name).is_file():
+        return Path(name)
+    place = Store(store)
+    known = place.runs_with(RUN_SETTINGS)
+    if name not in known:
+        raise ConfigError(
+            f"{name!r} is neither a run config nor a run in {place.root}; runs there: {', '.join(known) or 'none'} (--store names another store)"
+        )
+    return place.run_directory(name) / RUN_SETTINGS
+
+
+def _server(store: Any) -> AbstractContextManager[str]:
+    from flows.cli.server import prefect_server
+
+    return prefect_server(store.root / "prefect")
+
+
+def _check_server(settings: Any) -> None:
+    """Raises: ConfigError if the run's work waits for workers, and the server would be one of its own, which has none."""
+    from data_contracts.errors import ConfigError
+
+    profile = settings.execution.profile
+    if profile in ("process-pool", "kubernetes") and not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError(
+            f"execution.profile is {profile}, and no Prefect server is named: export PREFECT_API_URL=http://HOST:4200/api, the server of the "
+            "workers (docs/cluster.md)"
+        )
+
+
+def _play(config: str, assignments: list[str] | None, store: str | None) -> None:
+    from data_contracts.ledger import Ledger
+    from data_contracts.store import Store
+    from flows.config import load_run
+    from flows.preflight import preflight
+
+    root, overrides = Store(store), _overrides(assignments)
+    settings = load_run(config, overrides)
+    _check_server(settings)
+    preflight(settings, root)
+    os.environ["SELFPLAY_OWN_PROCESS"] = "1"
+    with _server(root) as url:
+        # Prefect reads its settings when it is imported: after the server is known.
+        from flows.self_play import self_play
+
+        print(f"watch it at {url.removesuffix('/api')}", flush=True)
+        history = self_play(config=config, overrides=overrides, store=str(root.root))
+    _print_rows(settings.name, history["rows"])
+    print(history["headline"])
+    print(f"report: {history['report']} (and .html beside it, with curves)")
+    print(f"what it cost: selfplay ledger {settings.name}")
+    Ledger(root, settings.name, history["session"]).end()
+
+
+def _print_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"self-play run {name}")
+    for column in rows[-1]:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in rows[-1]))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from data_contracts.errors import PipelineError, reported
+
+    try:
+        code = app(arguments, prog_name="selfplay", standalone_mode=False)
+    except PipelineError as error:
+        return reported(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except SystemExit as error:
+        return int(error.code or 0)
+    except typer.Abort:
+        return 130
+    except typer.TyperException as error:
+        error.show()
+        return error.exit_code
+    if code == 130:  # typer turns Ctrl-C into a return value
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def run_command() -> None:
+    """Entry point of an installed package."""
+    sys.exit(main())

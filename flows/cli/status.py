@@ -1,0 +1,90 @@
+"""Flows - ask about a run: what of it is there (`status`), and its report again (`report`). Nothing is built."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from data_contracts.errors import ConfigError
+from data_contracts.store import Store
+from flows.config import RunConfig
+from flows.forecast.rehearsal import Step, rehearse
+from flows.report.history import History
+from stages.stage import STAGES, events
+from tasks.stages import Place
+
+
+def status(config: RunConfig, store: Store) -> str:
+    """A line per artifact of the run, and what is left."""
+    rehearsal = rehearse(config, store)
+    locked = store.locks()
+    lines = [f"run {config.name}: {config.method.name}, {config.iterations} iteration(s), store {store.root}"]
+    for one in rehearsal.steps:
+        lines.append(f"  {one.step}  {one.shown_as:20} {one.key or '':16}  {_state(one, store, locked)}")
+    built = sum(one.record is not None for one in rehearsal.steps)
+    lines.append(
+        f"{built} of {len(rehearsal.steps)} artifacts are built"
+        + ("" if built < len(rehearsal.steps) else ": the run is complete")
+    )
+    return "\n".join(lines)
+
+
+def _state(one: Step, store: Store, locked: list[tuple[str, str]]) -> str:
+    if one.record is not None:
+        return f"built {str(one.record.provenance.get('time', '?'))[:19].replace('T', ' ')}, {one.record.seconds.get('wall', 0):.1f} s"
+    if one.key is None:
+        return "to come"
+    kind = STAGES[one.stage].produces
+    owner = _owner(store, kind, one.key, locked)
+    history = events(store.directory(kind, one.key))
+    done = sum(event["event"] == "shard" for event in history)
+    steps = max((event["index"] for event in history if event["event"] == "step"), default=0)
+    progress = f"{steps} training step(s)" if steps else f"{done} shard(s)"
+    if owner is not None:
+        return (
+            f"being built by process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}: {progress}"
+        )
+    if history:
+        ago = time.time() - history[-1]["time"]
+        return f"unfinished: {progress}, last word {ago / 60:.0f} min ago; the next run goes on from there"
+    return "next"
+
+
+def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> dict[str, Any] | None:
+    """Who builds it, on whatever host. Holding the lock for a moment to see is harmless: a builder asks again every half second."""
+    if (kind, key) not in locked:  # to ask for a lock makes its file
+        return None
+    try:
+        with store.try_lock(kind, key) as owner:
+            return owner
+    except OSError:  # a store that may only be read
+        return None
+
+
+class _NoTracker:
+    """MLflow has heard of it all when it was built."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **named: None
+
+
+class _Reader(History):
+    """A history that shows itself on paper only."""
+
+    def _publish(self, place: Place) -> None:
+        pass
+
+
+def report_again(config: RunConfig, store: Store) -> Path:
+    """Write `runs/<name>/report.html` and `.md` from the iterations that are complete. Raises: ConfigError if none is."""
+    history = _Reader(config, store, _NoTracker())
+    rehearse(config, store, history=history)
+    if not history.rows:
+        raise ConfigError(
+            f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; see `selfplay status`"
+        )
+    gate = history.directory / "gate.json"
+    history.decisions = json.loads(gate.read_text(encoding="utf-8")) if gate.is_file() else []
+    return history.write_report()

@@ -1,0 +1,93 @@
+"""Stages - the only shared maths: per-token log-probabilities, masked sums, and the shape checks that keep them honest.
+
+Axes: N responses, B pairs, T completion tokens (right-padded), V vocabulary. Everything is float32 or better, in nats, 0 outside the mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data_contracts.errors import ContractError
+from stages.models.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    r"""log softmax(logits)[ids], in float32 whatever the model's dtype; 0 where the mask is False.
+
+    Shapes: logits [N, T, V] (row t predicts token t), ids [N, T], mask [N, T] bool -> [N, T].
+    """
+    from stages.models.kernels import TokenLogps
+
+    check_shapes("token_logps", ids=ids, mask=mask)
+    logps = TokenLogps.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1)).view(ids.shape)
+    return torch.where(mask, logps, torch.zeros((), dtype=logps.dtype, device=logps.device))
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the last axis inside the mask. `where`, not a product: inf * 0 outside the mask would be NaN."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the last axis inside the mask; 0 for an empty row."""
+    return masked_sum(values, mask) / mask.sum(-1).clamp_min(1)
+
+
+def check_shapes(what: str, **tensors: Tensor) -> None:
+    """Raises: ContractError unless all the tensors have one shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ContractError(f"{what}: shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The index of each scored token inside its own response, from 0, wherever the padding lies. [N, T]; meaningless outside the mask."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def left_align(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the scored tokens of each row to its front, in order; zeros behind them. Shapes: [N, T] or [N, T, V], mask [N, T].
+
+    For the few losses that compare token i of one response with token i of another.
+    """
+    order = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)
+    aligned = mask.gather(-1, order)
+    index, keep = (order, aligned) if values.ndim == mask.ndim else (order.unsqueeze(-1).expand_as(values), aligned.unsqueeze(-1))
+    return torch.where(keep, values.gather(1, index), torch.zeros((), dtype=values.dtype, device=values.device)), aligned
+
+
+def kl_divergence(left: Tensor, right: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
+    r"""KL(softmax(left) || softmax(right)) at each position over the full vocabulary, in float32 or better; 0 outside the mask.
+
+    Shapes: logits [N, T, V], mask [N, T] bool -> [N, T]. Computed `chunk` positions at a time and recomputed in the backward pass, so that
+    the float32 copies of both models' logits never exist for the whole length. A logit of -inf is a token that cannot occur: it adds 0
+    where `left` excludes it.
+    """
+    if left.shape != right.shape:
+        raise ContractError(
+            f"a full-vocabulary KL needs two models of one vocabulary; got logits {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    check_shapes("kl_divergence", mask=mask, logits=left[..., 0])
+    pieces = []
+    for start in range(0, left.shape[1], chunk):
+        part = (left[:, start : start + chunk], right[:, start : start + chunk])
+        tracked = torch.is_grad_enabled() and any(piece.requires_grad for piece in part)
+        pieces.append(torch.utils.checkpoint.checkpoint(_kl, *part, use_reentrant=False) if tracked else _kl(*part))
+    values = torch.cat(pieces, dim=1) if pieces else left.new_zeros(mask.shape)
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def _kl(left: Tensor, right: Tensor) -> Tensor:
+    left, right = log_softmax(left), log_softmax(right)
+    possible = ~torch.isneginf(left)
+    # Two wheres: the inner one keeps inf - inf out of the backward pass.
+    gap = torch.where(possible, left, 0.0) - torch.where(possible, right, 0.0)
+    return (left.exp() * gap).sum(-1)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the last axis, in float32 whatever the model's dtype (float64 stays)."""
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

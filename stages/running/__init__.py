@@ -1,0 +1,1 @@
+"""Stages - how a stage's processes live: shards shared by workers, costs, rendezvous, supervision."""

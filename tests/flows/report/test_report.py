@@ -1,0 +1,347 @@
+"""report.md and report.html from records alone, and the page in a real browser.
+
+Strategy: a store of two iterations is written by hand (weights that vary, a held-out answer that nobody could score, a hostile completion);
+History reads it as it reads a run. The page is then opened by headless Chromium at the width of a phone and of a laptop.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import flows.report.history
+from data_contracts.artifact import ArtifactRecord
+from data_contracts.shards import SCHEMAS, shard_path, to_table, write_shard
+from data_contracts.store import Store
+from flows.config import load_run
+from flows.gate import Gate
+from flows.report.history import History, token_pieces
+from tasks.build import Built
+from tasks.stages import Place
+
+HOSTILE = "<script>document.title='broken'</script> & <b>bold</b> https://example.com/x.js\x00"
+FIGURES = "score gain win-rates benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 heat lengths fluency rates dropped seconds"
+
+
+class Silent:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.summaries = []
+
+    def stage(self, *_):
+        pass
+
+    def summary(self, iteration, values):
+        self.summaries.append((iteration, values))
+
+
+def sign(store: Store, kind: str, key: str, stage: str, inputs=None, metrics=None, seconds=10.0) -> Built:
+    record = ArtifactRecord(
+        kind=kind, key=key, stage=stage, version="1", config={}, inputs=inputs or {}, content="", files=[], rows=0,
+        metrics=metrics or {}, seconds={"wall": seconds},
+    )  # fmt: skip
+    store.directory(kind, key).mkdir(parents=True, exist_ok=True)
+    (store.directory(kind, key) / "data.txt").write_text(key)
+    record = store.sign(record)
+    return Built(record.ref(str(store.directory(kind, key))), record, False)
+
+
+def rows_of(
+    store: Store, kind: str, key: str, rows: list[dict], prefix: str = "part", schema: str | None = None
+) -> None:
+    write_shard(shard_path(store.directory(kind, key), 0, prefix), to_table(rows, schema or kind))
+
+
+def evaluation(store: Store, iteration: int, prompts: Built, scored: bool = True) -> Built:
+    key = f"e{iteration}"
+    heldout = [
+        {
+            "prompt_id": f"p{i}",
+            "candidate": 0,
+            "completion": HOSTILE if i == 0 else f"answer {i} of iteration {iteration}",
+            "score": None if i == 3 or not scored else 0.1 * iteration + 0.01 * i,
+            "num_tokens": 20 + i + iteration * (i % 3),
+            "finished": True,
+            "start_logp": -1.0 - 0.1 * iteration,
+        }
+        for i in range(30)
+    ]
+    base = {"low": None, "high": None, "stderr": None, "n": 30, "n_shot": 0, "task_version": "1"}
+    report = [
+        {"suite": "heldout", "task": "heldout", "metric": metric, **base, "value": value}
+        for metric, value in {
+            "mean_tokens": 20.0 + iteration,
+            "finished_rate": 1.0,
+            "start_logp": -1.0,
+            "distinct_rate": 0.9,
+        }.items()
+    ]
+    if scored:
+        score = {"value": 0.2 + 0.1 * iteration, "low": 0.1, "high": 0.4}
+        report.append({"suite": "heldout", "task": "heldout", "metric": "score", **base, **score})
+    arc = {
+        "suite": "lm-eval",
+        "task": "arc",
+        "metric": "acc",
+        "value": 0.4 + 0.05 * iteration,
+        "stderr": 0.03,
+        "low": 0.34,
+        "high": 0.46,
+    }
+    judged = {"suite": "mt_bench", "task": "mt_bench", "task_version": "grader", "n": 16}
+    report += [base | judged | {"metric": "failed_judgments", "value": 16.0 if iteration == 1 else 2.0}]
+    report += [base | judged | {"metric": "score", "value": 5.0 + iteration}] if iteration != 1 else []
+    report += [base | arc, base | arc | {"suite": "open_llm", "value": 0.3}]
+    rows_of(store, "eval_report", key, report)
+    rows_of(store, "eval_report", key, heldout, "heldout", "heldout")
+    return sign(store, "eval_report", key, "evaluate", {"prompts": prompts.ref})
+
+
+def weighing(store: Store, iteration: int, ones: bool) -> Built:
+    def side(number, first):
+        ids = [first + j for j in range(10 + number)]
+        weights = [1.0 if ones else 0.5 + 0.1 * (j % 10) for j in range(len(ids))]
+        return ids, weights
+
+    rows = []
+    for number in range(6):
+        row = dict.fromkeys(SCHEMAS["weighted_pairs"].names)
+        (chosen, good), (rejected, bad) = side(number, 60), side(number, 90)
+        row |= {
+            "pair_id": f"p{number}/0-1",
+            "prompt_id": f"p{number}",
+            "prompt_ids": [5, 6],
+            "win_rate_chosen": 0.7,
+            "win_rate_rejected": 0.3,
+        }
+        row |= {"chosen_ids": chosen, "chosen_weights": good, "rejected_ids": rejected, "rejected_weights": bad}
+        row |= {"chosen_candidate": 0, "rejected_candidate": 1}
+        rows.append(row)
+    key = f"w{iteration}"
+    rows_of(store, "weighted_pairs", key, rows)
+    ends = {"min": 1.0, "max": 1.0} if ones else {"min": 0.5, "max": 1.4}
+    metrics = {f"weights/{name}/{end}": value for name in ("chosen", "rejected") for end, value in ends.items()}
+    return sign(
+        store,
+        "weighted_pairs",
+        key,
+        "weigh",
+        metrics=metrics | {"weights/at_L": 0.12, "weights/at_U": 0.03, "dropped": 2.0},
+    )
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """What would go to Prefect."""
+    sent = []
+    for name in ("create_table_artifact", "create_markdown_artifact", "create_link_artifact"):
+        monkeypatch.setattr(flows.report.history, name, lambda *_, key, kind=name, **__: sent.append((kind, key)))
+    return sent
+
+
+@pytest.fixture
+def told(store, make_run, tiny_model, make_prompts, make_rows, published):
+    """told(ones=False, scored=True, iterations=2) -> History of a run that is on disk."""
+
+    def tell(ones=False, scored=True, iterations=2):
+        config = load_run(make_run("paper"))
+        prompts = make_prompts(store, [row | {"prompt_id": f"p{i}"} for i, row in enumerate(make_rows(30))])
+        prompts = Built(prompts, store.load("prompts", prompts.key), False)
+        answers = sign(store, "generations", "g", "sample")
+        start = sign(store, "checkpoint", "c0", "train").ref.model_copy(update={"path": str(tiny_model)})
+        history = History(config, store, Silent())
+        gate = Gate(config.evaluation.gate, history, start)
+        history.measured(Place(str(store.root), "paper", "iter_00"), answers, evaluation(store, 0, prompts, scored))
+        for iteration in range(1, iterations + 1):
+            place = Place(str(store.root), "paper", f"iter_{iteration:02d}")
+            directory = store.directory("checkpoint", f"c{iteration}")
+            directory.mkdir(parents=True, exist_ok=True)
+            names = (
+                "rewards/chosen",
+                "rewards/rejected",
+                "rewards/margins",
+                "rewards/accuracies",
+                "logps/chosen",
+                "logps/rejected",
+                "loss",
+            )
+            lines = [
+                {"step": step, **{name: 0.1 * step * (-1 if "rejected" in name else 1) for name in names}}
+                for step in range(1, 9)
+            ]
+            (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            score = sign(
+                store,
+                "scored_pairs",
+                f"s{iteration}",
+                "score",
+                metrics={"dropped/all equal": 4.0, "spoilt/repeats itself": 7.0},
+            )
+            train = sign(store, "checkpoint", f"c{iteration}", "train", {"policy": start})
+            history.built(place, sample=answers, score=score, weigh=weighing(store, iteration, ones), train=train)
+            history.measured(place, answers, evaluation(store, iteration, prompts, scored))
+            gate.next(train.ref)
+        return history
+
+    return tell
+
+
+def page_of(history) -> str:
+    return history.write_report().with_suffix(".html").read_text()
+
+
+def test_the_page_holds_every_figure_and_nothing_from_outside(told):
+    page = page_of(told())
+    assert {f"fig-{name}" for name in FIGURES.split()} == set(re.findall(r'id="(fig-[^"]+)"', page))
+    assert len(page) < 3_000_000
+    assert "<script" not in page
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*""", page)
+    assert "url(" not in page
+
+
+def test_each_figure_is_a_file_of_its_own_too(told):
+    history = told()
+    folder = history.write_report(plots=True).with_name("plots")
+    assert {path.stem for path in folder.iterdir()} == set(FIGURES.split()) - {"heat"}
+    for path in folder.iterdir():
+        root = ElementTree.parse(path).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(root) > 3
+
+
+def test_two_suites_with_one_task_have_a_column_each(told):
+    assert {"lm-eval/arc/acc": 0.5, "open_llm/arc/acc": 0.3}.items() <= told().rows[-1].items()
+
+
+def test_judgments_that_failed_are_counted_and_a_benchmark_without_any_is_unscored(told):
+    history = told()
+    page = page_of(history)
+    assert "Judgments that failed" in page
+    assert "<td>1</td><td>mt_bench</td><td>16</td><td>16</td><td>grader</td><td>unscored</td>" in page
+    assert "<td>2</td><td>mt_bench</td><td>2</td><td>16</td><td>grader</td><td>of the others</td>" in page
+    assert history.rows[1]["mt_bench"] is None and "mt_bench/score" not in history.rows[1]
+    assert history.rows[2]["mt_bench/score"] == 7.0
+
+
+def test_what_a_model_wrote_is_text(told):
+    page = page_of(told())
+    assert "&lt;script&gt;document.title=" in page
+    assert "<b>bold</b>" not in page
+
+
+def test_weights_show_their_histogram_clamps_and_tokens(told):
+    page = page_of(told())
+    assert "at a bound: at_L 12.0%, at_U 3.0%" in page
+    assert page.count('class="wm5"') > 2
+    assert 'title="0.500"' in page
+
+
+def test_weights_that_are_all_one_are_not_drawn(told):
+    page = page_of(told(ones=True))
+    assert 'id="fig-weights' not in page
+    assert 'id="fig-heat"' not in page
+
+
+def test_drop_reasons_add_up(told):
+    page = page_of(told())
+    assert "score: repeats itself (14)" in page
+    assert "weigh: equal responses (4)" in page
+
+
+def test_answers_that_nobody_could_score_are_counted_and_in_no_mean(told):
+    history = told()
+    assert [row["unscored"] for row in history.rows] == [1, 1, 1]
+    assert "p3" not in history.measured_at(-1).scores
+    assert history.decisions[-1]["unscored"] == 1
+    assert "unscored" in page_of(history)
+
+
+def test_a_run_whose_judge_was_away_still_gets_its_report(told):
+    history = told(scored=False)
+    page = page_of(history)
+    assert history.rows[-1]["heldout_score"] is None
+    assert history.headline().startswith("the held-out answers could not be scored")
+    assert [one["outcome"] for one in history.decisions] == ["keep going", "keep going"]
+    assert "<td>unscored</td>" in page
+    assert "| unscored |" in (history.directory / "report.md").read_text()
+
+
+def test_the_gate_is_in_both_reports_and_beside_them(told):
+    history = told()
+    assert "<td>promote</td>" in page_of(history)
+    assert "iteration 1 against 0: promote" in (history.directory / "report.md").read_text()
+    recorded = json.loads((history.directory / "gate.json").read_text())
+    assert [one["best"]["iteration"] for one in recorded] == [1, 2]
+
+
+def test_prefect_gets_tables_with_a_history_and_a_link(told, published):
+    told()
+    kinds = [kind for kind, _ in published]
+    assert kinds.count("create_link_artifact") == 3
+    assert ("create_table_artifact", "paper-history") in published
+    assert ("create_markdown_artifact", "paper-iter-02") in published
+    assert ("create_link_artifact", "paper-report") in published
+
+
+def test_token_pieces_give_the_text_back(tiny_model):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    text = "She sells sea shells \u2013 na\u00efve \U0001f41a!"
+    ids = tokenizer.encode(text).ids
+    pieces = token_pieces(tokenizer, ids, [float(i) for i in range(len(ids))])
+    assert "".join(piece for piece, _ in pieces) == text
+    assert len(pieces) < len(ids)  # characters of several byte tokens are one piece
+
+
+PROBE = """<script>addEventListener('load',()=>{const f=[...document.querySelectorAll('[id^=fig-]')];
+parent.postMessage(JSON.stringify({width:innerWidth,page:document.documentElement.scrollWidth,
+empty:f.filter(e=>{const r=(e.querySelector('svg')||e).getBoundingClientRect();return r.width<200||r.height<60}).map(e=>e.id),
+title:document.title,figures:f.length}),'*')})</script></head>"""
+HOST = """<!doctype html><script>addEventListener('message',e=>{const p=document.createElement('pre');p.id='probe';p.textContent=e.data;
+document.body.append(p)})</script><body><iframe width="%d" height="1600" style="border:0" src="probed.html"></iframe></body>"""
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(told, tmp_path, width):
+    browser = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+    if browser is None:
+        pytest.skip("no chromium to open the page with")
+    page = page_of(told())
+    bare = tmp_path / "page.html"
+    bare.write_text(page)
+    probed = tmp_path / "probed.html"  # the same page, allowed to measure itself
+    probed.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</head>", PROBE))
+    host = tmp_path / "host.html"  # a frame: no window is narrower than 500 pixels
+    host.write_text(HOST % width)
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
+    quiet += ["--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=1500,1600"]
+
+    def visit(path: Path, name: str) -> subprocess.CompletedProcess:
+        command = [browser, *quiet, f"--user-data-dir={tmp_path / name}", "--dump-dom", path.as_uri()]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=180, check=True, env=os.environ | {"HOME": str(tmp_path)}
+        )
+
+    seen = visit(bare, "a")
+    assert "CONSOLE" not in seen.stderr, seen.stderr
+    found = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', visit(host, "b").stdout)[1]))
+    assert found["figures"] == len(FIGURES.split())
+    assert not found["empty"]
+    assert found["title"] == "paper: self-play report"
+    assert found["page"] <= found["width"] == width

@@ -1,0 +1,176 @@
+"""Packed batches: each prompt once and no padding, and still the numbers of padded rows.
+
+Strategy: small random models of every packable type, in float32, over prompts and responses of many lengths; padded rows and plain torch are
+the reference, for log-probs and for the gradients of all weights. The layout of one small batch by hand.
+"""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stages.models.kernels
+from stages.models.kernels import TokenLogps
+from stages.models.policy import PACKABLE, batches_by_sum, collate, group_prompts, load_causal_lm, pack, packable, response_logps, score_responses
+
+SIZES = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+SPECIAL = {
+    "gpt2": {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {name: value for name, value in SIZES.items() if name != "num_key_value_heads"},
+    "mistral": SIZES | {"sliding_window": None},
+    "qwen3": SIZES | {"head_dim": 16},
+}
+
+
+def build(kind: str, directory, **changes):
+    """A random model of a type, loaded as the stages load theirs."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**(SPECIAL.get(kind, SIZES) | changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return load_causal_lm(str(directory), "float32", "cpu")
+
+
+def texts(seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+    """Two responses to each of five prompts, a third one to the first."""
+    draw = random.Random(seed)
+    one = lambda most: [draw.randrange(5, 300) for _ in range(draw.randint(1, most))]  # noqa: E731
+    prompts = [one(14) for _ in range(5)]
+    prompts = [*prompts, *prompts, prompts[0]]
+    return prompts, [one(9) for _ in prompts]
+
+
+def gradients(model, batch, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs, and the gradient of their weighted sum by every weight."""
+    model.zero_grad()
+    logps = response_logps(model, batch)
+    (logps * weights).sum().backward()
+    return logps.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+# --- the numbers
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
+def test_log_probs_and_gradients_of_a_packed_batch_are_those_of_padded_rows(kind, tmp_path):
+    model = build(kind, tmp_path)
+    assert packable(model)
+    prompts, responses = texts()
+    padded, packed = collate(prompts, responses), pack(prompts, responses)
+    assert packed.input_ids.numel() < 0.7 * padded.input_ids.numel()
+    weights = torch.rand(padded.response_ids.shape, generator=torch.Generator().manual_seed(0))
+    ours, plain = gradients(model, packed, weights), gradients(model, padded, weights)
+    for left, right in zip(ours, plain, strict=True):
+        assert (left - right).norm() <= 1e-5 * right.norm()
+    # And the loss has something to do with the model.
+    assert plain[1].norm() > 1 and plain[0].std() > 0.1
+
+
+def test_a_response_does_not_see_the_other_responses_to_its_prompt(tiny_model):
+    model = load_causal_lm(str(tiny_model), "float32", "cpu").eval()
+    one, other = pack([[5, 6]] * 2, [[7, 8], [9, 10]]), pack([[5, 6]] * 2, [[7, 8], [11, 12]])
+    with torch.no_grad():
+        left, right = response_logps(model, one), response_logps(model, other)
+    assert torch.equal(left[0], right[0]) and not torch.allclose(left[1], right[1])
+
+
+def test_scores_do_not_depend_on_packing_or_its_budget(tiny_model):
+    model = load_causal_lm(str(tiny_model), "float32", "cpu").eval()
+    prompts, responses = texts(3)
+    whole = score_responses(model, prompts, responses, 4096)
+    model.config.model_type = "unknown"  # padded rows
+    assert not packable(model)
+    padded = score_responses(model, prompts, responses, 4096)
+    model.config.model_type = "llama"
+    for budget in (1, 30, 80):
+        for left, right, plain in zip(score_responses(model, prompts, responses, budget), whole, padded, strict=True):
+            assert abs(left - right).max() < 1e-5 and abs(left - plain).max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [stages.models.kernels.SHORT, 0])
+def test_bf16_attention_is_as_near_to_float32_by_either_way(tiny_model, monkeypatch, length):
+    # Short groups take plain products in bf16 on a CPU, long ones torch's fused kernel.
+    monkeypatch.setattr(stages.models.kernels, "SHORT", length)
+    exact = load_causal_lm(str(tiny_model), "float32", "cpu").eval()
+    rounded = load_causal_lm(str(tiny_model), "bfloat16", "cpu").eval()
+    prompts, responses = texts(1)
+    with torch.no_grad():
+        gap = (response_logps(rounded, pack(prompts, responses)) - response_logps(exact, pack(prompts, responses))).abs()
+    assert 0 < gap.mean() < 0.06
+
+
+def test_a_model_whose_attention_is_not_plain_is_padded(tmp_path):
+    assert not packable(build("mistral", tmp_path / "window", sliding_window=8))
+    assert not packable(build("gemma2", tmp_path / "gemma", head_dim=16))
+    assert not packable(lambda **_: None)
+
+
+def test_an_exported_model_does_not_name_our_attention(tiny_model, tmp_path):
+    load_causal_lm(str(tiny_model), "float32", "cpu").save_pretrained(tmp_path)
+    assert stages.models.kernels.NAME not in (tmp_path / "config.json").read_text()
+
+
+# --- log-probs out of logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 30, 10**6])
+def test_log_probs_in_chunks_are_those_of_log_softmax_with_the_same_gradient(monkeypatch, dtype, chunk):
+    monkeypatch.setattr(stages.models.kernels, "CHUNK", chunk)
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 11, generator=draw, dtype=torch.float64) * 3).to(dtype).requires_grad_()
+    ids, weights = torch.randint(11, (7,), generator=draw), torch.randn(7, generator=draw, dtype=torch.float64)
+    ours = TokenLogps.apply(logits, ids)
+    exact = logits.detach().double().requires_grad_()
+    plain = exact.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    (ours * weights.to(ours.dtype)).sum().backward()
+    (plain * weights).sum().backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
+    assert (ours - plain).abs().max() < tolerance
+    assert (logits.grad.double() - exact.grad).abs().max() < max(tolerance, 2 * torch.finfo(dtype).eps)
+
+
+# --- the layout
+
+
+def test_a_packed_batch_by_hand():
+    batch = pack([[1, 2], [3], [1, 2]], [[4], [5, 6], [7, 8]])
+    # Group one: the prompt 1 2 with the responses 4 and 7 8; group two: the prompt 3 with 5 6.
+    assert batch.input_ids.tolist() == [[1, 2, 4, 7, 8, 3, 5, 6]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2]]
+    assert batch.cells.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
+    assert batch.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert batch.sources.tolist() == [1, 5, 6, 1, 3]  # what predicts 4, 5 6, 7 8
+    assert batch.response_ids.tolist() == [[4, 0], [5, 6], [7, 8]]
+    assert batch.response_mask.tolist() == [[True, False], [True, True], [True, True]]
+    assert batch.attention_mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
+
+
+def test_two_responses_always_share_their_prompt_and_more_of_them_while_they_are_short():
+    assert group_prompts([[1], [2], [1], [1]], [[5], [5], [6], [7]]) == [[0, 2, 3], [1]]
+    assert group_prompts([[1]] * 4, [[5] * 600] * 4) == [[0, 1], [2, 3]]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_batches_by_sum_take_every_row_once_within_the_budget(lengths, budget):
+    batches = batches_by_sum(lengths, budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    sums = [sum(lengths[row] for row in batch) for batch in batches]
+    assert all(total <= budget or len(batch) == 1 for total, batch in zip(sums, batches, strict=True))
+
+
+def test_batches_are_filled_evenly():
+    assert [len(batch) for batch in batches_by_sum([10] * 8, 60)] == [4, 4]  # not 6 and 2
+    assert batches_by_sum([5, 1, 9], 100) == [[2, 0, 1]]
