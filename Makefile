@@ -49,5 +49,5 @@ soak: venv  ## tiny runs for two hours: does anything grow? (ARGS="--minutes 15"
 audit:  ## pinned versions with known vulnerabilities, and the versions that mend them
 	@python=$$(deploy/setup/find_python.sh) && "$$python" deploy/setup/audit.py
 
-lint: venv  ## style and import rules
-	@$(PY) -m ruff check . && .venv/bin/lint-imports --no-cache
+lint: venv  ## style, import rules, types
+	@$(PY) -m ruff check . && .venv/bin/lint-imports --no-cache && .venv/bin/basedpyright
