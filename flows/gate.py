@@ -8,7 +8,7 @@ from typing import Any
 from data_contracts.artifact import ArtifactRef
 from data_contracts.store import write_atomic
 from flows.report.history import History
-from stages.evaluation.gate import PROMOTE, ROLL_BACK, STOP, GateConfig, compare
+from stages.evaluation.promotion import PROMOTE, ROLL_BACK, STOP, GateConfig, decide
 
 
 class Gate:
@@ -25,7 +25,7 @@ class Gate:
         Off, this is the candidate, and never a stop.
         """
         before, after = self.history.measured_at(self.best_iteration), self.history.measured_at(-1)
-        decision = compare(self.config, before, after, self.without_promotion)
+        decision = decide(self.config, before, after, self.without_promotion)
         iteration = len(self.history.rows) - 1
         against = self.best_iteration
         if decision.outcome == PROMOTE:

@@ -36,7 +36,7 @@ from flows.gate import Gate
 from flows.preflight import Checked, preflight
 from flows.report.history import History
 from flows.tournament import merged, scoring_of, spread
-from stages.evaluation.gate import Measured, measured, select
+from stages.evaluation.promotion import Measurement, select_checkpoint
 from stages.methods import METHODS
 from stages.scoring.stage import WITHOUT_GENERATIONS
 from stages.training.batches import STEPS
@@ -55,8 +55,8 @@ def read_answers(answers: ArtifactRef) -> dict[str, str]:
     return {row["prompt_id"]: row["completion"] for row in read_shards(answers.path, "generations").to_pylist()}
 
 
-def read_report(report: ArtifactRef) -> Measured:
-    return measured(
+def read_report(report: ArtifactRef) -> Measurement:
+    return Measurement.from_rows(
         read_shards(report.path, "heldout", "heldout").to_pylist(), read_shards(report.path, "eval_report").to_pylist()
     )
 
@@ -71,7 +71,7 @@ class Hands(NamedTuple):
     run: Callable[..., Built] = run
     publish: Callable[..., ArtifactRef] = select_prompts
     read_answers: Callable[[ArtifactRef], dict[str, str]] = read_answers
-    read_report: Callable[[ArtifactRef], Measured] = read_report
+    read_report: Callable[[ArtifactRef], Measurement] = read_report
     merge: Callable[[Mapping[str, ArtifactRef], Place], ArtifactRef] = merge
 
 
@@ -118,7 +118,7 @@ def play(
                     run("evaluate", checked.evaluation.heldout_only(), place, f"checkpoint_{number}", **inputs).ref
                 )
             )
-        chosen, gains = select(found, config.evaluation.gate)
+        chosen, gains = select_checkpoint(found, config.evaluation.gate)
         history.selected(place, candidates, found, gains, chosen)
         return candidates[chosen]
 

@@ -17,7 +17,7 @@ from flows.config import RunConfig
 from flows.preflight import Checked, gather
 from flows.self_play import Hands, models_of, play, read_answers, read_report
 from flows.tournament import merge_key
-from stages.evaluation.gate import Measured
+from stages.evaluation.promotion import Measurement
 from stages.stage import STAGES
 from tasks.build import Built
 from tasks.prompts import VERSION
@@ -102,8 +102,8 @@ class _Looker:
     def read_answers(self, answers: ArtifactRef) -> dict[str, str]:
         return read_answers(answers) if answers.content != UNKNOWN else {}
 
-    def read_report(self, report: ArtifactRef) -> Measured:
-        return read_report(report) if report.content != UNKNOWN else Measured({}, {})
+    def read_report(self, report: ArtifactRef) -> Measurement:
+        return read_report(report) if report.content != UNKNOWN else Measurement({}, {})
 
     def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
         key = merge_key(players) if all(ref.content != UNKNOWN for ref in players.values()) else UNKNOWN
@@ -128,7 +128,9 @@ class _Teller:
         else:
             self.history = None
 
-    def selected(self, place: Place, checkpoints: Sequence[ArtifactRef], found: Sequence[Measured], *more: Any) -> None:
+    def selected(
+        self, place: Place, checkpoints: Sequence[ArtifactRef], found: Sequence[Measurement], *more: Any
+    ) -> None:
         if self.history is not None and all(one.tokens for one in found):
             self.history.selected(place, checkpoints, found, *more)
         else:

@@ -20,8 +20,8 @@ from data_contracts.store import Store, write_atomic
 from flows.config import RunConfig
 from flows.report.page import Story, WeightPicture, markdown_table, render, standalone_figures
 from flows.tournament import Standing, spread, standing
-from stages.evaluation.gate import Measured, measured, paired_gain
 from stages.evaluation.intervals import Interval, paired_bootstrap
+from stages.evaluation.promotion import Measurement, paired_gain
 from stages.evaluation.rows import column_names
 from stages.evaluation.stage import per_prompt
 from stages.evaluation.win_rates import win_rate_matrix
@@ -118,15 +118,15 @@ class History:
         self.tracker.summary(_number(place), summary)
         self._publish(place)
 
-    def measured_at(self, iteration: int) -> Measured:
+    def measured_at(self, iteration: int) -> Measurement:
         """What the promotion gate compares."""
-        return measured(self.heldout[iteration], self.reports[iteration])
+        return Measurement.from_rows(self.heldout[iteration], self.reports[iteration])
 
     def selected(
         self,
         place: Place,
         checkpoints: Sequence[ArtifactRef],
-        found: Sequence[Measured],
+        found: Sequence[Measurement],
         gains: Sequence[Interval | None],
         chosen: int,
     ) -> None:

@@ -15,9 +15,9 @@ from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.evaluation import sandbox
-from stages.evaluation.gate import GateConfig
 from stages.evaluation.intervals import Interval, bootstrap
 from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
+from stages.evaluation.promotion import GateConfig
 from stages.evaluation.rouge import rouge_l
 from stages.evaluation.rows import column_names, report_row
 from stages.evaluation.win_rates import best_of_n

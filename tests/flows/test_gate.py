@@ -7,7 +7,7 @@ import pytest
 
 from data_contracts.artifact import ArtifactRef
 from flows.gate import Gate
-from stages.evaluation.gate import GateConfig, Measured
+from stages.evaluation.promotion import GateConfig, Measurement
 
 
 def ref(iteration):
@@ -21,7 +21,7 @@ def walk(tmp_path):
     def go(values, **gate):
         names = [f"p{i}" for i in range(40)]
         known = [
-            Measured({name: v + 0.001 * (i % 7) for i, name in enumerate(names)}, dict.fromkeys(names, 5.0))
+            Measurement({name: v + 0.001 * (i % 7) for i, name in enumerate(names)}, dict.fromkeys(names, 5.0))
             for v in values
         ]
         history = SimpleNamespace(

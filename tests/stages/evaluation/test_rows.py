@@ -1,6 +1,6 @@
 """What a number is called in tables: two suites with one task keep two columns."""
 
-from stages.evaluation.gate import measured
+from stages.evaluation.promotion import Measurement
 from stages.evaluation.rows import column_names, report_row
 
 
@@ -15,4 +15,4 @@ def test_a_task_of_several_suites_is_named_with_its_suite_and_others_are_not():
 
 def test_the_gate_looks_at_both():
     rows = [report_row(suite, "mmlu", "acc", value, 10, stderr=0.1) for suite, value in (("v1", 0.4), ("tidpo", 0.6))]
-    assert measured([], rows).benchmarks == {"v1/mmlu/acc": (0.4, 0.1), "tidpo/mmlu/acc": (0.6, 0.1)}
+    assert Measurement.from_rows([], rows).benchmarks == {"v1/mmlu/acc": (0.4, 0.1), "tidpo/mmlu/acc": (0.6, 0.1)}

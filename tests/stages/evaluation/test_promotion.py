@@ -9,20 +9,19 @@ import math
 import numpy as np
 import pytest
 
-from stages.evaluation.gate import (
+from stages.evaluation.promotion import (
     KEEP_GOING,
     PROMOTE,
     ROLL_BACK,
     STOP,
     GateConfig,
-    Measured,
-    compare,
+    Measurement,
+    decide,
     detectable_gain,
-    measured,
     paired_gain,
     prompts_needed,
     regressions,
-    select,
+    select_checkpoint,
 )
 
 SPREAD = 0.3
@@ -41,7 +40,7 @@ def comparison(rng, gain=0.0, length_effect=0.0, longer=0.0, prompts=PROMPTS):
     scores = [difficulty + luck[0], difficulty + luck[1] + gain + length_effect * np.tanh(change / change.std())]
     names = [f"p{i}" for i in range(prompts)]
     return [
-        Measured(dict(zip(names, s, strict=True)), dict(zip(names, t, strict=True)))
+        Measurement(dict(zip(names, s, strict=True)), dict(zip(names, t, strict=True)))
         for s, t in zip(scores, tokens, strict=True)
     ]
 
@@ -49,7 +48,7 @@ def comparison(rng, gain=0.0, length_effect=0.0, longer=0.0, prompts=PROMPTS):
 def promoted(gain, seed, config=None, **more) -> float:
     rng = np.random.default_rng(seed)
     config = config or GateConfig(patience=9)
-    outcomes = [compare(config, *comparison(rng, gain, **more), seed=run).outcome for run in range(RUNS)]
+    outcomes = [decide(config, *comparison(rng, gain, **more), seed=run).outcome for run in range(RUNS)]
     return outcomes.count(PROMOTE) / RUNS
 
 
@@ -101,7 +100,7 @@ def of(value, prompts=50, **benchmarks):
     names = [f"p{i}" for i in range(prompts)]
     marks = {name: (mark, 0.01) for name, mark in benchmarks.items()}
     scores = [value + (wobble[i] if value else 0.0) for i in range(prompts)]
-    return Measured(dict(zip(names, scores, strict=True)), dict.fromkeys(names, 10.0), marks)
+    return Measurement(dict(zip(names, scores, strict=True)), dict.fromkeys(names, 10.0), marks)
 
 
 @pytest.mark.parametrize(
@@ -117,16 +116,16 @@ def of(value, prompts=50, **benchmarks):
     ],
 )
 def test_every_outcome(candidate, config, before, outcome):
-    decision = compare(GateConfig(**config), of(0.0), of(candidate), before)
+    decision = decide(GateConfig(**config), of(0.0), of(candidate), before)
     assert decision.outcome == outcome
     assert decision.reason
 
 
 def test_a_benchmark_that_falls_too_far_rolls_back_whatever_the_gain():
     before, after = of(0.0, mmlu=0.50, arc=0.40), of(0.2, mmlu=0.44, arc=0.41)
-    assert compare(GateConfig(max_benchmark_drop=0.02), before, after).outcome == ROLL_BACK
-    assert compare(GateConfig(max_benchmark_drop=0.10), before, after).outcome == PROMOTE
-    assert compare(GateConfig(), before, after).outcome == PROMOTE
+    assert decide(GateConfig(max_benchmark_drop=0.02), before, after).outcome == ROLL_BACK
+    assert decide(GateConfig(max_benchmark_drop=0.10), before, after).outcome == PROMOTE
+    assert decide(GateConfig(), before, after).outcome == PROMOTE
     # 0.02 is within two standard errors of the difference: 2 * sqrt(2) * 0.01 = 0.028
     assert regressions({"mmlu": (0.50, 0.01)}, {"mmlu": (0.48, 0.01)}, 0.0) == []
 
@@ -134,25 +133,25 @@ def test_a_benchmark_that_falls_too_far_rolls_back_whatever_the_gain():
 def test_prompts_that_one_side_could_not_score_are_counted_and_left_out():
     before, after = of(0.0), of(0.2)
     scores = {name: value for name, value in after.scores.items() if name not in ("p0", "p1")}
-    decision = compare(GateConfig(), before, after._replace(scores=scores))
+    decision = decide(GateConfig(), before, after._replace(scores=scores))
     assert (decision.prompts, decision.unscored) == (48, 2)
 
 
 def test_nothing_scored_decides_nothing():
-    decision = compare(GateConfig(patience=1), of(0.0), of(0.2)._replace(scores={}))
+    decision = decide(GateConfig(patience=1), of(0.0), of(0.2)._replace(scores={}))
     assert (decision.outcome, decision.gain, decision.unscored) == (KEEP_GOING, None, 50)
 
 
 def test_the_best_of_several_checkpoints_is_selected_and_the_first_of_equals():
-    chosen, gains = select([of(0.1), of(0.3), of(0.2)])
+    chosen, gains = select_checkpoint([of(0.1), of(0.3), of(0.2)])
     assert (chosen, gains[0]) == (1, None)
     assert [round(gain.mean, 6) for gain in gains[1:]] == [0.2, 0.1]
-    assert select([of(0.1), of(0.1)])[0] == 0
-    assert select([of(0.3), of(0.1), of(0.2)])[0] == 0
+    assert select_checkpoint([of(0.1), of(0.1)])[0] == 0
+    assert select_checkpoint([of(0.3), of(0.1), of(0.2)])[0] == 0
 
 
 def test_where_too_little_was_scored_the_end_of_the_training_goes_on():
-    assert select([of(0.1), of(0.3)._replace(scores={}), of(0.2)])[0] == 2
+    assert select_checkpoint([of(0.1), of(0.3)._replace(scores={}), of(0.2)])[0] == 2
 
 
 def test_rows_of_a_report_become_what_is_compared():
@@ -166,7 +165,9 @@ def test_rows_of_a_report_become_what_is_compared():
         {"suite": "lm-eval", "task": "arc", "metric": "acc", "value": 0.4, "stderr": 0.02},
         {"suite": "lm-eval", "task": "lambada", "metric": "perplexity", "value": 20.0, "stderr": None},
     ]
-    assert measured(heldout, report) == Measured({"a": 1.0}, {"a": 6.0, "b": 2.0}, {"arc/acc": (0.4, 0.02)})
+    assert Measurement.from_rows(heldout, report) == Measurement(
+        {"a": 1.0}, {"a": 6.0, "b": 2.0}, {"arc/acc": (0.4, 0.02)}
+    )
 
 
 def test_the_gate_enters_no_key():
