@@ -58,7 +58,11 @@ def attention(
 
     def spread(rows: Tensor) -> Tensor:
         """[1, h, S, D] -> [G, H, L, D]."""
-        out = _Move.apply(rows[0].transpose(0, 1), cells, tokens).view(groups, length, rows.shape[1], units).transpose(1, 2)
+        out = (
+            _Move.apply(rows[0].transpose(0, 1), cells, tokens)
+            .view(groups, length, rows.shape[1], units)
+            .transpose(1, 2)
+        )
         return out if rows.shape[1] == heads else out.repeat_interleave(heads // rows.shape[1], dim=1)
 
     spread_out = (spread(query), spread(key), spread(value))

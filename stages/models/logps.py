@@ -43,7 +43,14 @@ class Pass:
     """One model's pass over responses. `fill` computes what is missing, part by part; `get` reads."""
 
     def __init__(
-        self, root: Path, model: ArtifactRef, dtype: str, device: str, budget: int, kind: str = "logps", score: Score = score_responses
+        self,
+        root: Path,
+        model: ArtifactRef,
+        dtype: str,
+        device: str,
+        budget: int,
+        kind: str = "logps",
+        score: Score = score_responses,
     ):
         self.directory = root / "logps" / f"{model.content[:16]}-{dtype}-{kind}-{VERSION}"
         self.model, self.dtype, self.device, self.budget, self.score = model, dtype, device, budget, score
@@ -65,7 +72,9 @@ class Pass:
         # Names only: a Path for each of thousands of parts, at every shard, would make a row dearer the more of them there are.
         names = os.listdir(self.directory) if self.directory.is_dir() else []
         self.next_look = time.monotonic() + 20 * (time.monotonic() - began)
-        for name in sorted(name for name in names if name.startswith("part-") and name.endswith(".parquet") and name not in self.seen):
+        for name in sorted(
+            name for name in names if name.startswith("part-") and name.endswith(".parquet") and name not in self.seen
+        ):
             self._index(self.directory / name)
 
     def _index(self, path: Path) -> None:
@@ -83,7 +92,9 @@ class Pass:
 
     def fill(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> int:
         """Make sure that every row is there; the missing ones are one part, written whole. Returns how many were missing."""
-        wanted = {row_key(prompt, response): (prompt, response) for prompt, response in zip(prompts, responses, strict=True)}
+        wanted = {
+            row_key(prompt, response): (prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+        }
         # What another run has just written would be found; but thousands of names read at every shard would cost more than that is worth.
         if not wanted.keys() <= self.where.keys() and time.monotonic() >= self.next_look:
             self._refresh()
@@ -93,7 +104,10 @@ class Pass:
         if missing:
             values = self._score_within_context(list(missing.values()))
             path = self.directory / f"part-{hashlib.sha256(b''.join(missing)).hexdigest()[:16]}.parquet"
-            write_shard(path, to_table([{"key": key, "logps": row} for key, row in zip(missing, values, strict=True)], "token_logps"))
+            write_shard(
+                path,
+                to_table([{"key": key, "logps": row} for key, row in zip(missing, values, strict=True)], "token_logps"),
+            )
             self._index(path)
         return len(missing)
 
@@ -105,7 +119,10 @@ class Pass:
     def _score_within_context(self, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Tokens beyond the model's context are NaN: a teacher may be shorter than the policy."""
         context = context_length(self.model.path)
-        kept = [(prompt, response if context is None else response[: max(0, context - len(prompt))]) for prompt, response in rows]
+        kept = [
+            (prompt, response if context is None else response[: max(0, context - len(prompt))])
+            for prompt, response in rows
+        ]
         inside = [(prompt, response) for prompt, response in kept if len(response)]
         scored = iter(self.score(self._load(), *zip(*inside, strict=True), self.budget)) if inside else iter(())
         self.tokens_read += sum(len(prompt) + len(response) for prompt, response in inside)
@@ -124,7 +141,9 @@ class Pass:
     def get(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """The stored rows, in the order asked for."""
         found = []
-        if any(row_key(prompt, response) not in self.where for prompt, response in zip(prompts, responses, strict=True)):
+        if any(
+            row_key(prompt, response) not in self.where for prompt, response in zip(prompts, responses, strict=True)
+        ):
             self._refresh()  # made by another worker
         for prompt, response in zip(prompts, responses, strict=True):
             part, number = divmod(self.where[row_key(prompt, response)], 1 << 32)
@@ -138,7 +157,9 @@ class Pass:
         try:
             return pq.read_table(path, columns=["logps"], page_checksum_verification=True)["logps"].combine_chunks()
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}). Delete it and run again: only its rows are computed anew") from None
+            raise ArtifactError(
+                f"{path} is damaged ({error}). Delete it and run again: only its rows are computed anew"
+            ) from None
 
     def _load(self) -> Any:
         if self.loaded is None:
@@ -148,7 +169,12 @@ class Pass:
 
     def account(self, job: Any) -> None:
         """Tell the job what was read since the last time, and what was found."""
-        job.used(self.model.path, self.tokens_read, cache_hits=self.hits - self.told[0], cache_misses=self.misses - self.told[1])
+        job.used(
+            self.model.path,
+            self.tokens_read,
+            cache_hits=self.hits - self.told[0],
+            cache_misses=self.misses - self.told[1],
+        )
         self.tokens_read, self.told = 0, (self.hits, self.misses)
 
     def release(self) -> None:

@@ -40,7 +40,9 @@ def check_shapes(what: str, **tensors: Tensor) -> None:
     """Raises: ContractError unless all the tensors have one shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
-        raise ContractError(f"{what}: shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+        raise ContractError(
+            f"{what}: shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        )
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -55,8 +57,12 @@ def left_align(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)
     aligned = mask.gather(-1, order)
-    index, keep = (order, aligned) if values.ndim == mask.ndim else (order.unsqueeze(-1).expand_as(values), aligned.unsqueeze(-1))
-    return torch.where(keep, values.gather(1, index), torch.zeros((), dtype=values.dtype, device=values.device)), aligned
+    index, keep = (
+        (order, aligned) if values.ndim == mask.ndim else (order.unsqueeze(-1).expand_as(values), aligned.unsqueeze(-1))
+    )
+    return torch.where(
+        keep, values.gather(1, index), torch.zeros((), dtype=values.dtype, device=values.device)
+    ), aligned
 
 
 def kl_divergence(left: Tensor, right: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:

@@ -107,9 +107,21 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -
     flat = cells.reshape(-1)
     tokens = np.flatnonzero(flat >= 0)
     owners = torch.from_numpy(owner)
-    sees = torch.ones(length, length, dtype=torch.bool).tril() & ((owners == 0)[:, None, :] | (owners[:, :, None] == owners[:, None, :]))
-    tensors = [torch.tensor([ids]), sees[:, None], torch.tensor([positions]), torch.from_numpy(flat), torch.from_numpy(tokens)]
-    tensors += [torch.tensor([source for of in sources for source in of]), torch.from_numpy(response_ids), torch.from_numpy(mask)]
+    sees = torch.ones(length, length, dtype=torch.bool).tril() & (
+        (owners == 0)[:, None, :] | (owners[:, :, None] == owners[:, None, :])
+    )
+    tensors = [
+        torch.tensor([ids]),
+        sees[:, None],
+        torch.tensor([positions]),
+        torch.from_numpy(flat),
+        torch.from_numpy(tokens),
+    ]
+    tensors += [
+        torch.tensor([source for of in sources for source in of]),
+        torch.from_numpy(response_ids),
+        torch.from_numpy(mask),
+    ]
     return Packed(*tensors)
 
 
@@ -216,7 +228,9 @@ def batches_by_sum(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return fill(low)
 
 
-def score_responses(model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[np.ndarray]:
+def score_responses(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int
+) -> list[np.ndarray]:
     """Per-token log-probs of every response under a frozen model, float32, in the order given."""
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(prompts)
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]

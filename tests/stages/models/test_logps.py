@@ -98,7 +98,9 @@ def test_tokens_beyond_the_models_context_are_nan(make_pass, tiny_model):
 
 def test_nan_log_probs_stop_the_pass_and_nothing_is_stored(make_pass):
     broken = make_pass(
-        lambda model, prompts, responses, budget: [np.full(len(response), np.nan, dtype=np.float32) for response in responses]
+        lambda model, prompts, responses, budget: [
+            np.full(len(response), np.nan, dtype=np.float32) for response in responses
+        ]
     )
     with pytest.raises(ContractError, match="NaN or infinity"):
         broken.fill(PROMPTS, RESPONSES)

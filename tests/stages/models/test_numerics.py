@@ -41,7 +41,10 @@ def test_token_logps_by_hand():
 
 
 def test_token_logps_are_those_of_plain_torch_with_the_same_gradient():
-    logits, ids = normal(3, 5, 11).requires_grad_(), torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(1))
+    logits, ids = (
+        normal(3, 5, 11).requires_grad_(),
+        torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(1)),
+    )
     mask = torch.arange(5)[None] < torch.tensor([5, 3, 1])[:, None]
     plain = functional.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0] * mask
     ours = token_logps(logits, ids, mask)
@@ -120,7 +123,9 @@ def test_kl_by_hand():
 
 def test_kl_is_that_of_plain_torch_in_any_chunks_with_the_same_gradient():
     left, right, mask = normal(2, 5, 7).requires_grad_(), normal(2, 5, 7, seed=1), MASK[:, [0, 1, 2, 3, 3]]
-    plain = functional.kl_div(right.log_softmax(-1), left.log_softmax(-1), log_target=True, reduction="none").sum(-1) * mask
+    plain = (
+        functional.kl_div(right.log_softmax(-1), left.log_softmax(-1), log_target=True, reduction="none").sum(-1) * mask
+    )
     for chunk in (1, 2, 256):
         ours = kl_divergence(left, right, mask, chunk)
         assert torch.allclose(ours, plain, atol=1e-6)

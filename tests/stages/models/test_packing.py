@@ -13,14 +13,32 @@ from hypothesis import strategies as st
 
 import stages.models.kernels
 from stages.models.kernels import TokenLogps
-from stages.models.policy import PACKABLE, batches_by_sum, collate, group_prompts, load_causal_lm, pack, packable, response_logps, score_responses
+from stages.models.policy import (
+    PACKABLE,
+    batches_by_sum,
+    collate,
+    group_prompts,
+    load_causal_lm,
+    pack,
+    packable,
+    response_logps,
+    score_responses,
+)
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
 }  # fmt: skip
 SPECIAL = {
-    "gpt2": {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "vocab_size": 320,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "gpt_neox": {name: value for name, value in SIZES.items() if name != "num_key_value_heads"},
     "mistral": SIZES | {"sliding_window": None},
     "qwen3": SIZES | {"head_dim": 16},
@@ -51,7 +69,9 @@ def gradients(model, batch, weights) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
     logps = response_logps(model, batch)
     (logps * weights).sum().backward()
-    return logps.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    return logps.detach(), torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    )
 
 
 # --- the numbers
@@ -101,7 +121,9 @@ def test_bf16_attention_is_as_near_to_float32_by_either_way(tiny_model, monkeypa
     rounded = load_causal_lm(str(tiny_model), "bfloat16", "cpu").eval()
     prompts, responses = texts(1)
     with torch.no_grad():
-        gap = (response_logps(rounded, pack(prompts, responses)) - response_logps(exact, pack(prompts, responses))).abs()
+        gap = (
+            response_logps(rounded, pack(prompts, responses)) - response_logps(exact, pack(prompts, responses))
+        ).abs()
     assert 0 < gap.mean() < 0.06
 
 

@@ -16,7 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.models.policy import batches_by_budget, collate, load_causal_lm, pick_device, response_logits, response_logps, score_responses
+from stages.models.policy import (
+    batches_by_budget,
+    collate,
+    load_causal_lm,
+    pick_device,
+    response_logits,
+    response_logps,
+    score_responses,
+)
 
 TABLE = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -95,7 +103,9 @@ def test_log_probs_are_those_of_plain_torch_one_by_one(model):
 def test_the_size_of_the_batches_does_not_matter(model, budget):
     prompts, responses = texts(12)
     for one, other in zip(
-        score_responses(model, prompts, responses, 4096), score_responses(model, prompts, responses, budget), strict=True
+        score_responses(model, prompts, responses, 4096),
+        score_responses(model, prompts, responses, budget),
+        strict=True,
     ):
         assert np.abs(one - other).max() < 1e-5
 

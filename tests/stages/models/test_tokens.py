@@ -40,8 +40,27 @@ def test_the_tokenizer_is_the_one_in_the_file(tiny_model, tokenizer):
 
 def test_a_chat_prompt_is_the_template_ready_for_the_answer(tokenizer):
     assert encode_prompt(tokenizer, HELLO, "chat") == [3, *ids(tokenizer, "the sea"), 1, 4]
-    talk = [{"role": "system", "content": "a"}, *HELLO, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    expected = [2, *ids(tokenizer, "a"), 1, 3, *ids(tokenizer, "the sea"), 1, 4, *ids(tokenizer, "b"), 1, 3, *ids(tokenizer, "c"), 1, 4]
+    talk = [
+        {"role": "system", "content": "a"},
+        *HELLO,
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    expected = [
+        2,
+        *ids(tokenizer, "a"),
+        1,
+        3,
+        *ids(tokenizer, "the sea"),
+        1,
+        4,
+        *ids(tokenizer, "b"),
+        1,
+        3,
+        *ids(tokenizer, "c"),
+        1,
+        4,
+    ]
     assert encode_prompt(tokenizer, talk, "chat") == expected
 
 
@@ -64,7 +83,10 @@ def test_a_response_that_ended_carries_one_eos(tokenizer):
 
 def test_prompt_and_response_meet_at_the_seam_whatever_the_text(tokenizer):
     # "the" and " sea" could merge across a seam if they were encoded together.
-    prompt, response = encode_prompt(tokenizer, [{"role": "user", "content": "the s"}], "plain"), encode_response(tokenizer, "ea")
+    prompt, response = (
+        encode_prompt(tokenizer, [{"role": "user", "content": "the s"}], "plain"),
+        encode_response(tokenizer, "ea"),
+    )
     assert tokenizer.decode(prompt + response) == "the sea<|end|>"
     assert prompt + response[:-1] != ids(tokenizer, "the sea")
 
