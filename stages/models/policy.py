@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from stages.running.cost import loading
 from stages.models.lazy import torch
 from stages.models.numerics import token_logps
+from stages.running.cost import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
