@@ -1,29 +1,56 @@
-"""Contracts - prompts: a JSONL file that people write, checked line by line, and the rows that stages read.
+"""Contracts - one row of prompts: what it holds, what makes it unusable, and the JSON line that people write it in.
 
 One line: {"prompt_id": "...", "messages": [{"role": "user", "content": "..."}], "checks": [...], "response": "..."}
-`checks` (verifiable instructions), `response` (a ground truth), and `chosen` with `rejected` (a given pair) are optional; `prompt` may stand
-for one user message.
+`prompt` may stand for one user message. Optional are `checks` (verifiable instructions), `response` (a ground truth), `chosen` with `rejected`
+(a given pair), or `completion` with `label` (a single answer that is good or bad: a row that holds `chosen` or `rejected` alone).
+Files in other formats and shapes are read by tasks/data.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_text
 
 ROLES = ("system", "user", "assistant")
 TEXTS = ("response", "chosen", "rejected")
-KEYS = {"prompt_id", "messages", "prompt", "checks", "source", *TEXTS}
+SINGLE = ("completion", "label")
+KEYS = {"prompt_id", "messages", "prompt", "checks", "source", *TEXTS, *SINGLE}
 
 
-def load_prompts(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a prompt file, in its order.
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class PromptRow(TypedDict):
+    """The columns of `prompts` in data_contracts/shards.py."""
+
+    prompt_id: str
+    messages: list[Message]
+    checks: str
+    response: str | None
+    chosen: str | None
+    rejected: str | None
+    source: str
+
+
+class UnusableRow(ValueError):
+    """A row that nothing can be made of. Equal problems share a `reason`; the message says it of this row."""
+
+    def __init__(self, reason: str, message: str = ""):
+        super().__init__(message or reason)
+        self.reason = reason
+
+
+def load_prompts(path: Path | str) -> list[PromptRow]:
+    """The rows of a file of JSON lines as above, in its order. It is strict: the first wrong line is an error.
 
     Raises: ConfigError naming file and line for malformed JSON, wrong fields, a duplicate id; and for a missing or empty file.
     """
@@ -35,124 +62,186 @@ def load_prompts(path: Path | str) -> list[dict[str, Any]]:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except ValueError as error:  # a name with a NUL in it
         raise ConfigError(f"cannot read the prompt file {path!r}: {error}") from None
-    rows, seen = [], {}
+    rows: list[PromptRow] = []
+    lines_of_ids: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        row = _row(line, f"{path} line {number}")
-        if row["prompt_id"] in seen:
+        try:
+            data = parse_object(line)
+        except UnusableRow as error:
+            raise ConfigError(f"{path} line {number} {error}") from None
+        try:
+            row = _strict_row(data)
+        except UnusableRow as error:
+            raise ConfigError(f"{path} line {number}: {error}") from None
+        prompt_id = row["prompt_id"]
+        if prompt_id in lines_of_ids:
             raise ConfigError(
-                f"{path} line {number}: the prompt_id {row['prompt_id']!r} was already used in line {seen[row['prompt_id']]}; ids must be unique"
+                f"{path} line {number}: the prompt_id {prompt_id!r} was already used in line {lines_of_ids[prompt_id]}; "
+                "ids must be unique"
             )
-        seen[row["prompt_id"]] = number
+        lines_of_ids[prompt_id] = number
         rows.append(row)
     if not rows:
         raise ConfigError(f"the prompt file {path} is empty: at least one JSON line is needed")
     return rows
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def parse_object(line: str) -> dict[str, Any]:
+    """The JSON object of a line. Raises: UnusableRow."""
     try:
-        data = json.loads(line)
-        json.dumps(data, ensure_ascii=False).encode()
+        data: object = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+        message = f"is not valid JSON: {error.msg} at column {error.colno}"
+        raise UnusableRow("the line is not valid JSON", message) from None
     except RecursionError:
-        raise ConfigError(f"{where} is nested too deeply to be a prompt") from None
-    except UnicodeEncodeError:
-        raise ConfigError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff): that is no text") from None
+        raise UnusableRow("the line is nested too deeply", "is nested too deeply to be a prompt") from None
     except ValueError as error:  # a number of five thousand digits
-        raise ConfigError(f"{where} is not valid JSON: {error}") from None
+        raise UnusableRow("the line is not valid JSON", f"is not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a JSON object, got {type(data).__name__}")
+        message = f"must be a JSON object, got {type(data).__name__}"
+        raise UnusableRow("the line is not a JSON object", message)
+    return cast("dict[str, Any]", data)
+
+
+def _strict_row(data: Mapping[str, Any]) -> PromptRow:
+    """The row of a line that uses no other fields than those of this format. Raises: UnusableRow."""
     if unknown := data.keys() - KEYS:
-        raise ConfigError(f"{where} has the unknown field(s) {sorted(unknown)}; known: {sorted(KEYS)}")
+        message = f"has the unknown field(s) {sorted(unknown)}; known: {sorted(KEYS)}"
+        raise UnusableRow("unknown fields", message)
     if ("messages" in data) == ("prompt" in data):
-        raise ConfigError(f'{where} needs exactly one of "messages" and "prompt"')
-    messages = data["messages"] if "messages" in data else [{"role": "user", "content": data["prompt"]}]
-    _check_messages(messages, where)
-    checks = data.get("checks", [])
-    if not isinstance(checks, list) or not all(
-        isinstance(check, dict) and isinstance(check.get("name"), str) for check in checks
-    ):
-        raise ConfigError(f'{where}: "checks" must be a list of objects with a "name", got {checks!r:.120}')
+        raise UnusableRow("no prompt", 'needs exactly one of "messages" and "prompt"')
     if ("chosen" in data) != ("rejected" in data):
-        raise ConfigError(f'{where}: "chosen" and "rejected" come together')
-    for name in ("prompt_id", "source", *TEXTS):
-        if data.get(name) is not None and (not isinstance(data[name], str) or not data[name]):
-            raise ConfigError(f'{where}: "{name}" must be non-empty text, got {data[name]!r:.80}')
+        raise UnusableRow("half of a pair", '"chosen" and "rejected" come together')
+    messages = data["messages"] if "messages" in data else [{"role": "user", "content": data["prompt"]}]
+    sides: dict[str, Any] = {name: data.get(name) for name in ("chosen", "rejected")}
+    if "completion" in data or "label" in data:
+        sides |= labelled_sides(data.get("completion"), data.get("label"))
+    return prompt_row(
+        messages,
+        prompt_id=data.get("prompt_id"),
+        checks=data.get("checks", []),
+        response=data.get("response"),
+        source=data.get("source"),
+        **sides,
+    )
+
+
+def labelled_sides(completion: Any, label: Any) -> dict[str, Any]:
+    """A single answer as the side of a pair that its label makes it. Raises: UnusableRow."""
+    if not isinstance(label, bool):
+        raise UnusableRow("`label` is neither true nor false", f'"label" must be true or false, got {label!r:.80}')
+    return {"chosen" if label else "rejected": "" if completion is None else completion}
+
+
+def prompt_row(
+    messages: Any,
+    *,
+    prompt_id: Any = None,
+    checks: Any = (),
+    response: Any = None,
+    chosen: Any = None,
+    rejected: Any = None,
+    source: Any = None,
+) -> PromptRow:
+    """A row whose values keep the contract of `prompts`; without an id it is named by its messages. Raises: UnusableRow."""
+    check_messages(messages)
+    if not isinstance(checks, list | tuple) or not all(
+        isinstance(check, dict) and isinstance(cast("dict[str, Any]", check).get("name"), str)
+        for check in cast("list[Any]", checks)
+    ):
+        message = f'"checks" must be a list of objects with a "name", got {checks!r:.120}'
+        raise UnusableRow("`checks` is not a list of objects with a name", message)
+    texts = {"prompt_id": prompt_id, "source": source, "response": response, "chosen": chosen, "rejected": rejected}
+    for name, text in texts.items():
+        if text is not None:
+            _check_text(name, text)
+    if chosen is not None and chosen == rejected:
+        raise UnusableRow("`chosen` and `rejected` are identical", '"chosen" and "rejected" are identical')
+    encoded_messages = _encoded(messages)
+    encoded_checks = _encoded(checks)
+    _check_unicode(encoded_messages, encoded_checks, *texts.values())
     return {
-        "prompt_id": data.get("prompt_id")
-        or digest_text(json.dumps(messages, sort_keys=True, ensure_ascii=False))[:16],
+        "prompt_id": prompt_id or _id_of(encoded_messages),
         "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
-        "checks": json.dumps(checks, sort_keys=True, ensure_ascii=False),
-        **{name: data.get(name) for name in TEXTS},
-        "source": data.get("source") or "",
+        "checks": encoded_checks,
+        "response": response,
+        "chosen": chosen,
+        "rejected": rejected,
+        "source": source or "",
     }
 
 
-def _check_messages(messages: Any, where: str) -> None:
+def check_messages(messages: Any) -> None:
+    """Raises: UnusableRow unless these are messages that the policy can answer."""
     if not isinstance(messages, list) or not messages:
-        raise ConfigError(f'{where}: "messages" must be a non-empty list')
-    for message in messages:
+        raise UnusableRow("`messages` is empty or not a list", '"messages" must be a non-empty list')
+    for message in cast("list[Any]", messages):
         if (
             not isinstance(message, dict)
-            or message.keys() != {"role", "content"}
+            or cast("dict[str, Any]", message).keys() != {"role", "content"}
             or message["role"] not in ROLES
             or not isinstance(message["content"], str)
         ):
-            raise ConfigError(
-                f'{where}: a message must be {{"role": one of {", ".join(ROLES)}, "content": text}}, got {message!r:.120}'
+            expected = f'{{"role": one of {", ".join(ROLES)}, "content": text}}'
+            raise UnusableRow(
+                f"a message is not {expected}", f"a message must be {expected}, got {cast('object', message)!r:.120}"
             )
-    if messages[-1]["role"] == "assistant":
-        raise ConfigError(f"{where}: the last message must not be the assistant's: that is what the policy will write")
-    if not any(message["content"].strip() for message in messages):
-        raise ConfigError(f"{where}: every message is blank")
+    turns = cast("list[Message]", messages)
+    if turns[-1]["role"] == "assistant":
+        raise UnusableRow(
+            "the prompt ends with the assistant's message",
+            "the last message must not be the assistant's: that is what the policy will write",
+        )
+    if not any(message["content"].strip() for message in turns):
+        raise UnusableRow("the prompt is empty or blank", "every message is blank")
 
 
-def text_of(row: dict[str, Any]) -> str:
+def _check_text(name: str, text: Any) -> None:
+    message = f'"{name}" must be non-empty text, got {text!r:.80}'
+    if not isinstance(text, str):
+        raise UnusableRow(f"`{name}` is not text", message)
+    if not text.strip():
+        raise UnusableRow(f"`{name}` is empty or blank", message)
+
+
+def _check_unicode(*texts: str | None) -> None:
+    try:
+        for text in texts:
+            if text is not None:
+                text.encode()
+    except UnicodeEncodeError:
+        raise UnusableRow(
+            "the text cannot be decoded",
+            "holds half of a surrogate pair (\\ud800 to \\udfff), or bytes that are not UTF-8: that is no text",
+        ) from None
+
+
+def text_of(row: Mapping[str, Any]) -> str:
+    """All messages of a prompt as one text."""
     return "\n".join(message["content"] for message in row["messages"])
 
 
-def _trigrams(text: str) -> frozenset[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.casefold())
-    return frozenset(tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
+def name_of(row: Mapping[str, Any]) -> str:
+    """What to call a row in a message: the id that its writer gave it, or the beginning of its last message."""
+    if has_written_id(row):
+        return repr(row["prompt_id"])
+    text = " ".join(row["messages"][-1]["content"].split())
+    return repr(text if len(text) <= NAME_LENGTH else text[:NAME_LENGTH] + "...")
 
 
-def near_duplicates(left: Sequence[str], right: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, similarity) of texts whose word 3-gram Jaccard similarity is at least `threshold`; case and punctuation do not count.
-
-    Only pairs that share a 3-gram are compared, through an inverted index.
-    """
-    index = defaultdict(list)
-    right_grams = [_trigrams(text) for text in right]
-    for j, grams in enumerate(right_grams):
-        for gram in grams:
-            index[gram].append(j)
-    found = []
-    for i, text in enumerate(left):
-        grams = _trigrams(text)
-        for j in sorted({j for gram in grams for j in index[gram]}):
-            similarity = len(grams & right_grams[j]) / len(grams | right_grams[j])
-            if similarity >= threshold:
-                found.append((i, j, similarity))
-    return found
+def has_written_id(row: Mapping[str, Any]) -> bool:
+    """Whether the id was written by a person or program before us, not made from the messages."""
+    return not row["prompt_id"].startswith(_id_of(_encoded(row["messages"])))
 
 
-def check_disjoint(train: list[dict[str, Any]], heldout: list[dict[str, Any]], threshold: float = 0.8) -> None:
-    """Refuse a held-out prompt that also trains: measuring on it would measure memory.
+NAME_LENGTH = 60
 
-    Raises: ConfigError naming the first offenders.
-    """
-    ids = {row["prompt_id"] for row in train} & {row["prompt_id"] for row in heldout}
-    if ids:
-        raise ConfigError(
-            f"{len(ids)} prompt id(s) are both in the training and in the held-out file, e.g. {sorted(ids)[:3]}"
-        )
-    hits = near_duplicates([text_of(row) for row in heldout], [text_of(row) for row in train], threshold)
-    if hits:
-        i, j, similarity = max(hits, key=lambda hit: hit[2])
-        raise ConfigError(
-            f"{len(hits)} held-out prompt(s) are (nearly) in the training set, e.g. {heldout[i]['prompt_id']!r} and {train[j]['prompt_id']!r} "
-            f"(similarity {similarity:.2f}, limit {threshold}): remove one of each pair"
-        )
+
+def _id_of(encoded_messages: str) -> str:
+    return digest_text(encoded_messages)[:16]
+
+
+def _encoded(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

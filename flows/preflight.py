@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from data_contracts.artifact import FileDigest
 from data_contracts.errors import ConfigError, StageError
 from data_contracts.identity import digest_file, digest_text
-from data_contracts.prompts import check_disjoint, load_prompts
+from data_contracts.near_duplicates import check_disjoint
+from data_contracts.prompts import load_prompts
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
 from stages.evaluation.judged import BENCHMARKS, check

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_contracts.prompts import load_prompts, near_duplicates, text_of
+from data_contracts.near_duplicates import near_duplicates
+from data_contracts.prompts import load_prompts, text_of
 from stages.scoring.checks import grade, validate_checks
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

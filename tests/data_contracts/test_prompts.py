@@ -1,6 +1,6 @@
-"""Prompt files: whatever is wrong is said with the file and the line; training and held-out prompts do not overlap.
+"""Prompt files of our own format: whatever is wrong is said with the file and the line.
 
-Strategy: every error has one bad line behind one good one, so the number 2 must be in the message; similarities are counted by hand.
+Strategy: every error has one bad line behind one good one, so the number 2 must be in the message.
 """
 
 import json
@@ -8,7 +8,7 @@ import json
 import pytest
 
 from data_contracts.errors import ConfigError
-from data_contracts.prompts import check_disjoint, load_prompts, near_duplicates, text_of
+from data_contracts.prompts import load_prompts, text_of
 
 GOOD = '{"prompt_id": "a", "prompt": "Name a fruit."}'
 
@@ -17,10 +17,6 @@ def load(tmp_path, *lines: str):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return load_prompts(path)
-
-
-def rows(**texts: str):
-    return [{"prompt_id": name, "messages": [{"role": "user", "content": text}]} for name, text in texts.items()]
 
 
 def test_a_line_becomes_a_row_with_every_column(tmp_path):
@@ -118,45 +114,3 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin\.jsonl is not UTF-8 text .* at byte 12"):
         load_prompts(tmp_path / "latin.jsonl")
-
-
-# --- overlap
-
-
-def test_similarity_is_the_share_of_common_word_triples():
-    # "a b c d e" has abc bcd cde; "a b c d x" has abc bcd cdx: 2 common of 4.
-    assert near_duplicates(["a b c d e"], ["a b c d x"], 0.5) == [(0, 0, 0.5)]
-    assert near_duplicates(["a b c d e"], ["a b c d x"], 0.51) == []
-
-
-def test_case_punctuation_and_blanks_do_not_make_a_difference():
-    assert near_duplicates(["Name THREE fruits, please!"], ["name  three\nfruits please"], 1.0) == [(0, 0, 1.0)]
-
-
-def test_texts_of_one_or_two_words_are_compared_as_a_whole():
-    assert near_duplicates(["Hello there"], ["hello there!", "hello", "there hello"], 0.1) == [(0, 0, 1.0)]
-
-
-def test_every_pair_above_the_threshold_is_found_in_order():
-    left, right = ["one two three", "x y z", "one two three four"], ["x y z", "one two three"]
-    assert near_duplicates(left, right, 0.5) == [(0, 1, 1.0), (1, 0, 1.0), (2, 1, 0.5)]
-
-
-def test_texts_without_words_are_all_alike():
-    assert near_duplicates(["???"], ["!!!"], 1.0) == [(0, 0, 1.0)]
-
-
-def test_a_heldout_prompt_with_a_training_id_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"1 prompt id\(s\) are both in the training and in the held-out file, e\.g\. \['b'\]"
-    ):
-        check_disjoint(rows(a="one two three", b="four five six"), rows(b="seven eight nine", c="ten eleven twelve"))
-
-
-def test_a_heldout_prompt_with_a_training_text_is_refused_by_both_names():
-    with pytest.raises(ConfigError, match=r"1 held-out prompt\(s\) .*'h' and 'b' \(similarity 1\.00, limit 0\.8\)"):
-        check_disjoint(rows(a="one two three", b="Four five six!"), rows(h="four five six", i="ten eleven twelve"))
-
-
-def test_disjoint_prompts_pass():
-    check_disjoint(rows(a="one two three", b="four five six"), rows(h="seven eight nine"))
