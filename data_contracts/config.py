@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_contracts.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
 
-class Config(BaseModel):
+    # For type checkers, which do not read model_config: every settings class is frozen, so that a subclass may narrow a field
+    # (`name: Literal["dpo"]`); and without field specifiers `= Field(1, ge=0)` counts as the default it is.
+    @dataclass_transform(frozen_default=True, kw_only_default=True)
+    class FrozenModel(ModelMetaclass): ...
+
+else:
+    FrozenModel = type(BaseModel)
+
+
+class Config(BaseModel, metaclass=FrozenModel):
     """Frozen, unknown keys refused; the docstring under a field becomes its description in forms and schemas."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)

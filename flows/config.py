@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from data_contracts.errors import ConfigError
 from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
 from stages.methods.base import Method
+from stages.registry import Named
 from stages.sampling.stage import SamplingConfig
 from stages.scoring.pairing import CHOOSE
 from stages.scoring.stage import ScoringConfig
@@ -72,7 +73,7 @@ class RunConfig(Config):
     seed: int = 0
     """Seeds sampling, prompt parts and training order."""
     prompts: PromptsConfig
-    method: METHODS.field()
+    method: Annotated[Named, METHODS]
     """The loss and its settings, e.g. {name: sppo}."""
     sampling: SamplingConfig = SamplingConfig()
     scoring: ScoringConfig

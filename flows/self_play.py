@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import psutil
 from prefect import flow, get_run_logger
@@ -38,6 +38,7 @@ from flows.report.history import History
 from flows.tournament import merged, scoring_of, spread
 from stages.evaluation.promotion import Measurement, select_checkpoint
 from stages.methods import METHODS
+from stages.registry import Named
 from stages.scoring.stage import WITHOUT_GENERATIONS
 from stages.training.batches import STEPS
 from tasks.build import Built
@@ -257,7 +258,7 @@ def self_play(
     seed: int | None = None,
     policy: ModelRef | None = None,
     prompts: PromptsConfig | None = None,
-    method: METHODS.field() | None = None,
+    method: Annotated[Named, METHODS] | None = None,
     sampling: SamplingConfig | None = None,
     scoring: ScoringConfig | None = None,
     weighting: WeightingConfig | None = None,

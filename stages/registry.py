@@ -1,58 +1,89 @@
-"""Stages - tables of names: method, sampler, scorer, weights. `name -> "module:Attribute"`, resolved when chosen.
+"""Stages - tables of names: methods, samplers, scorers, weights. `name -> "module:Attribute"`, imported when the name is chosen.
 
-The same grammar is the entry-point grammar: an outside package adds a name under the group `selfplay.<family>` without touching a line here.
+The same grammar is the entry-point grammar: another package adds a name under the group `selfplay.<family>` without a line here.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from importlib.metadata import entry_points
-from typing import Annotated, Any
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 
 
 class Named(Config):
-    """Settings of something chosen by name; each subclass pins `name` with a Literal."""
+    """Settings of a plug-in that is chosen by name; each subclass pins `name` with a Literal."""
 
     name: str
 
 
-class Registry:
-    """One family of plug-ins. Every attribute it resolves to has a `Config` class (a `Named`) with its settings."""
+class Plugin:
+    """The class that a name stands for. A subclass writes `Config`, and what its family's base class says."""
+
+    VERSION: ClassVar[str] = "1"
+    """Raise it when the same settings give other numbers: it enters the key of every artifact that the plug-in made."""
+    Config: ClassVar[type[Named]]
+    """The settings, with `name` pinned to the plug-in's name."""
+
+
+P = TypeVar("P", bound=Plugin)
+
+
+class Registry(Generic[P]):
+    """The plug-ins of one family by name.
+
+    The type of a field that holds the settings of one of them is `Annotated[Named, REGISTRY]`: the field takes a bare name, a mapping
+    `{"name": ..., setting: ...}` or a plug-in's own `Config`, and holds that plug-in's own `Config`.
+    """
 
     def __init__(self, family: str, table: dict[str, str]):
         self.family, self.table = family, table
 
     def names(self) -> list[str]:
-        return sorted(self.table.keys() | {point.name for point in self._outside()})
+        return sorted(self.table.keys() | {point.name for point in self._entry_points()})
 
-    def _outside(self):
+    def _entry_points(self) -> Iterable[EntryPoint]:
         return entry_points(group=f"selfplay.{self.family}")
 
-    def get(self, name: str) -> Any:
-        """Raises: ConfigError for an unknown name (with the nearest known one) or a plug-in that does not load."""
-        target = self.table.get(name) or next((point.value for point in self._outside() if point.name == name), None)
+    def get(self, name: str) -> type[P]:
+        """The plug-in called `name`. Raises: ConfigError for an unknown name (with the nearest known one), and for a plug-in that does
+        not load or has no `Config`."""
+        target = self.table.get(name)
+        for point in self._entry_points():
+            if target is None and point.name == name:
+                target = point.value
         if target is None:
-            close = difflib.get_close_matches(name, self.names(), 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"unknown {self.family} {name!r}; known: {', '.join(self.names())}.{hint}")
+            message = f"unknown {self.family} {name!r}; known: {', '.join(self.names())}."
+            if close := difflib.get_close_matches(name, self.names(), 1):
+                message += f" Did you mean {close[0]!r}?"
+            raise ConfigError(message)
         module, _, attribute = target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            # A plug-in that fails to load must not look like an unknown name.
+            plugin = getattr(importlib.import_module(module), attribute)
+        # Code of another package may fail in any way; whatever happens must not look like an unknown name.
+        except Exception as error:
             raise ConfigError(
-                f"{self.family} {name!r} is registered as {target!r}, which does not load: {error}"
+                f"{self.family} {name!r} is registered as {target!r}, which does not load: {type(error).__name__}: {error}. "
+                f"See where: python -c 'import {module}'"
             ) from error
+        settings = getattr(plugin, "Config", None)
+        if not (isinstance(settings, type) and issubclass(settings, Named)):
+            raise ConfigError(
+                f"{self.family} {name!r} ({target}) has no class `Config` derived from stages.registry.Named"
+            )
+        return plugin
 
-    def config(self, value: Any) -> Any:
-        """Turn `{"name": ..., ...}` (or a bare name) into that plug-in's own config."""
-        if isinstance(value, Config):
+    def config(self, value: Any) -> Named:
+        """The settings that `{"name": ..., setting: ...}` or a bare name stands for, validated by the plug-in's own `Config`."""
+        if isinstance(value, Named):
             return value
         if isinstance(value, str):
             value = {"name": value}
@@ -60,9 +91,14 @@ class Registry:
             raise ValueError(f'must be a mapping with a "name" (one of {", ".join(self.names())})')
         return self.get(value["name"]).Config.model_validate(value)
 
-    def field(self) -> Any:
-        """The pydantic type of a field that holds one plug-in's settings."""
-        schema = {
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        # Serialized as any: by the plug-in's own class, not as a bare Named.
+        return core_schema.no_info_before_validator_function(
+            self.config, handler(source), serialization=core_schema.simple_ser_schema("any")
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {
             "type": "object",
             "title": self.family,
             "properties": {"name": {"type": "string", "description": f"one of: {', '.join(self.names())}"}},
@@ -70,4 +106,3 @@ class Registry:
             # Prefect enforces this schema; the options belong to each plug-in and are validated by its own class.
             "additionalProperties": True,
         }
-        return Annotated[SerializeAsAny[Named], BeforeValidator(self.config), WithJsonSchema(schema)]

@@ -10,7 +10,7 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from data_contracts.store import write_atomic
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge
 from stages.models.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
+from stages.registry import Named
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.stage import SamplingConfig
@@ -40,7 +41,7 @@ class Judged(BaseConfig):
     """Filled in by the flow: hash of the directory's files."""
     judge: str
     """The judge's name at its endpoint; only scores of the same judge compare."""
-    backend: SAMPLERS.field() = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
+    backend: Annotated[Named, SAMPLERS] = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
     """What writes the answers."""
     max_new_tokens: int = Field(2048, ge=1)
     """Of an answer; what the model's context leaves is for the question, and the conversation, before it."""

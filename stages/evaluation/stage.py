@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -84,7 +84,7 @@ class LMEvalSuite(BaseConfig):
 class Tournament(Runtime):
     """Everybody against everybody at the end of the run. It changes no artifact of the run."""
 
-    scorer: SCORERS.field()
+    scorer: Annotated[Named, SCORERS]
     """Who compares: a pair scorer (pairrm, llm_judge) in both orders, or a score, of which the higher one wins."""
     baselines: dict[str, ModelRef] = Field(default_factory=dict)
     """Other models by name; they answer the held-out prompts as the policies do."""
@@ -100,7 +100,7 @@ class EvaluationConfig(BaseConfig):
         "tournament": None,
     } | dict.fromkeys(BENCHMARKS)
 
-    scorer: SCORERS.field()
+    scorer: Annotated[Named, SCORERS]
     """Scores the held-out generations; without the floors of the training scorer."""
     lm_eval: tuple[LMEvalTask, ...] = ()
     """Local lm-eval tasks."""

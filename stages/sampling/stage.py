@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
 from stages.models.policy import pick_device
 from stages.models.tokens import Template, context_length, encode_prompt, load_tokenizer, stop_ids, token_facts
+from stages.registry import Named
 from stages.running.cost import loading
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
@@ -25,7 +26,7 @@ class SamplingRuntime(StageRuntime):
 class SamplingConfig(BaseConfig):
     """K candidates of the policy for each prompt. Vetted: K = 5, temperature 1, top_p 1 (SPPO's paper)."""
 
-    backend: SAMPLERS.field() = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
+    backend: Annotated[Named, SAMPLERS] = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
     """vllm, transformers, or canned (tests)."""
     num_candidates: int = Field(5, ge=1, le=1024)
     """K: responses per prompt."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from stages.scoring.base import Candidates, Scores, Surroundings, close, compare
 
 
 class Part(BaseConfig):
-    scorer: SCORERS.field()
+    scorer: Annotated[Named, SCORERS]
     weight: float = 1.0
     """Factor of its scores, or of its preference logits. 0: it can only veto."""
     veto_below: float | None = None

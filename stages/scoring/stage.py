@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,6 +16,7 @@ from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.models.logps import Pass
 from stages.models.tokens import Template, encode_prompt, encode_response, load_tokenizer
+from stages.registry import Named
 from stages.running.cost import loading
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scores, Surroundings, close, compares, prepared, score_once
@@ -45,7 +46,7 @@ class ScoringConfig(BaseConfig):
         "seed": 0,
     }
 
-    scorer: SCORERS.field() | None = None
+    scorer: Annotated[Named, SCORERS] | None = None
     """By name, with its settings; docs/scoring.md lists them all. None: for pairings that need no score."""
     pairing: Pairing | None = None
     """best_vs_worst: of the K candidates; each: every candidate by itself; truth_vs_generation: the prompt's `response` over candidate 0

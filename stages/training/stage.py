@@ -23,6 +23,7 @@ from data_contracts.shards import Rows, read_shards
 from data_contracts.store import write_atomic
 from stages.methods import METHODS
 from stages.models.policy import pick_device, pin_threads
+from stages.registry import Named
 from stages.running import rendezvous
 from stages.running.cost import TRAIN
 from stages.stage import Job, StageRuntime
@@ -55,7 +56,7 @@ class TrainingConfig(BaseConfig):
 
     NEUTRAL: ClassVar[dict[str, Any]] = {"checkpoints": ()}
 
-    method: METHODS.field() = Field(default_factory=lambda: METHODS.config("sppo"), validate_default=True)
+    method: Annotated[Named, METHODS] = Field(default_factory=lambda: METHODS.config("sppo"), validate_default=True)
     """The loss, by name, with its settings. Set for you from the run's `method`."""
     learning_rate: float = Field(5e-7, gt=0)
     """Peak rate."""

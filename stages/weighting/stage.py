@@ -7,7 +7,7 @@ time, into the log-prob store; then the rows are put together, shard by shard.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,6 +16,7 @@ from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import Rows, read_shards, shard_path, to_table, write_shard
 from stages.models.logps import Pass
+from stages.registry import Named
 from stages.stage import Job, StageRuntime, events
 from stages.weighting.teacher import TeacherView
 from stages.weighting.weights import WEIGHTS
@@ -35,7 +36,7 @@ class WeightingRuntime(StageRuntime):
 class WeightingConfig(BaseConfig):
     """Per-token reference log-probs and per-token weights."""
 
-    weights: WEIGHTS.field() | None = None
+    weights: Annotated[Named, WEIGHTS] | None = None
     """Weight provider, e.g. {name: swift}. None: the method's own (ones for most)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the passes; the trainer's, or policy and reference differ before the first step."""

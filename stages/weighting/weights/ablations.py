@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from stages.registry import Named
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import (
     ResponseBatch,
@@ -78,7 +79,7 @@ class RandomWeights(WeightProvider):
 
 
 class _OfOther(WeightConfig):
-    of: WEIGHTS.field() = Field(default_factory=lambda: WEIGHTS.config("swift"), validate_default=False)
+    of: Annotated[Named, WEIGHTS] = Field(default_factory=lambda: WEIGHTS.config("swift"), validate_default=False)
     """The weights to change, with their settings."""
 
 
