@@ -1,15 +1,17 @@
 r"""Stages - the two inner loops of every pass: attention over packed responses, and log-probabilities out of logits.
 
-Packed: all tokens of a batch are one row, without padding, and a prompt stands there once, followed by its responses. Everything in a
-transformer but attention treats tokens one by one, so only attention needs to know: its queries, keys and values are moved into one padded
-row per prompt, where a token sees its prompt and what stands before it in its own response, and the outcome is moved back.
+A packed batch is one row of tokens without padding, in which a prompt stands once, followed by its responses.
+Everything in a transformer but attention treats tokens one by one, so only attention has to know: its queries, keys and
+values are moved into one padded row per prompt, where a token sees its prompt and the earlier tokens of its own
+response, and the result is moved back.
 
-Axes: S packed tokens, G groups (a prompt and its responses), L cells of the longest group, H heads, D units of a head, V vocabulary.
+Axes: S packed tokens, G groups (a prompt and its responses), L cells of the longest group, H heads, D units of a head,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,13 +20,17 @@ from torch.nn import functional
 NAME = "packed_or_sdpa"
 """The attention's name among transformers' implementations."""
 SHORT = 512
-"""Groups up to this long take plain products in bf16 on a CPU: torch's fused kernel takes 2-4 times as long there, its backward most of it."""
+"""Groups up to this long take plain products in bf16 on a CPU: torch's fused kernel takes 2-4 times as long there,
+mostly backwards.
+"""
 CHUNK = 1 << 22
 """Logits that exist in float32 at a time."""
 
 
 def register() -> str:
-    """Make the attention known to transformers, with the masks of its `sdpa` for batches that are not packed. Returns: its name."""
+    """Register `attention` with transformers, with the masks of its `sdpa` for batches that are not packed; returns its
+    name.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -34,7 +40,7 @@ def register() -> str:
 
 
 def attention(
-    module: Any,
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -44,7 +50,8 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention. `packing`: (cells, tokens), see policy.Packed; without it, transformers' own over padded rows.
+    """Return softmax attention. `packing`: (cells, tokens) of policy.Packed; without it, transformers' own over padded
+    rows.
 
     Shapes: query [1, H, S, D], key and value with H or fewer heads, attention_mask [G, 1, L, L] bool -> [1, S, H, D].
     """
@@ -52,25 +59,27 @@ def attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    assert attention_mask is not None
     cells, tokens = packing
     groups, _, length, _ = attention_mask.shape
     heads, _, units = query.shape[1:]
 
     def spread(rows: Tensor) -> Tensor:
-        """[1, h, S, D] -> [G, H, L, D]."""
-        out = (
-            _Move.apply(rows[0].transpose(0, 1), cells, tokens)
-            .view(groups, length, rows.shape[1], units)
-            .transpose(1, 2)
-        )
+        """[1, h, S, D] -> [G, H, L, D], heads repeated where there are fewer than H."""
+        out = move(rows[0].transpose(0, 1), cells, tokens).view(groups, length, rows.shape[1], units).transpose(1, 2)
         return out if rows.shape[1] == heads else out.repeat_interleave(heads // rows.shape[1], dim=1)
 
-    spread_out = (spread(query), spread(key), spread(value))
+    grouped = (spread(query), spread(key), spread(value))
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and length <= SHORT:
-        out = _products(*spread_out, attention_mask, scaling or units**-0.5)
+        out = _products(*grouped, attention_mask, scaling or units**-0.5)
     else:
-        out = functional.scaled_dot_product_attention(*spread_out, attn_mask=attention_mask, scale=scaling)
-    return _Move.apply(out.transpose(1, 2).reshape(groups * length, heads, units), tokens, cells)[None], None
+        out = functional.scaled_dot_product_attention(*grouped, attn_mask=attention_mask, scale=scaling)
+    return move(out.transpose(1, 2).reshape(groups * length, heads, units), tokens, cells)[None], None
+
+
+def move(rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    """Return rows `index` of a tensor [n, h, D]; an index of -1 gives a row of zeros. `back` is the inverse index."""
+    return cast(Tensor, _Move.apply(rows, index, back))
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -79,8 +88,7 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 
 
 class _Move(torch.autograd.Function):
-    """Rows `index` of a tensor; an index of -1 is an empty row. `back` is the inverse: both ways are a plain read, unlike the scattered
-    addition that torch would do backwards."""
+    """`move`; backwards it reads by the inverse index, where torch would do a scattered addition."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
@@ -88,7 +96,8 @@ class _Move(torch.autograd.Function):
         return _read(rows, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
         _, back = ctx.saved_tensors
         return _read(gradient, back), None, None
 
@@ -99,7 +108,9 @@ def _read(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[ids] of n tokens, `CHUNK` logits in float32 at a time, forwards and backwards. Shapes: [n, V], [n] -> [n]."""
+    """log softmax(logits)[ids] of n tokens, with `CHUNK` logits in float32 at a time, forwards and backwards. [n, V],
+    [n] -> [n].
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
@@ -111,8 +122,9 @@ class TokenLogps(torch.autograd.Function):
         return logits.gather(-1, ids[:, None])[:, 0].to(wide) - normaliser
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """d logp / d logits = onehot(id) - softmax(logits)."""
+        (gradient,) = gradients
         logits, ids, normaliser = ctx.saved_tensors
         out = torch.empty_like(logits)
         for part in _parts(logits):

@@ -1,19 +1,19 @@
-"""Stages - modules that load at first use, so that a config class can live beside the maths it configures.
+"""Stages - modules that load at first use, so that a config class can live beside the maths that it configures.
 
-A flow validates every setting of a run in a process that may have no torch at all.
+A flow validates every setting of a run, and its process may have no torch at all.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.running.cost import loading
 
 
 class LazyModule:
-    """Stands for a module until one of its attributes is asked for."""
+    """Stand-in for a module; reading its first attribute imports the module."""
 
     def __init__(self, name: str):
         self._name = name
@@ -25,4 +25,7 @@ class LazyModule:
         return getattr(sys.modules[self._name], attribute)
 
 
-torch = LazyModule("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")

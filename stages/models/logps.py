@@ -1,10 +1,13 @@
-"""Stages - the log-prob store: what a frozen model thinks of a response is computed once, for all stages, iterations and runs.
+"""Stages - the log-prob store: a frozen model's log-probs of a response are computed once, for all stages, iterations
+and runs.
 
-    <root>/logps/<model content>-<dtype>-<kind>/part-<digest>.parquet       rows (digest of prompt and response ids, one number per token)
+    <root>/logps/<model content>-<dtype>-<kind>/part-<digest>.parquet
+                                   rows (digest of prompt and response ids, one number per token)
 
-A model is addressed by the content of its files, so a changed one cannot hit an old entry. SWIFT's policy pass is the reference pass of the
-same iteration; a teacher's pass over the ground truths is paid in the first iteration only. Deleting the directory costs time, nothing else.
-In bf16 an entry may differ in its last bits from one computed beside other rows.
+A model is addressed by the content of its files, so a changed model cannot hit an old entry. SWIFT's policy pass is the
+reference pass of the same iteration; a teacher's pass over the ground truths is paid in the first iteration only.
+Deleting the directory costs time only. In bf16 an entry may differ in its last bits from the same entry computed beside
+other rows.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.artifact import ArtifactRef
@@ -25,14 +29,22 @@ from data_contracts.shards import read_shard, to_table, write_shard
 from stages.models.policy import load_causal_lm, pick_device, pin_threads, score_responses
 from stages.models.tokens import context_length
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from stages.stage import Job
+
 VERSION = "1"
 """Bumped when the numbers of a pass change their meaning."""
 
-Score = Callable[[Any, Sequence[Sequence[int]], Sequence[Sequence[int]], int], list[np.ndarray]]
+Ids = Sequence[Sequence[int]]
+"""Token ids of several prompts or responses."""
+Score = Callable[["Module", Ids, Ids, int], list[np.ndarray]]
+"""(model, prompts, responses, token budget) -> one number per response token."""
 
 
 def row_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
-    """16 bytes for one response to one prompt; the seam counts."""
+    """Return 16 bytes that identify a response to a prompt; the same text cut elsewhere has another key."""
     digest = hashlib.sha256(len(prompt).to_bytes(8, "little"))
     digest.update(np.asarray(prompt, dtype=np.int32).tobytes())
     digest.update(np.asarray(response, dtype=np.int32).tobytes())
@@ -40,7 +52,7 @@ def row_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
 
 
 class Pass:
-    """One model's pass over responses. `fill` computes what is missing, part by part; `get` reads."""
+    """One model's per-token numbers of responses. `fill` computes and stores the missing rows; `get` reads."""
 
     def __init__(
         self,
@@ -54,33 +66,35 @@ class Pass:
     ):
         self.directory = root / "logps" / f"{model.content[:16]}-{dtype}-{kind}-{VERSION}"
         self.model, self.dtype, self.device, self.budget, self.score = model, dtype, device, budget, score
-        self.loaded: Any = None
+        self.loaded: Module | None = None
         self.hits, self.misses = 0, 0
-        self.told = (0, 0)
+        self.accounted = (0, 0)
+        """Hits and misses that `account` has reported."""
         self.tokens_read = 0
-        """Prompts and responses that went through the model; what was found stored cost nothing."""
+        """Tokens of prompts and responses that went through the model; stored rows cost none."""
         self.parts: list[Path] = []
-        self.where: dict[bytes, int] = {}  # key -> part * 2^32 + row: a tuple would take half as much again
-        self.cached: tuple[Path | None, list[Any]] = (None, [])
-        self.seen: set[str] = set()
-        self.next_look = 0.0
-        """When `fill` may read the directory again: a twentieth of its time at most goes into that."""
+        self.rows: dict[bytes, int] = {}  # key -> part * 2^32 + row: a tuple would take half as much again
+        self.last_read: tuple[Path | None, pa.ListArray] = (None, pa.array([], pa.list_(pa.float32())))
+        self.indexed: set[str] = set()
+        self.next_refresh = 0.0
+        """When `fill` may list the directory again: listing takes a twentieth of its time at most."""
 
     def _refresh(self) -> None:
-        """Learn of the parts that others wrote since: another role of the same model, another run."""
+        """Index the parts written since by others: another role of the same model, another run."""
         began = time.monotonic()
-        # Names only: a Path for each of thousands of parts, at every shard, would make a row dearer the more of them there are.
+        # Names only: making a Path for each of thousands of parts, at every shard, would cost more per row the more
+        # parts there are.
         names = os.listdir(self.directory) if self.directory.is_dir() else []
-        self.next_look = time.monotonic() + 20 * (time.monotonic() - began)
-        for name in sorted(
-            name for name in names if name.startswith("part-") and name.endswith(".parquet") and name not in self.seen
-        ):
-            self._index(self.directory / name)
+        self.next_refresh = time.monotonic() + 20 * (time.monotonic() - began)
+        for name in sorted(names):
+            if name.startswith("part-") and name.endswith(".parquet") and name not in self.indexed:
+                self._index(self.directory / name)
 
     def _index(self, path: Path) -> None:
-        self.seen.add(path.name)
+        self.indexed.add(path.name)
         try:
-            # The numbers too, though only the keys are kept: damage must be found here, where the rows are still computed again.
+            # Reads the numbers too, though only the keys stay: damage must be found now, while the rows can still be
+            # computed again.
             keys = read_shard(path, "token_logps")["key"].to_pylist()
         except (ArtifactError, ContractError):
             path.unlink(missing_ok=True)
@@ -88,17 +102,18 @@ class Pass:
         first = len(self.parts) << 32
         self.parts.append(path)
         for number, key in enumerate(keys):
-            self.where.setdefault(key, first + number)
+            self.rows.setdefault(key, first + number)
 
-    def fill(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> int:
-        """Make sure that every row is there; the missing ones are one part, written whole. Returns how many were missing."""
-        wanted = {
+    def fill(self, prompts: Ids, responses: Ids) -> int:
+        """Compute and store the rows that are missing, as one part; returns how many were missing."""
+        requested = {
             row_key(prompt, response): (prompt, response) for prompt, response in zip(prompts, responses, strict=True)
         }
-        # What another run has just written would be found; but thousands of names read at every shard would cost more than that is worth.
-        if not wanted.keys() <= self.where.keys() and time.monotonic() >= self.next_look:
+        # A refresh finds what another run has just written; reading thousands of names at every shard would cost more
+        # than it saves.
+        if not requested.keys() <= self.rows.keys() and time.monotonic() >= self.next_refresh:
             self._refresh()
-        missing = {key: row for key, row in wanted.items() if key not in self.where}
+        missing = {key: row for key, row in requested.items() if key not in self.rows}
         self.misses += len(missing)
         self.hits += len(prompts) - len(missing)
         if missing:
@@ -111,49 +126,60 @@ class Pass:
             self._index(path)
         return len(missing)
 
-    def has(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> bool:
-        """Whether every row is there, by this process or another."""
+    def has(self, prompts: Ids, responses: Ids) -> bool:
+        """Whether every row is stored, by this process or another."""
         self._refresh()
-        return all(row_key(prompt, response) in self.where for prompt, response in zip(prompts, responses, strict=True))
+        return all(row_key(prompt, response) in self.rows for prompt, response in zip(prompts, responses, strict=True))
 
     def _score_within_context(self, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
-        """Tokens beyond the model's context are NaN: a teacher may be shorter than the policy."""
+        """The numbers of each row; NaN for tokens beyond the model's context (a teacher's may be shorter than the
+        policy's).
+        """
         context = context_length(self.model.path)
-        kept = [
-            (prompt, response if context is None else response[: max(0, context - len(prompt))])
-            for prompt, response in rows
+        scored_lengths = []
+        for prompt, response in rows:
+            scored_lengths.append(
+                len(response) if context is None else min(len(response), max(0, context - len(prompt)))
+            )
+        inside = [
+            (prompt, response[:length])
+            for (prompt, response), length in zip(rows, scored_lengths, strict=True)
+            if length
         ]
-        inside = [(prompt, response) for prompt, response in kept if len(response)]
-        scored = iter(self.score(self._load(), *zip(*inside, strict=True), self.budget)) if inside else iter(())
+        scores = iter(
+            self.score(self._load(), [row[0] for row in inside], [row[1] for row in inside], self.budget)
+            if inside
+            else ()
+        )
         self.tokens_read += sum(len(prompt) + len(response) for prompt, response in inside)
         values = []
-        for (_, response), (_, cut) in zip(rows, kept, strict=True):
+        for (_, response), length in zip(rows, scored_lengths, strict=True):
             row = np.full(len(response), np.nan, dtype=np.float32)
-            if len(cut):
-                row[: len(cut)] = next(scored)
-                if not np.isfinite(row[: len(cut)]).all():
+            if length:
+                row[:length] = next(scores)
+                if not np.isfinite(row[:length]).all():
                     raise ContractError(
-                        f"the pass of {self.model.path}: log-probs of {len(cut)} tokens hold NaN or infinity: the model's weights are damaged"
+                        f"the pass of {self.model.path}: log-probs of {length} tokens hold NaN or infinity: "
+                        "the model's weights are damaged"
                     )
             values.append(row)
         return values
 
-    def get(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The stored rows, in the order asked for."""
-        found = []
-        if any(
-            row_key(prompt, response) not in self.where for prompt, response in zip(prompts, responses, strict=True)
-        ):
-            self._refresh()  # made by another worker
-        for prompt, response in zip(prompts, responses, strict=True):
-            part, number = divmod(self.where[row_key(prompt, response)], 1 << 32)
+    def get(self, prompts: Ids, responses: Ids) -> list[np.ndarray]:
+        """Return the stored rows, in the order given."""
+        keys = [row_key(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        if any(key not in self.rows for key in keys):
+            self._refresh()  # another worker computed them
+        values = []
+        for key in keys:
+            part, number = divmod(self.rows[key], 1 << 32)
             path = self.parts[part]
-            if self.cached[0] != path:
-                self.cached = (path, self._read(path))
-            found.append(np.asarray(self.cached[1][number].values, dtype=np.float32))
-        return found
+            if self.last_read[0] != path:
+                self.last_read = (path, self._read(path))
+            values.append(np.asarray(self.last_read[1][number].values, dtype=np.float32))
+        return values
 
-    def _read(self, path: Path) -> Any:
+    def _read(self, path: Path) -> pa.ListArray:
         try:
             return pq.read_table(path, columns=["logps"], page_checksum_verification=True)["logps"].combine_chunks()
         except (OSError, ValueError) as error:
@@ -161,21 +187,17 @@ class Pass:
                 f"{path} is damaged ({error}). Delete it and run again: only its rows are computed anew"
             ) from None
 
-    def _load(self) -> Any:
+    def _load(self) -> Module:
         if self.loaded is None:
             pin_threads(None)
             self.loaded = load_causal_lm(self.model.path, self.dtype, pick_device(self.device)).eval()
         return self.loaded
 
-    def account(self, job: Any) -> None:
-        """Tell the job what was read since the last time, and what was found."""
-        job.used(
-            self.model.path,
-            self.tokens_read,
-            cache_hits=self.hits - self.told[0],
-            cache_misses=self.misses - self.told[1],
-        )
-        self.tokens_read, self.told = 0, (self.hits, self.misses)
+    def account(self, job: Job) -> None:
+        """Report to the job the tokens read, and the rows found or computed, since the last call."""
+        hits, misses = self.accounted
+        job.used(self.model.path, self.tokens_read, cache_hits=self.hits - hits, cache_misses=self.misses - misses)
+        self.tokens_read, self.accounted = 0, (self.hits, self.misses)
 
     def release(self) -> None:
         """Drop the model: the next pass needs the memory."""

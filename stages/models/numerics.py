@@ -1,6 +1,7 @@
-"""Stages - the only shared maths: per-token log-probabilities, masked sums, and the shape checks that keep them honest.
+"""Stages - maths that several stages share: per-token log-probabilities, masked sums, and checks of shapes.
 
-Axes: N responses, B pairs, T completion tokens (right-padded), V vocabulary. Everything is float32 or better, in nats, 0 outside the mask.
+Axes: N responses, B pairs, T completion tokens (right-padded), V vocabulary. Results are float32 or better, in nats, 0
+outside the mask.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from data_contracts.errors import ContractError
 from stages.models.lazy import torch
 
 if TYPE_CHECKING:
+    import torch.utils.checkpoint
     from torch import Tensor
 
 
 def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    r"""log softmax(logits)[ids], in float32 whatever the model's dtype; 0 where the mask is False.
+    r"""Return log softmax(logits)[ids], in float32 whatever the model's dtype; 0 where the mask is False.
 
     Shapes: logits [N, T, V] (row t predicts token t), ids [N, T], mask [N, T] bool -> [N, T].
     """
@@ -27,33 +29,38 @@ def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the last axis inside the mask. `where`, not a product: inf * 0 outside the mask would be NaN."""
+    """Return the sum over the last axis inside the mask. It uses `where`: in a product, inf * 0 outside the mask would
+    be NaN.
+    """
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the last axis inside the mask; 0 for an empty row."""
+    """Return the mean over the last axis inside the mask; 0 for an empty row."""
     return masked_sum(values, mask) / mask.sum(-1).clamp_min(1)
 
 
-def check_shapes(what: str, **tensors: Tensor) -> None:
-    """Raises: ContractError unless all the tensors have one shape."""
+def check_shapes(caller: str, **tensors: Tensor) -> None:
+    """Raises: ContractError, naming `caller`, unless all the tensors have one shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         raise ContractError(
-            f"{what}: shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            f"{caller}: shapes must agree, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         )
 
 
 def positions(mask: Tensor) -> Tensor:
-    """The index of each scored token inside its own response, from 0, wherever the padding lies. [N, T]; meaningless outside the mask."""
+    """Return the index of each scored token in its response, from 0, wherever the padding lies. [N, T]; undefined
+    outside the mask.
+    """
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def left_align(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the scored tokens of each row to its front, in order; zeros behind them. Shapes: [N, T] or [N, T, V], mask [N, T].
+    """Return (values, mask) with the scored tokens of each row moved to its front, in order, and zeros behind them.
 
-    For the few losses that compare token i of one response with token i of another.
+    Shapes: values [N, T] or [N, T, V], mask [N, T]. For losses that compare token i of one response with token i of
+    another.
     """
     order = torch.argsort((~mask).to(torch.int8), dim=-1, stable=True)
     aligned = mask.gather(-1, order)
@@ -66,15 +73,17 @@ def left_align(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_divergence(left: Tensor, right: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
-    r"""KL(softmax(left) || softmax(right)) at each position over the full vocabulary, in float32 or better; 0 outside the mask.
+    r"""Return KL(softmax(left) || softmax(right)) at each position over the full vocabulary, in float32 or better; 0
+    outside the mask.
 
-    Shapes: logits [N, T, V], mask [N, T] bool -> [N, T]. Computed `chunk` positions at a time and recomputed in the backward pass, so that
-    the float32 copies of both models' logits never exist for the whole length. A logit of -inf is a token that cannot occur: it adds 0
-    where `left` excludes it.
+    Shapes: logits [N, T, V], mask [N, T] bool -> [N, T]. Computed `chunk` positions at a time and recomputed in the
+    backward pass, so that the float32 copies of both models' logits never exist for the whole length. A logit of -inf
+    marks a token that cannot occur: it adds 0 where `left` excludes it.
     """
     if left.shape != right.shape:
         raise ContractError(
-            f"a full-vocabulary KL needs two models of one vocabulary; got logits {tuple(left.shape)} and {tuple(right.shape)}"
+            "a full-vocabulary KL needs two models of one vocabulary; "
+            f"got logits {tuple(left.shape)} and {tuple(right.shape)}"
         )
     check_shapes("kl_divergence", mask=mask, logits=left[..., 0])
     pieces = []
@@ -95,5 +104,5 @@ def _kl(left: Tensor, right: Tensor) -> Tensor:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Over the last axis, in float32 whatever the model's dtype (float64 stays)."""
+    """Return the log-softmax over the last axis, in float32 whatever the model's dtype (float64 stays float64)."""
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

@@ -1,7 +1,8 @@
-"""Stages - a causal language model and the log-probabilities of responses under it: one implementation for weigh, train and evaluate.
+"""Stages - a causal language model and the log-probabilities of responses under it; weigh, train and evaluate all use
+these functions.
 
-Axes: N responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary. Rows are aligned on the seam between
-prompt and response, so the logits of the last T + 1 positions are all that is needed, for any model class.
+Axes: N responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary. Rows are aligned on
+the seam between prompt and response, so the logits of the last T + 1 positions suffice, for any model class.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,21 +20,28 @@ from stages.running.cost import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
+    from transformers import PreTrainedModel
 
 
 class Batch(NamedTuple):
+    """Padded rows of prompt and response."""
+
     input_ids: Tensor  # [N, P + T]
     attention_mask: Tensor  # [N, P + T]
     position_ids: Tensor  # [N, P + T]
     response_ids: Tensor  # [N, T]
     response_mask: Tensor  # [N, T] bool
 
-    def to(self, device: Any) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self))
+    def to(self, device: str | torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch._make(tensor.to(device) for tensor in self)
 
 
 class Packed(NamedTuple):
-    """The same responses without padding, as one row of S tokens, every prompt once: see stages/models/kernels.py. n scored tokens in all."""
+    """The same responses without padding, as one row of S tokens, every prompt once (stages/models/kernels.py); n
+    tokens are scored.
+    """
 
     input_ids: Tensor  # [1, S]
     attention_mask: Tensor  # [G, 1, L, L] bool: which cell of a group sees which
@@ -44,12 +52,15 @@ class Packed(NamedTuple):
     response_ids: Tensor  # [N, T]
     response_mask: Tensor  # [N, T] bool
 
-    def to(self, device: Any) -> Packed:
-        return Packed(*(tensor.to(device) for tensor in self))
+    def to(self, device: str | torch.device) -> Packed:
+        """The same batch on a device."""
+        return Packed._make(tensor.to(device) for tensor in self)
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
-    """Pad prompts left and responses right. Padding ids are 0: they are masked, so any valid id will do."""
+    """Return a `Batch` with prompts padded left and responses padded right. Padding ids are 0; they are masked, so any
+    id would do.
+    """
     longest_prompt, longest = max(map(len, prompts)), max(map(len, responses))
     ids = np.zeros((len(prompts), longest_prompt + longest), dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -58,16 +69,17 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
         ids[row, longest_prompt : longest_prompt + len(response)] = response
         mask[row, longest_prompt - len(prompt) : longest_prompt + len(response)] = 1
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    tensors = [torch.from_numpy(array) for array in (ids, mask, positions)]
-    return Batch(*tensors, tensors[0][:, longest_prompt:], tensors[1][:, longest_prompt:].bool())
+    input_ids, seen = torch.from_numpy(ids), torch.from_numpy(mask)
+    response_ids, response_mask = input_ids[:, longest_prompt:], seen[:, longest_prompt:].bool()
+    return Batch(input_ids, seen, torch.from_numpy(positions), response_ids, response_mask)
 
 
 GROUP_TOKENS = 512
-"""Longest group of more than two responses: what attention pays for responses that do not see each other grows with the square."""
+"""Most tokens of a group with more than two responses: attention's cost grows with the square of a group's length."""
 
 
 def group_prompts(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of responses in groups of one prompt each, in order of appearance."""
+    """Return the indices of the responses in groups that share one prompt, in order of appearance."""
     groups: list[list[int]] = []
     open_group: dict[tuple[int, ...], tuple[list[int], int]] = {}
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -81,7 +93,9 @@ def group_prompts(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence
 
 
 def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Packed:
-    """One row of tokens; responses to an equal prompt share it. The arguments are those of `collate`."""
+    """Return the responses as one row of tokens, in which responses to an equal prompt share it. Arguments as for
+    `collate`.
+    """
     groups = group_prompts(prompts, responses)
     sizes = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
     length, longest = max(sizes), max(map(len, responses))
@@ -118,7 +132,7 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -
         torch.from_numpy(tokens),
     ]
     tensors += [
-        torch.tensor([source for of in sources for source in of]),
+        torch.tensor([source for response_sources in sources for source in response_sources]),
         torch.from_numpy(response_ids),
         torch.from_numpy(mask),
     ]
@@ -126,19 +140,21 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -
 
 
 PACKABLE = frozenset({"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "olmo2", "phi3", "smollm3"})
-"""Model types (config.json) whose packed numbers are tested to be the padded ones; all others are padded."""
+"""Model types (config.json) for which a test holds packed numbers equal to padded ones; all other types are padded."""
 
 
-def packable(model: Any) -> bool:
-    """Whether `model` takes `Packed` batches. A sliding window would have to be laid over the groups: such a model is padded."""
+def packable(model: Module) -> bool:
+    """Whether `model` takes `Packed` batches. Models with a sliding window do not: the groups' masks leave the window
+    out.
+    """
     config = getattr(getattr(model, "module", model), "config", None)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return getattr(config, "model_type", None) in PACKABLE and kinds == {"full_attention"} and not window
 
 
-def load_causal_lm(directory: str, dtype: str, device: str) -> Any:
-    """The model, without dropout and without a generation cache.
+def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
+    """Return the model of a directory on a device, without dropout and without a generation cache.
 
     Policy and reference must be the same function at the start of training: dropout would make their log-ratios noise.
     """
@@ -147,22 +163,25 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> Any:
     with loading():
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.attention_dropout = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - an attribute that torch's Module does not declare
     model.config.use_cache = False
     if packable(model):
         model.set_attn_implementation(register())
-    return model.to(device)
+    torch.nn.Module.to(model, device)
+    return model
 
 
-def response_logits(model: Any, batch: Batch) -> Tensor:
-    """Row t predicts response token t: the logits at input position P - 1 + t. [N, T, V]."""
+def response_logits(model: Module, batch: Batch) -> Tensor:
+    """Return the logits [N, T, V] that predict the response tokens: row t is the model's output at input position P - 1
+    + t.
+    """
     length = batch.response_ids.shape[1]
     output = model(
         input_ids=batch.input_ids,
@@ -174,8 +193,8 @@ def response_logits(model: Any, batch: Batch) -> Tensor:
     return output.logits[:, :-1]
 
 
-def response_logps(model: Any, batch: Batch | Packed) -> Tensor:
-    """log pi(y_t | x, y_<t) for every response token, float32, 0 outside the mask. [N, T]."""
+def response_logps(model: Module, batch: Batch | Packed) -> Tensor:
+    """Return log pi(y_t | x, y_<t) of every response token, [N, T] float32, 0 outside the mask."""
     if isinstance(batch, Batch):
         return token_logps(response_logits(model, batch), batch.response_ids, batch.response_mask)
     output = model(
@@ -192,9 +211,11 @@ def response_logps(model: Any, batch: Batch | Packed) -> Tensor:
 
 
 def batches_by_budget(lengths: Sequence[int], budget: int, cells: float = math.inf) -> Iterator[list[int]]:
-    """Indices in batches of at most `budget` padded tokens and `cells` of an attention matrix (one row at least), longest first.
+    """Yield indices in batches of at most `budget` padded tokens and `cells` cells of attention (at least one row),
+    longest first.
 
-    Longest first shows an out-of-memory at once; equal lengths beside each other waste the least padding. Deterministic: ties by index.
+    Longest first makes an out-of-memory error come at once; similar lengths side by side waste the least padding.
+    Deterministic: ties go by index.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -208,7 +229,11 @@ def batches_by_budget(lengths: Sequence[int], budget: int, cells: float = math.i
 
 
 def batches_by_sum(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in as few batches as a budget on the sum of lengths allows (one row at least), filled evenly, longest first. Deterministic."""
+    """Return indices in as few batches as a budget on the sum of lengths allows (at least one row), filled evenly,
+    longest first.
+
+    Deterministic: ties go by index.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
     def fill(limit: int) -> list[list[int]]:
@@ -222,20 +247,20 @@ def batches_by_sum(lengths: Sequence[int], budget: int) -> list[list[int]]:
         return batches
 
     fewest, low, high = len(fill(budget)), 1, budget
-    while low < high:  # the smallest limit that needs no more batches: the peak of memory is that of the fullest one
+    while low < high:  # find the smallest limit that needs no more batches: the fullest batch sets the peak of memory
         middle = (low + high) // 2
         low, high = (low, middle) if len(fill(middle)) == fewest else (middle + 1, high)
     return fill(low)
 
 
 def score_responses(
-    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int
+    model: Module, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int
 ) -> list[np.ndarray]:
-    """Per-token log-probs of every response under a frozen model, float32, in the order given."""
+    """Return the per-token log-probs of every response under a frozen model, float32, in the order given."""
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(prompts)
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     device = next(model.parameters()).device
-    if together := packable(model):
+    if packed := packable(model):
         groups = group_prompts(prompts, responses)
         sizes = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
         batches = [[i for number in batch for i in groups[number]] for batch in batches_by_sum(sizes, budget)]
@@ -243,7 +268,7 @@ def score_responses(
         batches = list(batches_by_budget(lengths, budget))
     with torch.inference_mode():
         for rows in batches:
-            build = pack if together else collate
+            build = pack if packed else collate
             batch = build([prompts[i] for i in rows], [responses[i] for i in rows]).to(device)
             logps = response_logps(model, batch).float().cpu().numpy()
             for i, row in zip(rows, logps, strict=True):
@@ -251,13 +276,13 @@ def score_responses(
     return results
 
 
-def pick_device(wanted: str) -> str:
-    """`auto` is the accelerator if there is one."""
-    if wanted != "auto":
-        return wanted
+def pick_device(setting: str) -> str:
+    """The device that a setting means: `auto` is the GPU if there is one, else the CPU."""
+    if setting != "auto":
+        return setting
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pin_threads(count: int | None) -> None:
-    """Use as many CPU threads as asked, by default as many as this process may run on."""
+    """Let torch use `count` CPU threads; None: as many as this process may run on."""
     torch.set_num_threads(count or len(os.sched_getaffinity(0)))

@@ -1,10 +1,12 @@
-"""Stages - how several workers share the shards of one artifact: a claim per shard, held by flock while it is made.
+"""Stages - how several workers share the shards of one artifact: a claim per shard, held by flock while the shard is
+made.
 
-    <artifact>/.claims/<name>      who tried, whether it was done, what went wrong: one JSON object per line; the lock is on the file
+    <artifact>/.claims/<shard>     one JSON object per line: who tried, whether the shard was made, what went wrong;
+                                   the lock is on this file
 
-The kernel drops the claim of a worker that dies, on whatever node, and another one takes the shard. A shard that was tried twice and not
-made is poison: nobody tries it again, the others are finished, and `poison` names it. Needs nothing but flock on the shared file system
-(NFSv4 has it; Lustre wants the mount option `flock`).
+The kernel drops the claim of a worker that dies, on whatever node, and another worker takes the shard. A shard that was
+tried twice and not made is poison: no worker tries it again, the others are finished, and `poison` names it. Needs
+nothing but flock on the shared file system (NFSv4 has it; Lustre wants the mount option `flock`).
 """
 
 from __future__ import annotations
@@ -17,79 +19,94 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypedDict, cast
 
 from data_contracts.errors import StageError, TransientError
 
 CLAIMS = ".claims"
 TRIES = 2
 WORKER = "SELFPLAY_WORKER"
-"""Environment: "2/8", the third of eight workers on this artifact."""
+"""Environment variable: "2/8" is the third of eight workers on this artifact."""
+
+
+class ClaimEvent(TypedDict, total=False):
+    """One line of a claim file: the start of a try (with worker, host and rows), its end, or its error."""
+
+    start: float
+    worker: int
+    host: str
+    items: str
+    done: float
+    error: str
 
 
 class Poison(NamedTuple):
-    """A shard that nobody could make."""
+    """A shard that failed `TRIES` times."""
 
     name: str
     items: str
-    """The first and last of its rows, by id."""
+    """The ids of its first and last row."""
     tries: list[str]
-    """How each try ended, and where."""
+    """How each try ended, and on which host."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.items}): " + "; then ".join(self.tries)
 
 
 class Claims:
-    """This worker's hand in the work on one artifact."""
+    """The claims of one worker on the shards of one artifact."""
 
     def __init__(self, directory: Path, worker: str, supervised: Path | None = None):
-        """`supervised`: the lock file of whoever started the workers; when nobody holds it any more, a worker takes no further shard."""
+        """`supervised`: the lock file of the process that started the workers. While it is free, this worker claims no
+        further shard.
+        """
         self.directory, self.supervised = directory / CLAIMS, supervised
         number, _, count = worker.partition("/")
         self.number, self.count = int(number), int(count or 1)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.held: TextIO | None = None
+        self.claimed: TextIO | None = None
+        """The open, locked claim file of the shard that is being made."""
 
     def share(
         self, name: str, count: int, is_done: Callable[[int], bool], label: Callable[[int], str]
     ) -> Iterator[int]:
         """Yield the shards that this worker is to make, each claimed while the caller makes it.
 
-        First those that nobody has; then, waiting where one is being made, whatever a dead worker left. After the last one every
-        shard is done, or poison. `is_done` is asked under the claim.
+        First the shards that no worker has claimed; then, waiting while another worker makes one, those that a dead
+        worker left. When the iteration ends, every shard is made or poison. `is_done` is called under the claim.
         """
-        begin = self.number * count // self.count  # far from where the others begin
-        order = [*range(begin, count), *range(begin)]
+        first = self.number * count // self.count  # far from where the other workers begin
+        order = [*range(first, count), *range(first)]
         for patient in (False, True):
-            left = []
+            postponed = []
             for index in order:
-                file = open(self.directory / f"{name}-{index:05d}", "a+", encoding="utf-8")  # noqa: SIM115 - outlives a failure
+                path = self.directory / f"{name}-{index:05d}"
+                file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the lock outlives a failure
                 tries, done = _read(file) if self._lock(file, patient) else (None, False)
-                if tries is None or (
-                    tries and not patient
-                ):  # what failed once comes last: it may take this worker down, too
-                    left.append(index)
+                # A shard that failed before comes last: it may kill this worker too.
+                if tries is None or (tries and not patient):
+                    postponed.append(index)
                 elif not done and tries < TRIES and not is_done(index):
-                    self.held = file
+                    self.claimed = file
                     self._note(start=time.time(), worker=self.number, host=os.uname().nodename, items=label(index))
-                    yield index  # should the caller fail, the claim stays ours until `failed` or the end of the process
+                    yield index  # if the caller fails, the claim stays until `failed` or the end of the process
                     self._note(done=time.time())
-                    self.held = None
+                    self.claimed = None
                 file.close()
-            order = left
+            order = postponed
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Let one worker at a time do this."""
+        """Let one worker at a time enter the block called `name`."""
         with open(self.directory / f".{name}", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _lock(self, file: TextIO, patient: bool) -> bool:
+        """Lock a claim file; returns False if another worker holds it and `patient` is False."""
         pause = 0.05
         while True:
-            self._stop_if_alone()
+            self._stop_if_unsupervised()
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
@@ -99,8 +116,8 @@ class Claims:
             time.sleep(pause)
             pause = min(1.0, pause * 1.5)
 
-    def _stop_if_alone(self) -> None:
-        """Raises: TransientError if the process that started the workers is gone: nobody would sign what they make."""
+    def _stop_if_unsupervised(self) -> None:
+        """Raises: TransientError if the process that started the workers is gone: nothing would be signed."""
         if self.supervised is None:
             return
         with open(self.supervised, "a") as file:
@@ -112,77 +129,84 @@ class Claims:
             f"the run that started this worker is gone ({self.supervised} is free): no further shard is taken"
         )
 
-    def _note(self, **line: Any) -> None:
-        assert self.held is not None
-        self.held.write(json.dumps(line) + "\n")
-        self.held.flush()
-        os.fsync(self.held.fileno())
+    def _note(self, **event: Any) -> None:
+        """Append a `ClaimEvent` to the claim file of the shard that is being made."""
+        assert self.claimed is not None
+        self.claimed.write(json.dumps(event) + "\n")
+        self.claimed.flush()
+        os.fsync(self.claimed.fileno())
 
     def failed(self, error: BaseException) -> None:
-        """Write down why the shard in hand was not made."""
-        if self.held is not None:
+        """Write down why the claimed shard was not made."""
+        if self.claimed is not None:
             self._note(error=f"{type(error).__name__}: {error}"[:2000])
 
 
 def _read(file: TextIO) -> tuple[int, bool]:
+    """(tries so far, whether one succeeded) of a claim file."""
     file.seek(0)
     lines = [_parse(line) for line in file]
     return sum("start" in line for line in lines), any("done" in line for line in lines)
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: str) -> ClaimEvent:
     try:
-        return dict(json.loads(line))
+        event = json.loads(line)
     except ValueError:  # cut by a kill
         return {}
+    return cast(ClaimEvent, event) if isinstance(event, dict) else {}
 
 
 def forget(directory: Path) -> None:
-    """Begin anew: earlier failures count no more."""
+    """Remove all claims of an artifact: earlier failures no longer count."""
     shutil.rmtree(directory / CLAIMS, ignore_errors=True)
 
 
-def history(directory: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Every claim with its lines."""
+def history(directory: Path) -> Iterator[tuple[str, list[ClaimEvent]]]:
+    """Yield (shard name, its claim events) for every claim of an artifact."""
     for path in sorted((directory / CLAIMS).glob("[!.]*")):
         yield path.name, [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def starts(directory: Path) -> int:
-    """Tries so far, of all shards."""
+    """The number of tries so far, over all shards."""
     return sum("start" in line for _, lines in history(directory) for line in lines)
 
 
 def poison(directory: Path) -> list[Poison]:
-    """The shards that were given up."""
-    found = []
+    """The shards that failed `TRIES` times."""
+    given_up = []
     for name, lines in history(directory):
-        begun = [line for line in lines if "start" in line]
-        if len(begun) < TRIES or any("done" in line for line in lines):
+        tries = [line for line in lines if "start" in line]
+        if len(tries) < TRIES or any("done" in line for line in lines):
             continue
-        errors: list[str] = []
+        outcomes: list[str] = []
         for line in lines:
             if "start" in line:
-                errors.append(f"killed on {line['host']}")
-            elif "error" in line:
-                errors[-1] = f"{line['error']} on {errors[-1].removeprefix('killed on ')}"
-        found.append(Poison(name, begun[0]["items"], errors))
-    return found
+                outcomes.append(f"killed on {line.get('host', '?')}")
+            elif "error" in line and outcomes:
+                outcomes[-1] = f"{line['error']} on {outcomes[-1].removeprefix('killed on ')}"
+        given_up.append(Poison(name, tries[0].get("items", "?"), outcomes))
+    return given_up
 
 
-def raise_poison(stage: str, found: Sequence[Poison]) -> None:
+def raise_poison(stage: str, given_up: Sequence[Poison]) -> None:
     """Raises: StageError naming every shard that was given up."""
     raise StageError(
-        f"{stage}: {len(found)} shard(s) failed {TRIES} times and were set aside; all others are made and kept. "
-        + " | ".join(map(str, found[:5]))
+        f"{stage}: {len(given_up)} of its shards failed {TRIES} times and were set aside; all others are made. "
+        + " | ".join(map(str, given_up[:5]))
         + ". Mend the cause (or take these rows out of the prompts) and run again: only these shards are made"
     )
 
 
 def label_of(items: Iterable[Any]) -> str:
-    """`p001 ... p064`: the rows of a shard by their ids."""
-    ids = [
-        item.get("pair_id", item.get("prompt_id")) if isinstance(item, dict) else getattr(item, "prompt_id", "?")
-        for item in items
-    ]
-    return "no rows" if not ids else f"{ids[0]}" if len(ids) == 1 else f"{ids[0]} ... {ids[-1]}"
+    """`p001 ... p064`: the ids of the first and last row of a shard."""
+    ids = []
+    for item in items:
+        if isinstance(item, dict):
+            ids.append(item.get("pair_id", item.get("prompt_id")))
+        else:
+            ids.append(getattr(item, "prompt_id", "?"))
+    if not ids:
+        return "no rows"
+    return str(ids[0]) if len(ids) == 1 else f"{ids[0]} ... {ids[-1]}"

@@ -1,7 +1,9 @@
-"""Stages - what a build costs: tokens, FLOPs, memory, processor seconds. Kept in the record; `data_contracts/ledger.py` adds it up.
+"""Stages - what a build costs: tokens, FLOPs, memory, processor seconds. Kept in the record; `data_contracts/ledger.py`
+adds records up.
 
-FLOPs are model FLOPs, whatever the implementation does: 2 N per token of a forward pass, 6 N per token trained (Kaplan et al. 2020,
-section 2.1; PaLM, appendix B), N = parameters. Attention's own part, 4 L T d per token, is left out: under 10 % below T = N / (20 L d).
+FLOPs are model FLOPs, whatever the implementation does: 2 N per token of a forward pass, 6 N per token trained (Kaplan
+et al. 2020, section 2.1; PaLM, appendix B), N = parameters. Attention's own part, 4 L T d per token, is left out: under
+10 % below T = N / (20 L d).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class _Loading:
-    """Seconds that this process spent on importing libraries and loading models."""
+    """A context manager that adds up the seconds this process spends on importing libraries and loading models."""
 
     def __init__(self) -> None:
         self.seconds, self._depth = 0.0, 0
@@ -41,7 +43,7 @@ class _Loading:
             yield
         finally:
             self._depth -= 1
-            if not self._depth:  # a model's load imports its library: counted once
+            if not self._depth:  # loading a model imports its library: count those seconds once
                 self.seconds += time.monotonic() - start
 
 
@@ -50,7 +52,7 @@ loading = _Loading()
 
 @cache
 def parameters(directory: str) -> int:
-    """Numbers in a model's safetensors files, read from their headers; 0 where there are none (a test's empty model)."""
+    """The number of parameters in a model's safetensors files, read from their headers; 0 without such files."""
     total = 0
     for path in sorted(Path(directory).glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -66,9 +68,10 @@ def parameters(directory: str) -> int:
 
 
 class MemoryWatch:
-    """The most memory that this process and all below it held at once, looked at once a second.
+    """Sample, once a second, the memory that this process and its descendants hold together, and keep the peak.
 
-    Resident sizes are added, so pages that processes share count more than once; the largest single process is a lower bound.
+    Resident sizes are added, so pages that processes share count more than once; the largest single process is a lower
+    bound.
     """
 
     def __init__(self) -> None:
@@ -80,7 +83,7 @@ class MemoryWatch:
         self._thread.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._closing.set()
         self._thread.join()
         largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -103,15 +106,15 @@ def _resident(process: int) -> int:
 
 
 def _gpu_memory(processes: set[int]) -> tuple[int, int]:
-    """(bytes these processes hold on all GPUs, GPUs they hold any on), by the driver; (0, 0) without one."""
+    """(bytes that these processes hold on all GPUs, number of these GPUs), by the driver; (0, 0) without one."""
     nvml = _nvml()
     if nvml is None:
         return 0, 0
     total = gpus = 0
     for index in range(nvml.nvmlDeviceGetCount()):
-        held = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
-        ours = [one.usedGpuMemory or 0 for one in held if one.pid in processes]
-        total, gpus = total + sum(ours), gpus + bool(ours)
+        users = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
+        sizes = [user.usedGpuMemory or 0 for user in users if user.pid in processes]
+        total, gpus = total + sum(sizes), gpus + bool(sizes)
     return total, gpus
 
 
@@ -120,24 +123,26 @@ def _nvml() -> Any:
     if not Path("/dev/nvidiactl").exists():
         return None
     try:
-        import pynvml
+        import pynvml  # pyright: ignore[reportMissingImports] - comes with vLLM's CUDA build
 
         pynvml.nvmlInit()
-    except Exception:  # a driver that does not answer: the figures are left out, the stage goes on
+    except Exception:  # the driver does not answer: leave the figures out, the stage goes on
         return None
     return pynvml
 
 
 def cost_of(events: Iterable[Mapping[str, Any]], watch: MemoryWatch) -> dict[str, float]:
-    """What goes into the record: sums of the `used` events over all tries, and this try's peaks."""
-    total = dict.fromkeys(SUMMED, 0)
+    """The costs for the record: sums of the `used` events over all tries, and the peaks of this try."""
+    total: dict[str, float] = dict.fromkeys(SUMMED, 0)
     for event in events:
         if event["event"] == "used":
             for name in SUMMED:
                 total[name] += event.get(name, 0)
     times = os.times()
-    return {name: value for name, value in total.items() if value} | {
-        "peak_rss_bytes": watch.peak_rss_bytes,
-        "cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 2),
-        "gpus": watch.gpus,
-    } | ({"peak_gpu_bytes": watch.peak_gpu_bytes} if watch.gpus else {})  # fmt: skip
+    cost = {name: value for name, value in total.items() if value}
+    cost["peak_rss_bytes"] = watch.peak_rss_bytes
+    cost["cpu_seconds"] = round(times.user + times.system + times.children_user + times.children_system, 2)
+    cost["gpus"] = watch.gpus
+    if watch.gpus:
+        cost["peak_gpu_bytes"] = watch.peak_gpu_bytes
+    return cost

@@ -1,9 +1,11 @@
-"""Stages - where the ranks of several machines meet: the first node writes its address into the artifact's directory, the others read it.
+"""Stages - how the ranks of several nodes find each other: node 0 writes its address into the artifact's directory, the
+others read it.
 
-Every node runs the same command. Which one it is comes from SELFPLAY_NODE_RANK (set by the pipeline's engines), SLURM_NODEID or
-JOB_COMPLETION_INDEX (a Kubernetes indexed job), or from the place of its name or address in a hostfile (SELFPLAY_HOSTFILE: one host per line, as
-DeepSpeed reads it). The first node locks what it wrote for as long as it lives, so that nobody joins a meeting of yesterday; on a file system without
-locks, SELFPLAY_RENDEZVOUS does that, equal on all nodes and new for each start.
+Every node runs the same command. Its number comes from SELFPLAY_NODE_RANK (set by the pipeline's engines), SLURM_NODEID
+or JOB_COMPLETION_INDEX (a Kubernetes indexed job), or from the line of a hostfile that has its name or address
+(SELFPLAY_HOSTFILE: one host per line, as DeepSpeed reads it). Node 0 locks the address file while it lives, so that no
+node joins an earlier, dead training; on a file system without locks, SELFPLAY_RENDEZVOUS prevents that: a word equal on
+all nodes and new for each start.
 """
 
 from __future__ import annotations
@@ -28,74 +30,84 @@ WAIT_SECONDS = 600.0
 
 
 class Meeting(NamedTuple):
+    """Where the ranks connect: torch's MASTER_ADDR and MASTER_PORT."""
+
     address: str
     port: int
 
 
 def node_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Which of the nodes this is; 0 where nobody says. Raises: ConfigError if a hostfile does not list it."""
+    """The number of this node, from 0; 0 if no variable says.
+
+    Raises: ConfigError if the hostfile does not list it exactly once.
+    """
     for name in RANKS:
         if name in environment:
             return int(environment[name])
     if hostfile := environment.get("SELFPLAY_HOSTFILE"):
-        return _place_in(Path(hostfile), environment)
+        return _line_of_this_host(Path(hostfile), environment)
     return 0
 
 
-def _place_in(hostfile: Path, environment: Mapping[str, str]) -> int:
+def _line_of_this_host(hostfile: Path, environment: Mapping[str, str]) -> int:
     hosts = [line.split()[0] for line in hostfile.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    mine = {socket.gethostname(), socket.getfqdn(), environment.get("SELFPLAY_ADDRESS", "")}
-    places = [number for number, host in enumerate(hosts) if host in mine]
-    if len(places) != 1:
+    names = {socket.gethostname(), socket.getfqdn(), environment.get("SELFPLAY_ADDRESS", "")}
+    lines = [number for number, host in enumerate(hosts) if host in names]
+    if len(lines) != 1:
         raise ConfigError(
-            f"{hostfile} lists {', '.join(hosts)}; this machine is {', '.join(sorted(mine - {''}))}: put it there once, or set SELFPLAY_ADDRESS to the name it has there"
+            f"{hostfile} lists {', '.join(hosts)}; this machine is {', '.join(sorted(names - {''}))}: "
+            "put it there once, or set SELFPLAY_ADDRESS to the name it has there"
         )
-    return places[0]
+    return lines[0]
 
 
-def _file(out: Path) -> Path:
+def _meeting_path(out: Path) -> Path:
     start = next((os.environ[name] for name in STARTS if name in os.environ), "by-hand")
     return out / f".meeting-{start}.json"
 
 
 @contextmanager
 def announce(out: Path, nodes: int) -> Iterator[Meeting]:
-    """On the first node: choose the address and a free port, and tell the others while the meeting lasts."""
-    address = os.environ.get("SELFPLAY_ADDRESS") or os.environ.get("MASTER_ADDR") if nodes > 1 else "127.0.0.1"
-    address = address or socket.gethostname()
-    with socket.socket() as probe:
-        probe.bind(("", 0) if nodes > 1 else ("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = Meeting(address, int(os.environ.get("MASTER_PORT", port)) if nodes > 1 else port)
+    """On node 0: yield this node's address and a free port; other nodes can `join` until the block ends."""
     if nodes == 1:
-        yield meeting
+        yield Meeting("127.0.0.1", _free_port("127.0.0.1"))
         return
-    for old in out.glob(".meeting-*.json"):
-        old.unlink(missing_ok=True)
-    write_atomic(_file(out), json.dumps(meeting._asdict()))
-    with open(_file(out), "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    address = os.environ.get("SELFPLAY_ADDRESS") or os.environ.get("MASTER_ADDR") or socket.gethostname()
+    meeting = Meeting(address, int(os.environ.get("MASTER_PORT") or _free_port("")))
+    for earlier in out.glob(".meeting-*.json"):
+        earlier.unlink(missing_ok=True)
+    path = _meeting_path(out)
+    write_atomic(path, json.dumps(meeting._asdict()))
+    with open(path, "a") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         yield meeting
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
 
 
 def join(out: Path, wait: float = WAIT_SECONDS) -> Meeting:
-    """On every other node. Raises: TransientError if the first node does not call."""
+    """On every other node: wait for node 0 and return its address. Raises: TransientError after `wait` seconds."""
+    path = _meeting_path(out)
     end = time.monotonic() + wait
     while time.monotonic() < end:
         try:
-            with open(_file(out)) as file:
-                if _is_held(file):
+            with open(path) as file:
+                if _is_locked(file):
                     return Meeting(**json.load(file))
         except (OSError, ValueError, TypeError):
             pass
         time.sleep(0.5)
     raise TransientError(
-        f"the first node has not said within {wait:.0f} s where to meet (no {_file(out)}): is it up, and is the store shared?"
+        f"the first node has not said within {wait:.0f} s where to meet (no {path}): is it up, and is the store shared?"
     )
 
 
-def _is_held(file: TextIO) -> bool:
-    """Whether the first node still lives; under leases flock says nothing of another machine."""
+def _is_locked(file: TextIO) -> bool:
+    """Whether node 0 still lives. Under leases flock does not reach other machines: assume that it does."""
     if lease.is_wanted():
         return True
     try:

@@ -80,7 +80,7 @@ def test_a_shard_that_fails_twice_is_set_aside_and_named(tmp_path, what, told):
     (found,) = poison(tmp_path)
     assert (found.name, found.items, len(found.tries)) == ("part-00007", "row 7", 2)
     assert all(told in one for one in found.tries)
-    with pytest.raises(StageError, match=r"1 shard\(s\) failed 2 times.*part-00007 \(row 7\).*Mend the cause"):
+    with pytest.raises(StageError, match=r"1 of its shards failed 2 times.*part-00007 \(row 7\).*Mend the cause"):
         raise_poison("sample", [found])
 
 
