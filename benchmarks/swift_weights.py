@@ -22,19 +22,19 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", 
 import numpy as np
 
 import flows.preflight
-import flows.self_play
 import stages.training.engine
-import tasks.prompts
 from data_contracts.checkpoint import external_model
 from data_contracts.store import Store
 from flows.config import RunConfig
+from flows.self_play import SelfPlay
 from stages.evaluation.intervals import paired_bootstrap
 from stages.models.logps import Pass
 from stages.models.policy import load_causal_lm, score_responses
 from stages.models.tokens import encode_prompt, encode_response, load_tokenizer, stop_ids
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.transformers import Transformers
-from tests.flows.in_process import History, run
+from tasks.place import Place
+from tests.flows.in_process import HandsInProcess, History
 
 VARIANTS = {
     "SWIFT (teacher)": {"method": {"name": "swift"}},
@@ -126,8 +126,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     options = parser.parse_args()
     began = time.monotonic()
-    flows.self_play.run = run
-    flows.self_play.select_prompts = lambda rows, place, shown_as="": tasks.prompts.publish(rows, Store(place.store))
     stages.training.engine.Engine.close = lambda self: None
     store = Store(options.store)
     rows = stories(Path(options.stories), options.train + options.heldout)
@@ -142,7 +140,8 @@ def main() -> None:
             config = config_of(options, variant, seed)
             models = {"teacher": external_model(Path(options.teacher))} if "teacher" in config.roles else {}
             checked = flows.preflight.Checked(train, heldout[:1], config.evaluation)
-            final = flows.self_play.play(config, checked, store, start, models, History())
+            loop = SelfPlay(config, checked, start, models, HandsInProcess(), History())
+            final = loop.play(Place(str(store.root), config.name))
             measured.setdefault(name, []).append(judge.measure(final.path, sampling, seed))
             print(
                 name,

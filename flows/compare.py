@@ -11,7 +11,7 @@ from data_contracts.config import parse
 from data_contracts.store import Store
 from flows.comparison import load_comparison, outcomes, text, write_report
 from flows.config import RunConfig
-from flows.self_play import run_self_play
+from flows.run import run_self_play
 
 
 @flow(name="variant", flow_run_name="{name}", persist_result=False)

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -18,19 +18,21 @@ from data_contracts.config import Config, flattened, parse, read_yaml
 from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
-from flows.config import NAME, TRAINABLE_ROLES, RunConfig, apply, merge, read_run
+from flows.config import NAME, RunConfig, apply, merge, read_run
+from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import preflight
 from flows.report import figures
 from flows.report.page import document, figure, grid, markdown_table
 from flows.report.page import table as html_table
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.evaluation.stage import per_prompt
+from stages.stage import STAGES
+from tasks.place import Purpose
 
-if TYPE_CHECKING:
-    from flows.forecast.rehearsal import Step
-
-PHASES = ("generation", "weights", "training", "scoring", "evaluation")
-AUXILIARY = {name for role in TRAINABLE_ROLES for name in (role, f"{role}_pairs")}
+PAPER_PHASES = ("generation", "weights", "training")
+"""Columns of the paper's Table 3."""
+PHASES = tuple(dict.fromkeys([*PAPER_PHASES, *(stage.phase for stage in STAGES.values())]))
+MEASURING = (Purpose.HELDOUT, Purpose.CHECKPOINT, Purpose.BASELINE, Purpose.TOURNAMENT)
 
 
 class ComparisonConfig(Config):
@@ -118,24 +120,21 @@ class Outcome(NamedTuple):
 
 
 def phase_of(step: Step) -> str:
-    """Column of the paper's Table 3: auxiliary models are trained for the sake of the weights."""
-    if step.shown_as in AUXILIARY or step.stage == "weigh":
+    """Column of a step's seconds: auxiliary models are trained for the sake of the weights."""
+    if step.place.purpose is Purpose.AUXILIARY:
         return "weights"
-    if step.stage == "evaluate" or step.shown_as == "heldout_generations":
+    if step.place.purpose in MEASURING:
         return "evaluation"
-    return {"sample": "generation", "score": "scoring", "train": "training"}[step.stage]
+    return STAGES[step.stage].phase
 
 
 def outcomes(comparison: Comparison, store: Store) -> list[Outcome]:
     """Raises: ConfigError for a comparison that is not complete."""
-    from flows.forecast.rehearsal import (
-        rehearse,  # and so prefect, which must not be imported before its server is known
-    )
 
     found = []
     for one in comparison.variants:
         steps = rehearse(one.config, store).steps
-        if missing := [step.shown_as for step in steps if step.record is None]:
+        if missing := [step.name for step in steps if step.record is None]:
             raise ConfigError(
                 f"{one.config.name} is not complete ({missing[0]} is not built): run the comparison again, it goes on"
             )
@@ -198,7 +197,7 @@ def seconds_table(comparison: Comparison, found: list[Outcome]) -> list[dict[str
         group = [one for one in found if one.variant.name == name]
         for iteration in range(1, comparison.variants[0].config.iterations + 1):
             row: dict[str, Any] = {"variant": name, "iteration": iteration}
-            for phase in PHASES[:3]:
+            for phase in PAPER_PHASES:
                 row[phase] = float(np.mean([one.seconds(iteration)[phase] for one in group]))
                 for what in ("busy", "processor"):
                     row[f"{phase} {what}"] = float(np.mean([one.seconds(iteration, what)[phase] for one in group]))
@@ -309,7 +308,7 @@ def _page(
             )
         )  # fmt: skip
     bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
-    stacked = [(phase, [row[phase] for row in seconds]) for phase in PHASES[:3]]
+    stacked = [(phase, [row[phase] for row in seconds]) for phase in PAPER_PHASES]
     pictures = grid(
         figure(
             "gain",
@@ -321,7 +320,7 @@ def _page(
             "seconds",
             "Seconds per iteration",
             figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"),
-            PHASES[:3],
+            PAPER_PHASES,
         ),
     )
     tables = "".join(html_table(_cells(part)) for part in (rows, seconds))

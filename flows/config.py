@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config, load_yaml, parse, read_yaml
 from data_contracts.errors import ConfigError
+from flows.tournament import TournamentConfig
+from stages.evaluation.promotion import GateConfig
 from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
 from stages.methods.base import Method
@@ -19,6 +22,7 @@ from stages.registry import Named
 from stages.sampling.stage import SamplingConfig
 from stages.scoring.pairing import CHOOSE
 from stages.scoring.stage import ScoringConfig
+from stages.stage import STAGES
 from stages.training.stage import TrainingConfig
 from stages.training.streams import LIVE_REFERENCE
 from stages.weighting.stage import WeightingConfig
@@ -59,6 +63,8 @@ class ModelsConfig(Config):
 
 
 AUXILIARY_METHOD = {"name": "dpo", "beta": 0.1}
+REFINABLE = ("sample", "score", "weigh")
+"""Stages whose output another package's stage may refine."""
 TRAINABLE_ROLES = ("positive", "negative", "reward_model")
 
 
@@ -88,10 +94,54 @@ class RunConfig(Config):
     mix_previous: bool = False
     """From the second iteration on, train on the previous iteration's pairs too, under the new reference (official SPIN and SWIFT code)."""
     evaluation: EvaluationConfig
+    gate: GateConfig = GateConfig()
+    """Whether a policy that is not better goes on."""
+    tournament: TournamentConfig | None = None
+    """Win rates between all iterations and other models, by any scorer."""
+    refine: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Stages of other packages that make another artifact of the kind they read (a filter of generations, say), by name, with their
+    settings; they run in this order, after the stage whose output they read."""
     heldout_sampling: SamplingConfig | None = None
     """How held-out answers are drawn. None: like `sampling`, one answer per prompt."""
     execution: ExecutionConfig = ExecutionConfig()
     """Where the work runs. Never changes what comes out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_places(cls, data: Any) -> Any:
+        """`evaluation.gate` and `evaluation.tournament` are fields of the run now; where they were is still read."""
+        evaluation = data.get("evaluation") if isinstance(data, dict) else None
+        if not isinstance(evaluation, dict) or not (
+            moved := [name for name in ("gate", "tournament") if name in evaluation]
+        ):
+            return data
+        if both := [name for name in moved if name in data]:
+            raise ValueError(
+                f"`evaluation.{both[0]}` is the old place of `{both[0]}`, which is given too: remove the old one"
+            )
+        for name in moved:
+            warnings.warn(
+                f"`evaluation.{name}` is `{name}` now: move it one level up in the run config",
+                FutureWarning,
+                stacklevel=2,
+            )
+        kept = {name: value for name, value in evaluation.items() if name not in moved}
+        return data | {name: evaluation[name] for name in moved} | {"evaluation": kept}
+
+    @field_validator("refine")
+    @classmethod
+    def _refinements(cls, refine: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in refine.items():
+            try:
+                stage = STAGES[name]
+            except KeyError:
+                raise ValueError(f"no stage is called {name!r}, here or in another package") from None
+            if stage.after not in REFINABLE:
+                raise ValueError(
+                    f"the stage {name} comes after none of {', '.join(REFINABLE)}, so it cannot refine their output"
+                )
+            stage.parse(settings)
+        return refine
 
     @field_validator("auxiliary", mode="before")
     @classmethod
@@ -161,7 +211,16 @@ class RunConfig(Config):
     @property
     def baselines(self) -> dict[str, ModelRef]:
         """Models that only play in the tournament."""
-        return {} if self.evaluation.tournament is None else self.evaluation.tournament.baselines
+        return {} if self.tournament is None else self.tournament.baselines
+
+    def settings_of(self, stage: str) -> Config:
+        """The section of a stage, as the user wrote it."""
+        section = STAGES[stage].section
+        return getattr(self, section) if section in type(self).model_fields else STAGES[stage].parse(self.refine[stage])
+
+    def refinements_after(self, stage: str) -> list[tuple[str, Config]]:
+        """The `refine` stages that read the output of this one, with their settings."""
+        return [(name, self.settings_of(name)) for name in self.refine if STAGES[name].after == stage]
 
     @property
     def live_reference(self) -> bool:

@@ -1,59 +1,67 @@
-"""Flows - the promotion gate of a run: which policy goes on. It decides and records after every iteration; it acts only if enabled."""
+"""Flows - the promotion gate of a run: which policy goes on. It judges every iteration's policy; it acts only if enabled."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import NamedTuple
 
 from data_contracts.artifact import ArtifactRef
-from data_contracts.store import write_atomic
-from flows.report.history import History
-from stages.evaluation.promotion import PROMOTE, ROLL_BACK, STOP, GateConfig, decide
+from stages.evaluation.promotion import PROMOTE, ROLL_BACK, STOP, Decision, GateConfig, Measurement, decide
+
+
+class Verdict(NamedTuple):
+    """What the gate says of one iteration's policy."""
+
+    decision: Decision
+    iteration: int
+    against: int
+    """Iteration of the best policy before, which this one was compared with."""
+    enabled: bool
+    """Whether the gate acts; else the verdict is only recorded."""
+    best: ArtifactRef
+    best_iteration: int
+    goes_on: ArtifactRef
+    """The policy that the next iteration starts from."""
+    stops: bool
 
 
 class Gate:
-    """Follows a run: the best policy so far starts as the start model; each candidate is compared with it."""
+    """Follows a run: the start model is the best policy until a candidate is promoted."""
 
-    def __init__(self, config: GateConfig, history: History, start: ArtifactRef):
-        self.config, self.history = config, history
+    def __init__(self, config: GateConfig, start: ArtifactRef):
+        self.config = config
         self.best, self.best_iteration = start, 0
+        self.best_measured: Measurement | None = None
         self.without_promotion = 0
 
-    def next(self, candidate: ArtifactRef) -> tuple[ArtifactRef, bool]:
-        """Decide about the policy that was measured last. Returns the policy to go on from, and whether to stop.
+    def begin(self, measured: Measurement | None) -> None:
+        """Take the start model's measurement as the one to beat."""
+        self.best_measured = measured
 
-        Off, this is the candidate, and never a stop.
-        """
-        before, after = self.history.measured_at(self.best_iteration), self.history.measured_at(-1)
-        decision = decide(self.config, before, after, self.without_promotion)
-        iteration = len(self.history.rows) - 1
-        against = self.best_iteration
+    def judge(self, candidate: ArtifactRef, measured: Measurement | None, iteration: int) -> Verdict | None:
+        """Compare a candidate with the best policy. None where one of them is not measured yet: on paper it goes on."""
+        if measured is None or self.best_measured is None:
+            self.best, self.best_iteration, self.best_measured = candidate, iteration, measured
+            return None
+        against, before = self.best_iteration, self.best
+        decision = decide(self.config, self.best_measured, measured, self.without_promotion)
         if decision.outcome == PROMOTE:
-            self.best, self.best_iteration, self.without_promotion = candidate, iteration, 0
+            self.best, self.best_iteration, self.best_measured = candidate, iteration, measured
+            self.without_promotion = 0
         else:
             self.without_promotion += 1
-        self._record(
-            {
-                "iteration": iteration,
-                "against": against,
-                "enabled": self.config.enabled,
-                **decision._asdict(),
-                "gain": decision.gain and decision.gain._asdict(),
-                "plain": decision.plain and decision.plain._asdict(),
-                "best": {"iteration": self.best_iteration, "kind": self.best.kind, "key": self.best.key},
-            }
+        acts = self.config.enabled
+        rolls_back = acts and decision.outcome in (ROLL_BACK, STOP)
+        return Verdict(
+            decision=decision,
+            iteration=iteration,
+            against=against,
+            enabled=acts,
+            best=self.best,
+            best_iteration=self.best_iteration,
+            goes_on=before if rolls_back else candidate,
+            stops=acts and decision.outcome == STOP,
         )
-        if not self.config.enabled:
-            return candidate, False
-        return (self.best if decision.outcome in (ROLL_BACK, STOP) else candidate), decision.outcome == STOP
 
     def final(self, last: ArtifactRef) -> ArtifactRef:
-        """What the run hands out: the best policy if the gate is on, else the last one."""
+        """What the run hands out: the best policy if the gate acts, else the last one."""
         return self.best if self.config.enabled else last
-
-    def _record(self, decision: dict[str, Any]) -> None:
-        """`runs/<name>/gate.json`, the report and the tracker."""
-        self.history.decided(decision)
-        path = self.history.directory / "gate.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(self.history.decisions, indent=1) + "\n")

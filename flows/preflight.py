@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_contracts.artifact import FileDigest
+from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.errors import ConfigError, StageError
 from data_contracts.identity import digest_file, digest_text
 from data_contracts.near_duplicates import check_disjoint
@@ -25,9 +25,9 @@ from stages.evaluation.stage import EvaluationConfig, check_sandbox
 from stages.models.tokens import tokenizer_digest
 from stages.scoring import SCORERS
 from stages.scoring.pairing import CHOOSE
-from tasks.execution.config import STAGE_NAMES
+from stages.stage import STAGES
 from tasks.launch import CHECKOUT
-from tasks.models import locate
+from tasks.models import locate, resolve
 
 
 class Checked(NamedTuple):
@@ -63,7 +63,7 @@ def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
     check_disjoint(train, heldout, run.prompts.duplicate_similarity)
     _check_amount(run, train)
     _check_gpus(run)
-    tournament = run.evaluation.tournament
+    tournament = run.tournament
     scorers = [(run.scoring.scorer if run.pairing in CHOOSE else None, train), (run.evaluation.scorer, heldout)]
     for scorer, rows in [*scorers, (tournament and tournament.scorer, heldout)]:
         if scorer is None:
@@ -104,15 +104,17 @@ def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:
 
 
 def _check_gpus(run: RunConfig) -> None:
-    """An engine would wait for a node that nobody has: Kubernetes for as long as execution.start_timeout_seconds."""
-    have = run.execution.gpus_per_node
-    for stage, settings in zip(
-        STAGE_NAMES, (run.sampling, run.scoring, run.weighting, run.training, run.evaluation), strict=True
-    ):
-        if have is not None and (wanted := run.execution.gpus_of(stage, settings)) > have:
+    """Refuse GPU requests that no node can satisfy: the engine would wait until execution.start_timeout_seconds."""
+    available = run.execution.gpus_per_node
+    if available is None:
+        return
+    for stage in (*STAGES, *run.refine):
+        needed = run.execution.gpus_of(stage, run.settings_of(stage))
+        if needed > available:
             raise ConfigError(
-                f"{stage}: one worker asks for {wanted} GPUs on a node, and no node has more than {have} (execution.gpus_per_node): lower "
-                f"execution.gpus.{stage}, sampling.backend.runtime.tensor_parallel_size or training.runtime.num_processes, or set execution.gpus_per_node"
+                f"{stage}: one worker asks for {needed} GPUs on a node, and no node has more than {available} "
+                f"(execution.gpus_per_node): lower execution.gpus.{stage}, sampling.backend.runtime.tensor_parallel_size or "
+                "training.runtime.num_processes, or set execution.gpus_per_node"
             )
 
 
@@ -120,9 +122,7 @@ def _check_models(run: RunConfig, policy: Path) -> None:
     """The other models are there, and their tokens fit what is asked of them."""
     for name, model in run.baselines.items():
         if re.fullmatch(r"\d+|start", name):
-            raise ConfigError(
-                f"evaluation.tournament.baselines: {name!r} would be taken for an iteration; give it another name"
-            )
+            raise ConfigError(f"tournament.baselines: {name!r} would be taken for an iteration; give it another name")
         locate(model, run.sampling.template == "chat")
     for role in run.roles:
         named = getattr(run.models, role)
@@ -202,3 +202,16 @@ def _check_tokens(
             f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}"
         )
     return memory / told
+
+
+def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:
+    """The start model, and the models beside it that the user gave."""
+    start = resolve(config.policy, config.sampling.template == "chat", store)
+    models = {
+        role: resolve(model, False, store)
+        for role in config.roles
+        if (model := getattr(config.models, role)) is not None
+    }
+    if config.weighting.positive_system is not None or config.weighting.negative_system is not None:
+        models |= {"positive": start, "negative": start}  # TIS-DPO (P): one model, two system prompts
+    return start, models

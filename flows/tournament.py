@@ -8,17 +8,31 @@ Axes: M policies, N prompts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.checkpoint import ModelRef
+from data_contracts.config import Config
 from data_contracts.identity import fingerprint
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from data_contracts.store import Store
-from flows.config import ScoringConfig
 from stages.methods.preferences import preference_matrix
+from stages.registry import Named
+from stages.scoring import SCORERS
 from stages.scoring.pairing import relative_rewards
+from stages.scoring.stage import ScoringConfig
+
+
+class TournamentConfig(Config):
+    """Round-robin of all policies and baselines at the end of a run. It changes no other artifact."""
+
+    scorer: Annotated[Named, SCORERS]
+    """Who compares: a pair scorer (pairrm, llm_judge) in both orders, or a score, of which the higher one wins."""
+    baselines: dict[str, ModelRef] = Field(default_factory=dict)
+    """Other models by name; they answer the held-out prompts as the policies do."""
 
 
 class Standing(NamedTuple):

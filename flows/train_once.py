@@ -9,7 +9,7 @@ from prefect import flow
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
-from flows.self_play import flow_run_name, run_self_play
+from flows.run import flow_run_name, run_self_play
 from stages.scoring.stage import WITHOUT_GENERATIONS
 
 

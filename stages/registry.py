@@ -24,11 +24,20 @@ class Named(Config):
 
     name: str
 
+    def identity(self) -> dict[str, Any]:
+        """The settings, and the plug-in's VERSION where it is not the first one: a changed meaning is a changed key."""
+        version = version_of(self)
+        return super().identity() | ({"VERSION": version} if version != FIRST_VERSION else {})
+
+
+FIRST_VERSION = "1"
+"""Of every plug-in; not written into keys, so that artifacts made before plug-ins had versions stay found."""
+
 
 class Plugin:
     """The class that a name stands for. A subclass writes `Config`, and what its family's base class says."""
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = FIRST_VERSION
     """Raise it when the same settings give other numbers: it enters the key of every artifact that the plug-in made."""
     Config: ClassVar[type[Named]]
     """The settings, with `name` pinned to the plug-in's name."""
@@ -46,9 +55,13 @@ class Registry(Generic[P]):
 
     def __init__(self, family: str, table: dict[str, str]):
         self.family, self.table = family, table
+        FAMILIES.append(self)
 
     def names(self) -> list[str]:
         return sorted(self.table.keys() | {point.name for point in self._entry_points()})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.table or any(point.name == name for point in self._entry_points())
 
     def _entry_points(self) -> Iterable[EntryPoint]:
         return entry_points(group=f"selfplay.{self.family}")
@@ -106,3 +119,17 @@ class Registry(Generic[P]):
             # Prefect enforces this schema; the options belong to each plug-in and are validated by its own class.
             "additionalProperties": True,
         }
+
+
+FAMILIES: list[Registry[Any]] = []
+"""Every registry of this process."""
+
+
+def version_of(config: Named) -> str:
+    """VERSION of the plug-in whose settings these are; settings of nothing that is registered have the first version."""
+    for registry in FAMILIES:
+        if config.name in registry:
+            plugin = registry.get(config.name)
+            if plugin.Config is type(config):
+                return getattr(plugin, "VERSION", FIRST_VERSION)
+    return FIRST_VERSION

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,6 +74,16 @@ class Stage(NamedTuple):
     """Input name -> artifact kind; a trailing "?" marks an optional input."""
     target: str
     """"module" with a `Config` class and `run(job)`."""
+    section: str
+    """Field of the run config that holds its settings."""
+    phase: str
+    """Column of a comparison's table of seconds: generation, scoring, weights, training or evaluation."""
+    unit: str
+    """What its seconds grow with: candidates, pairs, or answers."""
+    is_sharded: bool = True
+    """Whether several workers can share its shards."""
+    after: str | None = None
+    """Set for a stage that makes another artifact of the kind it reads: the stage whose output it refines in every iteration."""
 
     def load(self) -> Any:
         return importlib.import_module(self.target)
@@ -100,50 +111,93 @@ class Stage(NamedTuple):
                 raise ConfigError(f"the stage {self.name} takes {known[name]} as {name!r}, got {ref.kind} {ref.key}")
 
 
-STAGES = {
-    stage.name: stage
+class Stages(dict[str, Stage]):
+    """The stages of this package by name, in the order of an iteration; a stage of another package is looked up when it is named.
+
+    Another package declares an entry point in the group `selfplay.stages` whose value is a `Stage`.
+    """
+
+    def __missing__(self, name: str) -> Stage:
+        for point in entry_points(group="selfplay.stages"):
+            if point.name == name:
+                return point.load()
+        raise KeyError(name)
+
+
+MODELS = ("reference", "policy", "teacher", "positive", "negative", "reward_model")
+STAGES = Stages(
+    (stage.name, stage)
     for stage in (
-        Stage("sample", "1", "generations", {"prompts": "prompts", "policy": "checkpoint"}, "stages.sampling.stage"),
+        Stage(
+            "sample",
+            version="1",
+            produces="generations",
+            consumes={"prompts": "prompts", "policy": "checkpoint"},
+            target="stages.sampling.stage",
+            section="sampling",
+            phase="generation",
+            unit="candidates",
+        ),
         Stage(
             "score",
-            "1",
-            "scored_pairs",
-            {"prompts": "prompts", "generations?": "generations", "policy?": "checkpoint", "start?": "checkpoint"},
-            "stages.scoring.stage",
+            version="1",
+            produces="scored_pairs",
+            consumes={
+                "prompts": "prompts",
+                "generations?": "generations",
+                "policy?": "checkpoint",
+                "start?": "checkpoint",
+            },
+            target="stages.scoring.stage",
+            section="scoring",
+            phase="scoring",
+            unit="candidates",
         ),
         Stage(
             "weigh",
-            "1",
-            "weighted_pairs",
-            {"pairs": "scored_pairs", "prompts?": "prompts"}
-            | {
-                f"{role}?": "checkpoint"
-                for role in ("reference", "policy", "teacher", "positive", "negative", "reward_model")
-            },
-            "stages.weighting.stage",
+            version="1",
+            produces="weighted_pairs",
+            consumes={"pairs": "scored_pairs", "prompts?": "prompts"} | {f"{role}?": "checkpoint" for role in MODELS},
+            target="stages.weighting.stage",
+            section="weighting",
+            phase="weights",
+            unit="pairs",
         ),
         Stage(
             "train",
-            "1",
-            "checkpoint",
-            {
+            version="1",
+            produces="checkpoint",
+            consumes={
                 "pairs": "weighted_pairs",
                 "more_pairs?": "weighted_pairs",
                 "policy": "checkpoint",
                 "reference?": "checkpoint",
                 "teacher?": "checkpoint",
             },
-            "stages.training.stage",
+            target="stages.training.stage",
+            section="training",
+            phase="training",
+            unit="pairs",
+            is_sharded=False,
         ),
         Stage(
             "evaluate",
-            "1",
-            "eval_report",
-            {"prompts": "prompts", "generations": "generations", "policy": "checkpoint", "start": "checkpoint"},
-            "stages.evaluation.stage",
+            version="1",
+            produces="eval_report",
+            consumes={
+                "prompts": "prompts",
+                "generations": "generations",
+                "policy": "checkpoint",
+                "start": "checkpoint",
+            },
+            target="stages.evaluation.stage",
+            section="evaluation",
+            phase="evaluation",
+            unit="answers",
+            is_sharded=False,
         ),
     )
-}
+)
 
 
 class Job:

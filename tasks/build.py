@@ -18,8 +18,7 @@ from stages.stage import STAGES
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.share import run_work
 from tasks.launch import Progress
-
-LOCAL = ExecutionConfig()
+from tasks.place import LOCAL
 
 
 class Built(NamedTuple):

@@ -6,14 +6,11 @@ import time
 from typing import Any
 
 import numpy as np
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.identity import canonical_json, digest_text, fingerprint
 from data_contracts.shards import shard_path, to_table, write_shard
 from data_contracts.store import Store
-from tasks.stages import Place
 
 VERSION = "1"
 
@@ -28,27 +25,34 @@ def part_of(
     return [rows[i] for i in sorted(order[start : start + size])]
 
 
+def prompts_key(rows: list[dict[str, Any]]) -> str:
+    """Key of the prompts artifact that holds these rows."""
+    return fingerprint("prompts", VERSION, _identity(rows), {})
+
+
+def _identity(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {"rows": digest_text(canonical_json(rows))}
+
+
 def publish(rows: list[dict[str, Any]], store: Store) -> ArtifactRef:
-    """Write the rows as an artifact of their own content."""
-    digest = digest_text(canonical_json(rows))
-    key = fingerprint("prompts", VERSION, {"rows": digest}, {})
+    """Write the rows as an artifact of their own content, or find it."""
+    identity = _identity(rows)
+    key = fingerprint("prompts", VERSION, identity, {})
     with store.lock("prompts", key):
-        found = store.find("prompts", key)
-        if found:
-            return found
+        if existing := store.find("prompts", key):
+            return existing
         directory = store.directory("prompts", key)
         write_shard(shard_path(directory, 0), to_table(rows, "prompts"))
         record = ArtifactRecord(
-            kind="prompts", key=key, stage="prompts", version=VERSION, config={"rows": digest}, inputs={}, content="", files=[], rows=len(rows),
+            kind="prompts",
+            key=key,
+            stage="prompts",
+            version=VERSION,
+            config=identity,
+            inputs={},
+            content="",
+            files=[],
+            rows=len(rows),
             provenance={"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
-        )  # fmt: skip
+        )
         return store.sign(record).ref(str(directory))
-
-
-@task(name="prompts", task_run_name="prompts-{place.step}", cache_policy=NO_CACHE, persist_result=False)
-def select_prompts(rows: list[dict[str, Any]], place: Place, shown_as: str = "prompts") -> ArtifactRef:
-    """Publish the prompts of one iteration and show them in the run's view."""
-    store = Store(place.store)
-    ref = publish(rows, store)
-    store.show_in_run(place.run, place.step, shown_as, ref)
-    return ref

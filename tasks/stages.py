@@ -1,10 +1,10 @@
-"""Tasks - one Prefect task for every stage: shown as Cached when the artifact was there, retried only when another try can help."""
+"""Tasks - the Prefect tasks: one for every stage, shown as Cached when its artifact was there, and one for prompts."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -17,21 +17,10 @@ from data_contracts.config import Config
 from data_contracts.errors import TransientError
 from data_contracts.ledger import Ledger
 from data_contracts.store import Store
-from tasks.build import LOCAL, Built, build
-from tasks.execution.config import ExecutionConfig
+from tasks.build import Built, build
 from tasks.launch import Progress
-
-
-class Place(NamedTuple):
-    """Where in a run a task stands, and where its work runs; it names task runs and links, and enters no key."""
-
-    store: str
-    run: str
-    step: str
-    """iter_00 (the start model), iter_01, ..."""
-    session: str = ""
-    """Of the ledger."""
-    execution: ExecutionConfig = LOCAL
+from tasks.place import Place
+from tasks.prompts import publish
 
 
 def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
@@ -41,19 +30,19 @@ def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
 
 @task(
     name="stage",
-    task_run_name="{shown_as}-{place.step}",
+    task_run_name="{name}-{place.step}",
     cache_policy=NO_CACHE,  # one truth: the store's records decide
     persist_result=False,
     retries=1,
     retry_delay_seconds=2,
     retry_condition_fn=_worth_another_try,
 )
-def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place: Place, shown_as: str) -> Any:
+def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place: Place, name: str) -> Any:
     """Build one artifact and show it in the run's view."""
     logger, store = get_run_logger(), Store(place.store)
     ledger, began = Ledger(store, place.run, place.session), time.time()
-    ledger.started(place.step, shown_as, stage)
-    artifact = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{shown_as}", f"{stage} of {place.step}")
+    ledger.started(place.step, name, stage)
+    artifact = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{name}", f"{stage} of {place.step}")
     with _TerminalBar(f"{place.step} {stage}") as bar:
         built = build(
             stage,
@@ -64,17 +53,26 @@ def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place
             lambda progress: (artifact(progress), bar(progress)),
             place.execution,
         )
-    store.show_in_run(place.run, place.step, shown_as, built.ref)
-    ledger.finished(place.step, shown_as, stage, built.record, built.cached, began, built.waited)
+    store.show_in_run(place.run, place.step, name, built.ref)
+    ledger.finished(place.step, name, stage, built.record, built.cached, began, built.waited)
     if built.cached:
         return Completed(name="Cached", message=f"found {built.ref}", data=built)
     logger.info("%s built in %.1f s: %s", built.ref, built.record.seconds["wall"], built.ref.path)
     return built
 
 
-def run(stage: str, config: Config, place: Place, shown_as: str | None = None, **inputs: ArtifactRef) -> Built:
-    """Call the task. It may return a State, which Prefect hands back as it is: unwrapped here."""
-    return stage_task(stage, config, inputs, place, shown_as or stage, return_state=True).result()
+def run(stage: str, config: Config, place: Place, **inputs: ArtifactRef) -> Built:
+    """Build one artifact through the Prefect task. The task may return a State, which Prefect hands back as it is."""
+    return stage_task(stage, config, inputs, place, place.name_of(stage), return_state=True).result()
+
+
+@task(name="prompts", task_run_name="{name}-{place.step}", cache_policy=NO_CACHE, persist_result=False)
+def prompts_task(rows: list[dict[str, Any]], place: Place, name: str) -> ArtifactRef:
+    """Publish prompts and show them in the run's view."""
+    store = Store(place.store)
+    ref = publish(rows, store)
+    store.show_in_run(place.run, place.step, name, ref)
+    return ref
 
 
 class _TerminalBar:

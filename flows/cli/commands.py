@@ -84,7 +84,9 @@ def estimate(config: RUN_FILE, set: SET = None, store: STORE = None,
     from flows.forecast.estimate import estimate as predict
     from flows.forecast.estimate import show
 
-    print(show(predict(load_run(config, _overrides(set)), Store(store), price_per_hour=price, calibrate=calibrate)))
+    print(
+        show(predict(load_run(config, _overrides(set)), Store(store), price_per_hour=price, use_calibration=calibrate))
+    )
 
 
 @app.command()
@@ -274,7 +276,7 @@ def _play(config: str, assignments: list[str] | None, store: str | None) -> None
     os.environ["SELFPLAY_OWN_PROCESS"] = "1"
     with _server(root) as url:
         # Prefect reads its settings when it is imported: after the server is known.
-        from flows.self_play import self_play
+        from flows.run import self_play
 
         print(f"watch it at {url.removesuffix('/api')}", flush=True)
         history = self_play(config=config, overrides=overrides, store=str(root.root))

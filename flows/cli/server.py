@@ -54,7 +54,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     os.environ.update(own)
     server = _Server(port, home / "server.log")
     try:
-        importlib.import_module("flows.self_play")  # prefect and mlflow: as long as the server's start, and beside it
+        importlib.import_module("flows.run")  # prefect and mlflow: as long as the server's start, and beside it
         with suppress(Exception):  # whatever is wrong with MLflow, the tracker says it and the run goes on
             from tasks.tracking import import_client
 

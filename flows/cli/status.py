@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
-from flows.report.history import History
+from flows.report.history import History, Nowhere
 from stages.stage import STAGES, events
-from tasks.stages import Place
 
 
 def status(config: RunConfig, store: Store) -> str:
@@ -22,7 +20,7 @@ def status(config: RunConfig, store: Store) -> str:
     locked = store.locks()
     lines = [f"run {config.name}: {config.method.name}, {config.iterations} iteration(s), store {store.root}"]
     for one in rehearsal.steps:
-        lines.append(f"  {one.step}  {one.shown_as:20} {one.key or '':16}  {_state(one, store, locked)}")
+        lines.append(f"  {one.place.step}  {one.name:20} {one.key or '':16}  {_state(one, store, locked)}")
     built = sum(one.record is not None for one in rehearsal.steps)
     lines.append(
         f"{built} of {len(rehearsal.steps)} artifacts are built"
@@ -63,28 +61,12 @@ def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> 
         return None
 
 
-class _NoTracker:
-    """MLflow has heard of it all when it was built."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **named: None
-
-
-class _Reader(History):
-    """A history that shows itself on paper only."""
-
-    def _publish(self, place: Place) -> None:
-        pass
-
-
 def report_again(config: RunConfig, store: Store) -> Path:
     """Write `runs/<name>/report.html` and `.md` from the iterations that are complete. Raises: ConfigError if none is."""
-    history = _Reader(config, store, _NoTracker())
-    rehearse(config, store, history=history)
+    history = History(config, store, Nowhere(), Nowhere())
+    rehearse(config, store, listener=history)
     if not history.rows:
         raise ConfigError(
             f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; see `selfplay status`"
         )
-    gate = history.directory / "gate.json"
-    history.decisions = json.loads(gate.read_text(encoding="utf-8")) if gate.is_file() else []
     return history.write_report()

@@ -1,7 +1,8 @@
-"""Flows - a run on paper: which artifacts it needs, in order, and which of them the store has. Nothing is built, no stage is started.
+"""Flows - a run on paper: which artifacts it needs, in order, and which of them the store has. Nothing is built.
 
-It is `play` itself with hands that only look, so it cannot disagree with the run. What lies behind an artifact that is not built has no key
-yet (keys hash the content of inputs): such a step is known by its settings alone.
+It is `SelfPlay` itself with hands that only look, gate and early stop included, so it cannot disagree with the run. What lies behind an
+artifact that is not built has no key yet (keys hash the content of inputs): such a step is known by its settings alone, and a policy that
+is not measured yet is taken to go on.
 """
 
 from __future__ import annotations
@@ -11,35 +12,44 @@ from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
-from data_contracts.identity import canonical_json, digest_text, fingerprint
 from data_contracts.store import Store
+from flows import hands
 from flows.config import RunConfig
-from flows.preflight import Checked, gather
-from flows.self_play import Hands, models_of, play, read_answers, read_report
+from flows.gate import Verdict
+from flows.hands import Listener
+from flows.preflight import Checked, gather, models_of
+from flows.self_play import SelfPlay
 from flows.tournament import merge_key
+from stages.evaluation.intervals import Interval
 from stages.evaluation.promotion import Measurement
 from stages.stage import STAGES
 from tasks.build import Built
-from tasks.prompts import VERSION
-from tasks.stages import Place
+from tasks.place import Place
+from tasks.prompts import prompts_key
 
 UNKNOWN = "not built yet"
 
 
 class Step(NamedTuple):
+    """One artifact that a run needs."""
+
     stage: str
     config: Config
-    step: str
-    shown_as: str
+    place: Place
     inputs: dict[str, ArtifactRef]
     key: str | None
     """None: not known before its inputs are built."""
     record: ArtifactRecord | None
-    """If it is there."""
+    """None: not built."""
+
+    @property
+    def name(self) -> str:
+        """As the run's view, ledger and tables show it."""
+        return self.place.name_of(self.stage)
 
     @property
     def iteration(self) -> int:
-        return int(self.step.removeprefix("iter_"))
+        return self.place.iteration
 
 
 class Rehearsal(NamedTuple):
@@ -51,91 +61,94 @@ class Rehearsal(NamedTuple):
     models: dict[str, ArtifactRef]
 
 
-def rehearse(config: RunConfig, store: Store, checked: Checked | None = None, history: Any = None) -> Rehearsal:
-    """`history`: what shall hear of the artifacts that are there (report.History); None: nobody.
+def rehearse(
+    config: RunConfig, store: Store, checked: Checked | None = None, listener: Listener | None = None
+) -> Rehearsal:
+    """The steps of a run. `listener`: told of every iteration whose artifacts exist, until the first that does not.
 
     Raises: ConfigError for a wrong request, as the run would.
     """
     start, models = models_of(config, store)
-    looker = _Looker(store)
-    teller = _Teller(history)
-    hands = Hands(looker.run, looker.publish, looker.read_answers, looker.read_report, looker.merge)
-    play(
-        config,
-        checked or gather(config),
-        Place(str(store.root), config.name, "iter_00"),
-        start,
-        models,
-        teller,
-        hands=hands,
-    )
-    return Rehearsal(config, looker.steps, looker.num_prompts, start, models)
+    looking = LookingHands(store)
+    told = UntilUnbuilt(listener)
+    place = Place(str(store.root), config.name, execution=config.execution)
+    SelfPlay(config, checked or gather(config), start, models, looking, told).play(place)
+    return Rehearsal(config, looking.steps, looking.num_prompts, start, models)
 
 
-class _Looker:
-    """The hands: they find, or say that there is nothing."""
+class LookingHands:
+    """Hands that find artifacts, or write down that there is nothing."""
 
     def __init__(self, store: Store):
         self.store = store
         self.steps: list[Step] = []
         self.num_prompts: dict[str, int] = {}
 
-    def run(
-        self, stage: str, config: Config, place: Place, shown_as: str | None = None, **inputs: ArtifactRef
-    ) -> Built:
+    def run(self, stage: str, config: Config, place: Place, **inputs: ArtifactRef) -> Built:
         kind = STAGES[stage].produces
         STAGES[stage].check_inputs(inputs)
-        known = all(ref.content != UNKNOWN for ref in inputs.values())
-        key = STAGES[stage].key(config, inputs) if known else None
-        found = self.store.find(kind, key) if key else None
-        record = self.store.load(kind, key) if found and key else None
-        self.steps.append(Step(stage, config, place.step, shown_as or stage, inputs, key, record))
-        return Built(
-            found or ArtifactRef(kind=kind, key=key or UNKNOWN, path="", content=UNKNOWN), record, record is not None
-        )
+        is_known = all(ref.content != UNKNOWN for ref in inputs.values())
+        key = STAGES[stage].key(config, inputs) if is_known else None
+        ref = self.store.find(kind, key) if key else None
+        record = self.store.load(kind, key) if ref and key else None
+        self.steps.append(Step(stage, config, place, inputs, key, record))
+        return Built(ref or self._unbuilt(kind, key), record, record is not None)
 
-    def publish(self, rows: list[dict[str, Any]], place: Place, shown_as: str = "prompts") -> ArtifactRef:
-        key = fingerprint("prompts", VERSION, {"rows": digest_text(canonical_json(rows))}, {}) if rows else UNKNOWN
+    def publish(self, rows: list[dict[str, Any]], place: Place) -> ArtifactRef:
+        key = prompts_key(rows) if rows else UNKNOWN
         self.num_prompts[key] = len(rows)
-        return self.store.find("prompts", key) or ArtifactRef(kind="prompts", key=key, path="", content=UNKNOWN)
-
-    def read_answers(self, answers: ArtifactRef) -> dict[str, str]:
-        return read_answers(answers) if answers.content != UNKNOWN else {}
-
-    def read_report(self, report: ArtifactRef) -> Measurement:
-        return read_report(report) if report.content != UNKNOWN else Measurement({}, {})
+        return self.store.find("prompts", key) or self._unbuilt("prompts", key)
 
     def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
-        key = merge_key(players) if all(ref.content != UNKNOWN for ref in players.values()) else UNKNOWN
-        return self.store.find("generations", key) or ArtifactRef(kind="generations", key=key, path="", content=UNKNOWN)
+        is_known = all(ref.content != UNKNOWN for ref in players.values())
+        key = merge_key(players) if is_known else UNKNOWN
+        return self.store.find("generations", key) or self._unbuilt("generations", key)
+
+    def read_answers(self, answers: ArtifactRef) -> dict[str, str]:
+        return hands.read_answers(answers) if answers.content != UNKNOWN else {}
+
+    def read_report(self, report: ArtifactRef) -> Measurement | None:
+        return hands.read_report(report) if report.content != UNKNOWN else None
+
+    @staticmethod
+    def _unbuilt(kind: str, key: str | None) -> ArtifactRef:
+        return ArtifactRef(kind=kind, key=key or UNKNOWN, path="", content=UNKNOWN)
 
 
-class _Teller:
-    """Hands on what is complete, until the first thing that is not."""
+class UntilUnbuilt:
+    """Passes events on to a listener until the first one whose artifacts do not all exist."""
 
-    def __init__(self, history: Any):
-        self.history = history
+    def __init__(self, listener: Listener | None):
+        self.listener = listener
 
     def built(self, place: Place, **stages: Built) -> None:
-        if self.history is not None and all(one.record for one in stages.values()):
-            self.history.built(place, **stages)
-        else:
-            self.history = None
+        if listener := self._while_built(*stages.values()):
+            listener.built(place, **stages)
 
     def measured(self, place: Place, answers: Built, report: Built) -> None:
-        if self.history is not None and report.record and answers.record:
-            self.history.measured(place, answers, report)
-        else:
-            self.history = None
+        if listener := self._while_built(answers, report):
+            listener.measured(place, answers, report)
 
     def selected(
-        self, place: Place, checkpoints: Sequence[ArtifactRef], found: Sequence[Measurement], *more: Any
+        self,
+        place: Place,
+        checkpoints: Sequence[ArtifactRef],
+        measurements: Sequence[Measurement],
+        gains: Sequence[Interval | None],
+        chosen: int,
     ) -> None:
-        if self.history is not None and all(one.tokens for one in found):
-            self.history.selected(place, checkpoints, found, *more)
-        else:
-            self.history = None
+        if self.listener is not None:
+            self.listener.selected(place, checkpoints, measurements, gains, chosen)
+
+    def decided(self, place: Place, verdict: Verdict) -> None:
+        if self.listener is not None:
+            self.listener.decided(place, verdict)
 
     def compared(self, scorer: str, names: Sequence[str], scored: Built | None, prompts: int) -> None:
-        if self.history is not None and scored is not None and scored.record:
-            self.history.compared(scorer, names, scored, prompts)
+        if scored is not None and (listener := self._while_built(scored)):
+            listener.compared(scorer, names, scored, prompts)
+
+    def _while_built(self, *artifacts: Built) -> Listener | None:
+        if any(artifact.record is None for artifact in artifacts):
+            self.listener = None
+        return self.listener

@@ -7,38 +7,71 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
-from prefect import get_run_logger
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.shards import read_shards
 from data_contracts.store import Store, write_atomic
 from flows.config import RunConfig
+from flows.gate import Verdict
 from flows.report.page import Story, WeightPicture, markdown_table, render, standalone_figures
+from flows.report.weights import weight_picture
 from flows.tournament import Standing, spread, standing
 from stages.evaluation.intervals import Interval, paired_bootstrap
-from stages.evaluation.promotion import Measurement, paired_gain
+from stages.evaluation.promotion import PROMOTE, Measurement, paired_gain
 from stages.evaluation.rows import column_names
 from stages.evaluation.stage import per_prompt
 from stages.evaluation.win_rates import win_rate_matrix
+from stages.stage import STAGES
 from tasks.build import Built
-from tasks.stages import Place
-from tasks.tracking import Tracker
+from tasks.place import Place
 
-STAGES = ("sample", "score", "weigh", "train", "evaluate")
-MOST_TOKENS = 2_000_000
-"""Weights that a histogram reads; of a larger artifact, the first shards."""
+
+class RunTracker(Protocol):
+    """Mirrors what a run measured."""
+
+    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None: ...
+
+    def summary(self, iteration: int, values: dict[str, float]) -> None: ...
+
+
+class Pages(Protocol):
+    """Shows a run while it is played."""
+
+    def show(self, place: Place, rows: list[dict[str, Any]], summary: str, report: Path) -> None: ...
+
+    def info(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+
+class Nowhere:
+    """A tracker and pages for a report that is only written: MLflow and Prefect heard of it when it was built."""
+
+    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None:
+        pass
+
+    def summary(self, iteration: int, values: dict[str, float]) -> None:
+        pass
+
+    def show(self, place: Place, rows: list[dict[str, Any]], summary: str, report: Path) -> None:
+        pass
+
+    def info(self, message: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        pass
 
 
 class History:
     """Collects what the iterations made. Only reads records: a cached iteration reports like a fresh one."""
 
-    def __init__(self, config: RunConfig, store: Store, tracker: Tracker):
-        self.config, self.store, self.tracker = config, store, tracker
+    def __init__(self, config: RunConfig, store: Store, tracker: RunTracker, pages: Pages):
+        """`tracker`: mirrors records to MLflow; `pages`: shows the run so far while it is played."""
+        self.config, self.store, self.tracker, self.pages = config, store, tracker, pages
         self.directory = store.run_directory(config.name)
         self.rows: list[dict[str, Any]] = []
         self.heldout: list[list[dict[str, Any]]] = []
@@ -48,7 +81,9 @@ class History:
         self.selections: list[dict[str, Any]] = []
         """Checkpoints of a training that were compared."""
         self.tournament: Standing | None = None
-        self._built: dict[str, dict[str, Built]] = {}
+        self.best: ArtifactRef | None = None
+        """The last policy that the gate promoted; None before its first verdict."""
+        self._built: dict[int, dict[str, Built]] = {}
         self._seconds: list[dict[str, float]] = []
         self._gains: list[dict[str, Any]] = []
         self._prompts: dict[str, str] = {}
@@ -58,23 +93,21 @@ class History:
 
     def built(self, place: Place, **stages: Built) -> None:
         """The training half of an iteration."""
-        self._built[place.step] = stages
+        self._built[place.iteration] = stages
         for name, built in stages.items():
-            self.tracker.stage(_number(place), built.record, built.cached, name)
-        number = _number(place)
+            self.tracker.stage(place.iteration, built.record, built.cached, name)
         if "train" in stages:
-            self._curves[number] = _curve(stages["train"].ref)
-        self._dropped[number] = _drop_reasons(
-            built.record for name, built in stages.items() if name in ("sample", "score", "weigh")
-        )
-        if "weigh" in stages and "train" in stages and (picture := _weight_picture(stages["weigh"], stages["train"])):
-            self._weights[number] = picture
+            self._curves[place.iteration] = _curve(stages["train"].ref)
+        chain = [built for name, built in stages.items() if built.record.stage == name and name != "train"]
+        self._dropped[place.iteration] = _drop_reasons(built.record for built in chain)
+        if "weigh" in stages and "train" in stages and (picture := weight_picture(stages["weigh"], stages["train"])):
+            self._weights[place.iteration] = picture
 
     def measured(self, place: Place, answers: Built, report: Built) -> None:
         """An iteration is complete: add its row, show it."""
-        stages = self._built.get(place.step, {}) | {"evaluate": report}
-        self.tracker.stage(_number(place), answers.record, answers.cached, "heldout_generations")
-        self.tracker.stage(_number(place), report.record, report.cached, "evaluate")
+        stages = self._built.get(place.iteration, {}) | {"evaluate": report}
+        self.tracker.stage(place.iteration, answers.record, answers.cached, "heldout_generations")
+        self.tracker.stage(place.iteration, report.record, report.cached, "evaluate")
         self.reports.append(read_shards(report.ref.path, "eval_report").to_pylist())
         rows = {row["metric"]: row for row in self.reports[-1] if row["suite"] == "heldout"}
         self.heldout.append(read_shards(report.ref.path, "heldout", "heldout").to_pylist())
@@ -86,7 +119,7 @@ class History:
             return None if found is None else round(found[column], digits)
 
         row: dict[str, Any] = {
-            "iteration": _number(place),
+            "iteration": place.iteration,
             "heldout_score": value("score", "value", 4),  # None: nothing could be scored
             "low": value("score", "low", 4),
             "high": value("score", "high", 4),
@@ -106,7 +139,7 @@ class History:
         }  # its judge was away: shown as unscored
         seconds = dict.fromkeys(STAGES, 0.0)
         for built in stages.values():  # auxiliary models count under the stage that made them
-            seconds[built.record.stage] += built.record.seconds["wall"]
+            seconds[built.record.stage] = seconds.get(built.record.stage, 0.0) + built.record.seconds["wall"]
         seconds["evaluate"] += answers.record.seconds["wall"]
         self._seconds.append(seconds)
         row |= {f"{name} s": round(value, 1) for name, value in seconds.items()}
@@ -115,7 +148,7 @@ class History:
         summary = {
             name.replace(" ", "_"): value for name, value in row.items() if name != "iteration" and value is not None
         }
-        self.tracker.summary(_number(place), summary)
+        self.tracker.summary(place.iteration, summary)
         self._publish(place)
 
     def measured_at(self, iteration: int) -> Measurement:
@@ -126,17 +159,18 @@ class History:
         self,
         place: Place,
         checkpoints: Sequence[ArtifactRef],
-        found: Sequence[Measurement],
+        measurements: Sequence[Measurement],
         gains: Sequence[Interval | None],
         chosen: int,
     ) -> None:
         """Which checkpoint of the iteration's training goes on, and how all of them measured."""
-        for number, (ref, one, gain) in enumerate(zip(checkpoints, found, gains, strict=True)):
+        for number, (ref, measurement, gain) in enumerate(zip(checkpoints, measurements, gains, strict=True)):
+            scores = list(measurement.scores.values())
             self.selections.append(
                 {
-                    "iteration": _number(place),
+                    "iteration": place.iteration,
                     "checkpoint": ref.key.partition("/")[2] or "end of training",
-                    "heldout_score": round(float(np.mean(list(one.scores.values()))), 4) if one.scores else None,
+                    "heldout_score": round(float(np.mean(scores)), 4) if scores else None,
                     "gain over the first": f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain else "",
                     "goes on": "yes" if number == chosen else "",
                 }
@@ -151,16 +185,17 @@ class History:
             if line[0] is not None and name.isdigit():
                 self.tracker.summary(int(name), {"tournament/win_rate_against_start": line[0]})
 
-    def decided(self, decision: dict[str, Any]) -> None:
-        """The gate's decision about the iteration that was measured last."""
-        self.decisions.append(decision)
-        if logger := _logger():
-            logger.info("gate, iteration %s: %s (%s)", decision["iteration"], decision["outcome"], decision["reason"])
-        if decision["gain"]:
-            values = {f"gate/{name}": decision["gain"][name] for name in ("mean", "low", "high")}
-            self.tracker.summary(
-                decision["iteration"], values | {"gate/promoted": float(decision["outcome"] == "promote")}
-            )
+    def decided(self, place: Place, verdict: Verdict) -> None:
+        """The gate's verdict about the iteration that was measured last; kept in `runs/<name>/gate.json` too."""
+        self.best = verdict.best
+        self.decisions.append(_as_json(verdict))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.directory / "gate.json", json.dumps(self.decisions, indent=1) + "\n")
+        decision = verdict.decision
+        self.pages.info(f"gate, iteration {verdict.iteration}: {decision.outcome} ({decision.reason})")
+        if decision.gain is not None:
+            gain = {f"gate/{name}": getattr(decision.gain, name) for name in ("mean", "low", "high")}
+            self.tracker.summary(verdict.iteration, gain | {"gate/promoted": float(decision.outcome == PROMOTE)})
 
     def gain(self, last: int = -1) -> Interval | None:
         """Held-out score of an iteration minus the start's, paired by prompt. None: no prompt was scored in both."""
@@ -267,24 +302,24 @@ class History:
         return lines
 
     def _publish(self, place: Place) -> None:
-        """The report so far, and the tables into the UI. A server that went away costs the picture, not the run."""
-        key = self.config.name
+        """Show the run so far. At its end the report is written once more, and then an error is one."""
         try:
             report = self.write_report()
-        except Exception as error:  # at the end of the run it is written once more, and then an error is one
-            if logger := _logger():
-                logger.warning("the report could not be written yet (%s: %s)", type(error).__name__, error)
-            return
-        try:
-            create_table_artifact(self.rows, key=f"{key}-history", description=f"{key}, iteration by iteration")
-            summary = f"## {place.step}\n\n{self.headline()}\n\n{markdown_table(self.rows[-1:])}\n\nReport: `{report.with_suffix('.html')}`"
-            create_markdown_artifact(summary, key=f"{key}-{place.step.replace('_', '-')}")
-            create_link_artifact(
-                report.with_suffix(".html").as_uri(), link_text=f"Report of {key}", key=f"{key}-report"
-            )
         except Exception as error:
-            if logger := _logger():
-                logger.warning("the tables could not be sent to Prefect: %s", error)
+            self.pages.warn(f"the report could not be written yet ({type(error).__name__}: {error})")
+            return
+        summary = f"## {place.step}\n\n{self.headline()}\n\n{markdown_table(self.rows[-1:])}"
+        self.pages.show(place, self.rows, summary, report.with_suffix(".html"))
+
+
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    decision = verdict.decision._asdict()
+    for name in ("gain", "plain"):
+        interval = decision[name]
+        decision[name] = interval and interval._asdict()
+    best = {"iteration": verdict.best_iteration, "kind": verdict.best.kind, "key": verdict.best.key}
+    where = {"iteration": verdict.iteration, "against": verdict.against, "enabled": verdict.enabled}
+    return where | decision | {"best": best}
 
 
 def _tournament_lines(standing: Standing) -> list[str]:
@@ -298,10 +333,6 @@ def _tournament_lines(standing: Standing) -> list[str]:
     ]
     said = f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed and are in no mean."
     return [said, "", markdown_table(rows)]
-
-
-def _number(place: Place) -> int:
-    return int(place.step.removeprefix("iter_"))
 
 
 def _prompt_texts(ref: ArtifactRef) -> dict[str, str]:
@@ -326,92 +357,3 @@ def _drop_reasons(records: Any) -> dict[str, float]:
         if record.stage == "weigh" and record.metrics.get("dropped"):
             found["weigh: equal responses"] = record.metrics["dropped"]
     return found
-
-
-def _weight_picture(weighed: Built, trained: Built) -> WeightPicture | None:
-    """Histogram and examples of the token weights; None where all of them are one."""
-    metrics = weighed.record.metrics
-    ends = [
-        metrics[f"weights/{side}/{end}"]
-        for side in ("chosen", "rejected")
-        for end in ("min", "max")
-        if f"weights/{side}/{end}" in metrics
-    ]
-    if all(abs(end - 1.0) < 1e-6 for end in ends):
-        return None
-    sides: dict[str, list[np.ndarray]] = {"chosen": [], "rejected": []}
-    read = 0
-    paths = sorted(Path(weighed.ref.path).glob("part-*.parquet"))
-    for path in paths:
-        table = pq.read_table(path, columns=[f"{side}_weights" for side in sides], partitioning=None)
-        for side, found in sides.items():
-            found.append(table[f"{side}_weights"].combine_chunks().flatten().to_numpy())
-            read += len(found[-1])
-        if read >= MOST_TOKENS:
-            break
-    low, high = min(ends), max(ends)
-    edges = np.linspace(low, high, 41) if high > low else np.linspace(low - 0.5, high + 0.5, 41)
-    parts = {side: np.concatenate(found) for side, found in sides.items()}
-    bins = {
-        side: list(np.histogram(values, edges)[0] / len(values)) if len(values) else []
-        for side, values in parts.items()
-    }
-    clamped = {
-        name.removeprefix("weights/"): value for name, value in metrics.items() if re.search(r"\bat_[LU]\b", name)
-    }
-    tokenizer = Path(trained.record.inputs["policy"].path) / "tokenizer.json"
-    return WeightPicture(
-        list(map(float, edges)),
-        bins["chosen"],
-        bins["rejected"],
-        clamped,
-        read,
-        _token_examples(paths[0], tokenizer) if paths else [],
-    )
-
-
-def _token_examples(shard: Path, tokenizer_file: Path, count: int = 4, longest: int = 300) -> list[dict[str, Any]]:
-    """The pairs of a shard whose weights vary most, as (text, weight) per token. Needs the policy's tokenizer.json; else none."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        return []
-    if not tokenizer_file.is_file():
-        return []
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    columns = ["prompt_id", "chosen_ids", "chosen_weights", "rejected_ids", "rejected_weights"]
-    rows = pq.read_table(shard, columns=columns, partitioning=None).slice(0, 500).to_pylist()
-    rows.sort(key=lambda row: (-float(np.std(row["chosen_weights"] or [0.0])), row["prompt_id"]))
-    return [
-        {
-            "prompt_id": row["prompt_id"],
-            **{
-                side: token_pieces(tokenizer, row[f"{side}_ids"][:longest], row[f"{side}_weights"][:longest])
-                for side in ("chosen", "rejected")
-            },
-        }
-        for row in rows[:count]
-    ]
-
-
-def token_pieces(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> list[tuple[str, float]]:
-    """The text that each token adds. A character made of several tokens is shown with the last of them, at their mean weight."""
-    pieces: list[tuple[str, float]] = []
-    begin = 0
-    for end in range(1, len(ids) + 1):
-        context = ids[max(0, begin - 4) : begin]
-        before = tokenizer.decode(context, skip_special_tokens=False) if context else ""
-        piece = tokenizer.decode([*context, *ids[begin:end]], skip_special_tokens=False)[len(before) :]
-        if piece.endswith("\ufffd") and end < len(ids) and end - begin < 4:
-            continue
-        pieces.append((piece, float(np.mean(weights[begin:end]))))
-        begin = end
-    return pieces
-
-
-def _logger() -> Any:
-    """Prefect's logger, or None outside a run."""
-    try:
-        return get_run_logger()
-    except Exception:
-        return None

@@ -9,15 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config as BaseConfig
-from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.evaluation import sandbox
 from stages.evaluation.intervals import Interval, bootstrap
 from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
-from stages.evaluation.promotion import GateConfig
 from stages.evaluation.rouge import rouge_l
 from stages.evaluation.rows import column_names, report_row
 from stages.evaluation.win_rates import best_of_n
@@ -81,15 +78,6 @@ class LMEvalSuite(BaseConfig):
         return self
 
 
-class Tournament(Runtime):
-    """Everybody against everybody at the end of the run. It changes no artifact of the run."""
-
-    scorer: Annotated[Named, SCORERS]
-    """Who compares: a pair scorer (pairrm, llm_judge) in both orders, or a score, of which the higher one wins."""
-    baselines: dict[str, ModelRef] = Field(default_factory=dict)
-    """Other models by name; they answer the held-out prompts as the policies do."""
-
-
 class EvaluationConfig(BaseConfig):
     """How a policy is measured, on prompts that never train."""
 
@@ -97,7 +85,6 @@ class EvaluationConfig(BaseConfig):
         "suites": (),
         "best_of": (),
         "rouge_l": False,
-        "tournament": None,
     } | dict.fromkeys(BENCHMARKS)
 
     scorer: Annotated[Named, SCORERS]
@@ -118,10 +105,6 @@ class EvaluationConfig(BaseConfig):
     """ROUGE-L of the held-out answers against the prompts' `response` (distillation)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the passes."""
-    gate: GateConfig = GateConfig()
-    """Whether a policy that is not better goes on. Decided by the flow; the stage does not read it."""
-    tournament: Tournament | None = None
-    """Win rates between all iterations and other models, by any scorer. Played by the flow; the stage does not read it."""
     runtime: EvaluationRuntime = EvaluationRuntime()
 
     @model_validator(mode="after")
@@ -129,7 +112,7 @@ class EvaluationConfig(BaseConfig):
         if only_compares(self.scorer):
             raise ValueError(
                 f"evaluation.scorer {self.scorer.name} as set only compares two answers and gives none of them a score: take one that does, and "
-                "compare policies with it in evaluation.tournament"
+                "compare policies with it in `tournament`"
             )
         return self
 
@@ -218,7 +201,7 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
         close(scorer)
     if any(result.preference_logits is not None for result in scores):  # a plug-in's
         raise ConfigError(
-            f"evaluation.scorer {config.scorer.name} only compares two answers: use it in evaluation.tournament"
+            f"evaluation.scorer {config.scorer.name} only compares two answers: use it in `tournament`"
         )
     heldout = []
     for numbers, result in zip(groups.values(), scores, strict=True):

@@ -7,10 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from data_contracts.config import Runtime
+from stages.stage import STAGES
 
-STAGE_NAMES = ("sample", "score", "weigh", "train", "evaluate")
-SHARDED = ("sample", "score", "weigh")
-"""Stages whose shards several workers can share."""
 Profile = Literal["local", "process-pool", "kubernetes", "ray", "slurm"]
 
 
@@ -49,22 +47,16 @@ class ExecutionConfig(Runtime):
 
     @model_validator(mode="after")
     def _known_stages(self) -> ExecutionConfig:
-        for field in ("workers", "gpus"):
+        for field, least in (("workers", 1), ("gpus", 0)):
             for name, count in getattr(self, field).items():
-                if name not in STAGE_NAMES:
-                    raise ValueError(
-                        f"execution.{field}: no stage is called {name!r}; there are {', '.join(STAGE_NAMES)}"
-                    )
-                if count < (field == "workers"):
-                    raise ValueError(
-                        f"execution.{field}.{name} must be at least {int(field == 'workers')}, got {count}"
-                    )
-        for name in ("train", "evaluate"):
-            if self.workers.get(name, 1) > 1:
-                raise ValueError(
-                    f"execution.workers.{name}: the stage {name} has no shards to share"
-                    + ("; set training.runtime.num_processes and num_nodes" if name == "train" else "")
-                )
+                if name not in STAGES:
+                    raise ValueError(f"execution.{field}: no stage is called {name!r}; there are {', '.join(STAGES)}")
+                if count < least:
+                    raise ValueError(f"execution.{field}.{name} must be at least {least}, got {count}")
+        for name, stage in STAGES.items():
+            if not stage.is_sharded and self.workers_of(name) > 1:
+                advice = "; set training.runtime.num_processes and num_nodes" if name == "train" else ""
+                raise ValueError(f"execution.workers.{name}: the stage {name} has no shards to share{advice}")
         return self
 
     def workers_of(self, stage: str) -> int:

@@ -12,9 +12,9 @@ from data_contracts import lease
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from stages.running.claims import WORKER, forget, poison, raise_poison, starts
-from stages.stage import EVENTS, LOCK_HELD, REMOTE
+from stages.stage import EVENTS, LOCK_HELD, REMOTE, STAGES
 from tasks.execution.base import Executor, Work, perform
-from tasks.execution.config import SHARDED, ExecutionConfig
+from tasks.execution.config import ExecutionConfig
 from tasks.execution.engines import executor_for
 from tasks.launch import Progress, run_stage
 
@@ -65,7 +65,7 @@ def run_work(
         progress.done, progress.total, progress.unit = done, total, "shards"
         on_progress(progress)
 
-    if stage in SHARDED and workers > 1:
+    if STAGES[stage].is_sharded and workers > 1:
         _share(executor, base, workers, directory, log, tick)
         base = base._replace(gpus=0)  # what is left is to look at the whole and sign
     (error,) = perform(executor, [base], tick)

@@ -21,20 +21,32 @@ import flows.preflight
 import stages.training.engine
 import tasks.prompts
 from data_contracts.store import Store
+from flows import hands
 from flows.config import load_run
-from flows.preflight import preflight
-from flows.self_play import Hands, models_of
-from flows.self_play import play as play_whole
-from flows.tournament import standing
+from flows.preflight import models_of, preflight
+from flows.self_play import SelfPlay
+from flows.tournament import merged, standing
 from stages.stage import STAGES, execute
 from tasks.build import Built
-from tasks.stages import Place
+from tasks.place import Place
 
 
-def run(stage, config, place, shown_as=None, **inputs):
-    store = Store(place.store)
-    record = execute(STAGES[stage], config, inputs, store)
-    return Built(record.ref(str(store.directory(record.kind, record.key))), record, False)
+class HandsInProcess:
+    """Hands that build in this process."""
+
+    def run(self, stage, config, place, **inputs):
+        store = Store(place.store)
+        record = execute(STAGES[stage], config, inputs, store)
+        return Built(record.ref(str(store.directory(record.kind, record.key))), record, False)
+
+    def publish(self, rows, place):
+        return tasks.prompts.publish(rows, Store(place.store))
+
+    def merge(self, players, place):
+        return merged(players, Store(place.store))
+
+    read_answers = staticmethod(hands.read_answers)
+    read_report = staticmethod(hands.read_report)
 
 
 class History:
@@ -47,6 +59,9 @@ class History:
         self.iterations.append({name: built.record.metrics for name, built in stages.items()})
 
     def measured(self, place, answers, report):
+        pass
+
+    def decided(self, place, verdict):
         pass
 
     def compared(self, scorer, names, scored, prompts):
@@ -64,10 +79,8 @@ def play(case, store):
     checked = preflight(config, store)
     start, models = models_of(config, store)
     history = History()
-    hands = Hands(run, lambda rows, place, shown_as="": tasks.prompts.publish(rows, store))
-    final = play_whole(
-        config, checked, Place(str(store.root), config.name, "iter_00"), start, models, history, hands=hands
-    )
+    loop = SelfPlay(config, checked, start, models, HandsInProcess(), history)
+    final = loop.play(Place(str(store.root), config.name))
     return {"final": final.path, "iterations": history.iterations, "tournament": history.tournament}
 
 

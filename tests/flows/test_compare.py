@@ -21,6 +21,8 @@ from flows.comparison import (
     text,
     write_report,
 )
+from flows.forecast.rehearsal import Step
+from tasks.place import Place, Purpose
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("dpo", "ipo", "simpo", "sppo", "rdpo", "rebel")
@@ -80,9 +82,9 @@ def test_what_six_methods_share_is_built_exactly_once(six):
     assert sharing(found)["asked for"] == 6 * 8
     assert len(records) == sharing(found)["built"]
     for name in ("sample", "score"):
-        assert len({step.key for one in found for step in one.steps if step.shown_as == name}) == 1
-    assert len({step.key for one in found for step in one.steps if step.shown_as == "train"}) == 6
-    weighed = {step.key for one in found for step in one.steps if step.shown_as == "weigh"}
+        assert len({step.key for one in found for step in one.steps if step.name == name}) == 1
+    assert len({step.key for one in found for step in one.steps if step.name == "train"}) == 6
+    weighed = {step.key for one in found for step in one.steps if step.name == "weigh"}
     assert len(weighed) == 3  # with a reference, without one (SimPO), and with equal pairs kept (REBEL)
 
 
@@ -160,12 +162,15 @@ def test_the_presets_are_comparisons_of_what_they_name(preset):
 
 
 def test_auxiliary_models_count_as_weights():
-    from types import SimpleNamespace
+    def step(stage, purpose=Purpose.TRAINING, subject=""):
+        return Step(stage, None, Place("store", "run", 1).serving(purpose, subject), {}, None, None)
 
-    steps = {"positive": "train", "negative_pairs": "weigh", "weigh": "weigh", "weigh_previous": "weigh"}
-    assert {phase_of(SimpleNamespace(stage=stage, shown_as=name)) for name, stage in steps.items()} == {"weights"}
-    assert phase_of(SimpleNamespace(stage="train", shown_as="train")) == "training"
-    assert phase_of(SimpleNamespace(stage="sample", shown_as="heldout_generations")) == "evaluation"
+    steps = [step("train", Purpose.AUXILIARY, "positive"), step("weigh", Purpose.AUXILIARY, "negative")]
+    steps += [step("weigh"), step("weigh", Purpose.PREVIOUS)]
+    assert [one.name for one in steps] == ["positive", "negative_pairs", "weigh", "weigh_previous"]
+    assert {phase_of(one) for one in steps} == {"weights"}
+    assert phase_of(step("train")) == "training"
+    assert phase_of(step("sample", Purpose.HELDOUT)) == "evaluation"
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def played(tmp_path_factory, make_run, make_model, tiny_model):
     work = tmp_path_factory.mktemp("tournament")
     config = str(make_run("best", training={"learning_rate": 2e-3, "epochs": 2}))
     other = make_model(work / "other", seed=3)
-    base = {"iterations": 1, "evaluation.gate": {"min_prompts": 2}}
+    base = {"iterations": 1, "gate": {"min_prompts": 2}}
     tournament = {"scorer": {"name": "length", "target_tokens": 4}, "baselines": {"other": {"path": str(other)}}}
     judge = {
         "name": "llm_judge",
@@ -120,11 +120,11 @@ def played(tmp_path_factory, make_run, make_model, tiny_model):
         "runtime": {"base_url": "http://127.0.0.1:9/v1", "retries": 0},
     }
     cases = [
-        {"id": "plain", "config": config, "set": base | {"evaluation.tournament": {"scorer": judge}}},
+        {"id": "plain", "config": config, "set": base | {"tournament": {"scorer": judge}}},
         {
             "id": "kept",
             "config": config,
-            "set": base | {"training.checkpoints": [0.3, 0.6], "evaluation.tournament": tournament},
+            "set": base | {"training.checkpoints": [0.3, 0.6], "tournament": tournament},
         },
     ]
     (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))

@@ -5,19 +5,20 @@ import pytest
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
-from flows.forecast.estimate import CALIBRATION_PROMPTS, OTHER_SECONDS, estimate, show
+from flows.forecast.estimate import OTHER_SECONDS, estimate, show
+from flows.forecast.rates import CALIBRATION_PROMPTS
 
 
 def test_a_run_that_is_built_costs_only_what_lies_outside_its_stages(undisturbed):
-    found = estimate(load_run(undisturbed.config), Store(undisturbed.store), calibrate=False)
+    found = estimate(load_run(undisturbed.config), Store(undisturbed.store), use_calibration=False)
     assert {one.source for one in found.steps} == {"built"} and sum(one.seconds for one in found.steps) == 0
     assert found.seconds == found.other > 0
 
 
 def test_another_seed_is_predicted_from_the_records_of_this_one(undisturbed):
     run = load_run(undisturbed.config, {"seed": 9, "name": "nine"})
-    found = estimate(run, Store(undisturbed.store), price_per_hour=36.0, calibrate=False)
-    sources = {one.step.shown_as: one.source for one in found.steps}
+    found = estimate(run, Store(undisturbed.store), price_per_hour=36.0, use_calibration=False)
+    sources = {one.step.name: one.source for one in found.steps}
     assert set(sources.values()) == {"records"}, sources
     records = [record for record in Store(undisturbed.store).records() if record.kind != "prompts"]
     measured = sum(record.seconds["wall"] for record in records)
@@ -37,17 +38,15 @@ def test_twice_the_prompts_are_twice_the_units(undisturbed):
     seconds = {}
     for count in (6, 12):
         found = estimate(
-            load_run(undisturbed.config, {"seed": 9, "prompts.per_iteration": count}), store, calibrate=False
+            load_run(undisturbed.config, {"seed": 9, "prompts.per_iteration": count}), store, use_calibration=False
         )
-        seconds[count] = {
-            one.step.shown_as: one.cost.get("flops", 0) for one in found.steps if one.step.step == "iter_01"
-        }
+        seconds[count] = {one.step.name: one.cost.get("flops", 0) for one in found.steps if one.step.iteration == 1}
     assert seconds[12]["train"] == pytest.approx(2 * seconds[6]["train"])
     assert seconds[12]["sample"] == pytest.approx(2 * seconds[6]["sample"])
 
 
 def test_what_nothing_is_known_of_is_said_to_be_unknown(tmp_path, undisturbed):
-    found = estimate(load_run(undisturbed.config), Store(tmp_path), calibrate=False)
+    found = estimate(load_run(undisturbed.config), Store(tmp_path), use_calibration=False)
     assert {one.source for one in found.steps} == {"unknown"}
     assert "not known, and counted as 0: evaluate, heldout_generations, sample" in show(found)
 
@@ -56,7 +55,9 @@ def test_a_run_killed_as_it_began_is_no_obstacle_to_the_others_estimates(tmp_pat
     killed = tmp_path / "store" / "runs" / "killed" / "ledger.jsonl"
     killed.parent.mkdir(parents=True)
     killed.write_text('{"event": "beg')
-    assert estimate(load_run(undisturbed.config), Store(tmp_path / "store"), calibrate=False).other == OTHER_SECONDS
+    assert (
+        estimate(load_run(undisturbed.config), Store(tmp_path / "store"), use_calibration=False).other == OTHER_SECONDS
+    )
 
 
 @pytest.mark.slow

@@ -16,14 +16,18 @@ from xml.etree import ElementTree
 import pytest
 
 import flows.report.history
+import flows.report.prefect_pages
 from data_contracts.artifact import ArtifactRecord
 from data_contracts.shards import SCHEMAS, shard_path, to_table, write_shard
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.gate import Gate
-from flows.report.history import History, token_pieces
+from flows.hands import read_report
+from flows.report.history import History
+from flows.report.prefect_pages import PrefectPages
+from flows.report.weights import token_pieces
 from tasks.build import Built
-from tasks.stages import Place
+from tasks.place import Place
 
 HOSTILE = "<script>document.title='broken'</script> & <b>bold</b> https://example.com/x.js\x00"
 FIGURES = "score gain win-rates benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 heat lengths fluency rates dropped seconds"
@@ -142,7 +146,7 @@ def published(monkeypatch):
     """What would go to Prefect."""
     sent = []
     for name in ("create_table_artifact", "create_markdown_artifact", "create_link_artifact"):
-        monkeypatch.setattr(flows.report.history, name, lambda *_, key, kind=name, **__: sent.append((kind, key)))
+        monkeypatch.setattr(flows.report.prefect_pages, name, lambda *_, key, kind=name, **__: sent.append((kind, key)))
     return sent
 
 
@@ -156,11 +160,13 @@ def told(store, make_run, tiny_model, make_prompts, make_rows, published):
         prompts = Built(prompts, store.load("prompts", prompts.key), False)
         answers = sign(store, "generations", "g", "sample")
         start = sign(store, "checkpoint", "c0", "train").ref.model_copy(update={"path": str(tiny_model)})
-        history = History(config, store, Silent())
-        gate = Gate(config.evaluation.gate, history, start)
-        history.measured(Place(str(store.root), "paper", "iter_00"), answers, evaluation(store, 0, prompts, scored))
+        history = History(config, store, Silent(), PrefectPages("paper"))
+        gate = Gate(config.gate, start)
+        report = evaluation(store, 0, prompts, scored)
+        history.measured(Place(str(store.root), "paper"), answers, report)
+        gate.begin(read_report(report.ref))
         for iteration in range(1, iterations + 1):
-            place = Place(str(store.root), "paper", f"iter_{iteration:02d}")
+            place = Place(str(store.root), "paper", iteration)
             directory = store.directory("checkpoint", f"c{iteration}")
             directory.mkdir(parents=True, exist_ok=True)
             names = (
@@ -186,8 +192,10 @@ def told(store, make_run, tiny_model, make_prompts, make_rows, published):
             )
             train = sign(store, "checkpoint", f"c{iteration}", "train", {"policy": start})
             history.built(place, sample=answers, score=score, weigh=weighing(store, iteration, ones), train=train)
-            history.measured(place, answers, evaluation(store, iteration, prompts, scored))
-            gate.next(train.ref)
+            report = evaluation(store, iteration, prompts, scored)
+            history.measured(place, answers, report)
+            verdict = gate.judge(train.ref, read_report(report.ref), iteration)
+            history.decided(place, verdict)
         return history
 
     return tell

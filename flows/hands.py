@@ -1,0 +1,85 @@
+"""Flows - what `play` needs from outside: hands that build and read artifacts, and a listener that is told what was built.
+
+A run has hands that build (flows/run.py), a rehearsal has hands that only look (flows/forecast/rehearsal.py), an estimate has hands that build
+a few prompts' worth and measure (flows/forecast/estimate.py). The algorithm is the same for all three, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from data_contracts.artifact import ArtifactRef
+from data_contracts.config import Config
+from data_contracts.shards import read_shards
+from flows.gate import Verdict
+from stages.evaluation.intervals import Interval
+from stages.evaluation.promotion import Measurement
+from tasks.build import Built
+from tasks.place import Place
+
+
+class Hands(Protocol):
+    """Side effects of `play`."""
+
+    def run(self, stage: str, config: Config, place: Place, **inputs: ArtifactRef) -> Built:
+        """Build the stage's artifact, or find it."""
+        ...
+
+    def publish(self, rows: list[dict[str, Any]], place: Place) -> ArtifactRef:
+        """Make a prompts artifact of these rows, or find it."""
+        ...
+
+    def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
+        """Make one generations artifact of several policies' answers, or find it."""
+        ...
+
+    def read_answers(self, answers: ArtifactRef) -> dict[str, str]:
+        """The text that was generated for each prompt id; empty where nothing was generated yet."""
+        ...
+
+    def read_report(self, report: ArtifactRef) -> Measurement | None:
+        """What an evaluation measured; None where it is not built yet."""
+        ...
+
+
+class Listener(Protocol):
+    """Is told what a run built and measured, in the order in which it happens."""
+
+    def built(self, place: Place, **stages: Built) -> None:
+        """The training half of an iteration is complete."""
+        ...
+
+    def measured(self, place: Place, answers: Built, report: Built) -> None:
+        """An iteration's policy was measured."""
+        ...
+
+    def selected(
+        self,
+        place: Place,
+        checkpoints: Sequence[ArtifactRef],
+        measurements: Sequence[Measurement],
+        gains: Sequence[Interval | None],
+        chosen: int,
+    ) -> None:
+        """One of a training's checkpoints was chosen."""
+        ...
+
+    def decided(self, place: Place, verdict: Verdict) -> None:
+        """The gate judged the iteration's policy."""
+        ...
+
+    def compared(self, scorer: str, names: Sequence[str], scored: Built | None, prompts: int) -> None:
+        """The tournament was played; scored None: its judge was unreachable."""
+        ...
+
+
+def read_answers(answers: ArtifactRef) -> dict[str, str]:
+    """The generated text of each prompt id."""
+    return {row["prompt_id"]: row["completion"] for row in read_shards(answers.path, "generations").to_pylist()}
+
+
+def read_report(report: ArtifactRef) -> Measurement:
+    """Scores and token counts by prompt, and benchmark rows, of a finished eval_report."""
+    heldout = read_shards(report.path, "heldout", "heldout").to_pylist()
+    return Measurement.from_rows(heldout, read_shards(report.path, "eval_report").to_pylist())
