@@ -161,7 +161,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
         logger.info("%s holds the reference model in memory beside the policy while it trains", config.method.name)
     tracker = Tracker(store, config.name, logger.warning)
     tracker.parameters(config.model_dump(mode="json"))
-    history = History(config, store, tracker, PrefectPages(config.name))
+    history = History(config, store, tracker, PrefectPages(config.name, logger))
     keep_settings(config, store)
     ledger = Ledger(store, config.name)
     # Imports belong to the run where the process was made for it: by the command line, or by a worker.

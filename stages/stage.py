@@ -123,6 +123,12 @@ class Stages(dict[str, Stage]):
                 return point.load()
         raise KeyError(name)
 
+    def __contains__(self, name: object) -> bool:
+        try:
+            return self[str(name)] is not None
+        except KeyError:
+            return False
+
 
 MODELS = ("reference", "policy", "teacher", "positive", "negative", "reward_model")
 STAGES = Stages(

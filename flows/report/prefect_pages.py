@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from tasks.place import Place
@@ -14,8 +14,9 @@ from tasks.place import Place
 class PrefectPages:
     """Artifacts of one run in the Prefect UI, inside a flow run."""
 
-    def __init__(self, run: str):
-        self.run = run
+    def __init__(self, run: str, logger: Logger | LoggerAdapter[Any]):
+        """`logger`: that of the flow run."""
+        self.run, self.logger = run, logger
 
     def show(self, place: Place, rows: list[dict[str, Any]], summary: str, report: Path) -> None:
         """Update the run's table and its link, and add a summary of this iteration."""
@@ -28,7 +29,7 @@ class PrefectPages:
             self.warn(f"the tables could not be sent to Prefect: {error}")
 
     def info(self, message: str) -> None:
-        get_run_logger().info("%s", message)
+        self.logger.info("%s", message)
 
     def warn(self, message: str) -> None:
-        get_run_logger().warning("%s", message)
+        self.logger.warning("%s", message)

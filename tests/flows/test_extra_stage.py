@@ -1,6 +1,6 @@
 """A stage of another package: a filter between sampling and scoring, added in three places (its module, one line, its settings)."""
 
-import importlib.metadata
+import importlib
 import json
 
 import pytest
@@ -57,7 +57,7 @@ def package(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: selfplay-filter\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[selfplay.stages]\nfilter = selfplay_filter:STAGE\n")  # place 2: one line
     monkeypatch.syspath_prepend(str(site))
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     return site
 
 

@@ -5,6 +5,7 @@ History reads it as it reads a run. The page is then opened by headless Chromium
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -160,7 +161,7 @@ def told(store, make_run, tiny_model, make_prompts, make_rows, published):
         prompts = Built(prompts, store.load("prompts", prompts.key), False)
         answers = sign(store, "generations", "g", "sample")
         start = sign(store, "checkpoint", "c0", "train").ref.model_copy(update={"path": str(tiny_model)})
-        history = History(config, store, Silent(), PrefectPages("paper"))
+        history = History(config, store, Silent(), PrefectPages("paper", logging.getLogger("test")))
         gate = Gate(config.gate, start)
         report = evaluation(store, 0, prompts, scored)
         history.measured(Place(str(store.root), "paper"), answers, report)
