@@ -176,7 +176,7 @@ class RunConfig(Config):
             )
         if self.pairing in CHOOSE and self.scoring.scorer is None:
             raise ValueError(f"pairing {self.pairing} needs scoring.scorer")
-        if not self.spec.USES_WEIGHTS and self.weights.name != "ones":
+        if self.spec.WEIGHTS is None and self.weights.name != "ones":
             raise ValueError(
                 f"the method {self.method.name} has no place for per-token weights: remove weighting.weights"
             )
@@ -197,7 +197,7 @@ class RunConfig(Config):
     @property
     def weights(self) -> Any:
         """Settings of the weight provider."""
-        return self.weighting.weights or WEIGHTS.config(self.spec.WEIGHTS)
+        return self.weighting.weights or WEIGHTS.config(self.spec.WEIGHTS or "ones")
 
     @property
     def roles(self) -> list[str]:

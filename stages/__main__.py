@@ -106,7 +106,7 @@ def print_methods() -> int:
     for name in METHODS.names():
         method = METHODS.get(name)
         line = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0].removeprefix("Method - ")
-        models = set(WEIGHTS.get(method.WEIGHTS).NEEDS) - {"reference", "importance"} | (
+        models = set(WEIGHTS.get(method.WEIGHTS or "ones").NEEDS) - {"reference", "importance"} | (
             {"teacher"} if "teacher_logits" in method.NEEDS else set()
         )
         needs = [_pairings(method), *sorted(model.removesuffix("_unshifted") + " model" for model in models)]

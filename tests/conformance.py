@@ -138,8 +138,7 @@ def batch_loss(name: str, config: dict[str, Any], pairs: Pairs, cut: int | None 
     method = METHODS.get(name)
     config = method.Config(**config)
     rows = len(pairs.chosen.logps)
-    count = method.token_count(config, pairs)
-    tokens = 1.0 if count is None else float(count.sum())
+    tokens = float(method.token_count(config, pairs).sum())
     cut = min(max(rows // 3, 1), rows) if cut is None else cut
     parts = [part for part in (take(pairs, slice(0, cut)), take(pairs, slice(cut, rows))) if len(part.chosen.logps)]
     return sum(method.pair_loss(config, part).share(rows, tokens) for part in parts)
@@ -179,7 +178,7 @@ def kto_pair(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     pairs = batcher.pairs(
         batcher.side(args["pol_w"], args["ref_w"]),
         batcher.side(args["pol_l"], args["ref_l"]),
-        step={"mismatched_log_ratio": drift},
+        step_means={"mismatched_log_ratio": drift},
     )
     return loss_of("kto_pair", {"beta": args["beta"]}, pairs)
 
@@ -260,7 +259,7 @@ def kto(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
         win_rate_rejected=None,
     )
     values = method.step_values(method.Config(**config), pairs._replace(mismatched=mismatched))
-    return batch_loss("kto", config, pairs._replace(step={name: value.mean() for name, value in values.items()}))
+    return batch_loss("kto", config, pairs._replace(step_means={name: value.mean() for name, value in values.items()}))
 
 
 def cpo(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:

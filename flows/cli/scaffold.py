@@ -84,7 +84,7 @@ def essentials(method: str) -> dict[str, Any]:
         config["sampling"]["num_candidates"] = 1
         config["scoring"] = {"pairing": spec.PAIRING}
     settings = METHODS.config(method)
-    weights = WEIGHTS.config(spec.WEIGHTS)
+    weights = WEIGHTS.config(spec.WEIGHTS or "ones")
     needs = {need.removesuffix("_unshifted") for need in WEIGHTS.get(weights.name).needs(weights)} | spec.needs(
         settings
     )

@@ -1,8 +1,15 @@
 """Stages - preference methods by name. One file each: settings, loss, in the order of the paper's equations."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from stages.registry import Registry
 
-METHODS = Registry(
+if TYPE_CHECKING:
+    from stages.methods.base import Method
+
+METHODS: Registry[Method] = Registry(
     "methods",
     {
         "cpo": "stages.methods.cpo:CPO",

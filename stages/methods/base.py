@@ -132,7 +132,9 @@ class Pairs(NamedTuple):
     def both(self) -> tuple[Responses, Responses]:
         """(chosen, rejected). Raises: ContractError for rows of single responses."""
         if self.rejected is None:
-            raise ContractError("the loss compares two responses, and these rows have one: SIDES of the method says one")
+            raise ContractError(
+                "the loss compares two responses, and these rows have one: SIDES of the method says one"
+            )
         return self.chosen, self.rejected
 
 

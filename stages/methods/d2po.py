@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 class D2PO(Method):
-    VERSION = "1"
     SOURCE = "Shao et al. 2025, temporal decay (arXiv:2502.14340)"
 
     class Config(MethodConfig):
@@ -30,12 +29,19 @@ class D2PO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta sum_t gamma^t lr_t(chosen) - beta sum_t gamma^t lr_t(rejected)), t from 0.
 
-        Shapes: see Pairs. Returns: unreduced loss [B]. At policy = reference: log 2.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
+        >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
+        >>> D2PO.pair_loss(D2PO.Config(gamma=0.5), Pairs(chosen, rejected)).loss  # l(0.1 (0.2 + 0.5 * 0.4 + 0.1))
+        tensor([0.6685])
         """
-        decays = (_decay(pairs.chosen, config.gamma), _decay(pairs.rejected, config.gamma))
-        margin, metrics = preference_margin(pairs, config.beta, decays)
+        chosen, rejected = pairs.both()
+        decayed = (_decayed_weights(chosen, config.gamma), _decayed_weights(rejected, config.gamma))
+        margin, metrics = preference_margin(pairs, config.beta, decayed)
         return PairLoss(logistic(margin), metrics)
 
 
-def _decay(side: Responses, gamma: float) -> Tensor:
+def _decayed_weights(side: Responses, gamma: float) -> Tensor:
+    """w_t gamma^t, [B, T]."""
     return side.weights * gamma ** positions(side.mask).to(side.weights.dtype)

@@ -10,7 +10,6 @@ from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic,
 
 
 class DPO(Method):
-    VERSION = "1"
     SOURCE = "Rafailov et al. 2023, Eq. 7 (arXiv:2305.18290)"
 
     class Config(MethodConfig):
@@ -28,8 +27,14 @@ class DPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = (1 - eps) l(h) + eps l(-h), h = beta (LR(chosen) - LR(rejected)), l(t) = -log sigmoid(t).
 
-        robust: ((1 - eps) l(h) - eps l(-h)) / (1 - 2 eps). Shapes: see Pairs. Returns: unreduced loss [B]. Per-token weights multiply
-        the log-ratios; ones are the paper's loss. At policy = reference the loss is log 2.
+        robust: loss = ((1 - eps) l(h) - eps l(-h)) / (1 - 2 eps). LR is the sum of log-ratios, each times its token's weight; weights of 1
+        are the paper's loss. Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+
+        >>> from stages.methods.base import Responses
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
+        >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])  # T = 1
+        >>> DPO.pair_loss(DPO.Config(), Pairs(chosen, rejected)).loss  # l(0.1 (0.6 + 0.1))
+        tensor([0.6588])
         """
         margin, metrics = preference_margin(pairs, config.beta)
         eps = config.label_smoothing

@@ -10,7 +10,6 @@ from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, mean_weig
 
 
 class IPO(Method):
-    VERSION = "1"
     SOURCE = "Azar et al. 2023, Eq. 17 (arXiv:2310.12036); unit_scale: Wu et al. 2024, E.3"
 
     class Config(MethodConfig):
@@ -26,12 +25,21 @@ class IPO(Method):
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
-        r"""loss = (h - 1 / (2 tau))^2, h = LR(chosen) - LR(rejected).
+        r"""loss = (h - 1 / (2 tau))^2, h = LR(chosen) - LR(rejected), LR the sum of weighted log-ratios.
 
-        Shapes: see Pairs. Returns: unreduced loss [B]. At policy = reference: 1 / (2 tau)^2.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: 1 / (2 tau)^2.
+
+        >>> from stages.methods.base import Responses
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
+        >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
+        >>> IPO.pair_loss(IPO.Config(), Pairs(chosen, rejected)).loss  # (0.6 + 0.1 - 5)^2
+        tensor([18.4900])
         """
-        mean = (mean_weights(pairs.chosen), mean_weights(pairs.rejected)) if config.average else None
-        margin, metrics = preference_margin(pairs, 1.0, mean)
+        means = None
+        if config.average:
+            chosen, rejected = pairs.both()
+            means = (mean_weights(chosen), mean_weights(rejected))
+        margin, metrics = preference_margin(pairs, 1.0, means)
         if config.unit_scale:
             return PairLoss((2 * config.tau * margin - 1) ** 2, metrics)
         return PairLoss((margin - 1 / (2 * config.tau)) ** 2, metrics)

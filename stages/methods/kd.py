@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics
+from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics, supplied
 from stages.models.lazy import torch
 from stages.models.numerics import kl_divergence, masked_sum
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 class KD(Method):
-    VERSION = "1"
     SOURCE = "Hinton et al. 2015 (arXiv:1503.02531), per token; settings of DSKD's baselines"
     NEEDS = frozenset({"policy_logits", "teacher_logits"})
     SIDES = ("chosen",)
     PAIRING = "truth"
-    USES_WEIGHTS = False
-    DROP_IDENTICAL = False
+    WEIGHTS = None
 
     class Config(MethodConfig):
         """Vetted setting: half cross-entropy, half forward KL at temperature 1."""
@@ -39,26 +34,31 @@ class KD(Method):
         """Cut both logits to the smaller vocabulary, for a tokenizer whose embedding one model pads further than the other."""
 
     @staticmethod
-    def token_count(config: Config, pairs: Pairs) -> Tensor:
-        return pairs.chosen.mask.sum(-1)
-
-    @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""token_loss = sum_t (1 - rate) (-log pi(y_t)) + rate KL_t, a mean per token over the whole step.
 
-        Shapes: see Pairs, one response a row. Returns: unreduced losses [B].
+        Shapes: logps [B, T], logits and teacher_logits [B, T, V] of one response a row -> token_loss [B].
         Deviates from the paper: (1) a mean over tokens where SWIFT's supplement prints a sum, as the code it cites.
         Raises: ContractError if the two vocabularies differ in size and `common_vocabulary` is off.
+
+        >>> from stages.methods.base import Responses
+        >>> logits = torch.zeros(1, 1, 2)  # B = 1, T = 1, V = 2: the policy is uniform, the teacher sure to 3/4
+        >>> side = Responses.unpadded([[-0.6931]])._replace(logits=logits, teacher_logits=torch.tensor([[[3.0, 1.0]]]).log())
+        >>> KD.pair_loss(KD.Config(), Pairs(side)).token_loss  # 0.5 log 2 + 0.5 (3/4 log(3/2) + 1/4 log(1/2))
+        tensor([0.4120])
         """
         side = pairs.chosen
-        policy, teacher = side.logits / config.tau, side.teacher_logits.detach() / config.tau
+        policy = supplied(side.logits, "policy_logits") / config.tau
+        teacher = supplied(side.teacher_logits, "teacher_logits").detach() / config.tau
         if config.common_vocabulary:
             size = min(policy.shape[-1], teacher.shape[-1])
             policy, teacher = policy[..., :size], teacher[..., :size]
-        left, right = (teacher, policy) if config.direction == "forward" else (policy, teacher)
-        kl = masked_sum(kl_divergence(left, right, side.mask), side.mask) * (
-            config.tau**2 if config.scale_tau2 else 1.0
-        )
+        if config.direction == "forward":
+            kl = masked_sum(kl_divergence(teacher, policy, side.mask), side.mask)
+        else:
+            kl = masked_sum(kl_divergence(policy, teacher, side.mask), side.mask)
+        if config.scale_tau2:
+            kl = kl * config.tau**2
         nll = -masked_sum(side.logps, side.mask)
         metrics = single_metrics(pairs, distance=kl / side.length())
         return PairLoss(torch.zeros_like(nll), metrics, (1 - config.rate) * nll + config.rate * kl)

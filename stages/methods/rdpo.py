@@ -10,7 +10,6 @@ from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic,
 
 
 class RDPO(Method):
-    VERSION = "1"
     SOURCE = "Park et al. 2024, length-regularised DPO (arXiv:2403.19159)"
 
     class Config(MethodConfig):
@@ -26,8 +25,15 @@ class RDPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (LR(chosen) - LR(rejected)) + alpha (T_w - T_l)).
 
-        Shapes: see Pairs. Returns: unreduced loss [B]. At policy = reference and equal lengths: log 2.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference and equal lengths: log 2.
+
+        >>> from stages.methods.base import Responses
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
+        >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
+        >>> RDPO.pair_loss(RDPO.Config(), Pairs(chosen, rejected)).loss  # l(0.1 (0.6 + 0.1) + 0.05)
+        tensor([0.6349])
         """
-        longer = (pairs.chosen.mask.sum(-1) - pairs.rejected.mask.sum(-1)).to(pairs.chosen.logps.dtype)
-        margin, metrics = preference_margin(pairs, config.beta, offset=config.alpha * longer)
+        chosen, rejected = pairs.both()
+        extra_tokens = (chosen.mask.sum(-1) - rejected.mask.sum(-1)).to(chosen.logps.dtype)
+        margin, metrics = preference_margin(pairs, config.beta, offset=config.alpha * extra_tokens)
         return PairLoss(logistic(margin), metrics)

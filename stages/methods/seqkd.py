@@ -9,9 +9,7 @@ from stages.methods.sft import SFT
 
 
 class SeqKD(SFT):
-    VERSION = "1"
     SOURCE = "Kim & Rush 2016, sequence-level distillation (arXiv:1606.07947)"
-    PAIRING = "truth"
 
     class Config(MethodConfig):
         """No setting: SFT on rows whose responses a teacher generated."""

@@ -6,21 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.methods.base import (
-    Method,
-    MethodConfig,
-    PairLoss,
-    Pairs,
-    logistic,
-    mean_weights,
-    preference_margin,
-)
+from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic, mean_weights, preference_margin
 
 
 class SimPO(Method):
-    VERSION = "1"
     SOURCE = "Meng et al. 2024, Eq. 6 (arXiv:2405.14734)"
-    NEEDS = frozenset()
+    NEEDS = frozenset[str]()
 
     class Config(MethodConfig):
         """Vetted setting: beta 2.5, gamma 1.4 (gamma/beta 0.55), the authors' for Llama-3-Instruct."""
@@ -35,9 +26,14 @@ class SimPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta / T_w log pi(y_w) - beta / T_l log pi(y_l) - gamma).
 
-        Shapes: see Pairs. Returns: unreduced loss [B]. Reads no reference_logps.
+        Shapes: logps and weights [B, T] of both sides -> loss [B].
+
+        >>> from stages.methods.base import Responses
+        >>> pairs = Pairs(Responses.unpadded([[-1.0, -0.5]]), Responses.unpadded([[-2.0]]))  # B = 1, T = 2 and 1
+        >>> SimPO.pair_loss(SimPO.Config(), pairs).loss  # l(2.5 (-0.75 + 2) - 1.4)
+        tensor([0.1640])
         """
-        chosen, rejected = pairs.chosen, pairs.rejected
+        chosen, rejected = pairs.both()
         margin, metrics = preference_margin(
             pairs,
             config.beta,

@@ -6,21 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.methods.base import (
-    Method,
-    MethodConfig,
-    PairLoss,
-    Pairs,
-    logistic,
-    mean_weights,
-    preference_margin,
-)
+from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic, mean_weights, preference_margin
 
 
 class SPINLengthNorm(Method):
-    VERSION = "1"
-    PAIRING = "truth_vs_generation"
     SOURCE = "control for swift_released, ours; TRL calls the loss sigmoid_norm"
+    PAIRING = "truth_vs_generation"
 
     class Config(MethodConfig):
         """Vetted setting: beta 10. The released SWIFT code scales a response's weights to sum 100 at beta 0.1, which is
@@ -34,9 +25,14 @@ class SPINLengthNorm(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (LR(truth) / T - LR(generation) / T')).
 
-        Shapes: see Pairs. Returns: unreduced loss [B].
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+
+        >>> from stages.methods.base import Responses
+        >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
+        >>> generation = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
+        >>> SPINLengthNorm.pair_loss(SPINLengthNorm.Config(), Pairs(truth, generation)).loss  # l(10 (0.3 + 0.1))
+        tensor([0.0181])
         """
-        margin, metrics = preference_margin(
-            pairs, config.beta, (mean_weights(pairs.chosen), mean_weights(pairs.rejected))
-        )
+        truth, generation = pairs.both()
+        margin, metrics = preference_margin(pairs, config.beta, (mean_weights(truth), mean_weights(generation)))
         return PairLoss(logistic(margin), metrics)

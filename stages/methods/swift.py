@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, hinge, logistic, preference_margin
+from stages.methods.base import (
+    Method,
+    MethodConfig,
+    PairLoss,
+    Pairs,
+    Responses,
+    hinge,
+    logistic,
+    preference_margin,
+    supplied,
+)
 from stages.models.lazy import torch
 from stages.models.numerics import masked_sum
 
@@ -15,10 +25,9 @@ if TYPE_CHECKING:
 
 
 class SWIFT(Method):
-    VERSION = "1"
+    SOURCE = "SWIFT, Theorem 3.7 / Eq. 13 and section 4.3; weights Eq. 4-6"
     PAIRING = "truth_vs_generation"
     WEIGHTS = "swift"
-    SOURCE = "SWIFT, Theorem 3.7 / Eq. 13 and section 4.3; weights Eq. 4-6"
 
     class Config(MethodConfig):
         """Vetted setting: beta 0.1 (the code's; the paper is silent), weights multiply, no KL term. Eq. 13 as printed is
@@ -39,7 +48,9 @@ class SWIFT(Method):
 
     @classmethod
     def needs(cls, config: Config) -> frozenset[str]:
-        return cls.NEEDS | _KL_NEEDS[config.kl_mode]
+        if config.kl_mode == "none":
+            return cls.NEEDS
+        return cls.NEEDS | {_KL_NEED[config.kl_mode]}
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
@@ -47,33 +58,41 @@ class SWIFT(Method):
 
         v is 0 (none), beta (D(y) - D(y')) with D = sum_t g_t KL(policy || reference) (paper), beta (D(y') - D(y)) with
         D = sum_t g_t KL(reference || policy) (tdpo), or minus the paper's (supp, the last line of the proof read literally).
-        Shapes: see Pairs; weights are constants from the weigh stage. Returns: unreduced loss [B]. At policy = reference: log 2.
+        Shapes: logps, reference_logps, weights omega and kl [B, T] of both sides -> loss [B]. At policy = reference: log 2.
         Deviates from the paper: (1) weights multiply and v is off by default; the docstrings of the settings say why.
+
+        >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=[[2.0, 1.0]])  # B = 1, T = 2
+        >>> generation = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
+        >>> SWIFT.pair_loss(SWIFT.Config(), Pairs(truth, generation)).loss  # l(0.1 (2 * 0.2 + 0.4 + 0.1))
+        tensor([0.6492])
         """
-        g = (pairs.chosen.weights, pairs.rejected.weights)
+        truth, generation = pairs.both()
+        g_truth, g_generation = truth.weights, generation.weights
         if config.weight_mode == "divide":
-            g = (_inverse(g[0]), _inverse(g[1]))
-        extra, offset = {}, 0.0
+            g_truth, g_generation = _inverse(g_truth), _inverse(g_generation)
+        kl_metrics: dict[str, Tensor] = {}
+        offset: Tensor | float = 0.0
         if config.kl_mode != "none":
-            kl_chosen, kl_rejected = (
-                masked_sum(coefficient * side.kl, side.mask)
-                for coefficient, side in zip(g, (pairs.chosen, pairs.rejected), strict=True)
-            )
+            kl_truth = _summed_kl(config, truth, g_truth)
+            kl_generation = _summed_kl(config, generation, g_generation)
             sign = 1.0 if config.kl_mode == "paper" else -1.0
-            offset = -config.kl_coef * config.beta * sign * (kl_chosen - kl_rejected)
-            extra = {"kl/chosen": kl_chosen.detach(), "kl/rejected": kl_rejected.detach()}
-        margin, metrics = preference_margin(pairs, config.beta, g, offset=offset)
-        return PairLoss((hinge if config.loss == "hinge" else logistic)(margin), metrics | extra)
+            offset = -config.kl_coef * config.beta * sign * (kl_truth - kl_generation)
+            kl_metrics = {"kl/chosen": kl_truth.detach(), "kl/rejected": kl_generation.detach()}
+        margin, metrics = preference_margin(pairs, config.beta, (g_truth, g_generation), offset=offset)
+        loss = hinge(margin) if config.loss == "hinge" else logistic(margin)
+        return PairLoss(loss, metrics | kl_metrics)
 
 
-_KL_NEEDS = {
-    "none": frozenset(),
-    "paper": frozenset({"kl_policy_reference"}),
-    "tdpo": frozenset({"kl_reference_policy"}),
-    "supp": frozenset({"kl_policy_reference"}),
-}
+_KL_NEED = {"paper": "kl_policy_reference", "tdpo": "kl_reference_policy", "supp": "kl_policy_reference"}
+
+
+def _summed_kl(config: SWIFT.Config, side: Responses, g: Tensor) -> Tensor:
+    """D = sum_t g_t KL_t, [B]."""
+    return masked_sum(g * supplied(side.kl, _KL_NEED[config.kl_mode]), side.mask)
 
 
 def _inverse(weights: Tensor) -> Tensor:
-    one = torch.ones_like(weights)
-    return torch.where(weights == 0, 0 * one, one / torch.where(weights == 0, one, weights))
+    """1 / omega, and 0 where omega is 0: the token stays removed. [B, T]."""
+    is_zero = weights == 0
+    ones = torch.ones_like(weights)
+    return torch.where(is_zero, 0 * ones, ones / torch.where(is_zero, ones, weights))

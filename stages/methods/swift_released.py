@@ -10,13 +10,13 @@ from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic,
 
 
 class SWIFTReleased(Method):
-    VERSION = "1"
+    SOURCE = "SWIFT's released code (commit 45d8acc), not its paper"
     PAIRING = "truth_vs_generation"
     WEIGHTS = "swift_released"
-    SOURCE = "SWIFT's released code (commit 45d8acc), not its paper"
 
     class Config(MethodConfig):
-        """Vetted setting: beta 0.1, which the weights' sum of 100 makes beta 10 on a weighted mean; compare with `spin_lengthnorm`."""
+        """Vetted setting: beta 0.1, which the weights' sum of 100 makes beta 10 on a weighted mean; compare with
+        `spin_lengthnorm`."""
 
         name: Literal["swift_released"] = "swift_released"
         beta: float = Field(0.1, gt=0)
@@ -24,9 +24,15 @@ class SWIFTReleased(Method):
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
-        r"""loss = l(beta (sum_t w_t lr_t(y) - sum_t w_t lr_t(y'))); what differs from SWIFT is in the weights `swift_released`.
+        r"""loss = l(beta (sum_t w_t lr_t(y) - sum_t w_t lr_t(y'))); it differs from SWIFT in the weights (provider `swift_released`).
 
-        Shapes: see Pairs. Returns: unreduced loss [B].
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+
+        >>> from stages.methods.base import Responses
+        >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=[[25.0, 75.0]])  # B = 1, T = 2
+        >>> generation = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]], weights=[[100.0]])
+        >>> SWIFTReleased.pair_loss(SWIFTReleased.Config(), Pairs(truth, generation)).loss  # l(0.1 (5 + 30 + 10))
+        tensor([0.0110])
         """
         margin, metrics = preference_margin(pairs, config.beta)
         return PairLoss(logistic(margin), metrics)

@@ -15,6 +15,7 @@ from stages.methods.base import (
     Responses,
     logistic,
     preference_margin,
+    supplied,
 )
 from stages.methods.importance import min_max
 from stages.models.lazy import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 
 class TIDPO(Method):
-    VERSION = "1"
     SOURCE = "TI-DPO v1, Eq. 6-9 and 12-15"
     NEEDS = frozenset({"reference", "importance", "anchor"})
 
@@ -53,32 +53,49 @@ class TIDPO(Method):
 
     @classmethod
     def needs(cls, config: Config) -> frozenset[str]:
-        unused = ({"importance"} if config.importance == "given" else set()) | (
-            {"anchor"} if config.gamma == 0 else set()
-        )
-        return cls.NEEDS - unused
+        needs = cls.NEEDS
+        if config.importance == "given":
+            needs -= {"importance"}
+        if config.gamma == 0:
+            needs -= {"anchor"}
+        return needs
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (sum_t w_t lr_t(y_w) - sum_t w_t lr_t(y_l))) + gamma max(0, near - far + margin).
 
-        near = sum_t (d_t - b_t)^2, far = sum_t (c_t - d_t)^2 with d, b, c the log-ratios of anchor, chosen and rejected. Shapes: see
-        Pairs. Returns: unreduced loss [B]. Weights and importance are constants. At policy = reference: log 2 + gamma margin.
+        near = sum_t (d_t - b_t)^2, far = sum_t (c_t - d_t)^2 with d, b, c the log-ratios of anchor, chosen and rejected. Shapes: logps,
+        reference_logps and importance [B, T] of both sides, the anchor's logps and reference_logps [B, T'] -> loss [B]. Importance and
+        weights w are constants. At policy = reference: log 2 + gamma margin.
         Deviates from the paper: (1) Eq. 14 sums over unequal lengths; see `lengths`. (2) beta also in Eq. 12-13, as its Algorithm 1.
+
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
+        >>> chosen = chosen._replace(importance=torch.tensor([[3.0, 1.0]]))  # weights 1 and 0
+        >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])._replace(importance=torch.tensor([[2.0]]))
+        >>> pairs = Pairs(chosen, rejected, anchor=Responses.unpadded([[-1.0]], reference_logps=[[-1.3]]))
+        >>> TIDPO.pair_loss(TIDPO.Config(), pairs).loss  # l(0.1 (0.2 + 0.1)) + 0.1 ((0.3 - 0.2)^2 - (0.3 + 0.1)^2 + 0.5)
+        tensor([0.7133])
         """
-        g = (_weights(config, pairs.chosen), _weights(config, pairs.rejected))
-        margin, metrics = preference_margin(pairs, config.beta, g)
+        chosen, rejected = pairs.both()
+        weights = (_weights(config, chosen), _weights(config, rejected))
+        margin, metrics = preference_margin(pairs, config.beta, weights)
         loss = logistic(margin)
         if config.gamma:
-            triplet = triplet_loss(pairs.anchor, pairs.chosen, pairs.rejected, config.margin, config.lengths)
-            loss, metrics = loss + config.gamma * triplet, metrics | {"triplet": triplet.detach()}
+            anchor = supplied(pairs.anchor, "anchor")
+            triplet = triplet_loss(anchor, chosen, rejected, config.margin, config.lengths)
+            loss = loss + config.gamma * triplet
+            metrics["triplet"] = triplet.detach()
         return PairLoss(loss, metrics)
 
 
 def _weights(config: TIDPO.Config, side: Responses) -> Tensor:
+    """The weight of each token [B, T], a constant."""
     if config.importance == "given":
         return side.weights
-    return min_max(side.importance, side.mask, side.importance_range if config.normalise_over == "sequence" else None)
+    importance = supplied(side.importance, "importance")
+    if config.normalise_over == "sequence":
+        return min_max(importance, side.mask, supplied(side.importance_range, "importance"))
+    return min_max(importance, side.mask)
 
 
 def triplet_loss(anchor: Responses, chosen: Responses, rejected: Responses, margin: float, lengths: str) -> Tensor:
@@ -87,14 +104,20 @@ def triplet_loss(anchor: Responses, chosen: Responses, rejected: Responses, marg
     return torch.relu(near - far + margin)
 
 
-def _distance(anchor: Responses, other: Responses, lengths: str) -> Tensor:
+def _distance(anchor: Responses, side: Responses, lengths: str) -> Tensor:
+    """Squared distance [B] of two responses' log-ratios over the positions that `lengths` names."""
     d, in_anchor = left_align(anchor.log_ratio(), anchor.mask)
-    o, in_other = left_align(other.log_ratio(), other.mask)
-    width = max(d.shape[1], o.shape[1])
-    d, o, in_anchor, in_other = (
-        torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (d, o, in_anchor, in_other)
-    )
+    b, in_side = left_align(side.log_ratio(), side.mask)
+    width = max(d.shape[1], b.shape[1])
+    d, b, in_anchor, in_side = (_widened(values, width) for values in (d, b, in_anchor, in_side))
     # left_align leaves 0 where a response has ended, so a missing anchor position is log-ratio 0.
-    compared = in_other if lengths == "zero" else in_anchor & in_other
-    total = torch.where(compared, (d - o) ** 2, torch.zeros((), dtype=d.dtype, device=d.device)).sum(-1)
-    return total / compared.sum(-1).clamp_min(1) if lengths == "mean" else total
+    compared = in_side if lengths == "zero" else in_anchor & in_side
+    total = torch.where(compared, (d - b) ** 2, torch.zeros((), dtype=d.dtype, device=d.device)).sum(-1)
+    if lengths == "mean":
+        return total / compared.sum(-1).clamp_min(1)
+    return total
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    """[B, T] with zeros appended up to [B, width]."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

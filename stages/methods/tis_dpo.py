@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -13,14 +13,17 @@ from stages.methods.base import (
     Pairs,
     logistic,
     preference_margin,
+    supplied,
     weighted_sum,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class TISDPO(Method):
-    VERSION = "1"
-    WEIGHTS = "tis_dpo"
     SOURCE = "Liu et al. 2024, Eq. 14-18; weights Eq. 19 (arXiv:2410.04350)"
+    WEIGHTS = "tis_dpo"
 
     class Config(MethodConfig):
         """Vetted setting: beta 0.1 without eta, which its ablation finds minor (96.7 against 95.3) and which costs a second
@@ -36,22 +39,30 @@ class TISDPO(Method):
 
     @classmethod
     def needs(cls, config: Config) -> frozenset[str]:
-        return cls.NEEDS | ({"kl_policy_reference"} if config.use_eta else set())
+        if config.use_eta:
+            return cls.NEEDS | {"kl_policy_reference"}
+        return cls.NEEDS
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(u - alpha eta), u = beta (sum_t w_t lr_t(y_w) - sum_t w_t lr_t(y_l)).
 
-        eta is the same difference with KL(policy || reference) of each position in place of lr. Shapes: see Pairs; weights are
-        constants from the weigh stage. Returns: unreduced loss [B]. At policy = reference: log 2.
+        eta is the same difference with KL(policy || reference) of each position in place of lr. Shapes: logps, reference_logps, weights w
+        and kl [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+
+        >>> from stages.methods.base import Responses
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=[[2.0, 1.0]])  # B = 1, T = 2
+        >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
+        >>> TISDPO.pair_loss(TISDPO.Config(), Pairs(chosen, rejected)).loss  # l(0.1 (2 * 0.2 + 0.4 + 0.1))
+        tensor([0.6492])
         """
-        extra, offset = {}, 0.0
+        kl_metrics: dict[str, Tensor] = {}
+        offset: Tensor | float = 0.0
         if config.use_eta:
-            kl_chosen, kl_rejected = (
-                weighted_sum(pairs.chosen.kl, pairs.chosen),
-                weighted_sum(pairs.rejected.kl, pairs.rejected),
-            )
+            chosen, rejected = pairs.both()
+            kl_chosen = weighted_sum(supplied(chosen.kl, "kl_policy_reference"), chosen)
+            kl_rejected = weighted_sum(supplied(rejected.kl, "kl_policy_reference"), rejected)
             offset = -config.alpha * config.beta * (kl_chosen - kl_rejected)
-            extra = {"kl/chosen": kl_chosen.detach(), "kl/rejected": kl_rejected.detach()}
+            kl_metrics = {"kl/chosen": kl_chosen.detach(), "kl/rejected": kl_rejected.detach()}
         margin, metrics = preference_margin(pairs, config.beta, offset=offset)
-        return PairLoss(logistic(margin), metrics | extra)
+        return PairLoss(logistic(margin), metrics | kl_metrics)

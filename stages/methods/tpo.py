@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from stages.methods.base import (
-    Method,
-    MethodConfig,
-    PairLoss,
-    Pairs,
-    logistic,
-    mean_weights,
-    preference_margin,
-)
+from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, logistic, mean_weights, preference_margin
 from stages.models.numerics import masked_sum
 
 if TYPE_CHECKING:
@@ -22,10 +14,9 @@ if TYPE_CHECKING:
 
 
 class TPO(Method):
-    VERSION = "1"
     SOURCE = "Saeidi et al. 2024, triple preference optimisation (arXiv:2405.16681)"
-    NEEDS = frozenset()
-    DROP_IDENTICAL = False
+    NEEDS = frozenset[str]()
+    DROPS_IDENTICAL = False
 
     class Config(MethodConfig):
         """Vetted setting: beta 0.1, alpha 1 (ours). TPO-L: length_normalised, beta 10, gamma 3."""
@@ -48,10 +39,19 @@ class TPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (log pi(y_w) - log pi(y_l)) - gamma), token_loss = -alpha log pi(y_gold).
 
-        Shapes: see Pairs; `gold` None means the chosen response. Returns: unreduced losses [B]; the likelihood is a mean per token
-        over the whole step. Token weights act on the preference term only.
+        Shapes: logps and weights [B, T] of both sides, logps of `gold` [B, T'] (None: the chosen response) -> loss and token_loss [B]; the
+        likelihood is a mean per token over the whole step. Token weights act on the preference term only.
+
+        >>> from stages.methods.base import Responses
+        >>> chosen, rejected = Responses.unpadded([[-1.0, -0.5]]), Responses.unpadded([[-2.0]])  # B = 1, T = 2 and 1
+        >>> result = TPO.pair_loss(TPO.Config(), Pairs(chosen, rejected, gold=Responses.unpadded([[-0.4]])))
+        >>> result.loss, result.token_loss  # l(0.1 (-1.5 + 2)), 0.4
+        (tensor([0.6685]), tensor([0.4000]))
         """
-        chosen, rejected, gold = pairs.chosen, pairs.rejected, pairs.gold or pairs.chosen
-        mean = (mean_weights(chosen), mean_weights(rejected)) if config.length_normalised else None
-        margin, metrics = preference_margin(pairs, config.beta, mean, (chosen.logps, rejected.logps), -config.gamma)
+        chosen, rejected = pairs.both()
+        gold = pairs.gold or chosen
+        means = None
+        if config.length_normalised:
+            means = (mean_weights(chosen), mean_weights(rejected))
+        margin, metrics = preference_margin(pairs, config.beta, means, (chosen.logps, rejected.logps), -config.gamma)
         return PairLoss(logistic(margin), metrics, -config.alpha * masked_sum(gold.logps, gold.mask))

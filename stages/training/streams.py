@@ -55,14 +55,14 @@ class Streams:
     # -- counts that are known before the first forward of a step ------------------------------------------------------------------
 
     def token_count(self, rows: Rows) -> float:
-        """Tokens that the method's per-token losses are means over, in the whole step; 0 if it has none."""
+        """Tokens of the whole step that the method's per-token losses are means over."""
         if self.method.token_count is Method.token_count:
-            return 0.0
+            return float(sum(len(row["chosen_ids"]) for row in rows))
         batch = collate_rows(rows, self.sides, self.packed)
         counts = self.method.token_count(
             self.method_config, self._pairs(rows, batch, torch.zeros(batch.response_ids.shape))
         )
-        return 0.0 if counts is None else float(counts.sum())
+        return float(counts.sum())
 
     def step_values(self, rows: Rows, partners: Rows) -> dict[str, float]:
         """Sums over rows of the method's step constants; without gradient."""
@@ -80,7 +80,7 @@ class Streams:
             name: torch.tensor(value, dtype=pairs.chosen.logps.dtype, device=pairs.chosen.logps.device)
             for name, value in step.items()
         }
-        return self.method.pair_loss(self.method_config, pairs._replace(step=constants)), batch
+        return self.method.pair_loss(self.method_config, pairs._replace(step_means=constants)), batch
 
     def pairs(self, rows: Rows, partners: Rows) -> tuple[Pairs, Batch | Packed]:
         """One forward of the policy, and everything the method wants beside it. `partners`: the row whose response each one borrows."""

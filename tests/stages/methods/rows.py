@@ -157,11 +157,11 @@ def step_loss(
     borders = [0, *cuts, len(rows)]
     batches = [stack_pairs(rows[a:b], method, config, **padding) for a, b in pairwise(borders)]
     counts = [method.token_count(config, pairs) for pairs in batches]
-    tokens = sum(float(count.sum()) for count in counts if count is not None)
+    tokens = sum(float(count.sum()) for count in counts)
     with torch.no_grad():
         parts = [method.step_values(config, pairs) for pairs in batches]
     step = {key: torch.cat([part[key] for part in parts]).mean() for key in parts[0]}
-    return sum(method.pair_loss(config, pairs._replace(step=step)).share(len(rows), tokens) for pairs in batches)
+    return sum(method.pair_loss(config, pairs._replace(step_means=step)).share(len(rows), tokens) for pairs in batches)
 
 
 def gradients(loss: torch.Tensor, rows: Sequence[Row]) -> list[torch.Tensor]:

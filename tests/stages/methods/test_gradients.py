@@ -72,7 +72,9 @@ def test_five_hundred_nats_per_token_stay_finite_in_float32(name, sign):
     method = METHODS.get(name)
     low, high = extreme(-500.0, 0.0), extreme(0.0, -500.0)
     chosen, rejected = (low, high) if sign > 0 else (high, low)
-    pairs = Pairs(chosen, rejected, torch.ones(1), torch.zeros(1), step={"mismatched_log_ratio": torch.tensor(500.0)})
+    pairs = Pairs(
+        chosen, rejected, torch.ones(1), torch.zeros(1), step_means={"mismatched_log_ratio": torch.tensor(500.0)}
+    )
     result = method.pair_loss(method.Config(), pairs)
     loss = result.share(1, 3)
     grads = torch.autograd.grad(loss, [chosen.logps, rejected.logps])
@@ -85,7 +87,7 @@ def test_a_side_without_scored_tokens_gives_numbers_not_nan(name):
     method = METHODS.get(name)
     empty, full = extreme(-1.0, -1.5), extreme(-2.0, -1.0)
     empty = empty._replace(mask=torch.zeros(1, 3, dtype=torch.bool))
-    pairs = Pairs(empty, full, torch.ones(1), torch.zeros(1), step={"mismatched_log_ratio": torch.tensor(0.0)})
+    pairs = Pairs(empty, full, torch.ones(1), torch.zeros(1), step_means={"mismatched_log_ratio": torch.tensor(0.0)})
     loss = method.pair_loss(method.Config(), pairs).share(1, 0)
     grads = torch.autograd.grad(loss, [empty.logps, full.logps])
     assert torch.isfinite(loss) and all(torch.isfinite(grad).all() for grad in grads)

@@ -103,9 +103,8 @@ def ours(
             single, None, torch.tensor(labels), None, mismatched=responses(model, reference, PROMPTS, rotated)
         )
         step = {key: value.mean().detach() for key, value in method.step_values(config, pairs).items()}
-        pairs = pairs._replace(step=step)
-    count = method.token_count(config, pairs)
-    return method.pair_loss(config, pairs).share(3, 1 if count is None else float(count.sum()))
+        pairs = pairs._replace(step_means=step)
+    return method.pair_loss(config, pairs).share(3, float(method.token_count(config, pairs).sum()))
 
 
 def assert_agree(mine: torch.Tensor, theirs: torch.Tensor, model: Any) -> None:
