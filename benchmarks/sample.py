@@ -28,10 +28,11 @@ from data_contracts.checkpoint import external_model
 from data_contracts.prompts import load_prompts
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
+from stages.execute import execute
 from stages.models.tokens import encode_prompt, load_tokenizer, stop_ids
 from stages.sampling import SAMPLERS
 from stages.sampling import stage as sampling
-from stages.stage import STAGES, execute
+from stages.stage import STAGES
 from tasks.prompts import publish
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,9 +34,10 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import external_model
 from data_contracts.shards import SCHEMAS, read_shards
 from data_contracts.store import Store
+from stages.execute import execute
 from stages.models.policy import load_causal_lm, pin_threads
 from stages.models.tokens import encode_prompt, encode_response, load_tokenizer
-from stages.stage import STAGES, execute
+from stages.stage import STAGES
 from stages.weighting.weights.spans import TokenText, encode_with_spans
 from tests.conftest import _publish
 

@@ -30,9 +30,10 @@ from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError, PipelineError, reported
 from data_contracts.store import Store, disk_errors_explained
+from stages.execute import LOCK_HELD, execute, execute_share
 from stages.running.claims import WORKER
 from stages.running.rendezvous import node_rank
-from stages.stage import LOCK_HELD, STAGES, execute, execute_share
+from stages.stage import STAGES
 
 
 def main(arguments: list[str]) -> int:

@@ -28,7 +28,7 @@ from data_contracts.identity import canonical_json, digest_text, fingerprint
 from data_contracts.prompts import load_prompts
 from data_contracts.shards import shard_path, to_table, write_shard
 from data_contracts.store import Store
-from stages.stage import events
+from stages.running.history import events
 
 # The same examples every time, and as long as a busy machine takes.
 settings.register_profile("ours", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -11,7 +11,8 @@ from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
 from flows.report.history import History, Nowhere
-from stages.stage import STAGES, events
+from stages.running.history import events
+from stages.stage import STAGES
 
 
 def status(config: RunConfig, store: Store) -> str:

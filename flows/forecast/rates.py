@@ -29,7 +29,8 @@ from flows.self_play import SelfPlay
 from flows.tournament import merged
 from stages.evaluation.promotion import GateConfig, Measurement
 from stages.running.cost import parameters
-from stages.stage import STAGES, events
+from stages.running.history import events
+from stages.stage import STAGES
 from tasks.build import Built, build
 from tasks.place import Place, Purpose
 from tasks.prompts import publish

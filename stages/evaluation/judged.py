@@ -19,13 +19,13 @@ from data_contracts.errors import ConfigError
 from data_contracts.store import write_atomic
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge
+from stages.job import Job
 from stages.models.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
 from stages.registry import Named
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.stage import SamplingConfig
 from stages.scoring.endpoint import Endpoint, EndpointRuntime
-from stages.stage import Job
 
 
 class Judged(BaseConfig):

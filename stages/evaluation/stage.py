@@ -18,6 +18,7 @@ from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
 from stages.evaluation.rouge import rouge_l
 from stages.evaluation.rows import column_names, report_row
 from stages.evaluation.win_rates import best_of_n
+from stages.job import Job
 from stages.models.logps import Pass
 from stages.models.policy import load_causal_lm, pick_device, pin_threads
 from stages.models.tokens import load_tokenizer
@@ -25,7 +26,7 @@ from stages.registry import Named
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scores, Surroundings, close, prepared, score_once
 from stages.scoring.checks import repetition
-from stages.stage import Job, StageRuntime
+from stages.stage import StageRuntime
 
 LM_EVAL_SHARD = 1
 
@@ -200,9 +201,7 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     finally:
         close(scorer)
     if any(result.preference_logits is not None for result in scores):  # a plug-in's
-        raise ConfigError(
-            f"evaluation.scorer {config.scorer.name} only compares two answers: use it in `tournament`"
-        )
+        raise ConfigError(f"evaluation.scorer {config.scorer.name} only compares two answers: use it in `tournament`")
     heldout = []
     for numbers, result in zip(groups.values(), scores, strict=True):
         for k, i in enumerate(numbers):

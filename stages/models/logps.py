@@ -32,7 +32,7 @@ from stages.models.tokens import context_length
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from stages.stage import Job
+    from stages.job import Job
 
 VERSION = "1"
 """Bumped when the numbers of a pass change their meaning."""

@@ -9,13 +9,14 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
+from stages.job import Job
 from stages.models.policy import pick_device
 from stages.models.tokens import Template, context_length, encode_prompt, load_tokenizer, stop_ids, token_facts
 from stages.registry import Named
 from stages.running.cost import loading
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
-from stages.stage import Job, StageRuntime
+from stages.stage import StageRuntime
 
 
 class SamplingRuntime(StageRuntime):

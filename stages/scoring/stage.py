@@ -14,14 +14,16 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
+from stages.job import Job
 from stages.models.logps import Pass
 from stages.models.tokens import Template, encode_prompt, encode_response, load_tokenizer
 from stages.registry import Named
 from stages.running.cost import loading
+from stages.running.history import events
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scores, Surroundings, close, compares, prepared, score_once
 from stages.scoring.pairing import CHOOSE, Group, Preference, Rules, group_of, pair_statistics
-from stages.stage import Job, StageRuntime, events
+from stages.stage import StageRuntime
 
 Pairing = Literal[
     "best_vs_worst", "each", "truth_vs_generation", "truth", "given", "random_pair", "length_matched", "all_pairs"

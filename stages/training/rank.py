@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from data_contracts.errors import PipelineError, TransientError, reported
+from stages.job import Job
 from stages.models.lazy import torch
 from stages.running.supervise import die_with_parent
-from stages.stage import STAGES, Job
+from stages.stage import STAGES
 from stages.training.stage import train_rank
 
 

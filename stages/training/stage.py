@@ -21,12 +21,13 @@ from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import BY_NAME, ConfigError, ContractError, PipelineError, StageError, TransientError
 from data_contracts.shards import Rows, read_shards
 from data_contracts.store import write_atomic
+from stages.job import Job
 from stages.methods import METHODS
 from stages.models.policy import pick_device, pin_threads
 from stages.registry import Named
 from stages.running import rendezvous
 from stages.running.cost import TRAIN
-from stages.stage import Job, StageRuntime
+from stages.stage import StageRuntime
 from stages.training.batches import STEPS
 
 

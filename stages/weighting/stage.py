@@ -15,9 +15,11 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import Rows, read_shards, shard_path, to_table, write_shard
+from stages.job import Job
 from stages.models.logps import Pass
 from stages.registry import Named
-from stages.stage import Job, StageRuntime, events
+from stages.running.history import events
+from stages.stage import StageRuntime
 from stages.weighting.teacher import TeacherView
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import ResponseBatch, Tokens, add_stats

@@ -9,10 +9,10 @@ import numpy as np
 
 from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
+from stages.job import Job
 from stages.models.logps import Pass
 from stages.models.policy import batches_by_budget, collate, response_logits
 from stages.models.tokens import encode_prompt, load_tokenizer, stop_ids, tokenizer_digest
-from stages.stage import Job
 from stages.weighting.weights.base import Tokens
 from stages.weighting.weights.spans import TokenText, encode_with_spans
 

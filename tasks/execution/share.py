@@ -11,8 +11,10 @@ from typing import Any
 from data_contracts import lease
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
+from stages.execute import LOCK_HELD, REMOTE
 from stages.running.claims import WORKER, forget, poison, raise_poison, starts
-from stages.stage import EVENTS, LOCK_HELD, REMOTE, STAGES
+from stages.running.history import EVENTS
+from stages.stage import STAGES
 from tasks.execution.base import Executor, Work, perform
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.engines import executor_for

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from data_contracts.store import Store
-from stages.stage import STAGES, execute, execute_share
+from stages.execute import execute, execute_share
+from stages.stage import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAKY = '''

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from data_contracts.store import Store
-from stages.stage import events
+from stages.running.history import events
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = [sys.executable, "-m", "prefect"]

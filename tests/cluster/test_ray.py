@@ -17,8 +17,8 @@ from data_contracts.checkpoint import external_model
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
+from stages.running.history import events
 from stages.sampling.stage import SamplingConfig
-from stages.stage import events
 from stages.weighting.stage import WeightingConfig
 from tasks.build import build
 from tasks.execution.config import ExecutionConfig

@@ -15,8 +15,9 @@ from data_contracts.checkpoint import external_model
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError, StageError
 from data_contracts.store import Store
+from stages.running.history import events
 from stages.sampling.stage import SamplingConfig
-from stages.stage import STAGES, events
+from stages.stage import STAGES
 from tasks.build import build
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.gpus import gpus_here, some_gpus

@@ -18,7 +18,8 @@ from data_contracts.errors import ConfigError, ContractError, StageError, Transi
 from data_contracts.shards import SCHEMAS
 from data_contracts.store import Store
 from stages.running import rendezvous
-from stages.stage import STAGES, events
+from stages.running.history import events
+from stages.stage import STAGES
 from stages.training.stage import TrainingConfig, _failure, take_part
 from tasks.execution.remote import at_fault
 from tests.conftest import tries_of

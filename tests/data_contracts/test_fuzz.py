@@ -21,8 +21,8 @@ from data_contracts.shards import read_shard, seal_path, shard_path, to_table, w
 from data_contracts.store import Store, bytes_setting
 from flows.config import RunConfig, load_run, parse_assignment
 from stages.__main__ import _read as read_spec
+from stages.running.history import events
 from stages.scoring.endpoint import Reply
-from stages.stage import events
 from stages.training.replay import replay_batch
 from stages.training.resume import sealed
 

@@ -148,7 +148,8 @@ def test_a_directory_without_shards_is_an_error(tmp_path):
 
 
 def test_only_the_shards_that_no_earlier_try_finished_are_made_again(tmp_path):
-    from stages.stage import STAGES, Job
+    from stages.job import Job
+    from stages.stage import STAGES
 
     def run(size: int = 2) -> list[int]:
         job = Job(STAGES["sample"], None, {}, tmp_path)

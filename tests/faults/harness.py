@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 from data_contracts.artifact import RECORD
 from data_contracts.checkpoint import external_model
 from data_contracts.store import Store
+from stages.running.history import events
 from stages.running.supervise import processes_with
-from stages.stage import STAGES, events
+from stages.stage import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = Path(__file__).resolve().parent / "hooks"

@@ -30,7 +30,7 @@ from data_contracts.lease import (
     tokens,
 )
 from data_contracts.store import Store
-from stages.stage import events
+from stages.running.history import events
 from tests.faults.harness import Command, contents, judge
 
 OWN_HOST = ["unshare", "--net", "--uts", "sh", "-c", 'ip link set lo up && hostname "$0" && exec "$@"']

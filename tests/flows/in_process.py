@@ -26,7 +26,8 @@ from flows.config import load_run
 from flows.preflight import models_of, preflight
 from flows.self_play import SelfPlay
 from flows.tournament import merged, standing
-from stages.stage import STAGES, execute
+from stages.execute import execute
+from stages.stage import STAGES
 from tasks.build import Built
 from tasks.place import Place
 

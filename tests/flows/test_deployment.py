@@ -22,7 +22,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.forecast.rehearsal import rehearse
-from stages.stage import events
+from stages.running.history import events
 from tasks.execution.config import ExecutionConfig, Profile
 from tests.conftest import pretend_slurm
 from tests.faults.deployed import cluster as started

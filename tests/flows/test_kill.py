@@ -17,7 +17,7 @@ import pytest
 
 from data_contracts.shards import read_shard
 from data_contracts.store import Store
-from stages.stage import events
+from stages.running.history import events
 
 KILLS = 10
 REMAINS_SECONDS = 20

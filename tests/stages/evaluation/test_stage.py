@@ -161,11 +161,7 @@ def test_heldout_answers_whose_judge_is_away_are_unscored_and_the_stage_ends_wel
     ],
 )
 def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
-    with (
-        pytest.raises(ConfigError, match="only compares two answers.*`tournament`")
-        if refused
-        else nullcontext()
-    ):
+    with pytest.raises(ConfigError, match="only compares two answers.*`tournament`") if refused else nullcontext():
         parse(EvaluationConfig, {"scorer": scorer}, "x")
 
 

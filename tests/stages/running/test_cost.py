@@ -7,8 +7,10 @@ import time
 import pytest
 from safetensors.torch import save_file
 
+from stages.job import Job
 from stages.running.cost import MemoryWatch, cost_of, loading, parameters
-from stages.stage import STAGES, Job, events, seconds_of
+from stages.running.history import events, seconds_of
+from stages.stage import STAGES
 
 
 def test_parameters_are_counted_from_the_headers(tiny_model, tmp_path):

@@ -10,10 +10,11 @@ import stages.sampling.stage as stage
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
+from stages.execute import execute
 from stages.models.tokens import load_tokenizer
 from stages.sampling.base import Candidate
 from stages.sampling.stage import SamplingConfig, encode_prompts
-from stages.stage import STAGES, execute
+from stages.stage import STAGES
 
 
 def config(**changes) -> SamplingConfig:

@@ -14,7 +14,7 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from stages.models.policy import load_causal_lm, score_responses
 from stages.models.tokens import load_tokenizer
-from stages.stage import events
+from stages.running.history import events
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: the extras cpu and gpu have it"

@@ -272,7 +272,8 @@ def test_another_wording_must_have_a_place_for_everything():
 def test_the_evaluate_stage_keeps_what_its_judge_said(server, store, tiny_model, make_prompts, make_artifact):
     from data_contracts.checkpoint import external_model
     from stages.evaluation.stage import EvaluationConfig
-    from stages.stage import STAGES, execute
+    from stages.execute import execute
+    from stages.stage import STAGES
 
     server.answer = lambda request: "Score: 4"
     rows = [

@@ -15,9 +15,11 @@ import pytest
 
 from data_contracts.errors import ContractError
 from data_contracts.shards import read_shards
+from stages.execute import execute
+from stages.running.history import events
 from stages.scoring.pairrm import PairRM
 from stages.scoring.stage import ScoringConfig
-from stages.stage import STAGES, events, execute
+from stages.stage import STAGES
 
 
 class Tokenizer:

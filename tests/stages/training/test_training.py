@@ -24,7 +24,8 @@ from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.shards import SCHEMAS
 from data_contracts.store import Store
 from stages.models.policy import load_causal_lm, score_responses
-from stages.stage import STAGES, events
+from stages.running.history import events
+from stages.stage import STAGES
 from stages.training.batches import plan_steps
 from stages.training.stage import TrainingConfig
 

@@ -1,0 +1,137 @@
+"""Stages - the one way to build an artifact: check the inputs, hold its lock, run the stage, sign the record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_contracts import lease
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.config import Config
+from data_contracts.errors import ArtifactError
+from data_contracts.shards import count_rows
+from data_contracts.store import Store
+from stages.job import Job
+from stages.running.claims import Claims, forget
+from stages.running.cost import MemoryWatch, cost_of, loading
+from stages.running.history import events, seconds_of
+from stages.stage import Stage
+
+LOCK_HELD = "SELFPLAY_LOCK_HELD"
+"""Environment variable: kind-key of the artifact whose lock the launcher already holds for this process."""
+REMOTE = "SELFPLAY_REMOTE"
+"""Environment variable: the launcher is on another machine, so its lock cannot be inherited."""
+
+
+def execute(
+    stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store, launched: float | None = None
+) -> ArtifactRecord:
+    """Build the artifact unless it is there; returns its record. The caller may already hold its lock (see LOCK_HELD).
+
+    `launched`: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None: now.
+    """
+    stage.check_inputs(inputs)
+    key = stage.key(config, inputs)
+    name = f"{stage.produces}-{key}"
+    remote = bool(os.environ.get(REMOTE))
+    if os.environ.get(LOCK_HELD) == name and not remote:
+        return _build(stage, config, inputs, store, key, launched)
+    # Far from the launcher, what keeps two builders apart is a lock of the builders' own.
+    lock = store.lock(
+        stage.produces,
+        key + "-remote" * remote,
+        lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True),
+    )
+    with lock:
+        if store.find(stage.produces, key):
+            print(f"{stage.produces} {key} is already built", flush=True)
+            return store.load(stage.produces, key)
+        return _build(stage, config, inputs, store, key, launched)
+
+
+def execute_share(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, worker: str) -> None:
+    """Make shards of the artifact, beside other workers, until none is left; nothing is signed. Whoever started the workers holds its lock."""
+    stage.check_inputs(inputs)
+    _check_inputs_are_there(stage, inputs)
+    key = stage.key(config, inputs)
+    out = store.directory(stage.produces, key)
+    # Under leases nobody's flock tells whether the launcher lives.
+    claims = Claims(out, worker, None if lease.is_wanted() else store.root / "locks" / f"{stage.produces}-{key}")
+    job = Job(stage, config, inputs, out, claims)
+    job.event("worker")
+    loading.seconds = 0.0
+    try:
+        stage.load().run(job)
+    except BaseException as error:
+        claims.failed(error)
+        raise
+    finally:
+        job.event("seconds", what="load", seconds=loading.seconds)
+
+
+def _check_inputs_are_there(stage: Stage, inputs: Mapping[str, ArtifactRef]) -> None:
+    for name, ref in inputs.items():
+        if not Path(ref.path).is_dir():
+            raise ArtifactError(f"the input {name!r} of the stage {stage.name} is gone: {ref.path}")
+
+
+def _build(
+    stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, key: str, launched: float | None
+) -> ArtifactRecord:
+    _check_inputs_are_there(stage, inputs)
+    out = store.directory(stage.produces, key)
+    out.mkdir(parents=True, exist_ok=True)
+    for litter in out.rglob(".*.tmp-*"):
+        litter.unlink()
+    job = Job(stage, config, inputs, out)
+    job.event("start", launched=launched or time.time())
+    loading.seconds = 0.0
+    with MemoryWatch() as watch:
+        stage.load().run(job)
+    job.event("seconds", what="load", seconds=loading.seconds)
+    job.event("end")
+    history = events(out)
+    forget(out)
+    record = ArtifactRecord(
+        kind=stage.produces,
+        key=key,
+        stage=stage.name,
+        version=stage.version,
+        config=config.identity(),
+        inputs=dict(inputs),
+        content="",
+        files=[],
+        rows=count_rows(out),
+        metrics=job.metrics,
+        facts=job.facts,
+        seconds=seconds_of(history),
+        cost=cost_of(history, watch),
+        provenance=provenance(config, history),
+    )
+    signed = store.sign(record)
+    # After the signature: a kill in between costs the clean-up (the next look does it), not the training.
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    return signed
+
+
+def provenance(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Who, when, on what. Never part of a key."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "argv": sys.argv,
+        "starts": sum(event["event"] == "start" for event in history),
+        "settings": config.model_dump(mode="json"),
+        "versions": {
+            name: getattr(module, "__version__", "?")
+            for name in ("torch", "transformers", "vllm", "deepspeed", "lm_eval", "pyarrow")
+            if (module := sys.modules.get(name))
+        },
+    }
