@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
-from data_contracts.store import bytes_below
+from data_contracts.files import bytes_below
 from tests.conftest import build_model, prompt_rows
 from tests.faults.whole import Play, write_config
 

@@ -63,7 +63,7 @@ def measure(count: int, directory: Path) -> dict:
     import torch  # noqa: F401 - its import is not a phase's cost
 
     from data_contracts.artifact import ArtifactRecord, ArtifactRef
-    from data_contracts.shards import Rows, shard_path, to_table, write_shard
+    from data_contracts.shards import ShardRows, shard_path, to_table, write_shard
     from data_contracts.store import Store
     from stages.methods import METHODS
     from stages.models.logps import Pass
@@ -100,7 +100,7 @@ def measure(count: int, directory: Path) -> dict:
         score=lambda _, prompts, responses, __: [np.zeros(len(r), np.float32) for r in responses],
     )
     one._load = lambda: None
-    rows = Rows([out], "weighted_pairs")
+    rows = ShardRows([out], "weighted_pairs")
     began = now()
     chunks = [(start, min(count, start + SHARD)) for start in range(0, count, SHARD)]
     for read in (False, True):

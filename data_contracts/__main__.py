@@ -16,8 +16,8 @@ from typing import Any
 
 from data_contracts import ledger as ledgers
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
-from data_contracts.config import flattened
-from data_contracts.errors import ArtifactError, PipelineError, reported
+from data_contracts.config import flatten
+from data_contracts.errors import ArtifactError, PipelineError, print_error
 from data_contracts.identity import fingerprint
 from data_contracts.store import Store, content_digest, data_files
 
@@ -45,10 +45,10 @@ def show(store: Store, key: str) -> int:
     print(f"built    {_when(record)} on {record.provenance.get('host', '?')}, {record.rows} rows")
     print(f"content  {record.content}")
     sections = {
-        "config": flattened(record.config),
+        "config": flatten(record.config),
         "inputs": record.inputs,
         "metrics": record.metrics,
-        "facts": flattened(record.facts),
+        "facts": flatten(record.facts),
     }
     for title, values in (sections | {"seconds": record.seconds, "cost": record.cost}).items():
         if values:
@@ -160,7 +160,7 @@ def _differences(left: ArtifactRecord, right: ArtifactRecord) -> dict[str, tuple
 
 def _recipe(record: ArtifactRecord) -> dict[str, Any]:
     inputs = {f"input {name}": ref for name, ref in record.inputs.items()}
-    return {"stage": record.stage, "version": record.version} | flattened(record.config, "config.") | inputs
+    return {"stage": record.stage, "version": record.version} | flatten(record.config, "config.") | inputs
 
 
 def _content(value: Any) -> Any:
@@ -235,7 +235,7 @@ def main(arguments: list[str]) -> int:
             return ledger(store, options.run, options.csv)
         return {"show": show, "explain": explain}[options.command](store, options.key)
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pydantic import model_validator
 from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
+from data_contracts.files import write_atomic
 from data_contracts.identity import digest_file
-from data_contracts.store import content_digest, write_atomic
+from data_contracts.store import content_digest
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")

@@ -48,7 +48,7 @@ class TransientError(PipelineError, RuntimeError):
 BY_NAME = {cls.__name__: cls for cls in (ConfigError, ContractError, ArtifactError, StageError, TransientError)}
 
 
-def reported(error: PipelineError) -> int:
+def print_error(error: PipelineError) -> int:
     """How every command ends with an error of ours: one message on stderr. Returns: the exit code."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return error.exit_code

@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_contracts.artifact import RECORD
-from data_contracts.errors import ArtifactError, ConfigError, PipelineError, reported
-from data_contracts.store import BY_GC, SET_ASIDE, Store, bytes_below, size_in_words
+from data_contracts.errors import ArtifactError, ConfigError, PipelineError, print_error
+from data_contracts.files import bytes_below
+from data_contracts.set_aside import SET_ASIDE, list_set_aside, set_aside
+from data_contracts.store import Store
+from data_contracts.words import format_bytes
 
 YOUNG_SECONDS = 3600.0
 """A run that is under way has built things that no link shows yet."""
@@ -32,6 +35,7 @@ WAITING_SECONDS = 7 * 86400.0
 TARGET = re.compile(r".*(?:^|/)artifacts/([^/]+)/([^/]+)(?:/|$)")
 """A link of a run names its artifact by the end of its text, wherever the store lies."""
 
+BY_GC = "gc"
 Name = tuple[str, str]
 """Kind and key of an artifact."""
 
@@ -67,7 +71,7 @@ def gc(
     for path in _forgotten_passes(store, kept, young_seconds):
         removals += _remove(path, "log-probs of a model that no kept artifact has seen", dry_run)
     if delete and not dry_run:
-        for path, reason in store.list_set_aside():
+        for path, reason in list_set_aside(store.root):
             if reason.get("by") == BY_GC:
                 shutil.rmtree(path, ignore_errors=True)
     if not dry_run:
@@ -115,7 +119,7 @@ def _target(link: Path) -> Name | None:
 
 
 def _artifacts(store: Store) -> list[Name]:
-    return store.directories()
+    return store.artifact_names()
 
 
 def _reachable(store: Store, starts: set[Name]) -> set[Name]:
@@ -173,7 +177,7 @@ def _remove_artifact(store: Store, name: Name, dry_run: bool, delete: bool) -> l
         if delete and not dry_run:
             store.discard(*name)
         elif not dry_run:
-            store.set_aside(path, removal.why, by=BY_GC)
+            set_aside(store.root, path, removal.why, by=BY_GC)
         return [removal]
 
 
@@ -200,7 +204,7 @@ def _forgotten_passes(store: Store, kept: set[Name], young_seconds: float) -> li
 
 def _remove_idle_locks(store: Store) -> None:
     """Lock files of artifacts that are no more. Whoever opened one meanwhile notices that it is gone (Store.lock)."""
-    for kind, key in store.locks():
+    for kind, key in store.lock_names():
         if store.directory(kind, key).is_dir():
             continue
         with store.try_lock(kind, key) as holder:
@@ -222,17 +226,17 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         store = Store(options.store)
-        earlier = store.list_set_aside()
+        earlier = list_set_aside(store.root)
         removals = gc(store, options.keep_runs, options.dry_run, options.yes)
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
     for removal in removals:
-        print(f"{size_in_words(removal.size):>12}  {removal.path.relative_to(store.root)}  ({removal.why})")
+        print(f"{format_bytes(removal.size):>12}  {removal.path.relative_to(store.root)}  ({removal.why})")
     for path, reason in earlier:
         print(
-            f"{size_in_words(reason['size']):>12}  {path.relative_to(store.root)}  (set aside by {reason['by']}: {reason['why']})"
+            f"{format_bytes(reason['size']):>12}  {path.relative_to(store.root)}  (set aside by {reason['by']}: {reason['why']})"
         )
-    total = size_in_words(sum(removal.size for removal in removals))
+    total = format_bytes(sum(removal.size for removal in removals))
     deed = "would set aside" if options.dry_run else "deleted" if options.yes else "set aside"
     print(f"{deed} {total}: {len(removals)} thing(s) that the last {options.keep_runs} run(s) do not need")
     if removals and not options.dry_run and not options.yes:

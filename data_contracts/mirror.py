@@ -25,9 +25,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord
-from data_contracts.errors import ArtifactError, ConfigError, PipelineError, TransientError, reported
+from data_contracts.errors import ArtifactError, ConfigError, PipelineError, TransientError, print_error
+from data_contracts.files import temporary_beside, write_atomic
 from data_contracts.identity import digest_file
-from data_contracts.store import Store, temporary_beside, write_atomic
+from data_contracts.store import Store
 
 MIRROR = "SELFPLAY_MIRROR"
 """Environment: the URL, e.g. s3://bucket/selfplay?endpoint_override=objects:9000&scheme=http. Credentials: AWS_ACCESS_KEY_ID and its like."""
@@ -179,7 +180,7 @@ def main(arguments: list[str]) -> int:
                 with store.lock(kind, key):
                     print(f"{name} {'fetched' if mirror.fetch(store, kind, key) else 'is not there'}")
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
     return 0
 
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.errors import ArtifactError, ContractError
+from data_contracts.files import open_atomic
 from data_contracts.identity import digest_file
-from data_contracts.store import writing
 
 TOKENS = pa.list_(pa.int32())
 PER_TOKEN = pa.list_(pa.float32())
@@ -173,7 +173,7 @@ def seal_path(path: Path) -> Path:
 def write_shard(path: Path, table: pa.Table) -> None:
     """Write, flush to disk, then rename: a shard that exists is a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as file:
+    with open_atomic(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
         digest = digest_file(Path(file.name))
@@ -224,7 +224,7 @@ def _shards_of(directory: Path | str, kind: str, prefix: str) -> list[Path]:
     return paths
 
 
-class Rows(Sequence[dict[str, Any]]):
+class ShardRows(Sequence[dict[str, Any]]):
     """The rows of artifacts, one after the other, as dicts that are made when they are asked for: columns take a tenth of the memory.
 
     Shards are joined as they are read, 128 MiB at a time: thousands of small buffers take twice the memory, and rows that lie

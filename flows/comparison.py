@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from data_contracts.config import Config, flattened, parse, read_yaml
+from data_contracts.config import Config, flatten, parse, read_yaml
 from data_contracts.errors import ConfigError
+from data_contracts.files import write_atomic
 from data_contracts.shards import read_shards
-from data_contracts.store import Store, write_atomic
+from data_contracts.store import Store
 from flows.config import NAME, RunConfig, apply, merge, read_run
 from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import preflight
@@ -84,9 +85,9 @@ def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -
                 "seed": seed,
             }
             variants.append(Variant(name, seed, parse(RunConfig, data, f"{path}, variant {name}")))
-    first = flattened(variants[0].config.model_dump(mode="json"))
+    first = flatten(variants[0].config.model_dump(mode="json"))
     for one in variants[1:]:
-        other = flattened(one.config.model_dump(mode="json"))
+        other = flatten(one.config.model_dump(mode="json"))
         found = [field for field in sorted(first.keys() | other.keys()) if first.get(field) != other.get(field)]
         if strange := [field for field in found if not _may_differ(field, (*config.vary, "name", "seed"))]:
             raise ConfigError(

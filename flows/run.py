@@ -14,8 +14,9 @@ from prefect.runtime import flow_run
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
+from data_contracts.files import write_atomic
 from data_contracts.ledger import Ledger, read, rows, table, total
-from data_contracts.store import RUN_SETTINGS, Store, write_atomic
+from data_contracts.store import RUN_SETTINGS, Store
 from flows import hands
 from flows.config import (
     EvaluationConfig,

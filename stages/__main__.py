@@ -28,8 +28,9 @@ from typing import Any
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.config import parse
-from data_contracts.errors import ConfigError, PipelineError, reported
-from data_contracts.store import Store, disk_errors_explained
+from data_contracts.errors import ConfigError, PipelineError, print_error
+from data_contracts.files import disk_errors_explained
+from data_contracts.store import Store
 from stages.execute import LOCK_HELD, execute, execute_share
 from stages.running.claims import WORKER
 from stages.running.rendezvous import node_rank
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
             record = execute(stage, config, inputs, store, launched=_launched())
     except PipelineError as error:
         print(f"@error {json.dumps({'type': type(error).__name__, 'message': str(error)})}", flush=True)
-        return reported(error)
+        return print_error(error)
     if LOCK_HELD not in os.environ:
         print(store.directory(record.kind, record.key))
     return 0

@@ -62,7 +62,7 @@ def execute_share(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], 
     key = stage.key(config, inputs)
     out = store.directory(stage.produces, key)
     # Under leases nobody's flock tells whether the launcher lives.
-    claims = Claims(out, worker, None if lease.is_wanted() else store.root / "locks" / f"{stage.produces}-{key}")
+    claims = Claims(out, worker, None if lease.is_enabled() else store.lock_path(stage.produces, key))
     job = Job(stage, config, inputs, out, claims)
     job.event("worker")
     loading.seconds = 0.0

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_contracts import lease
 from data_contracts.artifact import ArtifactRef
+from data_contracts.files import write_atomic
 from data_contracts.shards import shard_is_whole, shard_path, to_table, write_shard
-from data_contracts.store import write_atomic
 from stages.running.claims import Claims, label_of, poison, raise_poison
 from stages.running.cost import FORWARD, parameters
 from stages.running.history import EVENTS
@@ -146,6 +146,6 @@ class Job:
 
     def write(self, index: int, rows: list[dict[str, Any]], kind: str | None = None) -> None:
         """Write one shard of the artifact, atomically."""
-        lease.check(self.store_root, f"{self.stage.produces}-{self.out.name}")
+        lease.check_fence(self.store_root, f"{self.stage.produces}-{self.out.name}")
         write_shard(shard_path(self.out, index), to_table(rows, kind or self.stage.produces))
         self.event("shard", index=index, rows=len(rows))

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
 from data_contracts.errors import ArtifactError, StageError
+from data_contracts.files import disk_errors_explained, write_atomic
 from data_contracts.mirror import mirror_from_environment
-from data_contracts.store import Store, disk_errors_explained, write_atomic
+from data_contracts.store import Store
 from stages.stage import STAGES
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.share import run_work
@@ -101,7 +102,7 @@ def _look(store: Store, kind: str, key: str, log: Callable[[str], None]) -> Arti
         record, problems = None, [str(error)]
     if problems:
         log(f"{kind} {key} is damaged ({'; '.join(problems)}): building it again")
-        store.set_back(kind, key)
+        store.mark_unfinished(kind, key)
         return None
     if record is not None:
         # A kill between the signature and the clean-up leaves checkpoints to resume from, many times the artifact's size.
@@ -118,6 +119,6 @@ def _set_back_damaged(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
         with store.lock(ref.kind, ref.key), suppress(ArtifactError):
             record = store.load(ref.kind, ref.key)
             if record is not None and (problems := store.problems(record, deep=True)):
-                store.set_back(ref.kind, ref.key)
+                store.mark_unfinished(ref.kind, ref.key)
                 found.append(f"{ref.kind} {ref.key} ({'; '.join(problems)})")
     return ", ".join(found)

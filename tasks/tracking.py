@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
-from data_contracts.config import flattened
+from data_contracts.config import flatten
 from data_contracts.store import Store
 
 # A server that does not answer would hold each call for four minutes otherwise.
@@ -63,7 +63,7 @@ class Tracker:
     def _open(self, run: str) -> None:
         mlflow_client = import_client()
         # Two processes that make the sqlite schema at once break each other.
-        with self.store.lock("mlflow", "schema"):
+        with self.store.lock_apart("mlflow"):
             self.client = mlflow_client(tracking_uri=self.uri, registry_uri=self.uri)
             experiment = self.client.get_experiment_by_name("self-play")
             if experiment is None:
@@ -77,7 +77,7 @@ class Tracker:
     def parameters(self, values: dict[str, Any]) -> None:
         self._try(
             lambda: self.client.log_batch(
-                self.parent, params=[_param(name, value) for name, value in flattened(values).items()]
+                self.parent, params=[_param(name, value) for name, value in flatten(values).items()]
             )
         )
 

@@ -300,12 +300,12 @@ def _print_rows(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from data_contracts.errors import PipelineError, reported
+    from data_contracts.errors import PipelineError, print_error
 
     try:
         code = app(arguments, prog_name="selfplay", standalone_mode=False)
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -35,16 +35,9 @@ from packaging.version import Version
 
 from data_contracts.artifact import RECORD
 from data_contracts.errors import ArtifactError, PipelineError
-from data_contracts.store import (
-    MAX_BYTES,
-    MIN_FREE_BYTES,
-    Store,
-    bytes_below,
-    bytes_setting,
-    is_abandoned,
-    process_state,
-    size_in_words,
-)
+from data_contracts.files import bytes_below, bytes_from_environment, process_state
+from data_contracts.store import MAX_BYTES, MIN_FREE_BYTES, Store
+from data_contracts.words import format_bytes
 
 GIB = 1 << 30
 HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
@@ -167,7 +160,7 @@ def memory(meminfo: Path, shm: Path) -> Iterator[Finding]:
     if available < 4 * GIB:
         yield Finding(
             "bad" if available < 2 * GIB else "note",
-            f"{size_in_words(available)} of memory are free: a stage that runs out is killed with signal 9",
+            f"{format_bytes(available)} of memory are free: a stage that runs out is killed with signal 9",
             "end other programs, or lower sampling.backend.kv_cache_gib, *.runtime.batch_tokens",
         )
     if not shm.is_dir():
@@ -176,7 +169,7 @@ def memory(meminfo: Path, shm: Path) -> Iterator[Finding]:
         )
     elif (free := shutil.disk_usage(shm).free) < GIB // 2:
         yield Finding(
-            "bad" if free < 64 << 20 else "note", f"{shm} has {size_in_words(free)} left: ranks and vLLM pass tensors through it",
+            "bad" if free < 64 << 20 else "note", f"{shm} has {format_bytes(free)} left: ranks and vLLM pass tensors through it",
             "docker run --shm-size=8g ..., or mount -o remount,size=8G /dev/shm",
         )  # fmt: skip
 
@@ -234,41 +227,40 @@ def gpu(run: Callable[..., Any] = subprocess.run, torch_version: str | None = No
 def disk(store: Store) -> Iterator[Finding]:
     store.check_writable()
     nearest = next(path for path in (store.root, *store.root.parents) if path.exists())
-    free, least = shutil.disk_usage(nearest).free, bytes_setting(MIN_FREE_BYTES, 256 << 20) or 0
+    free, least = shutil.disk_usage(nearest).free, bytes_from_environment(MIN_FREE_BYTES, 256 << 20) or 0
     cure = f"python -m data_contracts.gc --keep-runs 3 --dry-run --store {store.root}"
     if free < least:
         yield Finding(
             "bad",
-            f"the disk of {store.root} has {size_in_words(free)} left: nothing is built below {size_in_words(least)}",
+            f"the disk of {store.root} has {format_bytes(free)} left: nothing is built below {format_bytes(least)}",
             cure,
         )
     elif free < 10 * GIB:
-        yield Finding("note", f"the disk of {store.root} has {size_in_words(free)} left", cure)
-    budget = bytes_setting(MAX_BYTES, None)
+        yield Finding("note", f"the disk of {store.root} has {format_bytes(free)} left", cure)
+    budget = bytes_from_environment(MAX_BYTES, None)
     if budget is not None and (used := bytes_below(store.root)) > 0.9 * budget:
         yield Finding(
             "bad" if used >= budget else "note",
-            f"the store takes {size_in_words(used)} of its {size_in_words(budget)} ({MAX_BYTES})",
+            f"the store takes {format_bytes(used)} of its {format_bytes(budget)} ({MAX_BYTES})",
             cure,
         )
 
 
 def locks(store: Store) -> Iterator[Finding]:
     """Who builds what just now; a lock nobody can be seen behind is explained."""
-    for kind, key in store.locks():
+    for kind, key in store.lock_names():
         with store.try_lock(kind, key) as owner:
             if owner is None:
                 continue
-        path = store.root / "locks" / f"{kind}-{key}"
-        try:
-            pid, host = int(owner["pid"]), str(owner["host"])
-        except (ValueError, KeyError, TypeError):
+        path = store.lock_path(kind, key)
+        pid, host = owner.pid, owner.host
+        if not pid:
             yield Finding("note", f"{kind} {key} is locked, and its lock does not say by whom", f"fuser -v {path}")
             continue
         if host != socket.gethostname():
             yield Finding(
                 "note",
-                f"{kind} {key} is being built by process {pid} on {host} since {owner.get('since')}",
+                f"{kind} {key} is being built by process {pid} on {host} since {owner.since}",
                 f"ssh {host} ps -fp {pid}",
             )
         elif not (state := process_state(pid)):
@@ -284,7 +276,7 @@ def locks(store: Store) -> Iterator[Finding]:
                 f"kill -CONT {pid}",
             )
         else:
-            yield Finding("ok", f"{kind} {key} is being built by process {pid} since {owner.get('since')}")
+            yield Finding("ok", f"{kind} {key} is being built by process {pid} since {owner.since}")
 
 
 def contents(store: Store) -> Iterator[Finding]:
@@ -312,8 +304,7 @@ def contents(store: Store) -> Iterator[Finding]:
             f"{unfinished} interrupted build(s) wait for their run to be started again",
             f"python -m data_contracts verify --store {store.root}",
         )
-    places = [store.root / name for name in ("artifacts", "locks", "digests", "judgements", "logps", "runs")]
-    if litter := sum(is_abandoned(path) for place in places for path in place.rglob(".*.tmp-*")):
+    if litter := len(list(store.abandoned(in_artifacts=True))):
         yield Finding("note", f"{litter} temporary file(s) of writers that are no more; the next build sweeps them", "")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from data_contracts.errors import ConfigError
+from data_contracts.lease import LockOwner
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
@@ -18,7 +18,7 @@ from stages.stage import STAGES
 def status(config: RunConfig, store: Store) -> str:
     """A line per artifact of the run, and what is left."""
     rehearsal = rehearse(config, store)
-    locked = store.locks()
+    locked = store.lock_names()
     lines = [f"run {config.name}: {config.method.name}, {config.iterations} iteration(s), store {store.root}"]
     for one in rehearsal.steps:
         lines.append(f"  {one.place.step}  {one.name:20} {one.key or '':16}  {_state(one, store, locked)}")
@@ -42,16 +42,14 @@ def _state(one: Step, store: Store, locked: list[tuple[str, str]]) -> str:
     steps = max((event["index"] for event in history if event["event"] == "step"), default=0)
     progress = f"{steps} training step(s)" if steps else f"{done} shard(s)"
     if owner is not None:
-        return (
-            f"being built by process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}: {progress}"
-        )
+        return f"being built by {owner}: {progress}"
     if history:
         ago = time.time() - history[-1]["time"]
         return f"unfinished: {progress}, last word {ago / 60:.0f} min ago; the next run goes on from there"
     return "next"
 
 
-def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> dict[str, Any] | None:
+def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> LockOwner | None:
     """Who builds it, on whatever host. Holding the lock for a moment to see is harmless: a builder asks again every half second."""
     if (kind, key) not in locked:  # to ask for a lock makes its file
         return None

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from data_contracts import ledger
 from data_contracts.errors import ConfigError
-from data_contracts.store import Store, write_atomic
+from data_contracts.files import write_atomic
+from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.forecast.plan import model_shapes, refuse_what_cannot_fit
 from flows.forecast.rates import JUDGED_BENCHMARKS, Rate, calibrate, kind_of, rate_from_records, units_of

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config
-from data_contracts.errors import ConfigError, PipelineError, reported
+from data_contracts.errors import ConfigError, PipelineError, print_error
 from flows.config import RunConfig, load_run
 from flows.forecast.memory import (
     GIB,
@@ -346,7 +346,7 @@ def main(arguments: list[str]) -> int:
         print(show(run, plan(run), hardware(run)))
         refuse_what_cannot_fit(run)
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
     return 0
 
 

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.files import write_atomic
 from data_contracts.shards import read_shards
-from data_contracts.store import Store, write_atomic
+from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.gate import Verdict
 from flows.report.page import Story, WeightPicture, markdown_table, render, standalone_figures

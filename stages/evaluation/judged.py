@@ -16,7 +16,7 @@ from pydantic import Field
 
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError
-from data_contracts.store import write_atomic
+from data_contracts.files import write_atomic
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge
 from stages.job import Job

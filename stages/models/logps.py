@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ArtifactError, ContractError
 from data_contracts.shards import read_shard, to_table, write_shard
+from data_contracts.store import logps_directory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads, score_responses
 from stages.models.tokens import context_length
 
@@ -64,7 +65,7 @@ class Pass:
         kind: str = "logps",
         score: Score = score_responses,
     ):
-        self.directory = root / "logps" / f"{model.content[:16]}-{dtype}-{kind}-{VERSION}"
+        self.directory = logps_directory(root, model.content, f"{dtype}-{kind}-{VERSION}")
         self.model, self.dtype, self.device, self.budget, self.score = model, dtype, device, budget, score
         self.loaded: Module | None = None
         self.hits, self.misses = 0, 0

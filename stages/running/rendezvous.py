@@ -22,7 +22,7 @@ from typing import NamedTuple, TextIO
 
 from data_contracts import lease
 from data_contracts.errors import ConfigError, TransientError
-from data_contracts.store import write_atomic
+from data_contracts.files import write_atomic
 
 RANKS = ("SELFPLAY_NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 STARTS = ("SELFPLAY_RENDEZVOUS", "SLURM_JOB_ID", "SELFPLAY_JOB_UID")
@@ -108,7 +108,7 @@ def join(out: Path, wait: float = WAIT_SECONDS) -> Meeting:
 
 def _is_locked(file: TextIO) -> bool:
     """Whether node 0 still lives. Under leases flock does not reach other machines: assume that it does."""
-    if lease.is_wanted():
+    if lease.is_enabled():
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -25,8 +25,8 @@ from pydantic import Field, field_validator
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError
+from data_contracts.files import write_atomic
 from data_contracts.identity import canonical_json, digest_text
-from data_contracts.store import write_atomic
 from stages.scoring.served import Served
 
 VERSION = "1"

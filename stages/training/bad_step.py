@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ContractError
-from data_contracts.shards import Rows, shard_path, to_table, write_shard
-from data_contracts.store import write_atomic
+from data_contracts.files import write_atomic
+from data_contracts.shards import ShardRows, shard_path, to_table, write_shard
 
 BATCH = "batch.json"
 MOST_NATS = 50.0
@@ -44,7 +44,7 @@ def what_is_wrong(metrics: dict[str, float], num_rows: int) -> str:
     return f"log-probs of {per_token:.0f} nats per token: the log-ratios explode" if per_token < -MOST_NATS else ""
 
 
-def save(bad: BadStep, out: Path, config: Any, inputs: dict[str, str | None], rows: Rows) -> ContractError:
+def save(bad: BadStep, out: Path, config: Any, inputs: dict[str, str | None], rows: ShardRows) -> ContractError:
     """Write the batch down; the error to raise, which names its rows and the way to see it again."""
     batch_rows = rows.pick(bad.step.rows)
     names = [row["pair_id"] for row in batch_rows]

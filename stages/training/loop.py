@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_contracts.shards import Rows
+from data_contracts.shards import ShardRows
 from stages.running.cost import loading
 from stages.training.bad_step import BadStep, what_is_wrong
 from stages.training.batches import STEPS, Step, kept_steps, micro_batches, plan_steps, row_length
@@ -21,7 +21,7 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 def train(
     config: Any,
-    rows: Rows,
+    rows: ShardRows,
     policy: str,
     reference: str | None,
     teacher: str | None,

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from data_contracts.errors import PipelineError, TransientError, reported
+from data_contracts.errors import PipelineError, TransientError, print_error
 from stages.job import Job
 from stages.models.lazy import torch
 from stages.running.supervise import die_with_parent
@@ -26,11 +26,13 @@ def main(out: Path) -> int:
     try:
         summary = train_rank(out, config, work["inputs"], job)
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
     except RuntimeError as error:
         if not _is_of_the_wire(error):
             raise
-        return reported(TransientError(f"rank {os.environ['RANK']} has lost another one: {str(error).splitlines()[0]}"))
+        return print_error(
+            TransientError(f"rank {os.environ['RANK']} has lost another one: {str(error).splitlines()[0]}")
+        )
     if main_rank:
         (out / ".summary.json").write_text(json.dumps(summary))
     return 0

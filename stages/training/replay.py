@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data_contracts.errors import ConfigError, PipelineError, reported
-from data_contracts.shards import Rows
+from data_contracts.errors import ConfigError, PipelineError, print_error
+from data_contracts.shards import ShardRows
 from stages.training.bad_step import BATCH, what_is_wrong
 
 
@@ -25,7 +25,7 @@ def replay_batch(path: Path | str) -> bool:
     try:
         batch = json.loads((directory / BATCH).read_text())
         failed, wanted, inputs = batch["step"], batch["metrics"], batch["inputs"]
-        rows = Rows([inputs[name] for name in ("pairs", "more_pairs") if inputs.get(name)], "weighted_pairs")
+        rows = ShardRows([inputs[name] for name in ("pairs", "more_pairs") if inputs.get(name)], "weighted_pairs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{directory} holds no batch to replay ({type(error).__name__}: {error}): give a directory .failed/step-..."
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     try:
         return 0 if replay_batch(arguments[0]) else 1
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from data_contracts.store import write_atomic
+from data_contracts.files import write_atomic
 
 LATEST = "latest"
 

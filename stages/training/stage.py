@@ -19,8 +19,8 @@ from pydantic import Field
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import BY_NAME, ConfigError, ContractError, PipelineError, StageError, TransientError
-from data_contracts.shards import Rows, read_shards
-from data_contracts.store import write_atomic
+from data_contracts.files import write_atomic
+from data_contracts.shards import ShardRows, read_shards
 from stages.job import Job
 from stages.methods import METHODS
 from stages.models.policy import pick_device, pin_threads
@@ -135,7 +135,7 @@ def train_rank(out: Path, config: TrainingConfig, inputs: dict[str, str | None],
     from stages.training.bad_step import BadStep, save
     from stages.training.loop import train
 
-    rows = Rows([inputs[name] for name in ("pairs", "more_pairs") if inputs[name]], "weighted_pairs")
+    rows = ShardRows([inputs[name] for name in ("pairs", "more_pairs") if inputs[name]], "weighted_pairs")
     check_rows(rows, config.method)
     pin_threads(max(1, len(os.sched_getaffinity(0)) // config.runtime.num_processes))
 

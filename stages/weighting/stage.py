@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
-from data_contracts.shards import Rows, read_shards, shard_path, to_table, write_shard
+from data_contracts.shards import ShardRows, read_shards, shard_path, to_table, write_shard
 from stages.job import Job
 from stages.models.logps import Pass
 from stages.registry import Named
@@ -66,7 +66,7 @@ def run(job: Job) -> None:
     config: WeightingConfig = job.config
     settings = config.weights or WEIGHTS.config("ones")
     provider = WEIGHTS.get(settings.name)
-    pairs = Rows([job.path("pairs")], "scored_pairs")
+    pairs = ShardRows([job.path("pairs")], "scored_pairs")
     if empty := [pair["pair_id"] for pair in pairs if not pair["rejected_ids" if config.swap else "chosen_ids"]]:
         raise ContractError(f"scored_pairs {job.inputs['pairs'].key}: no token in chosen_ids of {empty[:3]}")
     sources = _Sources(job, provider.needs(settings), pairs)
@@ -217,7 +217,7 @@ class _Sources:
         return result.per_response(batch.student), result.stats
 
     def rows(self, rows: Pairs, weights: list[np.ndarray]) -> Pairs:
-        """Rows of weighted_pairs."""
+        """ShardRows of weighted_pairs."""
         prompts, responses = self._responses(rows)
         columns: dict[str, list[Any]] = {"weights": weights}
         for role in ("reference_logps", "old_logps"):

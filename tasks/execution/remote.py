@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_contracts.errors import BY_NAME, ConfigError, PipelineError, StageError, TransientError, reported
-from data_contracts.store import temporary_beside, write_atomic
+from data_contracts.errors import BY_NAME, ConfigError, PipelineError, StageError, TransientError, print_error
+from data_contracts.files import temporary_beside, write_atomic
 from tasks.execution.base import Work
 from tasks.execution.gpus import some_gpus
 from tasks.launch import run_stage
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         do(Path(arguments[0]), arguments[1], rank)
     except PipelineError as error:
-        return reported(error)
+        return print_error(error)
     return 0
 
 

@@ -37,7 +37,7 @@ def run_work(
     """
     runtime = getattr(config, "runtime", None)
     name = f"{directory.parent.name}-{directory.name}"
-    env = {LOCK_HELD: name, **lease.environment(name), **execution.env, **getattr(runtime, "env", {})}
+    env = {LOCK_HELD: name, **lease.inherited_environment(name), **execution.env, **getattr(runtime, "env", {})}
     arguments = (stage, str(directory / "spec.json"))
     python, timeout = getattr(runtime, "python", None), getattr(runtime, "timeout_seconds", None)
     workers = execution.workers_of(stage)

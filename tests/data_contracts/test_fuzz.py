@@ -15,10 +15,11 @@ from data_contracts.artifact import RECORD, ArtifactRecord
 from data_contracts.checkpoint import check_model_directory, check_safetensors
 from data_contracts.config import load_yaml
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, PipelineError
-from data_contracts.lease import _read
+from data_contracts.files import bytes_from_environment
+from data_contracts.lease import LockOwner, _read_state
 from data_contracts.prompts import load_prompts
 from data_contracts.shards import read_shard, seal_path, shard_path, to_table, write_shard
-from data_contracts.store import Store, bytes_setting
+from data_contracts.store import Store
 from flows.config import RunConfig, load_run, parse_assignment
 from stages.__main__ import _read as read_spec
 from stages.running.history import events
@@ -197,7 +198,7 @@ def test_what_is_beside_the_data(place, data):
         (place / name).write_bytes(data)
     assert all(isinstance(event["event"], str) and event["time"] for event in events(place))
     assert sealed(place) is None
-    assert isinstance(_read(place / "lease"), dict)
+    assert isinstance(_read_state(place / "lease").owner, LockOwner)
 
 
 @settings(max_examples=150)
@@ -231,7 +232,7 @@ def test_amounts(text):
 
     os.environ["FUZZ_AMOUNT"] = text
     try:
-        assert bytes_setting("FUZZ_AMOUNT", 3) >= 0
+        assert bytes_from_environment("FUZZ_AMOUNT", 3) >= 0
     except ConfigError:
         pass
     finally:

@@ -16,8 +16,10 @@ import pytest
 import data_contracts.store
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
 from data_contracts.errors import ArtifactError, ConfigError
+from data_contracts.files import bytes_from_environment, is_abandoned
 from data_contracts.gc import gc, main
-from data_contracts.store import Store, bytes_setting, is_abandoned
+from data_contracts.set_aside import list_set_aside, set_aside
+from data_contracts.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,16 +159,64 @@ def test_passes_of_forgotten_models_temporary_files_and_idle_locks_go(store, thr
         with store.lock("checkpoint", name):
             pass
     with store.lock("checkpoint", "held"):
-        (store.root / "locks" / "mlflow-schema").touch()
+        with store.lock_apart("database"):
+            pass
         grow_old(store)
         gc(store, 3)
         locks = {path.name for path in (store.root / "locks").iterdir()}
     assert known.is_dir() and not forgotten.exists()
     assert not dead.exists() and alive.exists() and elsewhere.exists()
-    assert {"checkpoint-ca", "checkpoint-held", "mlflow-schema"} <= locks and "checkpoint-gone" not in locks
+    assert {"checkpoint-ca", "checkpoint-held", ".database"} <= locks and "checkpoint-gone" not in locks
     then = time.time() - 2 * 86400
     os.utime(elsewhere, (then, then))
     assert is_abandoned(elsewhere) and not is_abandoned(alive) and not is_abandoned(known / "part-1.parquet")
+
+
+def test_what_a_dead_writer_left_is_swept_in_any_room_and_inside_artifacts_only_counted(store, tmp_path):
+    """Rooms need no registration: the store knows a temporary file, a link and a request for work by their names."""
+    writer = f"tmp-{os.uname().nodename}-{2**22 - 1}"
+    make(store, "prompts", "p")
+    (tmp_path / "other-disk").mkdir()
+    store.root.joinpath("judgements").symlink_to(tmp_path / "other-disk")
+    swept = [
+        store.root / "judgements" / f".a.json.{writer}",
+        store.root / "a-new-room" / "deep" / f".b.{writer}",
+        store.root / "runs" / "r" / f".link.{writer}",
+        store.root / "work" / f".request.{writer}",
+    ]
+    kept = [
+        store.root / "work" / f".recent.{writer}",
+        store.root / "work" / ".far.tmp-elsewhere-7",
+        store.directory("prompts", "p") / f".part-0.parquet.{writer}",
+        store.root / "set_aside" / "old" / f".part-0.parquet.{writer}",
+    ]
+    for path in swept + kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for path in (swept[3], kept[0], kept[1]):
+        path.mkdir()
+    for path in (swept[0], swept[1], kept[2], kept[3]):
+        path.touch()
+    swept[2].symlink_to(store.directory("prompts", "p"))
+    grow_old(store)
+    os.utime(kept[0])
+    assert sorted(store.abandoned(in_artifacts=True)) == sorted([*swept, kept[2]])
+    assert store.sweep() == len(swept)
+    assert not any(path.is_symlink() or path.exists() for path in swept) and all(path.exists() for path in kept)
+    assert store.find("prompts", "p") is not None
+    assert list(store.abandoned(in_artifacts=False)) == [] and Store(tmp_path / "none").sweep() == 0
+
+
+def test_a_lock_apart_is_a_lock_and_no_artifacts(store):
+    with store.lock_apart("database"), store.lock("prompts", "p"):
+        assert store.lock_names() == [("prompts", "p")]
+        held = []
+        with pytest.raises(InterruptedError), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "sleep", lambda _: held.append(1) or (_ for _ in ()).throw(InterruptedError))
+            with store.lock_apart("database"):
+                pass
+        assert held == [1]
+    with pytest.raises(ConfigError, match="cannot name something in the store"):
+        store.lock_apart("../x")
 
 
 def test_a_lock_whose_file_was_removed_between_opening_and_locking_is_taken_on_the_new_one(store):
@@ -252,10 +302,10 @@ def test_nothing_goes_when_a_kept_run_reaches_nothing(store, three_runs):
 
 
 def test_what_is_not_needed_is_set_aside_and_deleted_only_when_asked(store, three_runs, capsys):
-    store.set_aside(store.directory("prompts", "pa"), "its record is odd", by="build")
+    set_aside(store.root, store.directory("prompts", "pa"), "its record is odd", by="build")
     assert main(["--keep-runs", "1", "--store", str(store.root)]) == 0
     assert "the same command with --yes deletes them" in capsys.readouterr().out
-    aside = {reason["was"]: (path, reason["by"]) for path, reason in store.list_set_aside()}
+    aside = {reason["was"]: (path, reason["by"]) for path, reason in list_set_aside(store.root)}
     assert {was: by for was, (_, by) in aside.items()} == {
         "artifacts/prompts/pa": "build", "artifacts/generations/ga": "gc", "artifacts/checkpoint/ca": "gc"
     }  # fmt: skip
@@ -267,7 +317,7 @@ def test_what_is_not_needed_is_set_aside_and_deleted_only_when_asked(store, thre
     grow_old(store)
     assert main(["--keep-runs", "1", "--yes", "--store", str(store.root)]) == 0
     assert "artifacts/checkpoint/ca  (of no kept run)" in capsys.readouterr().out and left(store) == OF_C
-    assert [reason["was"] for _, reason in store.list_set_aside()] == ["artifacts/prompts/pa"], (
+    assert [reason["was"] for _, reason in list_set_aside(store.root)] == ["artifacts/prompts/pa"], (
         "odd things are for people to delete"
     )
 
@@ -275,8 +325,8 @@ def test_what_is_not_needed_is_set_aside_and_deleted_only_when_asked(store, thre
 def test_two_things_of_one_name_are_set_aside_side_by_side(store):
     for _ in range(2):
         make(store, "prompts", "pa")
-        store.set_aside(store.directory("prompts", "pa"), "twice", by="gc")
-    assert len(store.list_set_aside()) == 2
+        set_aside(store.root, store.directory("prompts", "pa"), "twice", by="gc")
+    assert len(list_set_aside(store.root)) == 2
 
 
 # --- the budget
@@ -285,7 +335,7 @@ def test_two_things_of_one_name_are_set_aside_side_by_side(store):
 @pytest.mark.parametrize(("text", "count"), [("", 7), ("12", 12), ("1.5K", 1536), ("2 GiB", 2 << 30), ("3tb", 3 << 40)])
 def test_an_amount_of_bytes(monkeypatch, text, count):
     monkeypatch.setenv("AMOUNT", text)
-    assert bytes_setting("AMOUNT", 7) == count
+    assert bytes_from_environment("AMOUNT", 7) == count
 
 
 def test_a_store_beyond_its_budget_or_on_a_full_disk_is_not_built_in(store, three_runs, monkeypatch):

@@ -14,7 +14,7 @@ import data_contracts.shards
 from data_contracts.errors import ArtifactError, ContractError
 from data_contracts.shards import (
     SCHEMAS,
-    Rows,
+    ShardRows,
     count_rows,
     read_shard,
     read_shards,
@@ -182,7 +182,7 @@ def test_rows_of_several_shards_are_those_of_the_table(tmp_path, monkeypatch, jo
     for index, part in enumerate((rows[:4], rows[4:5], rows[5:])):
         write_shard(shard_path(tmp_path / "a", index), to_table(part, "dropped"))
     write_shard(shard_path(tmp_path / "b", 0), to_table(rows[:2], "dropped"))
-    found, expected = Rows([tmp_path / "a", tmp_path / "b"], "dropped"), rows + rows[:2]
+    found, expected = ShardRows([tmp_path / "a", tmp_path / "b"], "dropped"), rows + rows[:2]
     assert (
         len(found) == 12
         and list(found) == expected
@@ -195,7 +195,7 @@ def test_rows_of_several_shards_are_those_of_the_table(tmp_path, monkeypatch, jo
     lists = [row(number) for number in range(5)]
     for index in range(5):
         write_shard(shard_path(tmp_path / "c", index), to_table(lists[index : index + 1], "generations"))
-    assert list(Rows([tmp_path / "c"], "generations")) == read_shards(tmp_path / "c", "generations").to_pylist()
+    assert list(ShardRows([tmp_path / "c"], "generations")) == read_shards(tmp_path / "c", "generations").to_pylist()
 
 
 def test_every_single_flipped_bit_of_a_shard_is_found(tmp_path):

@@ -17,7 +17,9 @@ import pytest
 import data_contracts.store
 from data_contracts.artifact import RECORD, ArtifactRecord, FileDigest
 from data_contracts.errors import ArtifactError, ConfigError
-from data_contracts.store import Store, content_digest, data_files, write_atomic
+from data_contracts.files import write_atomic
+from data_contracts.lease import LockOwner
+from data_contracts.store import Store, content_digest, data_files
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef"
@@ -260,7 +262,7 @@ def hold(store: Store, what: str = "") -> tuple[subprocess.Popen, str]:
 
 
 def is_held(store: Store) -> bool:
-    def give_up(_owner: str) -> None:
+    def give_up(_owner: LockOwner) -> None:
         raise TimeoutError
 
     try:
@@ -274,13 +276,13 @@ def test_a_second_builder_waits_and_is_told_for_whom(store):
     process, _ = hold(store)
     told = []
 
-    def waiting(owner: str) -> None:
+    def waiting(owner: LockOwner) -> None:
         told.append(owner)
         process.kill()
 
     try:
         with store.lock("generations", "k", waiting, poll=0.01):
-            assert len(told) == 1 and f'"pid": {process.pid}' in told[0]
+            assert [owner.pid for owner in told] == [process.pid]
     finally:
         process.kill()
         process.wait()

@@ -14,9 +14,9 @@ import tasks.stages
 from data_contracts.checkpoint import ModelRef, check_safetensors, external_model, has_chat_template
 from data_contracts.config import read_yaml
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, StageError, TransientError
+from data_contracts.files import disk_errors_explained, is_abandoned
 from data_contracts.prompts import load_prompts
 from data_contracts.shards import shard_path, to_table
-from data_contracts.store import disk_errors_explained, is_abandoned
 from stages.sampling.stage import SamplingConfig
 from tasks.build import build
 from tasks.launch import Progress
@@ -80,7 +80,7 @@ def test_a_damaged_record_of_an_input_is_set_back_by_whoever_looks_for_it(store,
     ref = make_prompts(store, 3)
     record = store.directory("prompts", ref.key) / "record.json"
     record.write_text("{")
-    store.set_back("prompts", ref.key)
+    store.mark_unfinished("prompts", ref.key)
     assert (
         not record.exists() and shard_path(store.directory("prompts", ref.key), 0).is_file()
     )  # its shard is sealed by itself

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_contracts.lease import Lease
+from data_contracts.lease import Lease, LockOwner
 from data_contracts.store import Store
 from flows.cli import doctor as module
 from flows.cli.doctor import compiler, contents, disk, doctor, gpu, limits, locks, memory, server, versions
@@ -164,10 +164,10 @@ def test_a_lease_is_told_with_its_holder_on_another_host(store, monkeypatch):
     monkeypatch.setenv("SELFPLAY_LOCKS", "lease")
     (store.root / "locks").mkdir(parents=True)
     (store.root / "locks" / ".part-0.tmp-elsewhere-7").touch()
-    theirs = Lease(store.root / "locks", "generations-k", {"pid": 7, "host": "elsewhere", "since": "now"})
+    theirs = Lease(store.root / "locks", "generations-k", LockOwner(7, "elsewhere", "now"))
     theirs.acquire(lambda owner: None, 0.01)
     try:
-        assert _owner(store, "generations", "k", store.locks()) == {"pid": 7, "host": "elsewhere", "since": "now"}
+        assert _owner(store, "generations", "k", store.lock_names()) == LockOwner(7, "elsewhere", "now")
         (one,) = locks(store)
         assert (
             one.what == "generations k is being built by process 7 on elsewhere since now"
@@ -175,10 +175,10 @@ def test_a_lease_is_told_with_its_holder_on_another_host(store, monkeypatch):
         )
     finally:
         theirs.release()
-    assert _owner(store, "generations", "k", store.locks()) is None and list(locks(store)) == []
+    assert _owner(store, "generations", "k", store.lock_names()) is None and list(locks(store)) == []
     before = sorted(store.root.rglob("*"))
     assert (
-        _owner(store, "generations", "never asked for", store.locks()) is None
+        _owner(store, "generations", "never asked for", store.lock_names()) is None
         and sorted(store.root.rglob("*")) == before
     )
 
