@@ -1,19 +1,22 @@
-"""Contracts - the two kinds of settings: what a thing is (`Config`) and how it is run (`Runtime`).
+"""Contracts - the two kinds of settings: what an artifact is (`Config`) and how it is computed (`Runtime`).
 
-Only a `Config` is part of an artifact's identity. A `Runtime` nested anywhere inside it (device count, batch size, interpreter) is
-left out of the key: it may move the last bits of a bf16 result, never its meaning.
+Only a `Config` is part of an artifact's identity. A `Runtime` nested anywhere inside it (device count, batch size,
+interpreter) is left out of the key: it may move the last bits of a bf16 result, never its meaning.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_contracts.errors import ConfigError
+from data_contracts.words import plural
+
+Model = TypeVar("Model", bound=BaseModel)
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -28,106 +31,131 @@ else:
 
 
 class Config(BaseModel, metaclass=FrozenModel):
-    """Frozen, unknown keys refused; the docstring under a field becomes its description in forms and schemas."""
+    """Settings that are frozen and refuse unknown keys. The docstring under a field becomes its description in forms."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[dict[str, Any]] = {}
-    """Fields added later, with the value that means "as before": dropped from the identity at that value, so old artifacts stay found."""
+    """Fields that were added later, with the value that means "as before". A field at that value is left out of the identity,
+    so that old artifacts are still found."""
 
     def identity(self) -> dict[str, Any]:
-        """The part that names an artifact: every field but the `Runtime` ones and the neutral ones."""
-        out = {}
+        """Return the part that names an artifact: every field except `Runtime` fields and neutral ones.
+
+        >>> class Sampling(Config):
+        ...     temperature: float = 1.0
+        ...     top_k: int = 0
+        ...     runtime: Runtime = Runtime()
+        ...     NEUTRAL = {"top_k": 0}
+        >>> Sampling().identity(), Sampling(top_k=5).identity()
+        ({'temperature': 1.0}, {'temperature': 1.0, 'top_k': 5})
+        """
+        fields: dict[str, Any] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, Runtime) or (name in self.NEUTRAL and value == self.NEUTRAL[name]):
-                continue
-            out[name] = _identity_value(value)
-        return out
+            is_neutral = name in self.NEUTRAL and value == self.NEUTRAL[name]
+            if not isinstance(value, Runtime) and not is_neutral:
+                fields[name] = _identity_of_value(value)
+        return fields
 
 
 class Runtime(Config):
-    """Settings that say how a stage is executed. Never part of identity."""
+    """Settings that say how a stage is executed. They are never part of an identity."""
 
 
-def _identity_value(value: Any) -> Any:
+def _identity_of_value(value: Any) -> Any:
     if isinstance(value, Config):
         return value.identity()
     if isinstance(value, dict):
-        return {key: _identity_value(item) for key, item in value.items()}
+        return {key: _identity_of_value(item) for key, item in cast(dict[Any, Any], value).items()}
     if isinstance(value, list | tuple):
-        return [_identity_value(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+        return [_identity_of_value(item) for item in cast(list[Any], value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(cast("os.PathLike[str]", value))
+    return value
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name; the items of a list of mappings by their number. An empty mapping is a value of its own."""
+    """Return nested settings by dotted name; the items of a list of mappings by their number.
+
+    >>> flatten({"train": {"steps": 2}, "tasks": [{"path": "a"}, {"path": "b"}], "empty": {}})
+    {'train.steps': 2, 'tasks.0.path': 'a', 'tasks.1.path': 'b', 'empty': {}}
+    """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            value = {str(number): item for number, item in enumerate(value)}
-        flat |= (
-            flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
-        )
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in cast(list[Any], value)):
+            value = {str(number): item for number, item in enumerate(cast(list[Any], value))}
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(cast(Mapping[str, Any], value), f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
-def parse(cls, data: Any, where: str):
-    """Validate `data` as `cls`; every problem becomes one line with its dotted path.
+def parse(model: type[Model], data: Any, where: str) -> Model:
+    """Return `data` as a `model`.
 
-    Raises: ConfigError, naming `where` the data came from.
+    Raises: ConfigError that begins with `where` (the file or option that `data` came from) and has one line per problem.
     """
     try:
-        return cls.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
+        problems: list[str] = []
+        for detail in error.errors():
+            path = ".".join(str(part) for part in detail["loc"]) or "(top level)"
+            message = detail["msg"].removeprefix("Value error, ")
+            if detail["type"] == "extra_forbidden":
                 message = "unknown key"
-            untold = problem["type"] in ("missing", "extra_forbidden") or "secret" in message or "password" in message
-            lines.append(f"  {path}: {message}" + ("" if untold else f" (got {problem['input']!r:.120})"))
-        raise ConfigError(f"{where}: {len(lines)} problem(s) in the settings\n" + "\n".join(lines)) from None
+            is_secret = "secret" in message or "password" in message
+            if detail["type"] not in ("missing", "extra_forbidden") and not is_secret:
+                message += f" (got {detail['input']!r:.120})"
+            problems.append(f"  {path}: {message}")
+        count = plural(len(problems), "problem")
+        raise ConfigError(f"{where} cannot be used because of {count}:\n" + "\n".join(problems)) from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as it is meant: a key given twice is a mistake, not a wish for the second one."""
+    """YAML in which a key that is given twice is an error, not a wish for the second value."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key in seen and key != "<<":
-                mark = key_node.start_mark
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
+                continue
+            key, mark = str(key_node.value), key_node.start_mark
+            if key in seen:
+                line = mark.line + 1 if mark else 0
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice, again in line {mark.line + 1}: remove one", mark
+                    None, None, f"the key {key!r} is given twice, again in line {line}: remove one", mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
+def _construct_map(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """Raises: ConfigError for what is not YAML, or would need Python to be run, or never ends."""
+    """Return the value of a YAML text that `where` names.
+
+    Raises: ConfigError for a text that is not YAML, asks for Python to be run, or is nested without end.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(f"{where} is not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # the 30th of February, a list as a key, a thousand brackets
+    except (ValueError, TypeError, RecursionError) as error:  # the 30th of February, a list as a key, 1,000 brackets
         raise ConfigError(f"{where} is not valid YAML: {str(error) or type(error).__name__}") from None
 
 
-def read_yaml(path: os.PathLike | str) -> dict[str, Any]:
-    """A YAML file as a mapping. Raises: ConfigError if it is missing, malformed or not a mapping."""
+def read_yaml(path: os.PathLike[str] | str) -> dict[str, Any]:
+    """Return a YAML file as a mapping. Raises: ConfigError if it is missing, malformed or no mapping."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -136,8 +164,8 @@ def read_yaml(path: os.PathLike | str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except ValueError as error:  # a name with a NUL in it
-        raise ConfigError(f"cannot read the run config {path!r}: {error}") from None
+        raise ConfigError(f"cannot read the run config {str(path)!r}: {error}") from None
     data = load_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
-    return data
+    return cast(dict[str, Any], data)

@@ -189,6 +189,6 @@ def test_every_problem_of_a_config_is_a_line_with_its_dotted_path():
     with pytest.raises(ConfigError) as caught:
         parse(Outer, {"temperature": "hot", "inner": {"dtpye": "x"}}, "run.yaml")
     lines = str(caught.value).splitlines()
-    assert lines[0] == "run.yaml: 2 problem(s) in the settings"
+    assert lines[0] == "run.yaml cannot be used because of 2 problems:"
     assert lines[1].startswith("  temperature: Input should be a valid number") and lines[1].endswith("(got 'hot')")
     assert lines[2] == "  inner.dtpye: unknown key"

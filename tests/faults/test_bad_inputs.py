@@ -390,7 +390,7 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "an extends of itself": (more("extends: run.yaml"), WRONG, ("extends itself",)),
     "an extends that is a number": (more("extends: 3"), WRONG, ("`extends` must name a file", "got 3")),
     # --- run configs: the settings
-    "an unknown key": (setting("sampling.temprature", 1), WRONG, ("run.yaml: 1 problem(s)", "sampling.temprature: unknown key")),
+    "an unknown key": (setting("sampling.temprature", 1), WRONG, ("run.yaml cannot be used because of 1 problem:", "sampling.temprature: unknown key")),
     "a missing section": (setting("scoring", ...), WRONG, ("scoring: Field required",)),
     "a section that is a number": (setting("prompts", 3), WRONG, ("prompts: ", "(got 3)")),
     "a name that is a path": (setting("name", "../../etc"), WRONG, ("name: String should match", "(got '../../etc')")),
@@ -496,9 +496,9 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "an input that is a number": (spec(inputs={"policy": 3}), WRONG, ("an input must be a key in the store", "got 3")),
     "an input that nobody knows": (spec(inputs={"teacher": "0" * 16}), WRONG, ("no artifact in",)),
     "an input that is missing": (spec(), WRONG, ("the stage sample needs the input(s) ['prompts']",)),
-    "an input that is half a reference": (spec(inputs={"policy": {"kind": "checkpoint"}}), WRONG, ("an input: 3 problem(s)", "key: Field required")),
+    "an input that is half a reference": (spec(inputs={"policy": {"kind": "checkpoint"}}), WRONG, ("an input cannot be used because of 3 problems:", "key: Field required")),
     "an input that is no model": (spec(inputs={"policy": "/etc"}), WRONG, ("/etc has no config.json",)),
-    "settings that nobody knows": (spec(config={"temprature": 1}), WRONG, ("settings of the stage sample: ", "temprature: unknown key")),
+    "settings that nobody knows": (spec(config={"temprature": 1}), WRONG, ("settings of the stage sample cannot be used", "temprature: unknown key")),
     "a store that is a number": (spec(store=3), WRONG, ('must hold {"config": ..., "inputs": ...',)),
     # --- generations, pairs, shards, records
     "a shard that is empty": (shard("generations", lambda path: path.write_bytes(b"")), DAMAGED, ("cannot be read as Parquet", "Delete it")),

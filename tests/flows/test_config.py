@@ -84,7 +84,7 @@ def test_a_setting_that_is_wrong_is_named_by_its_path(changes, message):
 
 def test_every_problem_is_named_at_once():
     lines = refused(samplign={}, iterations="many", name="X").splitlines()
-    assert lines[0] == "run.yaml: 3 problem(s) in the settings" and len(lines) == 4
+    assert lines[0] == "run.yaml cannot be used because of 3 problems:" and len(lines) == 4
 
 
 # --- what the stages get
