@@ -71,7 +71,8 @@ def prompt(number: int, **changes) -> dict:
 
 def test_an_unknown_key(refuse):
     said = refuse(
-        "bad.yaml cannot be used because of 1 problem:\n  sampling.temprature: unknown key\n", sampling={"temprature": 1}
+        "bad.yaml cannot be used because of 1 problem:\n  sampling.temprature: unknown key\n",
+        sampling={"temprature": 1},
     )
     assert said.startswith("ConfigError: ") and len(said.splitlines()) == 2
 
