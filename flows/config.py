@@ -65,6 +65,8 @@ class ModelsConfig(Config):
 AUXILIARY_METHOD = {"name": "dpo", "beta": 0.1}
 REFINABLE = ("sample", "score", "weigh")
 """Stages whose output another package's stage may refine."""
+RUN_LEVEL_FIELDS = (("training", "method"), ("training", "seed"), ("sampling", "seed"), ("heldout_sampling", "seed"))
+"""(section, field) that a run sets for its stages; they may not be set in the section too."""
 TRAINABLE_ROLES = ("positive", "negative", "reward_model")
 
 
@@ -151,26 +153,23 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _one_place_each(self) -> RunConfig:
-        for section, field in (
-            ("training", "method"),
-            ("training", "seed"),
-            ("sampling", "seed"),
-            ("heldout_sampling", "seed"),
-        ):
-            part = getattr(self, section)
-            if part is not None and getattr(part, field) != type(part).model_fields[field].get_default(
-                call_default_factory=True
-            ):
+        for section, field in RUN_LEVEL_FIELDS:
+            settings = getattr(self, section)
+            if settings is None:
+                continue
+            default = type(settings).model_fields[field].get_default(call_default_factory=True)
+            if getattr(settings, field) != default:
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
-        pairs = self.pairing in CHOOSE and self.pairing != "each"
-        if pairs and self.sampling.num_candidates < 2:
+        makes_candidate_pairs = self.pairing in CHOOSE and self.pairing != "each"
+        if makes_candidate_pairs and self.sampling.num_candidates < 2:
             raise ValueError(f"pairs of candidates ({self.pairing}) need sampling.num_candidates >= 2")
-        single = self.spec.sides(self.method) == ("chosen",)
-        if single and (pairs or self.pairing == "truth_vs_generation"):
+        is_single = self.spec.sides(self.method) == ("chosen",)
+        if is_single and (makes_candidate_pairs or self.pairing == "truth_vs_generation"):
             raise ValueError(
-                f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, not {self.pairing}"
+                f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, "
+                f"not {self.pairing}"
             )
-        if not single and self.pairing in ("each", "truth"):
+        if not is_single and self.pairing in ("each", "truth"):
             raise ValueError(
                 f"{self.method.name} as set trains on pairs, and pairing {self.pairing} makes single responses"
             )
@@ -203,10 +202,9 @@ class RunConfig(Config):
     def roles(self) -> list[str]:
         """Models that the run needs beside policy and reference."""
         needs = {need.removesuffix("_unshifted") for need in WEIGHTS.get(self.weights.name).needs(self.weights)}
-        teacher = (
-            "teacher" in needs or "teacher_logits" in self.spec.needs(self.method) or self.prompts.answers_from_teacher
-        )
-        return ["teacher"] * teacher + [role for role in TRAINABLE_ROLES if role in needs]
+        if "teacher_logits" in self.spec.needs(self.method) or self.prompts.answers_from_teacher:
+            needs.add("teacher")
+        return [role for role in ("teacher", *TRAINABLE_ROLES) if role in needs]
 
     @property
     def baselines(self) -> dict[str, ModelRef]:
@@ -215,8 +213,9 @@ class RunConfig(Config):
 
     def settings_of(self, stage: str) -> Config:
         """The section of a stage, as the user wrote it."""
-        section = STAGES[stage].section
-        return getattr(self, section) if section in type(self).model_fields else STAGES[stage].parse(self.refine[stage])
+        if stage in self.refine:
+            return STAGES[stage].parse(self.refine[stage])
+        return getattr(self, STAGES[stage].section)
 
     def refinements_after(self, stage: str) -> list[tuple[str, Config]]:
         """The `refine` stages that read the output of this one, with their settings."""
@@ -259,7 +258,7 @@ class RunConfig(Config):
         return self.training.model_copy(update=update)
 
     def auxiliary_training(self) -> TrainingConfig:
-        """Default: TIS-DPO (D), DPO forward and reversed with the paper's settings, on the run's own hardware settings."""
+        """Settings of the auxiliary trainings. Default: TIS-DPO (D)'s, on the run's own hardware settings."""
         if self.auxiliary is not None:
             return self.auxiliary.model_copy(update={"seed": self.seed})
         method = METHODS.config(AUXILIARY_METHOD)
@@ -286,8 +285,9 @@ def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunCo
 
 
 def apply(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`data` with single settings replaced, by dotted name. Another plug-in's `name` first: it takes its section's old settings away."""
+    """`data` with single settings replaced, by dotted name."""
     data = copy.deepcopy(data)
+    # Names first: another plug-in's name takes its section's old settings away.
     for key in sorted(overrides, key=lambda key: not key.endswith(".name")):
         _set(data, key, overrides[key])
     return data
@@ -299,7 +299,8 @@ def read_run(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} extends itself, through {', '.join(map(str, seen))}")
     data = read_yaml(path)
     parents = data.pop("extends", [])
-    parents = [parents] if isinstance(parents, str) else parents
+    if isinstance(parents, str):
+        parents = [parents]
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise ConfigError(
             f"{path}: `extends` must name a file, or a list of files, relative to this one; got {parents!r}"
@@ -311,14 +312,13 @@ def read_run(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key; a plug-in of another name replaces the one below it as a whole."""
+    """`above` laid over `below`, section by section; a plug-in of another name replaces the one below it as a whole."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        mergeable = (
-            isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name")
-        )
-        merged[key] = merge(old, value) if mergeable else value
+        merged[key] = value
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
+            merged[key] = merge(old, value)
     return merged
 
 

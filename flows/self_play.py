@@ -234,7 +234,7 @@ def references(made: dict[str, Built]) -> dict[str, ArtifactRef]:
 
 def checkpoints_of(trained: Built, fractions: Sequence[float]) -> list[ArtifactRef]:
     """Checkpoints of one training, oldest first. Intermediate ones get a content digest of their own files."""
-    if trained.record is None:  # on paper
+    if trained.signed is None:  # on paper
         return [trained.ref] * (len(fractions) + 1)
     checkpoints, files = [], trained.record.files
     for name in sorted({file.name.split("/")[1] for file in files if file.name.startswith(f"{STEPS}/")}):

@@ -32,36 +32,36 @@ REMOTE = "SELFPLAY_REMOTE"
 def execute(
     stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store, launched: float | None = None
 ) -> ArtifactRecord:
-    """Build the artifact unless it is there; returns its record. The caller may already hold its lock (see LOCK_HELD).
+    """The record of the artifact, built unless it exists. The caller may already hold its lock (see LOCK_HELD).
 
-    `launched`: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None: now.
+    launched: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None: now.
     """
     stage.check_inputs(inputs)
     key = stage.key(config, inputs)
     name = f"{stage.produces}-{key}"
-    remote = bool(os.environ.get(REMOTE))
-    if os.environ.get(LOCK_HELD) == name and not remote:
+    is_remote = bool(os.environ.get(REMOTE))
+    if os.environ.get(LOCK_HELD) == name and not is_remote:
         return _build(stage, config, inputs, store, key, launched)
+
+    def waiting(owner: str) -> None:
+        print(f"{name} is being built by {owner}: waiting", flush=True)
+
     # Far from the launcher, what keeps two builders apart is a lock of the builders' own.
-    lock = store.lock(
-        stage.produces,
-        key + "-remote" * remote,
-        lambda owner: print(f"{name} is being built by {owner}: waiting", flush=True),
-    )
-    with lock:
-        if store.find(stage.produces, key):
+    lock_key = f"{key}-remote" if is_remote else key
+    with store.lock(stage.produces, lock_key, waiting):
+        if store.find(stage.produces, key) and (record := store.load(stage.produces, key)):
             print(f"{stage.produces} {key} is already built", flush=True)
-            return store.load(stage.produces, key)
+            return record
         return _build(stage, config, inputs, store, key, launched)
 
 
 def execute_share(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, worker: str) -> None:
-    """Make shards of the artifact, beside other workers, until none is left; nothing is signed. Whoever started the workers holds its lock."""
+    """Make shards of the artifact, beside other workers, until none is left. Nothing is signed: whoever started the workers does that."""
     stage.check_inputs(inputs)
     _check_inputs_are_there(stage, inputs)
     key = stage.key(config, inputs)
     out = store.directory(stage.produces, key)
-    # Under leases nobody's flock tells whether the launcher lives.
+    # Under leases no flock tells whether the launcher lives.
     claims = Claims(out, worker, None if lease.is_enabled() else store.lock_path(stage.produces, key))
     job = Job(stage, config, inputs, out, claims)
     job.event("worker")

@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """What a running stage holds: settings, inputs, its output directory, and the ways to report."""
+    """Settings, inputs and output directory of a running stage, and the ways in which it reports."""
 
     def __init__(
         self, stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], out: Path, claims: Claims | None = None
     ):
-        """`claims`: this process is one of several workers on the artifact."""
+        """claims: set if this process is one of several workers on the artifact."""
         self.stage, self.config, self.inputs, self.out, self.claims = stage, config, inputs, out, claims
-        self.events = out / (
-            EVENTS if claims is None else f".events-{platform.node()}-{os.getpid()}-{claims.number}.jsonl"
-        )
+        self.events = out / EVENTS
+        if claims is not None:
+            self.events = out / f".events-{platform.node()}-{os.getpid()}-{claims.number}.jsonl"
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self._bar: Any = None
         self.on_shard: Callable[[int, int], None] = lambda done, total: self.progress(done, total, "shards")
-        """Told how many shards are done; a stage that counts in something smaller puts its own here."""
+        """Called with the number of finished shards; a stage that counts something smaller replaces it."""
 
     def path(self, name: str) -> Path:
         return Path(self.inputs[name].path)
 
     @property
     def is_worker(self) -> bool:
-        """Whether this process only makes its share of the shards; somebody else looks at the whole and signs."""
+        """Whether this process only makes its share of the shards; the launcher checks the whole and signs."""
         return self.claims is not None
 
     @property
@@ -58,13 +58,14 @@ class Job:
 
     def event(self, name: str, **values: Any) -> None:
         """Append to the history of this build, over all its tries."""
-        values |= {} if self.claims is None else {"worker": self.claims.number}
+        if self.claims is not None:
+            values["worker"] = self.claims.number
         with open(self.events, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": name, "time": time.time(), "pid": os.getpid(), **values}) + "\n")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count these seconds under `name` in the record; "waiting" is for a server that is not ours, and not busy."""
+        """Count these seconds under `name` in the record. The name "waiting" is for other machines' work: it is no busy time."""
         start = time.monotonic()
         try:
             yield
@@ -74,15 +75,15 @@ class Job:
     def used(
         self, model: Path | str, tokens_in: int, tokens_out: int = 0, per_token: int = FORWARD, **counts: int
     ) -> None:
-        """Account for tokens that a model read and wrote, and so for FLOPs; `counts`: cache_hits, cache_misses. Tokens that are padding
-        do not count."""
-        flops = (
-            per_token * parameters(str(model)) * (tokens_in + tokens_out) if model else 0
-        )  # "": a model behind a server
+        """Account for the tokens that a model read and wrote, without padding, and for the FLOPs they took.
+
+        model: its directory; "" for a model behind a server, whose FLOPs are not ours. counts: cache_hits, cache_misses.
+        """
+        flops = per_token * parameters(str(model)) * (tokens_in + tokens_out) if model else 0
         self.event("used", tokens_in=int(tokens_in), tokens_out=int(tokens_out), flops=int(flops), **counts)
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """A bar for a person; one line of JSON for the task that watches this process."""
+        """Show progress: a bar on a terminal, else one line of JSON for the task that watches this process."""
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -97,9 +98,8 @@ class Job:
     ) -> Iterator[tuple[int, Sequence[Any]]]:
         """Cut `items` into shards and yield those that no earlier try finished: (index, items of the shard).
 
-        `beside`: what is written with every shard, under the same number (scores, dropped); one that is gone or damaged costs its shard.
-
-        Another shard size than an earlier try's makes its shards useless: they are removed.
+        beside: kinds of files that are written with every shard, under its number (scores, dropped); a shard without one of them is made
+        again. Shards of an earlier try with another shard size are removed.
         """
         count = max(1, -(-len(items) // size))
         self._agree_on(json.dumps({"items": len(items), "size": size}))
@@ -115,9 +115,9 @@ class Job:
             self.on_shard(len(list(self.out.glob("part-?????.parquet"))), count)
 
     def share(self, name: str, parts: Sequence[Any], is_done: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
-        """The parts of a piece of work that this process is to do: all of them, or its share. Returns when all are done by somebody.
+        """Yield (index, part) of the parts that this process is to do: all of them, or a worker's share. Ends when every part is done.
 
-        Raises: StageError if one was given up.
+        Raises: StageError for a part that failed twice.
         """
         if self.claims is None:
             yield from enumerate(parts)
@@ -126,23 +126,22 @@ class Job:
             name, len(parts), lambda index: is_done(parts[index]), lambda index: f"from row {parts[index]}"
         ):
             yield index, parts[index]
-        if found := [one for one in poison(self.out) if one.name.startswith(f"{name}-")]:
-            raise_poison(self.stage.name, found)
+        if failed := [shard for shard in poison(self.out) if shard.name.startswith(f"{name}-")]:
+            raise_poison(self.stage.name, failed)
 
-    def _agree_on(self, wanted: str) -> None:
-        """All tries and all workers cut alike; the shards of another cut are removed."""
+    def _agree_on(self, cut: str) -> None:
+        """Make all tries and workers cut alike: the shards of another cut are removed."""
         plan = self.out / ".plan"
         with self.claims.alone("plan") if self.claims else nullcontext():
-            if not plan.is_file() or plan.read_text(errors="replace") != wanted:
+            if not plan.is_file() or plan.read_text(errors="replace") != cut:
                 for path in self.out.glob("*-?????.parquet"):  # the shards, and the scores and drops beside them
                     path.unlink()
-                write_atomic(plan, wanted)
+                write_atomic(plan, cut)
 
     def has_shard(self, index: int, kind: str, beside: Sequence[str] = ()) -> bool:
-        """Whether an earlier try left the shard, and all that belongs to it, whole."""
-        return shard_is_whole(shard_path(self.out, index), kind) and all(
-            shard_is_whole(shard_path(self.out, index, other), other) for other in beside
-        )
+        """Whether an earlier try finished the shard and the files beside it."""
+        paths = {kind: shard_path(self.out, index)} | {other: shard_path(self.out, index, other) for other in beside}
+        return all(shard_is_whole(path, schema) for schema, path in paths.items())
 
     def write(self, index: int, rows: list[dict[str, Any]], kind: str | None = None) -> None:
         """Write one shard of the artifact, atomically."""

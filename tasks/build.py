@@ -23,12 +23,20 @@ from tasks.place import LOCAL
 
 
 class Built(NamedTuple):
+    """A stage's artifact."""
+
     ref: ArtifactRef
-    record: ArtifactRecord
+    signed: ArtifactRecord | None
+    """Its record; None on paper, where a rehearsal found that it is not built."""
     cached: bool
-    """Whether it was there already."""
+    """Whether it existed before it was asked for."""
     waited: float = 0.0
-    """Seconds until nobody else was building it."""
+    """Seconds during which another run was building it."""
+
+    @property
+    def record(self) -> ArtifactRecord:
+        assert self.signed is not None, f"{self.ref} is not built"
+        return self.signed
 
 
 def build(
@@ -40,10 +48,10 @@ def build(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     execution: ExecutionConfig = LOCAL,
 ) -> Built:
-    """The artifact of a stage: found if it is finished and intact, else built by processes of its own, where `execution` says.
+    """The artifact of a stage: found if it is finished and intact, else built by processes where `execution` says.
 
-    The lock is held from the look to the signature, and inherited by the stage's processes here: two runs that want the same artifact share
-    the work, and the remains of a killed run are waited for. A damaged artifact is made again.
+    The lock is held from the look-up to the signature, and inherited by the stage's processes on this machine: two runs that want the same
+    artifact share the work, and the processes that a killed run left behind are waited for. A damaged artifact is built again.
     Raises: what `run_work` raises; ArtifactError if the stage ended well but left no valid record.
     """
     stage = STAGES[stage_name]
@@ -57,11 +65,11 @@ def build(
     ):
         waited = time.monotonic() - asked
         mirror = mirror_from_environment()
-        found = _look(store, kind, key, log)
-        if not found and mirror is not None and (found := mirror.fetch(store, kind, key)):
+        record = _find(store, kind, key, log)
+        if record is None and mirror is not None and (record := mirror.fetch(store, kind, key)):
             log(f"{kind} {key} fetched from {mirror.url}")
-        if found:
-            return Built(found.ref(str(store.directory(kind, key))), found, True, waited)
+        if record is not None:
+            return Built(record.ref(str(store.directory(kind, key))), record, True, waited)
         store.check_room()
         store.sweep()
         directory = store.directory(kind, key)
@@ -82,19 +90,17 @@ def build(
             raise
         record = store.load(kind, key)
         problems = ["it has no record.json"] if record is None else store.problems(record)
-        if problems:
+        if record is None or problems:
             raise ArtifactError(
-                f"{kind} {key}: the stage {stage_name} ended well, but "
-                + "; ".join(problems)
-                + f"; log: {directory}/stage.log"
+                f"{kind} {key}: the stage {stage_name} ended well, but {'; '.join(problems)}; log: {directory}/stage.log"
             )
         if mirror is not None:
             mirror.push(store, record)
         return Built(record.ref(str(directory)), record, False, waited)
 
 
-def _look(store: Store, kind: str, key: str, log: Callable[[str], None]) -> ArtifactRecord | None:
-    """The finished artifact, or None; a signed one with damaged files is removed, and said so."""
+def _find(store: Store, kind: str, key: str, log: Callable[[str], None]) -> ArtifactRecord | None:
+    """The finished artifact, or None. One with damaged files becomes unfinished work, and the log says so."""
     try:
         record = store.load(kind, key)
         problems = [] if record is None else store.problems(record)
@@ -105,14 +111,14 @@ def _look(store: Store, kind: str, key: str, log: Callable[[str], None]) -> Arti
         store.mark_unfinished(kind, key)
         return None
     if record is not None:
-        # A kill between the signature and the clean-up leaves checkpoints to resume from, many times the artifact's size.
+        # A kill between the signature and the clean-up leaves resume checkpoints, many times the artifact's size.
         shutil.rmtree(store.directory(kind, key) / "resume", ignore_errors=True)
     return record
 
 
 def _set_back_damaged(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
-    """A stage failed: read every byte of its inputs, once; one that is not what was signed becomes unfinished work. What was wrong, or ""."""
-    found = []
+    """Read every byte of a failed stage's inputs; a damaged one becomes unfinished work. Returns what was wrong, or ""."""
+    damaged = []
     for ref in inputs.values():
         if ref.key == "external":
             continue
@@ -120,5 +126,5 @@ def _set_back_damaged(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
             record = store.load(ref.kind, ref.key)
             if record is not None and (problems := store.problems(record, deep=True)):
                 store.mark_unfinished(ref.kind, ref.key)
-                found.append(f"{ref.kind} {ref.key} ({'; '.join(problems)})")
-    return ", ".join(found)
+                damaged.append(f"{ref.kind} {ref.key} ({'; '.join(problems)})")
+    return ", ".join(damaged)

@@ -24,7 +24,7 @@ from tasks.prompts import publish
 
 
 def _worth_another_try(task: Any, run: Any, state: Any) -> bool:
-    """Shards make a retry cheap, but only a lost process or a server that did not answer gets one."""
+    """Whether to try again: only after a lost process or an unreachable server. Finished shards make that cheap."""
     return isinstance(state.result(raise_on_failure=False), TransientError)
 
 
@@ -44,13 +44,18 @@ def stage_task(stage: str, config: Config, inputs: dict[str, ArtifactRef], place
     ledger.started(place.step, name, stage)
     artifact = _ProgressArtifact(f"{place.run}-{place.step.replace('_', '-')}-{name}", f"{stage} of {place.step}")
     with _TerminalBar(f"{place.step} {stage}") as bar:
+
+        def on_progress(progress: Progress) -> None:
+            artifact(progress)
+            bar(progress)
+
         built = build(
             stage,
             config,
             inputs,
             store,
             logger.info,
-            lambda progress: (artifact(progress), bar(progress)),
+            on_progress,
             place.execution,
         )
     store.show_in_run(place.run, place.step, name, built.ref)
@@ -76,7 +81,7 @@ def prompts_task(rows: list[dict[str, Any]], place: Place, name: str) -> Artifac
 
 
 class _TerminalBar:
-    """Progress for a person in front of a terminal; nothing elsewhere."""
+    """A progress bar on a terminal; nothing elsewhere."""
 
     def __init__(self, description: str):
         self.description = description
@@ -100,7 +105,7 @@ class _TerminalBar:
 
 
 class _ProgressArtifact:
-    """Progress in the UI, at most every two seconds; a server that is away costs the bar, not the run."""
+    """Progress in the Prefect UI, at most every two seconds. An unreachable server costs the bar, not the run."""
 
     def __init__(self, key: str, description: str):
         self.key, self.description = key, description

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+INTERRUPTED = "interrupted; run the same command again to resume"
+
 app = typer.Typer(
     name="selfplay", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
     help="Let a language model improve by playing against itself: sample, score, weigh, train, evaluate, again.",
@@ -307,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PipelineError as error:
         return print_error(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     except SystemExit as error:
         return int(error.code or 0)
@@ -317,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     if code == 130:  # typer turns Ctrl-C into a return value
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

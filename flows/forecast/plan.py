@@ -28,6 +28,7 @@ from flows.forecast.memory import (
     with_slack,
 )
 from stages.scoring.pairing import CHOOSE
+from stages.stage import STAGES
 
 Parts = dict[str, int]
 
@@ -209,11 +210,9 @@ def plan(run: RunConfig) -> list[Line]:
 
 
 def _utilisation(run: RunConfig, stage: str) -> float:
-    return (
-        getattr(run.sampling.backend.runtime, "gpu_memory_utilization", 1.0)
-        if stage == "sample" and hasattr(run.sampling.backend, "runtime")
-        else 1.0
-    )
+    """Part of a GPU's memory that the stage may take: an engine reserves its own."""
+    runtime = getattr(run.sampling.backend, "runtime", None)
+    return getattr(runtime, "gpu_memory_utilization", 1.0) if stage == "sample" else 1.0
 
 
 def _what_helps(run: RunConfig, stage: str, shapes: dict[str, Shape], have: Hardware) -> Iterator[str]:
@@ -226,14 +225,10 @@ def _what_helps(run: RunConfig, stage: str, shapes: dict[str, Shape], have: Hard
         )
 
     knobs = list(_knobs(run, stage, have))
-    found = False
-    for group in knobs:
-        # The mildest setting of each knob that is enough.
-        one = next((changes for changes in group if fits(changes)), None)
-        if one is not None:
-            found = True
-            yield _words(one)
-    if found:
+    # The mildest setting of each knob that is enough.
+    enough = [next((changes for changes in group if fits(changes)), None) for group in knobs]
+    if helpful := [changes for changes in enough if changes is not None]:
+        yield from map(_words, helpful)
         return
     changes: dict[str, Any] = {}
     for group in knobs:
@@ -246,7 +241,7 @@ def _what_helps(run: RunConfig, stage: str, shapes: dict[str, Shape], have: Hard
 
 def _knobs(run: RunConfig, stage: str, have: Hardware) -> Iterator[list[dict[str, Any]]]:
     """Groups of changes, each from mild to strong."""
-    section = {"weigh": "weighting", "train": "training", "evaluate": "evaluation", "score": "scoring"}.get(stage)
+    section = STAGES[stage].section
     if stage == "sample":
         parallel = [2**power for power in range(1, 4) if 2**power <= have.gpus_per_node]
         if parallel and run.sampling.backend.name == "vllm":

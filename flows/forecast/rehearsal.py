@@ -149,6 +149,6 @@ class UntilUnbuilt:
             listener.compared(scorer, names, scored, prompts)
 
     def _while_built(self, *artifacts: Built) -> Listener | None:
-        if any(artifact.record is None for artifact in artifacts):
+        if any(artifact.signed is None for artifact in artifacts):
             self.listener = None
         return self.listener
