@@ -1,16 +1,18 @@
-r"""Contracts - texts that are nearly the same: an exact search by Jaccard similarity of n-grams, and the check of held-out prompts with it.
+r"""Contracts - texts that are nearly the same: an exact search by Jaccard similarity of n-grams, and the check of
+held-out prompts with it.
 
-    similarity(x, y) = |X n Y| / |X u Y|      X, Y: the sets of n-grams of the two texts; case and punctuation do not count
+    similarity(x, y) = |X n Y| / |X u Y|      X, Y: the sets of the texts' n-grams, without case and punctuation
 
-n-grams are triples of words; in scripts that put no spaces between words (Chinese, Japanese, Thai, ...) they are single characters and pairs
-of neighbours, so that one character of seventeen may differ at similarity 0.8.
+n-grams are triples of words; in scripts that put no spaces between words (Chinese, Japanese, Thai, ...) they are single
+characters and pairs of neighbours, so that one character of seventeen may differ at similarity 0.8.
 
-A long instruction that many prompts begin with would make all of them similar. n-grams that more than ten of the left texts share (of large
-sets, 2 %, but at most 50 texts) are therefore not enough: without them, two texts must still reach half of the threshold.
+A long instruction that many prompts begin with would make all of them similar. n-grams that more than ten of the left
+texts share (of large sets, 2 %, but at most 50 texts) are therefore not enough: without them, two texts must still
+reach half of the threshold.
 
-Only pairs that can reach the threshold are compared: two sets of Jaccard similarity >= t share at least ceil(t |X|) elements, so at least
-one of any |X| - ceil(t |X|) + 1 elements of X is in Y (prefix filtering; Chaudhuri et al. 2006, Bayardo et al. 2007). The left texts are
-indexed by that many of their rarest n-grams, and the right ones pass by once.
+Only pairs that can reach the threshold are compared: two sets of Jaccard similarity >= t share at least ceil(t |X|)
+elements, so at least one of any |X| - ceil(t |X|) + 1 elements of X is in Y (prefix filtering; Chaudhuri et al. 2006,
+Bayardo et al. 2007). The left texts are indexed by that many of their rarest n-grams, and the right ones pass by once.
 """
 
 from __future__ import annotations
@@ -106,7 +108,8 @@ def jaccard(left: Grams, right: Grams) -> float:
 
 
 def near_duplicates(left: Iterable[str], right: Iterable[str], threshold: float) -> list[NearDuplicate]:
-    """Every pair whose similarity is at least `threshold`, sorted. `right` may be a long stream, `left` is held in memory."""
+    """Every pair whose similarity is at least `threshold`, sorted. `right` may be a long stream, `left` is held in
+    memory."""
     index = NearDuplicateIndex(left, threshold)
     pairs = [
         NearDuplicate(left_number, right_number, similarity)

@@ -1,9 +1,9 @@
 """Contracts - one row of prompts: what it holds, what makes it unusable, and the JSON line that people write it in.
 
 One line: {"prompt_id": "...", "messages": [{"role": "user", "content": "..."}], "checks": [...], "response": "..."}
-`prompt` may stand for one user message. Optional are `checks` (verifiable instructions), `response` (a ground truth), `chosen` with `rejected`
-(a given pair), or `completion` with `label` (a single answer that is good or bad: a row that holds `chosen` or `rejected` alone).
-Files in other formats and shapes are read by tasks/data.
+`prompt` may stand for one user message. Optional are `checks` (verifiable instructions), `response` (a ground truth),
+`chosen` with `rejected` (a given pair), or `completion` with `label` (a single answer that is good or bad: a row that
+holds `chosen` or `rejected` alone). Files in other formats and shapes are read by tasks/data.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class UnusableRow(ValueError):
 def load_prompts(path: Path | str) -> list[PromptRow]:
     """The rows of a file of JSON lines as above, in its order. It is strict: the first wrong line is an error.
 
-    Raises: ConfigError naming file and line for malformed JSON, wrong fields, a duplicate id; and for a missing or empty file.
+    Raises: ConfigError naming file and line for malformed JSON, wrong fields, a duplicate id; and for a missing or
+    empty file.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -78,8 +79,8 @@ def load_prompts(path: Path | str) -> list[PromptRow]:
         prompt_id = row["prompt_id"]
         if prompt_id in lines_of_ids:
             raise ConfigError(
-                f"{path} line {number}: the prompt_id {prompt_id!r} was already used in line {lines_of_ids[prompt_id]}; "
-                "ids must be unique"
+                f"{path} line {number}: the prompt_id {prompt_id!r} was already used in line "
+                f"{lines_of_ids[prompt_id]}; ids must be unique"
             )
         lines_of_ids[prompt_id] = number
         rows.append(row)
@@ -145,7 +146,8 @@ def prompt_row(
     rejected: Any = None,
     source: Any = None,
 ) -> PromptRow:
-    """A row whose values keep the contract of `prompts`; without an id it is named by its messages. Raises: UnusableRow."""
+    """A row whose values keep the contract of `prompts`; without an id it is named by its messages. Raises:
+    UnusableRow."""
     check_messages(messages)
     if not isinstance(checks, list | tuple) or not all(
         isinstance(check, dict) and isinstance(cast("dict[str, Any]", check).get("name"), str)

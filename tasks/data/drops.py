@@ -1,0 +1,65 @@
+"""Tasks - the rows that nothing can be made of: how many for which reason, where they are, and how to mend them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from data_contracts.errors import ConfigError
+
+REPETITION = "an exact repetition of an earlier row"
+SHOWN_PLACES = 8
+SHOWN_EXAMPLES = 3
+SHOWN_TEXT = 120
+
+
+class Drops:
+    """Dropped rows by reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.places: defaultdict[str, list[str]] = defaultdict(list)
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, reason: str, place: str, example: str) -> None:
+        """Count one row; its place and what it holds are kept of the first ones."""
+        self.counts[reason] += 1
+        if len(self.places[reason]) < SHOWN_PLACES:
+            self.places[reason].append(place)
+        if len(self.examples[reason]) < SHOWN_EXAMPLES:
+            self.examples[reason].append(f"{place}: {_shown(example)}")
+
+    def update(self, other: Drops) -> None:
+        """Add another set's drops."""
+        self.counts.update(other.counts)
+        for reason in other.counts:
+            self.places[reason] = (self.places[reason] + other.places[reason])[:SHOWN_PLACES]
+            self.examples[reason] = (self.examples[reason] + other.examples[reason])[:SHOWN_EXAMPLES]
+
+    @property
+    def unusable(self) -> int:
+        """Rows that are lost. A repetition is not: the earlier row stays."""
+        return self.counts.total() - self.counts[REPETITION]
+
+    def check(self, origin: str, rows: int, max_drop_rate: float) -> None:
+        """Raises: ConfigError with all problems if more than this part of the rows is unusable."""
+        if self.unusable > max_drop_rate * rows:
+            raise ConfigError(
+                f"{origin}: {self.unusable} of {rows} rows cannot be used, more than the {max_drop_rate:.0%} of "
+                f"prompts.max_drop_rate\n{self.text()}\n"
+                "Mend or remove these rows, say with `columns` what the columns hold, or raise the limit"
+            )
+
+    def text(self, indent: str = "  ") -> str:
+        """A paragraph for each reason, the most frequent first: count, places, examples."""
+        lines: list[str] = []
+        for reason, count in self.counts.most_common():
+            places = self.places[reason]
+            more = f" and {count - len(places)} more" if count > len(places) else ""
+            lines.append(f"{indent}{count}  {reason}: {', '.join(places)}{more}")
+            lines += [f"{indent}     {example}" for example in self.examples[reason]]
+        return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    text = text.replace("\n", " ")
+    return text if len(text) <= SHOWN_TEXT else text[:SHOWN_TEXT] + "..."

@@ -1,0 +1,115 @@
+"""Tasks - many rows of prompts, held as columns, each with the place that it was read from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, cast, overload
+
+import numpy as np
+import pyarrow as pa
+
+from data_contracts.prompts import PromptRow
+from data_contracts.shards import SCHEMAS
+
+BATCH = 1000
+
+
+class PromptSet(Sequence[PromptRow]):
+    """Rows under the schema of `prompts`. A row becomes a dict when it is asked for: columns take a tenth of the
+    memory."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch], places: np.ndarray, files: Sequence[str], unit: str):
+        """batches: of at most BATCH rows; places: [rows, 2] number of the file, and of the row in it from 1; unit: line
+        or row."""
+        self.batches = [batch for batch in batches if batch.num_rows]
+        self.places, self.files, self.unit = places, files, unit
+        self.ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
+
+    @classmethod
+    def of(cls, rows: Sequence[PromptRow]) -> PromptSet:
+        """Rows that come from no file."""
+        batches = [batch_of(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+        return cls(
+            batches, np.column_stack([np.zeros(len(rows), np.int64), np.arange(1, len(rows) + 1)]), ["rows"], "row"
+        )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> PromptRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptSet: ...
+    def __getitem__(self, index: int | slice) -> PromptRow | PromptSet:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        batch = self.batches[number]
+        return batch.slice(index - (int(self.ends[number]) - batch.num_rows), 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[PromptRow]:
+        for batch in self.batches:
+            yield from cast("list[PromptRow]", batch.to_pylist())
+
+    def take(self, indices: np.ndarray) -> PromptSet:
+        """These rows; the indices rise."""
+        assert (np.diff(indices) > 0).all(), "a prompt set keeps its order"
+        parts: list[pa.RecordBatch] = []
+        start = 0
+        for batch, end in zip(self.batches, self.ends, strict=True):
+            first, last = np.searchsorted(indices, [start, end])
+            if last - first == batch.num_rows:
+                parts.append(batch)
+            elif last > first:
+                parts.append(batch.take(pa.array(indices[first:last] - start)))
+            start = end
+        return PromptSet(parts, self.places[indices], self.files, self.unit)
+
+    def map(self, change: Callable[[PromptRow], PromptRow]) -> PromptSet:
+        """The same rows, changed; each keeps its place."""
+        batches = [
+            batch_of([change(row) for row in cast("list[PromptRow]", batch.to_pylist())]) for batch in self.batches
+        ]
+        return PromptSet(batches, self.places, self.files, self.unit)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of all rows."""
+        return pa.chunked_array([batch.column(name) for batch in self.batches], SCHEMAS["prompts"].field(name).type)
+
+    def table(self) -> pa.Table:
+        """All rows, in chunks as large as can be."""
+        return pa.Table.from_batches(self.batches, SCHEMAS["prompts"]).combine_chunks()
+
+    def where(self, index: int) -> str:
+        """The place of a row in its file, e.g. `line 12`."""
+        return place_of(self.files, self.unit, *map(int, self.places[index]))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the rows' canonical JSON: `digest_text(canonical_json(rows))`, without the text."""
+        digest = hashlib.sha256(b"[")
+        for number, row in enumerate(self):
+            digest.update(b"," if number else b"")
+            digest.update(canonical_row(row).encode())
+        digest.update(b"]")
+        return digest.hexdigest()
+
+
+def batch_of(rows: Sequence[PromptRow]) -> pa.RecordBatch:
+    """Rows as columns."""
+    return pa.RecordBatch.from_pylist(cast("list[dict[str, Any]]", rows), schema=SCHEMAS["prompts"])
+
+
+def canonical_row(row: PromptRow) -> str:
+    """`canonical_json` of a row, which holds texts, lists and nulls only: at a third of the time."""
+    return json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def place_of(files: Sequence[str], unit: str, file: int, number: int) -> str:
+    """`line 12`; with the file's name where there are several."""
+    return f"{unit} {number}" if len(files) < 2 else f"{files[file]} {unit} {number}"

@@ -1,0 +1,80 @@
+"""Tasks - where rows come from, as people write it: a path, a set of the hub, or a mix of such."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from data_contracts.config import Config
+
+ColumnName = Literal[
+    "prompt", "messages", "conversations", "instruction", "input", "context", "history", "system", "response", "output",
+    "completion", "label", "chosen", "rejected", "real", "generated", "checks", "source", "prompt_id",
+]  # fmt: skip
+"""Names that shapes are recognised by (tasks/data/shapes.py)."""
+Columns = dict[ColumnName, str]
+
+
+class Source(Config):
+    """A file, a directory or a glob; or a data set of the hub; or a mix. A plain text is a `path`."""
+
+    path: str | None = None
+    """JSON lines, JSON, CSV, Parquet or Arrow, also as .gz, .bz2, .xz; a directory of them or of `save_to_disk`; or a
+    glob."""
+    hub_id: str | None = None
+    """`owner/name` of a data set on the Hugging Face hub; fetched once, then read from the local cache."""
+    name: str | None = None
+    """Which configuration of `hub_id`, where it has several."""
+    split: str | None = None
+    """Which split, where there are several; without it, `train`."""
+    revision: str | None = None
+    """Commit, tag or branch of `hub_id`. Pin a commit if results are to be reproduced."""
+    columns: Columns = Field({})
+    """Which column of the data holds what, e.g. {prompt: question, response: answer}; then no other column is read."""
+    limit: int | None = Field(None, ge=1)
+    """So many rows, drawn by the run's seed."""
+    mix: tuple[Share, ...] = ()
+    """Several sources, each with the share that its weight says, as many rows as the scarcest one allows, or `limit` in
+    all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_text_is_a_path(cls, value: Any) -> Any:
+        return {"path": os.fspath(value)} if isinstance(value, str | os.PathLike) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if sum((self.path is not None, self.hub_id is not None, bool(self.mix))) != 1:
+            raise ValueError("give exactly one of `path`, `hub_id` and `mix`")
+        for field in ("name", "revision"):
+            if getattr(self, field) is not None and self.hub_id is None:
+                raise ValueError(f"`{field}` goes with `hub_id`")
+        if self.mix and (self.split is not None or self.columns):
+            raise ValueError("`split` and `columns` go into the sources of the mix")
+        return self
+
+    @field_validator("columns")
+    @classmethod
+    def _each_column_once(cls, value: dict[str, str]) -> dict[str, str]:
+        if len(set(value.values())) < len(value):
+            raise ValueError("a column of the data can be one thing only")
+        return value
+
+    def __str__(self) -> str:
+        if self.mix:
+            return "mix of " + ", ".join(str(share.source) for share in self.mix)
+        parts = [self.path or self.hub_id, self.name, self.split and f"split {self.split}", self.revision]
+        return " ".join(str(part) for part in parts if part)
+
+
+class Share(Config):
+    """A source of a mix."""
+
+    source: Source
+    weight: float = Field(1.0, gt=0)
+    """Its part of the rows, in proportion to the other weights."""
+
+
+Source.model_rebuild()
