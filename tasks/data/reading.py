@@ -163,8 +163,8 @@ class _Reader:
             )
         raise ConfigError(
             f"{self.source}: no column holds a prompt. It has {', '.join(self.names)}; a prompt is looked for in "
-            "prompt, messages, conversations, instruction, real with generated, chosen with rejected. Say which it is, e.g. "
-            "`columns: {prompt: question, response: answer}`"
+            "prompt, messages, conversations, instruction, real with generated, chosen with rejected. Say which it is, "
+            "e.g. `columns: {prompt: question, response: answer}`"
         )
 
 
