@@ -1,6 +1,7 @@
-"""Stages - tables of names: methods, samplers, scorers, weights. `name -> "module:Attribute"`, imported when the name is chosen.
+"""Stages - plug-ins by name: methods, samplers, scorers, weights. A table holds `name -> "module:Attribute"`.
 
-The same grammar is the entry-point grammar: another package adds a name under the group `selfplay.<family>` without a line here.
+A module is imported when its name is chosen. Entry points have the same grammar: another package adds a name in the
+group `selfplay.<family>`, without a line here.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ P = TypeVar("P", bound=Plugin)
 class Registry(Generic[P]):
     """The plug-ins of one family by name.
 
-    The type of a field that holds the settings of one of them is `Annotated[Named, REGISTRY]`: the field takes a bare name, a mapping
-    `{"name": ..., setting: ...}` or a plug-in's own `Config`, and holds that plug-in's own `Config`.
+    The type of a field that holds the settings of one of them is `Annotated[Named, REGISTRY]`: the field takes a bare
+    name, a mapping `{"name": ..., setting: ...}` or a plug-in's own `Config`, and holds that plug-in's own `Config`.
     """
 
     def __init__(self, family: str, table: dict[str, str]):
@@ -67,8 +68,10 @@ class Registry(Generic[P]):
         return entry_points(group=f"selfplay.{self.family}")
 
     def get(self, name: str) -> type[P]:
-        """The plug-in called `name`. Raises: ConfigError for an unknown name (with the nearest known one), and for a plug-in that does
-        not load or has no `Config`."""
+        """The plug-in called `name`.
+
+        Raises: ConfigError for an unknown name (with the nearest known one), and for a plug-in that does not load.
+        """
         target = self.table.get(name)
         for point in self._entry_points():
             if target is None and point.name == name:
@@ -84,8 +87,8 @@ class Registry(Generic[P]):
         # Code of another package may fail in any way; whatever happens must not look like an unknown name.
         except Exception as error:
             raise ConfigError(
-                f"{self.family} {name!r} is registered as {target!r}, which does not load: {type(error).__name__}: {error}. "
-                f"See where: python -c 'import {module}'"
+                f"{self.family} {name!r} is registered as {target!r}, which does not load: "
+                f"{type(error).__name__}: {error}. See where: python -c 'import {module}'"
             ) from error
         settings = getattr(plugin, "Config", None)
         if not (isinstance(settings, type) and issubclass(settings, Named)):
@@ -95,7 +98,7 @@ class Registry(Generic[P]):
         return plugin
 
     def config(self, value: Any) -> Named:
-        """The settings that `{"name": ..., setting: ...}` or a bare name stands for, validated by the plug-in's own `Config`."""
+        """The settings that `{"name": ..., setting: ...}` or a bare name stands for, as the plug-in's own `Config`."""
         if isinstance(value, Named):
             return value
         if isinstance(value, str):
@@ -126,7 +129,7 @@ FAMILIES: list[Registry[Any]] = []
 
 
 def version_of(config: Named) -> str:
-    """VERSION of the plug-in whose settings these are; settings of nothing that is registered have the first version."""
+    """VERSION of the plug-in that these are the settings of; FIRST_VERSION for settings of no registered plug-in."""
     for registry in FAMILIES:
         if config.name in registry:
             plugin = registry.get(config.name)

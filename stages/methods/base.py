@@ -1,7 +1,7 @@
 """Stages - what a preference method is: its settings, what it needs, and an unreduced loss over rows of responses.
 
-Axes: B rows, T response tokens (padded anywhere; `mask` is True at scored tokens), V vocabulary. A row is a pair (chosen, rejected);
-for a method on single responses it is one response, in the place of the chosen one.
+Axes: B rows, T response tokens (padded anywhere; `mask` is True at scored tokens), V vocabulary. A row is a pair
+(chosen, rejected); for a method on single responses it is one response, in the place of the chosen one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 def supplied(value: T | None, need: str) -> T:
-    """Return `value`. Raises: ContractError if it is None, because the method does not declare the need or the rows lack it."""
+    """Return `value`. Raises: ContractError if it is None: the method does not declare the need, or rows lack it."""
     if value is None:
         raise ContractError(
             f"the loss reads what the need {need!r} supplies, and it was not supplied: "
@@ -149,7 +149,7 @@ class PairLoss(NamedTuple):
     """[B]; summed, divided by the tokens that `token_count` counts over the whole optimizer step, and added."""
 
     def share(self, num_rows: float, num_tokens: float) -> Tensor:
-        """This micro-batch's part of the step's loss: the shares of all micro-batches and ranks add up to the loss of the step."""
+        """This micro-batch's part of the step's loss: the shares of all micro-batches and ranks add up to it."""
         total = self.loss.sum() / num_rows
         if self.token_loss is None:
             return total
@@ -157,7 +157,7 @@ class PairLoss(NamedTuple):
 
 
 class AnchorSampling(Config):
-    """How the trainer samples the answer that a method which needs "anchor" compares with; its config holds one as `anchor`."""
+    """How the trainer samples the answer for a method that needs "anchor"; the method's Config has it as `anchor`."""
 
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer."""
@@ -176,14 +176,16 @@ class MethodConfig(Named):
 
 
 class Method(Plugin):
-    """A preference method: a loss over rows of responses. A subclass writes `Config` and `pair_loss`; all else has a default.
+    """A preference method: a loss over rows of responses. A subclass writes `Config` and `pair_loss`.
 
-    A method is a formula and holds no model: the stages before it and the trainer compute what NEEDS names, `pair_loss` turns it into one
-    number per row, and the training loop averages and differentiates that. The loop knows the names below and no method's own.
+    A method is a formula and holds no model: the stages before it and the trainer compute what NEEDS names, `pair_loss`
+    turns it into one number per row, and the training loop averages and differentiates that. The loop knows the names
+    below and no method's own.
 
-    The defaults fit a loss that compares two responses to one prompt by their log-ratios to a reference, each token times its weight. A
-    method that differs says so in a class variable; where that depends on the settings, it overrides the hook of the same name. `config`
-    is an instance of the subclass's own `Config`, and annotated so there.
+    All else has a default, made for a loss that compares two responses to one prompt by their log-ratios to a
+    reference, each token times its weight. A method that differs says so in a class variable; where that depends on the
+    settings, it overrides the hook of the same name. In every hook `config` is an instance of the subclass's own
+    `Config`.
 
     >>> class Slack(Method):
     ...     class Config(MethodConfig):
@@ -207,12 +209,12 @@ class Method(Plugin):
     SIDES: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     """Responses of a row that are trained on, at the default settings; ("chosen",) for a method on single responses."""
     DROPS_IDENTICAL: ClassVar[bool] = True
-    """The loss has no gradient where both responses have equal tokens and weights: the weigh stage drops and counts such pairs."""
+    """Equal responses with equal weights leave no gradient: the weigh stage drops and counts such pairs."""
     PAIRING: ClassVar[str] = "best_vs_worst"
     """How its rows are made when the run does not say: a name of stages/scoring/pairing.py."""
     WEIGHTS: ClassVar[str | None] = "ones"
-    """Weight provider when the run does not say: a name of stages/weighting/weights. None: the formula has no place for token weights,
-    and any but ones are refused."""
+    """Weight provider when the run does not say: a name of stages/weighting/weights. None: the formula has no place for
+    token weights, and any but ones are refused."""
     REFERENCE: ClassVar[Literal["iterate", "start"]] = "iterate"
     """The reference of iteration t: the policy as the iteration finds it, or the model the run started from."""
 
@@ -233,7 +235,7 @@ class Method(Plugin):
 
     @staticmethod
     def row_values(config: Any, scores: np.ndarray, win_rates: np.ndarray) -> dict[str, np.ndarray]:
-        """Numbers of a prompt's K candidates by name, from all their scores and win rates; all [K]. They become Pairs.values."""
+        """Name -> numbers [K] of a prompt's K candidates, from their scores and win rates; they become Pairs.values."""
         return {}
 
     @staticmethod
@@ -248,8 +250,8 @@ class Method(Plugin):
     def step_values(config: Any, pairs: Pairs) -> dict[str, Tensor]:
         """Name -> [B], for numbers that the loss takes as constant means over the whole optimizer step (KTO's drift).
 
-        The loop evaluates them without gradient before the first `pair_loss` of the step, and hands back their means over all rows and
-        ranks as `Pairs.step_means`. Where no method overrides this, there is no such pass.
+        The loop evaluates them without gradient before the first `pair_loss` of the step, and hands back their means
+        over all rows and ranks as `Pairs.step_means`. Where no method overrides this, there is no such pass.
         """
         return {}
 
@@ -268,8 +270,9 @@ def preference_margin(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""h_b = beta (sum_t g_t lr_t(chosen) - sum_t g_t lr_t(rejected)) + offset_b: the kernel of every pairwise method.
 
-    Args: coefficients: g of chosen and rejected [B, T], by default the weights; log_ratios: lr [B, T], by default against the reference;
-    offset: -v + c, a KL term or a margin [B], with gradient if it has one. Returns: h [B] with gradient, and the metrics, each [B].
+    Args: coefficients: g of chosen and rejected [B, T], by default the weights; log_ratios: lr [B, T], by default
+    against the reference; offset: -v + c, a KL term or a margin [B], with gradient if it has one. Returns: h [B] with
+    gradient, and the metrics, each [B].
 
     >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])
     >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
@@ -286,7 +289,7 @@ def preference_margin(
 
 
 def pair_metrics(pairs: Pairs, reward_chosen: Tensor, reward_rejected: Tensor) -> dict[str, Tensor]:
-    """The metrics [B] that TRL and the DPO reference print, under the same names, from the rewards [B] of both sides."""
+    """The metrics [B] that TRL and the DPO reference print, by the same names, from both sides' rewards [B]."""
     chosen, rejected = pairs.both()
     with torch.no_grad():
         return {

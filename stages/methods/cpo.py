@@ -28,8 +28,8 @@ class CPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (log pi(y_w) - log pi(y_l))), token_loss = -lam log pi(y_w).
 
-        Shapes: logps and weights [B, T] of both sides -> loss and token_loss [B]; the likelihood is a mean per token over the whole step,
-        as in TRL. Token weights act on the preference term only.
+        Shapes: logps and weights [B, T] of both sides -> loss and token_loss [B]; the likelihood is a mean per token
+        over the whole step, as in TRL. Token weights act on the preference term only.
 
         >>> from stages.methods.base import Responses
         >>> pairs = Pairs(Responses.unpadded([[-1.0, -0.5]]), Responses.unpadded([[-2.0]]))  # B = 1, T = 2 and 1

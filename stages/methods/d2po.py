@@ -29,7 +29,8 @@ class D2PO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta sum_t gamma^t lr_t(chosen) - beta sum_t gamma^t lr_t(rejected)), t from 0.
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference: log 2.
 
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
         >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])

@@ -27,8 +27,10 @@ class DPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = (1 - eps) l(h) + eps l(-h), h = beta (LR(chosen) - LR(rejected)), l(t) = -log sigmoid(t).
 
-        robust: loss = ((1 - eps) l(h) - eps l(-h)) / (1 - 2 eps). LR is the sum of log-ratios, each times its token's weight; weights of 1
-        are the paper's loss. Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+        robust: loss = ((1 - eps) l(h) - eps l(-h)) / (1 - 2 eps). LR is the sum of log-ratios, each times its token's
+        weight; weights of 1 are the paper's loss.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference: log 2.
 
         >>> from stages.methods.base import Responses
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

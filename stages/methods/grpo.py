@@ -1,4 +1,4 @@
-"""Method - GRPO: clipped policy gradient with rewards centred inside each prompt's group, and a KL penalty per token."""
+"""Method - GRPO: clipped policy gradient with rewards centred in each prompt's group, and a KL penalty per token."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ class GRPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = mean_t [ -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta k3 ].
 
-        rho = pi / pi_old, k3 = e^d - d - 1 with d = log pi_ref - log pi. Shapes: logps, old_logps and reference_logps [B, T] of one response
-        a row, advantage A [B] -> loss [B], a mean over the response's tokens. On-policy: -A + beta k3.
+        rho = pi / pi_old, k3 = e^d - d - 1 with d = log pi_ref - log pi.
+        Shapes: logps, old_logps and reference_logps [B, T] of one response a row, advantage A [B] -> loss [B], a mean
+        over the response's tokens.
+        On-policy: -A + beta k3.
 
         >>> from stages.methods.base import Responses
         >>> side = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.0, -0.5]])  # B = 1, T = 2

@@ -27,7 +27,8 @@ class IPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = (h - 1 / (2 tau))^2, h = LR(chosen) - LR(rejected), LR the sum of weighted log-ratios.
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: 1 / (2 tau)^2.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference: 1 / (2 tau)^2.
 
         >>> from stages.methods.base import Responses
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

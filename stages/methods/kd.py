@@ -1,4 +1,4 @@
-"""Method - KD: the teacher's whole next-token distribution on the ground truth, for teacher and policy of one vocabulary."""
+"""Method - KD: the teacher's whole next-token distribution on the ground truth; both models share a vocabulary."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class KD(Method):
         scale_tau2: bool = False
         """Multiply the KL by tau^2, so that its gradient keeps its size."""
         common_vocabulary: bool = False
-        """Cut both logits to the smaller vocabulary, for a tokenizer whose embedding one model pads further than the other."""
+        """Cut both logits to the smaller vocabulary, for models that pad the embedding of one tokenizer differently."""
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
@@ -43,7 +43,8 @@ class KD(Method):
 
         >>> from stages.methods.base import Responses
         >>> logits = torch.zeros(1, 1, 2)  # B = 1, T = 1, V = 2: the policy is uniform, the teacher sure to 3/4
-        >>> side = Responses.unpadded([[-0.6931]])._replace(logits=logits, teacher_logits=torch.tensor([[[3.0, 1.0]]]).log())
+        >>> teacher_logits = torch.tensor([[[3.0, 1.0]]]).log()
+        >>> side = Responses.unpadded([[-0.6931]])._replace(logits=logits, teacher_logits=teacher_logits)
         >>> KD.pair_loss(KD.Config(), Pairs(side)).token_loss  # 0.5 log 2 + 0.5 (3/4 log(3/2) + 1/4 log(1/2))
         tensor([0.4120])
         """

@@ -39,9 +39,10 @@ class KTO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = lam_d (1 - sigmoid(beta (LR - z0))) or lam_u (1 - sigmoid(beta (z0 - LR))).
 
-        z0 = max(0, mean log-ratio of mismatched responses), over the whole optimizer step and without gradient. A response is desirable
-        where its win rate is at least 1/2. Shapes: logps, reference_logps and weights [B, T] of one response a row, win rates [B] ->
-        loss [B]. At policy = reference with weights 1: 1/2.
+        z0 = max(0, mean log-ratio of mismatched responses), over the whole optimizer step and without gradient. A
+        response is desirable where its win rate is at least 1/2.
+        Shapes: logps, reference_logps and weights [B, T] of one response a row, win rates [B] -> loss [B].
+        At policy = reference with weights 1: 1/2.
 
         >>> from stages.methods.base import Responses
         >>> side = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

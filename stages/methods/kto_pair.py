@@ -32,10 +32,13 @@ class KTOPair(Method):
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
-        r"""loss = sigmoid(c - a) + sigmoid(b - c), a = beta LR(chosen), b = beta LR(rejected), c = beta KL(policy || reference).
+        r"""loss = sigmoid(c - a) + sigmoid(b - c).
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: 1.
-        Deviates from the paper: (1) the KL is KTO's estimate, max(0, mean log-ratio of mismatched responses) over the optimizer step.
+        a = beta LR(chosen), b = beta LR(rejected), c = beta KL(policy || reference).
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference: 1.
+        Deviates from the paper: (1) the KL is KTO's estimate, max(0, mean log-ratio of mismatched responses) over the
+        optimizer step.
 
         >>> from stages.methods.base import Responses
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

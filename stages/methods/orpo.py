@@ -32,8 +32,9 @@ class ORPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = lam l(log odds(y_w) - log odds(y_l)), token_loss = -log pi(y_w).
 
-        odds = p / (1 - p) with p = exp(mean_t log pi(y_t)). Shapes: logps [B, T] of both sides -> loss and token_loss [B]; the likelihood
-        is a mean over the response's tokens of the whole step (TRL's covers the prompt too).
+        odds = p / (1 - p) with p = exp(mean_t log pi(y_t)).
+        Shapes: logps [B, T] of both sides -> loss and token_loss [B]; the likelihood is a mean over the response's
+        tokens of the whole step (TRL's covers the prompt too).
 
         >>> chosen = Responses.unpadded([[-0.6931, -0.6931]])  # B = 1, T = 2: p = 1/2, odds 1
         >>> rejected = Responses.unpadded([[-1.3863]])  # p = 1/4, odds 1/3
@@ -49,7 +50,7 @@ class ORPO(Method):
 
 
 def _log_odds(side: Responses) -> Tensor:
-    """log p - log(1 - p), [B]. A response of probability 1 has infinite odds: its mean is kept one rounding step below 0."""
+    """log p - log(1 - p), [B]. Probability 1 has infinite odds: the mean is kept one rounding step below 0."""
     mean = masked_mean(side.logps, side.mask).clamp_max(-torch.finfo(side.logps.dtype).eps)
     # log(1 - e^x): each form is exact where the other cancels.
     near = torch.log(-torch.expm1(mean.clamp_min(-math.log(2))))

@@ -1,4 +1,4 @@
-"""Stages - numbers of a prompt's K candidates among each other: preference matrices, win rates, group advantages. numpy, no gradient.
+"""Stages - a prompt's K candidates compared: preference matrices, win rates, group advantages. numpy, no gradient.
 
 Axes: K candidates of one prompt.
 """
@@ -22,7 +22,10 @@ def preference_matrix(logits: np.ndarray, symmetrise: bool = False) -> np.ndarra
 
 
 def aggregated_preference_matrix(logits: np.ndarray) -> np.ndarray:
-    """The released SPPO code's P_ij = sigmoid(r_i - r_j) with r_i the mean relative reward of i: transitive, unlike the paper's."""
+    """P_ij = sigmoid(r_i - r_j) with r_i the mean relative reward of i. [K, K] -> [K, K].
+
+    The released SPPO code's matrix: transitive, unlike the paper's.
+    """
     mean = np.asarray(logits, dtype=np.float64).mean(axis=1)
     return preference_matrix(mean[:, None] - mean[None, :])
 

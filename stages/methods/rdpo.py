@@ -25,7 +25,8 @@ class RDPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (LR(chosen) - LR(rejected)) + alpha (T_w - T_l)).
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference and equal lengths: log 2.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference and equal lengths: log 2.
 
         >>> from stages.methods.base import Responses
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

@@ -24,8 +24,9 @@ class REBEL(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = (LR(y_1) - LR(y_2) - eta (r_1 - r_2))^2; which of the two is called chosen does not matter.
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides, scores r [B] -> loss [B]. At policy = reference:
-        (eta (r_1 - r_2))^2. Deviates from the paper: (1) multiplied by eta^2, as its code.
+        Shapes: logps, reference_logps and weights [B, T] of both sides, scores r [B] -> loss [B].
+        At policy = reference: (eta (r_1 - r_2))^2.
+        Deviates from the paper: (1) multiplied by eta^2, as its code.
 
         >>> from stages.methods.base import Responses
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

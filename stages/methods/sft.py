@@ -20,7 +20,7 @@ class SFT(Method):
         name: Literal["sft"] = "sft"
 
     @staticmethod
-    def pair_loss(config: MethodConfig, pairs: Pairs) -> PairLoss:
+    def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""token_loss = -log pi(y), a mean per token over the whole step.
 
         Shapes: logps and weights [B, T] of one response a row -> token_loss [B].

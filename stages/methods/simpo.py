@@ -20,7 +20,7 @@ class SimPO(Method):
         beta: float = Field(2.5, gt=0)
         """Scale of the mean log-probability; 2-10."""
         gamma: float = Field(1.4, ge=0)
-        """Target margin, absolute: beta times the gamma/beta ratio of the authors' configs; that ratio is 0-1, start at 0.5."""
+        """Target margin, absolute: beta times the authors' gamma/beta ratio, which is 0-1; start at 0.5."""
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:

@@ -30,7 +30,8 @@ class SPIN(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (LR(truth) - LR(generation))); logistic is DPO with these pairs.
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2 (logistic), else 1.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference: log 2 (logistic), else 1.
 
         >>> from stages.methods.base import Responses
         >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

@@ -1,4 +1,4 @@
-"""Method - SPIN on mean log-ratios instead of sums: the control that tells SWIFT's token weights from length normalisation."""
+"""Method - SPIN on mean log-ratios: the control that tells SWIFT's token weights from length normalisation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class SPINLengthNorm(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (LR(truth) / T - LR(generation) / T')).
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference: log 2.
 
         >>> from stages.methods.base import Responses
         >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

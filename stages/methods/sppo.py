@@ -31,7 +31,7 @@ class SPPO(Method):
     DROPS_IDENTICAL = False
 
     class Config(MethodConfig):
-        """Vetted setting: eta 1e3 with soft win rates over K = 5 candidates; clip gradients at 1 (always active at this eta)."""
+        """Vetted setting: eta 1e3, soft win rates over K = 5 candidates; gradients clipped at 1 (always at work)."""
 
         name: Literal["sppo"] = "sppo"
         eta: float = Field(1000.0, gt=0)
@@ -41,8 +41,8 @@ class SPPO(Method):
         keep: Literal["2", "all"] = "2"
         """2: best and worst candidate; all: every candidate is a row of its own (pairing `each`)."""
         log_z: bool = False
-        """Subtract the estimated log partition function instead of eta/2. Usable only with a small eta: at 1e3 it pushes every
-        answer but the best down by hundreds of nats."""
+        """Subtract the estimated log partition function instead of eta/2. Usable only with a small eta: at 1e3 it
+        pushes every answer but the best down by hundreds of nats."""
         halve: bool = False
         """Halve the sum of the two squares, as the released code does."""
         scale: Literal["eta", "unit"] = "eta"
@@ -70,7 +70,7 @@ class SPPO(Method):
 
     @staticmethod
     def row_values(config: Config, scores: np.ndarray, win_rates: np.ndarray) -> dict[str, np.ndarray]:
-        """log Z over the prompt's own K candidates, in place of the paper's B fresh ones; one number for all of them. [K]."""
+        """log Z over the prompt's own K candidates, not over B fresh ones as in the paper: one number, K times."""
         if not config.log_z:
             return {}
         return {"log_z": win_rates * 0 + log_partition(config.eta, win_rates)}
@@ -79,11 +79,11 @@ class SPPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = sum over the kept responses of (LR(y) - eta (p - 1/2))^2, or (LR(y) - (eta p - log Z))^2.
 
-        LR is the sum of weighted log-ratios, p the win rate against all K candidates of the prompt (self counted 1/2). Shapes: logps,
-        reference_logps and weights [B, T] of the kept sides, win rates and log Z [B] -> loss [B]. At policy = reference:
-        eta^2 ((p_w - 1/2)^2 + (p_l - 1/2)^2).
-        Deviates from the paper: (1) win rates over K also in the pair form, where E.1 prints the probability of the pair, as its
-        algorithm and code do.
+        LR is the sum of weighted log-ratios, p the win rate against all K candidates of the prompt (self counted 1/2).
+        Shapes: logps, reference_logps and weights [B, T] of the kept sides, win rates and log Z [B] -> loss [B].
+        At policy = reference: eta^2 ((p_w - 1/2)^2 + (p_l - 1/2)^2).
+        Deviates from the paper: (1) win rates over K also in the pair form, where E.1 prints the probability of the
+        pair, as its algorithm and code do.
 
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
         >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])

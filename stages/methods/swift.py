@@ -1,4 +1,4 @@
-"""Method - SWIFT: ground truth against own generation, each token weighted by how much a teacher prefers it to the policy."""
+"""Method - SWIFT: ground truth against own generation, each token weighted by how much a teacher prefers it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class SWIFT(Method):
     WEIGHTS = "swift"
 
     class Config(MethodConfig):
-        """Vetted setting: beta 0.1 (the code's; the paper is silent), weights multiply, no KL term. Eq. 13 as printed is
-        `weight_mode: divide, kl_mode: paper`; what its proof gives is `divide, tdpo`."""
+        """Vetted setting: beta 0.1 (the code's; the paper is silent), weights multiply, no KL term. Eq. 13 as printed
+        is `weight_mode: divide, kl_mode: paper`; what its proof gives is `divide, tdpo`."""
 
         name: Literal["swift"] = "swift"
         beta: float = Field(0.1, gt=0)
         """Inverse temperature of the implicit reward; 0.01-0.5 is usual."""
         weight_mode: Literal["multiply", "divide"] = "multiply"
-        """multiply: the paper's section 4.3, its ablation and its code; divide: its Eq. 13, where the tokens the teacher cares for
-        most move least. A weight of 0 removes its token in both."""
+        """multiply: the paper's section 4.3, its ablation and its code; divide: its Eq. 13, where the tokens the
+        teacher cares for most move least. A weight of 0 removes its token in both."""
         kl_mode: Literal["none", "paper", "tdpo", "supp"] = "none"
-        """The term v inside the loss. Any but none loads the reference model for training: it needs full-vocabulary logits."""
+        """The term v of the loss. Any but none holds the reference model while training: it needs all its logits."""
         kl_coef: float = Field(1.0, ge=0)
         """Factor of v."""
         loss: Literal["logistic", "hinge"] = "logistic"
@@ -57,11 +57,14 @@ class SWIFT(Method):
         r"""loss = l(u - kl_coef v), u = beta (sum_t g_t lr_t(y) - sum_t g'_t lr_t(y')), g = omega or 1 / omega.
 
         v is 0 (none), beta (D(y) - D(y')) with D = sum_t g_t KL(policy || reference) (paper), beta (D(y') - D(y)) with
-        D = sum_t g_t KL(reference || policy) (tdpo), or minus the paper's (supp, the last line of the proof read literally).
-        Shapes: logps, reference_logps, weights omega and kl [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+        D = sum_t g_t KL(reference || policy) (tdpo), or minus the paper's (supp, the last line of the proof read
+        literally).
+        Shapes: logps, reference_logps, weights omega and kl [B, T] of both sides -> loss [B].
+        At policy = reference: log 2.
         Deviates from the paper: (1) weights multiply and v is off by default; the docstrings of the settings say why.
 
-        >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=[[2.0, 1.0]])  # B = 1, T = 2
+        >>> weights = [[2.0, 1.0]]  # B = 1, T = 2
+        >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=weights)
         >>> generation = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
         >>> SWIFT.pair_loss(SWIFT.Config(), Pairs(truth, generation)).loss  # l(0.1 (2 * 0.2 + 0.4 + 0.1))
         tensor([0.6492])

@@ -1,4 +1,4 @@
-"""Method - SWIFT as its code was released, for comparison only: other weights, read one token late, scaled to sum 100."""
+"""Method - SWIFT as its code was released, for comparison: other weights, read one token late, scaled to sum 100."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ class SWIFTReleased(Method):
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
-        r"""loss = l(beta (sum_t w_t lr_t(y) - sum_t w_t lr_t(y'))); it differs from SWIFT in the weights (provider `swift_released`).
+        r"""loss = l(beta (sum_t w_t lr_t(y) - sum_t w_t lr_t(y'))).
 
-        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+        The loss is SWIFT's; the weights w of the provider `swift_released` are others.
+        Shapes: logps, reference_logps and weights [B, T] of both sides -> loss [B].
+        At policy = reference: log 2.
 
         >>> from stages.methods.base import Responses
-        >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=[[25.0, 75.0]])  # B = 1, T = 2
+        >>> weights = [[25.0, 75.0]]  # B = 1, T = 2
+        >>> truth = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=weights)
         >>> generation = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]], weights=[[100.0]])
         >>> SWIFTReleased.pair_loss(SWIFTReleased.Config(), Pairs(truth, generation)).loss  # l(0.1 (5 + 30 + 10))
         tensor([0.0110])

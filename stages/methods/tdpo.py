@@ -34,8 +34,9 @@ class TDPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""TDPO1: l(beta [LR_w - LR_l - (K_l - K_w)]); TDPO2: l(beta [LR_w - LR_l - alpha (K_l - sg K_w)]).
 
-        K = sum_t KL(reference || policy) over the full vocabulary, sg stops the gradient. Shapes: logps, reference_logps, weights and kl
-        [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+        K = sum_t KL(reference || policy) over the full vocabulary, sg stops the gradient.
+        Shapes: logps, reference_logps, weights and kl [B, T] of both sides -> loss [B].
+        At policy = reference: log 2.
 
         >>> from stages.methods.base import Responses
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2

@@ -1,4 +1,4 @@
-"""Method - TGDPO: DPO whose tokens are weighted by the token rewards of a model trained on the same preferences before."""
+"""Method - TGDPO: DPO whose tokens are weighted by the token rewards of a model trained on these preferences."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ class TGDPO(Method):
 
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
-        r"""loss = l(beta sum_t f_w(r_t) lr_t(y_w) - beta sum_t f_l(r_t) lr_t(y_l)), f the weights of the provider `tgdpo`.
+        r"""loss = l(beta sum_t f_w(r_t) lr_t(y_w) - beta sum_t f_l(r_t) lr_t(y_l)).
 
-        Shapes: logps, reference_logps and weights f [B, T] of both sides -> loss [B]. At policy = reference: log 2. Weights may be negative
-        where alpha is too large; the provider counts them.
+        f are the weights of the provider `tgdpo`.
+        Shapes: logps, reference_logps and weights f [B, T] of both sides -> loss [B].
+        At policy = reference: log 2. Weights may be negative where alpha is too large; the provider counts them.
 
         >>> from stages.methods.base import Responses
-        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=[[1.5, 0.5]])  # B = 1, T = 2
+        >>> weights = [[1.5, 0.5]]  # B = 1, T = 2
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=weights)
         >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
         >>> TGDPO.pair_loss(TGDPO.Config(), Pairs(chosen, rejected)).loss  # l(0.1 (1.5 * 0.2 + 0.5 * 0.4 + 0.1))
         tensor([0.6636])

@@ -1,4 +1,4 @@
-"""Method - TI-DPO: DPO weighted by each token's gradient importance, plus a triplet that draws a fresh answer to the chosen one."""
+"""Method - TI-DPO: DPO weighted by gradient importance, plus a triplet that draws a fresh answer to the chosen one."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class TIDPO(Method):
     NEEDS = frozenset({"reference", "importance", "anchor"})
 
     class Config(MethodConfig):
-        """Vetted setting: ours, since the paper gives no number: beta 0.1, gamma 0.1, margin 0.5; anchors of up to 64 tokens at
-        temperature 0.8, top_k 50, top_p 0.95 (the public fork's)."""
+        """Vetted setting: ours, since the paper gives no number: beta 0.1, gamma 0.1, margin 0.5; anchors of up to 64
+        tokens at temperature 0.8, top_k 50, top_p 0.95 (the public fork's)."""
 
         name: Literal["tidpo"] = "tidpo"
         beta: float = Field(0.1, gt=0)
@@ -41,11 +41,11 @@ class TIDPO(Method):
         margin: float = Field(0.5, ge=0)
         """Squared nats by which the anchor should be nearer to the chosen response."""
         lengths: Literal["overlap", "zero", "mean"] = "overlap"
-        """Which positions the triplet compares: those that exist in both; all of the preference response, missing ones as 0; the
-        overlap divided by its length."""
+        """Which positions the triplet compares: those that exist in both; all of the preference response, missing ones
+        as 0; the overlap divided by its length."""
         importance: Literal["step", "given"] = "step"
-        """step: from the current policy at every step, as Algorithm 1; given: the weights of the weigh stage (provider `tidpo`: the
-        reference's importance once; or `random`, `ones` for the ablations)."""
+        """step: from the current policy at every step, as Algorithm 1; given: the weights of the weigh stage (provider
+        `tidpo`: the reference's importance once; or `random`, `ones` for the ablations)."""
         normalise_over: Literal["response", "sequence"] = "response"
         """Tokens whose smallest and largest importance become 0 and 1."""
         anchor: AnchorSampling = AnchorSampling()
@@ -64,16 +64,19 @@ class TIDPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (sum_t w_t lr_t(y_w) - sum_t w_t lr_t(y_l))) + gamma max(0, near - far + margin).
 
-        near = sum_t (d_t - b_t)^2, far = sum_t (c_t - d_t)^2 with d, b, c the log-ratios of anchor, chosen and rejected. Shapes: logps,
-        reference_logps and importance [B, T] of both sides, the anchor's logps and reference_logps [B, T'] -> loss [B]. Importance and
-        weights w are constants. At policy = reference: log 2 + gamma margin.
-        Deviates from the paper: (1) Eq. 14 sums over unequal lengths; see `lengths`. (2) beta also in Eq. 12-13, as its Algorithm 1.
+        near = sum_t (d_t - b_t)^2, far = sum_t (c_t - d_t)^2 with d, b, c the log-ratios of anchor, chosen and
+        rejected.
+        Shapes: logps, reference_logps and importance [B, T] of both sides, the anchor's logps and reference_logps [B,
+        T'] -> loss [B]. Importance and weights w are constants.
+        At policy = reference: log 2 + gamma margin.
+        Deviates from the paper: (1) Eq. 14 sums over unequal lengths; see `lengths`. (2) beta also in Eq. 12-13, as its
+        Algorithm 1.
 
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
         >>> chosen = chosen._replace(importance=torch.tensor([[3.0, 1.0]]))  # weights 1 and 0
         >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])._replace(importance=torch.tensor([[2.0]]))
         >>> pairs = Pairs(chosen, rejected, anchor=Responses.unpadded([[-1.0]], reference_logps=[[-1.3]]))
-        >>> TIDPO.pair_loss(TIDPO.Config(), pairs).loss  # l(0.1 (0.2 + 0.1)) + 0.1 ((0.3 - 0.2)^2 - (0.3 + 0.1)^2 + 0.5)
+        >>> TIDPO.pair_loss(TIDPO.Config(), pairs).loss  # l(0.1 (0.2 + 0.1)) + 0.1 (0.1^2 - 0.4^2 + 0.5)
         tensor([0.7133])
         """
         chosen, rejected = pairs.both()

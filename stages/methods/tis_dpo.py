@@ -26,8 +26,8 @@ class TISDPO(Method):
     WEIGHTS = "tis_dpo"
 
     class Config(MethodConfig):
-        """Vetted setting: beta 0.1 without eta, which its ablation finds minor (96.7 against 95.3) and which costs a second
-        model's full-vocabulary logits. The paper's loss is `use_eta: true`."""
+        """Vetted setting: beta 0.1 without eta, which its ablation finds minor (96.7 against 95.3) and which costs a
+        second model's full-vocabulary logits. The paper's loss is `use_eta: true`."""
 
         name: Literal["tis_dpo"] = "tis_dpo"
         beta: float = Field(0.1, gt=0)
@@ -47,11 +47,13 @@ class TISDPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(u - alpha eta), u = beta (sum_t w_t lr_t(y_w) - sum_t w_t lr_t(y_l)).
 
-        eta is the same difference with KL(policy || reference) of each position in place of lr. Shapes: logps, reference_logps, weights w
-        and kl [B, T] of both sides -> loss [B]. At policy = reference: log 2.
+        eta is the same difference with KL(policy || reference) of each position in place of lr.
+        Shapes: logps, reference_logps, weights w and kl [B, T] of both sides -> loss [B].
+        At policy = reference: log 2.
 
         >>> from stages.methods.base import Responses
-        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=[[2.0, 1.0]])  # B = 1, T = 2
+        >>> weights = [[2.0, 1.0]]  # B = 1, T = 2
+        >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]], weights=weights)
         >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
         >>> TISDPO.pair_loss(TISDPO.Config(), Pairs(chosen, rejected)).loss  # l(0.1 (2 * 0.2 + 0.4 + 0.1))
         tensor([0.6492])

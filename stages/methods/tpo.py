@@ -39,8 +39,9 @@ class TPO(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = l(beta (log pi(y_w) - log pi(y_l)) - gamma), token_loss = -alpha log pi(y_gold).
 
-        Shapes: logps and weights [B, T] of both sides, logps of `gold` [B, T'] (None: the chosen response) -> loss and token_loss [B]; the
-        likelihood is a mean per token over the whole step. Token weights act on the preference term only.
+        Shapes: logps and weights [B, T] of both sides, logps of `gold` [B, T'] (None: the chosen response) -> loss and
+        token_loss [B]; the likelihood is a mean per token over the whole step. Token weights act on the preference term
+        only.
 
         >>> from stages.methods.base import Responses
         >>> chosen, rejected = Responses.unpadded([[-1.0, -0.5]]), Responses.unpadded([[-2.0]])  # B = 1, T = 2 and 1

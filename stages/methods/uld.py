@@ -32,9 +32,10 @@ class ULD(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""loss = rate mean_t sum_v |p_(v) - q_(v)| over sorted probabilities, token_loss = -(1 - rate) log pi(y).
 
-        The smaller vocabulary is padded with zeros, the longer tokenization cut: t runs over the first min(T, T') tokens of each
-        response. Shapes: logps [B, T], logits [B, T, V], teacher_logits [B, T', V'] and teacher_mask [B, T'] of one response a row ->
-        loss and token_loss [B].
+        The smaller vocabulary is padded with zeros, the longer tokenization cut: t runs over the first min(T, T')
+        tokens of each response.
+        Shapes: logps [B, T], logits [B, T, V], teacher_logits [B, T', V'] and teacher_mask [B, T'] of one response a
+        row -> loss and token_loss [B].
 
         >>> from stages.methods.base import Responses
         >>> side = Responses.unpadded([[-0.6931]])._replace(logits=torch.zeros(1, 1, 2))  # B = 1, T = 1, V = 2: uniform
