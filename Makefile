@@ -1,6 +1,6 @@
 # Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart table3 test test-all faults soak lint audit
+.PHONY: help venv model quickstart table3 test test-all oracle faults soak lint audit
 
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
@@ -39,6 +39,9 @@ test: venv  ## the test suite, without the slow ones (ARGS="-k name": some of th
 
 test-all: venv model  ## the slow ones too: the real model, and killing a run ten times
 	@$(PY) -m pytest -m "not gpu and not hub" $(ARGS)
+
+oracle: venv  ## llm-blender in an environment of its own, for the tests that compare the native PairRM with it
+	@tests/oracle/setup.sh
 
 faults: venv  ## 220 faults (kills, full disks, damage, outages), struck one by one; the table of docs/reliability.md (ARGS="--count 20")
 	@$(PY) -m benchmarks.faults --count 215 --whole $(ARGS)

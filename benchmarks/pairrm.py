@@ -1,6 +1,6 @@
 """Pairs per second of the native PairRM against llm-blender 0.0.2, on the same checkpoints, texts and machine, in one run.
 
-    deploy/setup/oracle.sh                                     once: llm-blender's own environment
+    make oracle                                                once: llm-blender's own environment
     .venv/bin/python benchmarks/pairrm.py [--size tiny mid] [--prompts 6] [--tokens 512 | --like ANSWERS.jsonl] [--device cpu]
 
 llm-blender runs as SPPO runs it: `rank`, batch_size=1, K candidates, float32 here on both sides (and with --dtype float16 as well, which is
@@ -89,12 +89,11 @@ def oracle(request: dict) -> dict:
 def native(request: dict) -> dict:
     import stages.scoring.pairrm as pairrm
     from stages.scoring import SCORERS
-    from stages.scoring.base import Candidates
+    from stages.scoring.base import Candidates, Services, open_scorer
 
     pairrm.pin_threads = lambda count: __import__("torch").set_num_threads(request["threads"])
     config = SCORERS.config({"name": "pairrm", "model": {"path": request["ranker"]}, "dtype": request["dtype"]})
-    scorer = SCORERS.get("pairrm")(config, request["device"])
-    scorer.batch_tokens = request["batch_tokens"]
+    scorer = open_scorer(config, request["device"], Services(batch_tokens=request["batch_tokens"]))
     batch = [
         Candidates(
             {"messages": [{"role": "user", "content": case["prompt"]}]},

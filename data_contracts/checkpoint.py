@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from pydantic import model_validator
@@ -14,10 +17,11 @@ from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from data_contracts.files import write_atomic
 from data_contracts.identity import digest_file
-from data_contracts.store import content_digest
+from data_contracts.store import Store, content_digest
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+_STORE: ContextVar[Store | None] = ContextVar("store_of_digests", default=None)
 
 
 class ModelRef(Config):
@@ -148,6 +152,26 @@ def external_model(directory: Path, cache: Path | None = None) -> ArtifactRef:
         if path.is_file() and path.suffix in MODEL_SUFFIXES
     ]
     return ArtifactRef(kind="checkpoint", key="external", path=str(directory), content=content_digest(files))
+
+
+@contextmanager
+def digests_kept_in(store: Store) -> Iterator[None]:
+    """Inside, `model_content` remembers digests of large files in this store, once the store exists.
+
+    Settings that name a model enter a key by the model's content, and settings know no store: whoever computes a key says which one.
+    """
+    token = _STORE.set(store)
+    try:
+        yield
+    finally:
+        _STORE.reset(token)
+
+
+def model_content(directory: Path) -> str:
+    """The digest over a model's files. Outside of `digests_kept_in` every call reads all of them."""
+    store = _STORE.get()
+    remembers = store is not None and store.root.is_dir()  # computing a key makes no store
+    return external_model(directory, store.root / "digests" if remembers else None).content
 
 
 def _digest(path: Path, name: str, cache: Path | None) -> FileDigest:

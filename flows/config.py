@@ -20,7 +20,7 @@ from stages.methods import METHODS
 from stages.methods.base import Method
 from stages.registry import Named
 from stages.sampling.stage import SamplingConfig
-from stages.scoring.pairing import CHOOSE
+from stages.scoring.pairing import PAIRINGS
 from stages.scoring.stage import ScoringConfig
 from stages.stage import STAGES
 from stages.training.stage import TrainingConfig
@@ -160,20 +160,20 @@ class RunConfig(Config):
             default = type(settings).model_fields[field].get_default(call_default_factory=True)
             if getattr(settings, field) != default:
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
-        makes_candidate_pairs = self.pairing in CHOOSE and self.pairing != "each"
-        if makes_candidate_pairs and self.sampling.num_candidates < 2:
+        needs = PAIRINGS.get(self.pairing)
+        if self.sampling.num_candidates < needs.candidates:
             raise ValueError(f"pairs of candidates ({self.pairing}) need sampling.num_candidates >= 2")
         is_single = self.spec.sides(self.method) == ("chosen",)
-        if is_single and (makes_candidate_pairs or self.pairing == "truth_vs_generation"):
+        if is_single and needs.candidates and not needs.is_single:
             raise ValueError(
                 f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, "
                 f"not {self.pairing}"
             )
-        if not is_single and self.pairing in ("each", "truth"):
+        if not is_single and needs.is_single:
             raise ValueError(
                 f"{self.method.name} as set trains on pairs, and pairing {self.pairing} makes single responses"
             )
-        if self.pairing in CHOOSE and self.scoring.scorer is None:
+        if needs.needs_scores and self.scoring.scorer is None:
             raise ValueError(f"pairing {self.pairing} needs scoring.scorer")
         if self.spec.WEIGHTS is None and self.weights.name != "ones":
             raise ValueError(

@@ -23,8 +23,8 @@ from stages.evaluation.judged import BENCHMARKS, check
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig, check_sandbox
 from stages.models.tokens import tokenizer_digest
-from stages.scoring import SCORERS
-from stages.scoring.pairing import CHOOSE
+from stages.scoring.base import scorer_class
+from stages.scoring.pairing import PAIRINGS
 from stages.stage import STAGES
 from tasks.launch import CHECKOUT
 from tasks.models import locate, resolve
@@ -64,20 +64,20 @@ def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
     _check_amount(run, train)
     _check_gpus(run)
     tournament = run.tournament
-    scorers = [(run.scoring.scorer if run.pairing in CHOOSE else None, train), (run.evaluation.scorer, heldout)]
-    for scorer, rows in [*scorers, (tournament and tournament.scorer, heldout)]:
-        if scorer is None:
-            continue
-        SCORERS.get(scorer.name).check_prompts(scorer, rows)
-    field = {"truth": "response", "truth_vs_generation": "response", "given": "chosen"}.get(run.pairing)
-    if (
-        field
-        and not run.prompts.answers_from_teacher
-        and (missing := [row["prompt_id"] for row in train if row[field] is None])
-    ):
-        raise ConfigError(
-            f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}"
-        )
+    needs = PAIRINGS.get(run.pairing)
+    scorers = []
+    if needs.needs_scores and run.scoring.scorer is not None:
+        scorers.append((run.scoring.scorer, train))
+    scorers.append((run.evaluation.scorer, heldout))
+    if tournament is not None:
+        scorers.append((tournament.scorer, heldout))
+    for scorer, rows in scorers:
+        scorer_class(scorer).check_prompts(scorer, rows)
+    for field in () if run.prompts.answers_from_teacher else needs.texts:
+        if missing := [row["prompt_id"] for row in train if row[field] is None]:
+            raise ConfigError(
+                f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}"
+            )
     answers = run.sampling_for_heldout().num_candidates
     if run.evaluation.best_of and max(run.evaluation.best_of) > answers:
         raise ConfigError(

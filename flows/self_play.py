@@ -20,7 +20,7 @@ from flows.hands import Hands, Listener
 from flows.preflight import Checked
 from flows.tournament import scoring_of, spread
 from stages.evaluation.promotion import Measurement, select_checkpoint
-from stages.scoring.stage import WITHOUT_GENERATIONS
+from stages.scoring.pairing import PAIRINGS
 from stages.stage import STAGES
 from stages.training.batches import STEPS
 from stages.weighting.stage import WeightingConfig
@@ -108,7 +108,7 @@ class SelfPlay:
 
     def sample(self, prompts: ArtifactRef, policy: ArtifactRef, place: Place) -> dict[str, Built]:
         """The policy's candidates; nothing for a pairing of given texts."""
-        if self.config.pairing in WITHOUT_GENERATIONS:
+        if not PAIRINGS.get(self.config.pairing).candidates:
             return {}
         return self.refined("sample", self.config.sampling_for_training(), place, prompts=prompts, policy=policy)
 

@@ -10,7 +10,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.run import flow_run_name, run_self_play
-from stages.scoring.stage import WITHOUT_GENERATIONS
+from stages.scoring.pairing import PAIRINGS
 
 
 @flow(name="train-once", flow_run_name=flow_run_name, persist_result=False)
@@ -26,8 +26,10 @@ def train_once(
         store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
     """
     run = load_run(config, {"iterations": 1} | (overrides or {}) | ({"name": name} if name else {}))
-    if run.pairing not in WITHOUT_GENERATIONS:
+    if PAIRINGS.get(run.pairing).candidates:
+        usable = ", ".join(name for name in PAIRINGS.names() if not PAIRINGS.get(name).candidates)
         raise ConfigError(
-            f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}: use the flow self-play, or set it to one of {WITHOUT_GENERATIONS}"
+            f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}, which needs generations: "
+            f"use the flow self-play, or set it to one of {usable}"
         )
     return run_self_play(run, Store(store))

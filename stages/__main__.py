@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.artifact import ArtifactRef
-from data_contracts.checkpoint import check_model_directory, external_model
+from data_contracts.checkpoint import check_model_directory, digests_kept_in, external_model
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError, PipelineError, print_error
 from data_contracts.files import disk_errors_explained
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         stage = STAGES[arguments[0]]
         config = stage.parse(spec["config"])
         inputs = {name: _input(value, store) for name, value in spec["inputs"].items()}
-        with disk_errors_explained(store.root):
+        with disk_errors_explained(store.root), digests_kept_in(store):
             if WORKER in os.environ:
                 execute_share(stage, config, inputs, store, os.environ[WORKER])
                 return 0
@@ -120,20 +120,13 @@ def print_methods() -> int:
 
 def _pairings(method: Any) -> str:
     """What the rows of a method can be made of, and the pairings that make them; its own first."""
-    from stages.scoring.pairing import CHOOSE
+    from stages.scoring.pairing import PAIRINGS
 
-    of = dict.fromkeys(CHOOSE, "K candidates and a scorer")
-    of |= {
-        "given": "given pairs",
-        "truth_vs_generation": "ground truths and one generation each",
-        "truth": "ground truths",
-    }
     single = method.sides(method.Config()) == ("chosen",)
-    usable = [name for name in of if (name in ("each", "truth")) == single]
-    groups: dict[str, list[str]] = {of[method.PAIRING]: [method.PAIRING]}
-    for name in usable:
-        if name != method.PAIRING:
-            groups.setdefault(of[name], []).append(name)
+    groups: dict[str, list[str]] = {PAIRINGS.get(method.PAIRING).made_of: [method.PAIRING]}
+    for name in PAIRINGS.names():
+        if name != method.PAIRING and PAIRINGS.get(name).is_single == single:
+            groups.setdefault(PAIRINGS.get(name).made_of, []).append(name)
     return ", or ".join(f"{need} (pairing {', '.join(names)})" for need, names in groups.items())
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.checkpoint import digests_kept_in
 from data_contracts.config import Config
 from data_contracts.errors import ArtifactError, StageError
 from data_contracts.files import disk_errors_explained, write_atomic
@@ -56,7 +57,8 @@ def build(
     """
     stage = STAGES[stage_name]
     stage.check_inputs(inputs)
-    key = stage.key(config, inputs)
+    with digests_kept_in(store):
+        key = stage.key(config, inputs)
     kind = stage.produces
     asked = time.monotonic()
     with (

@@ -172,6 +172,33 @@ def _publish(store: Store, kind: str, rows: list[dict]):
     return store.sign(record).ref(str(store.directory(kind, key)))
 
 
+@pytest.fixture
+def outside_package(tmp_path, monkeypatch):
+    """outside_package(name, source, {group: {name: target}}) -> directory: a module of another package and its entry points, for this
+    process and those it starts."""
+
+    def make(name: str, source: str, groups: dict[str, dict[str, str]]) -> Path:
+        directory = tmp_path / name
+        metadata = directory / f"{name}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (directory / f"{name}.py").write_text(source)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = [
+            f"[{group}]\n" + "".join(f"{key} = {target}\n" for key, target in points.items())
+            for group, points in groups.items()
+        ]
+        (metadata / "entry_points.txt").write_text("\n".join(lines))
+        monkeypatch.syspath_prepend(str(directory))
+        monkeypatch.setenv("PYTHONPATH", str(directory), prepend=os.pathsep)
+        return directory
+
+    yield make
+    for module in [
+        name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))
+    ]:
+        del sys.modules[module]
+
+
 @pytest.fixture(scope="session")
 def run_stage_command(tmp_path_factory):
     """run_stage_command(stage, config, inputs, store, **environment) -> CompletedProcess of `python -m stages STAGE SPEC.json`."""

@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 from data_contracts.config import Config
 from flows.config import RunConfig
 from stages.methods import METHODS
-from stages.scoring.pairing import CHOOSE
+from stages.scoring.pairing import PAIRINGS
 from stages.weighting.weights import WEIGHTS
 
 SET_BY_RUN = {
@@ -78,7 +78,7 @@ def essentials(method: str) -> dict[str, Any]:
         "training": {"learning_rate": 1e-6, "batch_size": 4},
         "evaluation": {"scorer": {"name": "checks"}},
     }
-    if spec.PAIRING in CHOOSE:
+    if PAIRINGS.get(spec.PAIRING).needs_scores:
         config["scoring"] = {"scorer": {"name": "checks"}}
     else:
         config["sampling"]["num_candidates"] = 1

@@ -27,7 +27,7 @@ from flows.forecast.memory import (
     vllm_memory,
     with_slack,
 )
-from stages.scoring.pairing import CHOOSE
+from stages.scoring.pairing import PAIRINGS
 from stages.stage import STAGES
 
 Parts = dict[str, int]
@@ -102,14 +102,12 @@ def model_shapes(run: RunConfig) -> dict[str, Shape]:
     refs: dict[str, ModelRef] = {"policy": run.policy}
     refs |= {role: model for role in run.roles if (model := getattr(run.models, role)) is not None}
     for name, scorer in (
-        ("scorer", run.scoring.scorer if run.pairing in CHOOSE else None),
+        ("scorer", run.scoring.scorer if PAIRINGS.get(run.pairing).needs_scores else None),
         ("judge", run.evaluation.scorer),
     ):
         model = getattr(scorer, "model", None)
         if isinstance(model, ModelRef):
             refs[name] = model
-        elif scorer is not None and scorer.name == "pairrm":
-            refs[name] = ModelRef(hub_id="llm-blender/PairRM-hf")
     return {role: model_shape(model) for role, model in refs.items()}
 
 
@@ -121,7 +119,8 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
     shapes = shapes or model_shapes(run)
     policy, sampling, execution = shapes["policy"], run.sampling, run.execution
     prompt, response = sampling.max_prompt_tokens, sampling.max_new_tokens
-    if run.pairing not in CHOOSE or run.pairing == "each":
+    needs_of_rows = PAIRINGS.get(run.pairing)
+    if needs_of_rows.texts or needs_of_rows.is_single:
         response = max(response, run.scoring.max_response_tokens)
     sides = len(run.spec.sides(run.method))
 

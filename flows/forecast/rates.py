@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.checkpoint import digests_kept_in
 from data_contracts.config import Config
 from data_contracts.store import Store
 from flows import hands
@@ -103,7 +104,8 @@ def rate_from_records(
     """Rate from the newest record of this host with the same stage, settings (but seeds) and model sizes; None if there is none."""
     # A checkpoint that is to be trained will have as many parameters as the one it starts from.
     inputs = [start if ref.kind == "checkpoint" and not ref.path else ref for ref in step.inputs.values()]
-    settings, size = _unseeded(step.config.identity()), _size(inputs)
+    with digests_kept_in(store):
+        settings, size = _unseeded(step.config.identity()), _size(inputs)
     for record in records:
         is_like = (
             record.stage == step.stage

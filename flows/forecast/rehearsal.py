@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.checkpoint import digests_kept_in
 from data_contracts.config import Config
 from data_contracts.store import Store
 from flows import hands
@@ -88,7 +89,8 @@ class LookingHands:
         kind = STAGES[stage].produces
         STAGES[stage].check_inputs(inputs)
         is_known = all(ref.content != UNKNOWN for ref in inputs.values())
-        key = STAGES[stage].key(config, inputs) if is_known else None
+        with digests_kept_in(self.store):
+            key = STAGES[stage].key(config, inputs) if is_known else None
         ref = self.store.find(kind, key) if key else None
         record = self.store.load(kind, key) if ref and key else None
         self.steps.append(Step(stage, config, place, inputs, key, record))

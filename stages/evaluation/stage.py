@@ -24,7 +24,7 @@ from stages.models.policy import load_causal_lm, pick_device, pin_threads
 from stages.models.tokens import load_tokenizer
 from stages.registry import Named
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Scores, Surroundings, close, prepared, score_once
+from stages.scoring.base import Candidates, Scores, Services, compares, open_scorer, score_once, scorer_class
 from stages.scoring.checks import repetition
 from stages.stage import StageRuntime
 
@@ -110,7 +110,7 @@ class EvaluationConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _scores_one_answer(self) -> EvaluationConfig:
-        if only_compares(self.scorer):
+        if compares(self.scorer):
             raise ValueError(
                 f"evaluation.scorer {self.scorer.name} as set only compares two answers and gives none of them a score: take one that does, and "
                 "compare policies with it in `tournament`"
@@ -125,13 +125,6 @@ class EvaluationConfig(BaseConfig):
 
 
 Config = EvaluationConfig
-
-
-def only_compares(scorer: Any) -> bool:
-    """Whether a scorer, as it is set, says which of two answers is better and nothing else."""
-    if scorer.name == "combination":
-        return any(only_compares(part.scorer) for part in scorer.parts)
-    return scorer.name in ("pairrm", "llm_blender") or (scorer.name == "llm_judge" and scorer.mode != "rubric")
 
 
 def run(job: Job) -> None:
@@ -180,8 +173,7 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
     start.fill(prompt_ids, response_ids)
     start.account(job)
     means = [float(row.mean()) for row in start.get(prompt_ids, response_ids)]
-    scorer_class = SCORERS.get(config.scorer.name)
-    scorer_class.check_prompts(config.scorer, list(prompts.values()))
+    scorer_class(config.scorer).check_prompts(config.scorer, list(prompts.values()))
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(row["prompt_id"], []).append(number)
@@ -189,17 +181,17 @@ def _heldout_rows(job: Job, device: str) -> list[dict[str, Any]]:
         Candidates(prompts[name], [rows[i] for i in numbers], [means[i] for i in numbers])
         for name, numbers in groups.items()
     ]
-    surroundings = Surroundings(
+    services = Services(
         job.store_root, config.runtime.batch_tokens, job.log, used=job.used, waiting=lambda: job.timed("waiting")
     )
-    scorer = prepared(scorer_class, config.scorer, device, surroundings)
+    scorer = open_scorer(config.scorer, device, services)
     try:
         scores, _ = score_once(scorer, batch)
     except TransientError as error:  # a judge that is away: the rest of the report is worth having
         job.log(f"the held-out answers stay unscored: {error}")
         scores = [Scores(None, None, [])] * len(batch)
     finally:
-        close(scorer)
+        scorer.close()
     if any(result.preference_logits is not None for result in scores):  # a plug-in's
         raise ConfigError(f"evaluation.scorer {config.scorer.name} only compares two answers: use it in `tournament`")
     heldout = []

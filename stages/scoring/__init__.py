@@ -1,15 +1,21 @@
-"""Stages - scorers by name: what says how good a candidate is."""
+"""Stages - scorers by name: what says how good candidates are. Pairings by name are in pairing.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from stages.registry import Registry
 
-SCORERS = Registry(
+if TYPE_CHECKING:
+    from stages.scoring.base import Scorer
+
+SCORERS: Registry[Scorer] = Registry(
     "scorers",
     {
         "armorm": "stages.scoring.armorm:ArmoRM",
         "checks": "stages.scoring.verifiable:Checks",
         "combination": "stages.scoring.combination:Combination",
         "length": "stages.scoring.length:Length",
-        "llm_blender": "stages.scoring.llm_blender_oracle:LLMBlender",
         "llm_judge": "stages.scoring.judge:LLMJudge",
         "pair_encoder": "stages.scoring.reward_model:PairEncoder",
         "pairrm": "stages.scoring.pairrm:PairRM",

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from data_contracts.errors import ConfigError
 from stages.models.lazy import torch
 from stages.models.policy import pick_device
 from stages.scoring.base import Candidates, Scores
-from stages.scoring.models import ModelScorerConfig, NamedModel, load_strictly, local_directory, read_tensors
-from stages.scoring.reward_model import PointwiseScorer, padded
+from stages.scoring.models import ModelScorerConfig, NamedModel, load_strictly, read_tensors
+from stages.scoring.reward_model import Messages, PointScorer, chat, longest_input, padded
+
+NO_HEADER = -3.0e38
+"""What `forward` gives for a row without an assistant header; `score` makes a reason of it."""
 
 
-def last_occurrence(ids: Sequence[int], pattern: Sequence[int]) -> int | None:
-    """Index of the first id of the last run equal to `pattern`."""
-    width = len(pattern)
-    return next(
-        (start for start in range(len(ids) - width, -1, -1) if list(ids[start : start + width]) == list(pattern)), None
-    )
-
-
-class ArmoRM(PointwiseScorer):
+class ArmoRM(PointScorer):
     class Config(ModelScorerConfig):
         """The released model, in bfloat16."""
 
@@ -37,11 +34,7 @@ class ArmoRM(PointwiseScorer):
         assistant_header: tuple[int, ...] = (128009, 128006, 78191, 128007, 271)
         """Ids of `<|eot_id|><|start_header_id|>assistant<|end_header_id|>` and two line feeds: where the gate reads."""
 
-    @staticmethod
-    def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
-        local_directory(config.model, config.name)
-
-    def open(self, directory: Path) -> None:
+    def load(self, directory: Path) -> None:
         from transformers import AutoTokenizer, LlamaConfig
 
         from stages.scoring.armorm_model import ArmoNetwork
@@ -50,37 +43,39 @@ class ArmoRM(PointwiseScorer):
         needed = ("num_objectives", "gating_temperature", "gating_hidden_dim", "gating_n_hidden")
         if missing := [name for name in needed if name not in settings]:
             raise ConfigError(f"{directory}/config.json has no {missing}: not an ArmoRM model")
-        network = ArmoNetwork(
-            LlamaConfig(**{key: value for key, value in settings.items() if key not in ("auto_map", "architectures")})
-        )
+        settings = {name: value for name, value in settings.items() if name not in ("auto_map", "architectures")}
+        network = ArmoNetwork(LlamaConfig(**settings))
         load_strictly(network, read_tensors(directory), directory)
         self.network = network.to(device=pick_device(self.device), dtype=getattr(torch, self.config.dtype)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        self.longest = self.limit(directory, self.tokenizer.model_max_length)
+        self.longest = longest_input(self.config, directory, self.tokenizer.model_max_length)
 
-    def encode(self, messages: Sequence[dict[str, str]], answer: str) -> list[int]:
-        chat = [
-            *({"role": m["role"], "content": m["content"]} for m in messages),
-            {"role": "assistant", "content": answer},
-        ]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+    def encode(self, messages: Messages, answer: str) -> list[int]:
+        text = self.tokenizer.apply_chat_template(chat(messages, answer), tokenize=False)
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)[-self.longest :]
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
-        scores = super().score(batch)
-        for item in scores:
-            for k, value in enumerate(item.scores):
-                if value == self.NO_HEADER:
-                    item.scores[k], item.reasons[k] = float("nan"), "the answer fills the reward model's context"
-        return scores
-
-    NO_HEADER = -3.0e38
-    """Stands for a row without an assistant header until `score` says so."""
+        return [_with_reasons(scores) for scores in super().score(batch)]
 
     def forward(self, rows: list[list[int]]) -> list[float]:
-        gates = [last_occurrence(row, self.config.assistant_header) for row in rows]
+        headers = [last_occurrence(row, self.config.assistant_header) for row in rows]
         device = next(self.network.parameters()).device
         ids, mask = padded(rows, 0, device)
-        places = torch.tensor([gate or 0 for gate in gates], device=device)
-        values = self.network(ids, mask, places).float().cpu().tolist()
-        return [self.NO_HEADER if gate is None else value for gate, value in zip(gates, values, strict=True)]
+        gates = torch.tensor([header or 0 for header in headers], device=device)
+        points = self.network(ids, mask, gates).float().cpu().tolist()
+        return [NO_HEADER if header is None else value for header, value in zip(headers, points, strict=True)]
+
+
+def _with_reasons(scores: Scores) -> Scores:
+    """The points with NaN, and a reason, for candidates that left no room for the assistant header."""
+    points = np.asarray(scores.scores)
+    absent = points == NO_HEADER
+    reasons = ["the answer fills the reward model's context" if missing else "" for missing in absent]
+    return Scores.of_points(np.where(absent, math.nan, points), reasons)
+
+
+def last_occurrence(ids: Sequence[int], pattern: Sequence[int]) -> int | None:
+    """Index of the first id of the last run equal to `pattern`; None if there is none."""
+    width, wanted = len(pattern), list(pattern)
+    starts = range(len(ids) - width, -1, -1)
+    return next((start for start in starts if list(ids[start : start + width]) == wanted), None)

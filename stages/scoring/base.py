@@ -1,133 +1,176 @@
-"""Stages - what a scorer is. One call per prompt batch; raw scores are kept for ever, preferences are derived from them (pairing.py).
+"""Stages - what a scorer is: a class with one compulsory method, `score`.
+
+A scorer gives points (one number per candidate) or comparisons (one number per ordered pair). The stage keeps these raw scores for ever;
+pairing.py derives preferences from them.
 
 Axes: K candidates of one prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from stages.registry import Named
+from stages.registry import Named, Plugin
+from stages.scoring import SCORERS
+
+T = TypeVar("T")
 
 
 class Candidates(NamedTuple):
-    """One prompt and its candidates, as rows of the contracts say."""
+    """One prompt and its candidates, as rows of the contracts."""
 
     prompt: dict[str, Any]
     """A row of `prompts`."""
     generations: list[dict[str, Any]]
     """Rows of `generations`, by candidate number."""
     start_logps: list[float] | None
-    """Mean log-prob per token of each candidate under the start model; only if the scorer asked for it."""
+    """Mean log-prob per token of each candidate under the start model, in nats; None unless the scorer needs it."""
 
 
 class Scores(NamedTuple):
+    """The raw scores of one prompt's candidates: points or comparisons."""
+
     scores: np.ndarray | None
-    """[K] float64, larger is better; NaN: could not be scored, which is never a number."""
+    """[K] float64, larger is better; NaN: this candidate could not be scored. None for a scorer that compares pairs."""
     preference_logits: np.ndarray | None
-    """[K, K] float64, entry [i, j] > 0: i beats j; diagonal 0. None for a pointwise scorer."""
+    """[K, K] float64, entry [i, j] > 0: i beats j; diagonal 0. None for a scorer that gives points."""
     reasons: list[str]
-    """[K] why a candidate has no score, or what spoilt it; "" for none."""
+    """[K] why a candidate has no score, or what spoilt it; "" if nothing did."""
+
+    @classmethod
+    def of_points(cls, points: Sequence[float] | np.ndarray, reasons: Sequence[str] = ()) -> Scores:
+        """The scores of K candidates, one number each."""
+        return cls(np.asarray(points, dtype=np.float64), None, list(reasons) or [""] * len(points))
+
+    @classmethod
+    def of_comparisons(cls, logits: np.ndarray, reasons: Sequence[str] = ()) -> Scores:
+        """The logits of K x K comparisons, row by row."""
+        return cls(None, logits, list(reasons) or [""] * len(logits))
 
 
-class Surroundings(NamedTuple):
-    """What the stage offers to a scorer that has a method `prepare`."""
+class Services(NamedTuple):
+    """What the stage offers a scorer. The defaults serve a scorer that is used outside of a stage."""
 
-    store_root: Path
-    batch_tokens: int
+    store_root: Path | None = None
+    """Root of the store, where a scorer may keep what can be computed again; None: there is no store."""
+    batch_tokens: int = 4096
     """Padded tokens per forward."""
-    log: Callable[[str], None]
-    """A line for the stage's log."""
+    log: Callable[[str], None] = lambda line: None
+    """Write a line to the stage's log."""
     compared: Callable[[float], None] = lambda count: None
-    """Told by a pair scorer about every few comparisons that are done."""
+    """Report `count` more finished comparisons, for the progress bar."""
     used: Callable[..., None] = lambda model, tokens_in, tokens_out=0, **counts: None
-    """Told about tokens that a model read and wrote; Job.used."""
+    """Account for the tokens that a model read and wrote: Job.used."""
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Around what others do for us: a judge's server."""
+    """A context manager for the time in which somebody else's server works: it does not count as busy."""
 
 
-class Scorer(Protocol):
-    """Optional beside what is below: `TEXT_ONLY = True` says that prompt and completion texts are all it looks at, so that equal completions
-    are scored once; `prepare(surroundings)` is called after the constructor; `metrics() -> {name: number}` is asked after each shard;
-    `compares(config) -> bool`: whether it is a pair scorer, so that progress counts comparisons; `close()` is called when nothing more will be
-    scored.
+class Scorer(Plugin, ABC):
+    """A judge of candidates. A subclass writes `Config` and `score`; everything else has a default.
+
+    The stage asks the class (`compares`, `needs_start_logps`, `check_prompts`) before it makes an instance, and makes one only if a shard
+    is missing: instance(config, device), `prepare`, then `score` and `metrics` once per shard, then `close`.
     """
 
-    Config: type[Named]
+    TEXT_ONLY: ClassVar[bool] = False
+    """True: the scores depend on nothing but the texts of prompt and completion, so equal completions are scored once."""
 
-    def __init__(self, config: Any, device: str): ...
+    def __init__(self, config: Any, device: str):
+        """`config`: an instance of the subclass's own `Config`; `device`: auto, cpu or cuda."""
+        self.config, self.device, self.services = config, device, Services()
 
-    @staticmethod
-    def needs_start_logps(config: Any) -> bool:
+    @classmethod
+    def compares(cls, config: Any) -> bool:
+        """Whether these settings compare candidates pair by pair and give none of them points."""
+        return False
+
+    @classmethod
+    def needs_start_logps(cls, config: Any) -> bool:
         """Whether the stage must supply `Candidates.start_logps`."""
+        return False
 
-    @staticmethod
-    def check_prompts(config: Any, prompts: Sequence[dict[str, Any]]) -> None:
-        """Raises: ConfigError for prompts it cannot score, before anything is sampled."""
+    @classmethod
+    def check_prompts(cls, config: Any, prompts: Sequence[dict[str, Any]]) -> None:
+        """Refuse prompts that cannot be scored, before anything is sampled. Raises: ConfigError."""
+        return None
 
-    def score(self, batch: Sequence[Candidates]) -> list[Scores]: ...
+    def prepare(self, services: Services) -> None:
+        """Take the stage's services; called once, before the first `score`."""
+        self.services = services
+
+    @abstractmethod
+    def score(self, batch: Sequence[Candidates]) -> list[Scores]:
+        """The scores of each prompt's candidates, in order. Load models here, at the first call."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the stage's log since the start, by name."""
+        return {}
+
+    def close(self) -> None:
+        """Give back what the scorer holds (a server, say); called when nothing more will be scored."""
+        return None
+
+
+def scorer_class(config: Named) -> type[Scorer]:
+    """The class of the scorer with these settings. Raises: ConfigError for an unknown name."""
+    return SCORERS.get(config.name)
+
+
+def open_scorer(config: Named, device: str, services: Services) -> Scorer:
+    """The scorer with these settings, ready to score."""
+    scorer = scorer_class(config)(config, device)
+    scorer.prepare(services)
+    return scorer
+
+
+def compares(config: Named) -> bool:
+    """Whether the scorer with these settings compares candidates pair by pair and gives none of them points."""
+    return scorer_class(config).compares(config)
+
+
+def by_prompt(values: Sequence[T], batch: Sequence[Candidates]) -> list[Sequence[T]]:
+    """Cut values, one for each candidate of each prompt in order, into those of each prompt."""
+    ends = list(accumulate(len(item.generations) for item in batch))
+    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def prompt_text(prompt: Mapping[str, Any]) -> str:
-    """A prompt as text for scorers that know no chat template: the message itself, or turns marked as llm-blender marks them."""
+    """A prompt as text for scorers without a chat template: the message itself, or several turns in llm-blender's notation."""
     messages = prompt["messages"]
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role'].upper()}: {message['content']}" for message in messages)
 
 
-def once_each(
-    batch: Sequence[Candidates], key: Callable[[dict[str, Any]], Hashable]
-) -> tuple[list[Candidates], list[list[int]]]:
-    """The batch without repeated candidates, and for each prompt the number that each candidate has there."""
-    small, numbers = [], []
-    for item in batch:
-        seen: dict[Hashable, int] = {}
-        numbers.append([seen.setdefault(key(row), len(seen)) for row in item.generations])
-        firsts = [numbers[-1].index(number) for number in range(len(seen))]
-        logps = None if item.start_logps is None else [item.start_logps[k] for k in firsts]
-        small.append(Candidates(item.prompt, [item.generations[k] for k in firsts], logps))
-    return small, numbers
-
-
-def spread(scores: Scores, numbers: Sequence[int]) -> Scores:
-    """The scores of distinct candidates -> of all: equal ones have equal scores, and tie with each other."""
-    index = np.asarray(numbers, dtype=int)
-    logits = None if scores.preference_logits is None else scores.preference_logits[np.ix_(index, index)]
-    return Scores(None if scores.scores is None else scores.scores[index], logits, [scores.reasons[k] for k in numbers])
-
-
-def score_once(scorer: Any, batch: Sequence[Candidates]) -> tuple[list[Scores], list[int]]:
-    """Score a batch; a scorer of texts is asked once about equal ones. Returns: the scores, and how many candidates it saw of each prompt."""
-    if not getattr(scorer, "TEXT_ONLY", False):
+def score_once(scorer: Scorer, batch: Sequence[Candidates]) -> tuple[list[Scores], list[int]]:
+    """The scores of a batch, and how many candidates of each prompt were scored: a scorer of texts sees equal completions once."""
+    if not scorer.TEXT_ONLY:
         return scorer.score(batch), [len(item.generations) for item in batch]
-    small, numbers = once_each(batch, lambda row: row["completion"])
-    scores = [spread(*item) for item in zip(scorer.score(small), numbers, strict=True)]
-    return scores, [len(item.generations) for item in small]
+    distinct = [_distinct(item) for item in batch]
+    scores = scorer.score([candidates for candidates, _ in distinct])
+    repeated = [_repeat(score, numbers) for score, (_, numbers) in zip(scores, distinct, strict=True)]
+    return repeated, [len(candidates.generations) for candidates, _ in distinct]
 
 
-def prepared(scorer_class: Any, config: Any, device: str, surroundings: Surroundings) -> Any:
-    """The scorer, with what the stage offers if it wants it."""
-    scorer = scorer_class(config, device)
-    if hasattr(scorer, "prepare"):
-        scorer.prepare(surroundings)
-    return scorer
+def _distinct(item: Candidates) -> tuple[Candidates, list[int]]:
+    """The candidates with distinct completions, and for each of the K candidates the number of its completion among them."""
+    seen: dict[str, int] = {}
+    numbers = [seen.setdefault(row["completion"], len(seen)) for row in item.generations]
+    firsts = [numbers.index(number) for number in range(len(seen))]
+    logps = None if item.start_logps is None else [item.start_logps[k] for k in firsts]
+    return Candidates(item.prompt, [item.generations[k] for k in firsts], logps), numbers
 
 
-def compares(config: Named) -> bool:
-    """Whether the scorer of these settings compares candidates pair by pair."""
-    from stages.scoring import SCORERS
-
-    scorer_class = SCORERS.get(config.name)
-    return hasattr(scorer_class, "compares") and scorer_class.compares(config)
-
-
-def close(scorer: Any) -> None:
-    """What a scorer holds (a server, say) is given back."""
-    if hasattr(scorer, "close"):
-        scorer.close()
+def _repeat(scores: Scores, numbers: Sequence[int]) -> Scores:
+    """The scores of all K candidates from those of the distinct ones: equal completions have equal scores and tie with each other."""
+    index = np.asarray(numbers, dtype=int)
+    points = None if scores.scores is None else scores.scores[index]
+    logits = None if scores.preference_logits is None else scores.preference_logits[np.ix_(index, index)]
+    return Scores(points, logits, [scores.reasons[k] for k in numbers])

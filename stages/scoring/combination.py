@@ -11,22 +11,23 @@ from pydantic import Field, model_validator
 from data_contracts.config import Config as BaseConfig
 from stages.registry import Named
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Scores, Surroundings, close, compares, prepared, score_once
+from stages.scoring.base import Candidates, Scorer, Scores, compares, open_scorer, score_once, scorer_class
 
 
 class Part(BaseConfig):
     scorer: Annotated[Named, SCORERS]
     weight: float = 1.0
-    """Factor of its scores, or of its preference logits. 0: it can only veto."""
+    """Factor of its points, or of its preference logits. 0: it can only veto."""
     veto_below: float | None = None
-    """A candidate whose score by this part is lower is unscored by the whole: neither chosen nor rejected. Pointwise parts only."""
+    """The combination leaves a candidate unscored, neither chosen nor rejected, if this part's points for it are lower. Only for parts
+    that give points."""
 
 
-class Combination:
+class Combination(Scorer):
     class Config(Named):
         """Scores are added as they are: give each a weight that brings it to the others' scale.
 
-        Beside a pair scorer, a pointwise score r counts as the logits r_i - r_j.
+        Beside a scorer that compares pairs, points r count as the logits r_i - r_j.
         """
 
         name: Literal["combination"] = "combination"
@@ -39,82 +40,79 @@ class Combination:
             return self
 
     def __init__(self, config: Config, device: str):
-        self.config, self.device = config, device
-        self.surroundings: Surroundings | None = None
-        self.scorers: list[Any] | None = None
+        super().__init__(config, device)
+        self.scorers: list[Scorer] = []
 
-    @staticmethod
-    def needs_start_logps(config: Config) -> bool:
-        return any(SCORERS.get(part.scorer.name).needs_start_logps(part.scorer) for part in config.parts)
-
-    @staticmethod
-    def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
-        for part in config.parts:
-            SCORERS.get(part.scorer.name).check_prompts(part.scorer, prompts)
-
-    def prepare(self, surroundings: Surroundings) -> None:
-        self.surroundings = surroundings
-
-    def score(self, batch: Sequence[Candidates]) -> list[Scores]:
-        if self.scorers is None:
-            self.scorers = [self._open(part.scorer) for part in self.config.parts]
-        found = [score_once(scorer, batch)[0] for scorer in self.scorers]
-        return [combine(self.config.parts, scores) for scores in zip(*found, strict=True)]
-
-    def _open(self, config: Named) -> Any:
-        scorer_class = SCORERS.get(config.name)
-        return (
-            prepared(scorer_class, config, self.device, self.surroundings)
-            if self.surroundings
-            else scorer_class(config, self.device)
-        )
-
-    @staticmethod
-    def compares(config: Config) -> bool:
+    @classmethod
+    def compares(cls, config: Config) -> bool:
         return any(compares(part.scorer) for part in config.parts)
 
-    def close(self) -> None:
-        for scorer in self.scorers or []:
-            close(scorer)
+    @classmethod
+    def needs_start_logps(cls, config: Config) -> bool:
+        return any(scorer_class(part.scorer).needs_start_logps(part.scorer) for part in config.parts)
+
+    @classmethod
+    def check_prompts(cls, config: Config, prompts: Sequence[dict[str, Any]]) -> None:
+        for part in config.parts:
+            scorer_class(part.scorer).check_prompts(part.scorer, prompts)
+
+    def score(self, batch: Sequence[Candidates]) -> list[Scores]:
+        if not self.scorers:
+            self.scorers = [open_scorer(part.scorer, self.device, self.services) for part in self.config.parts]
+        by_part = [score_once(scorer, batch)[0] for scorer in self.scorers]
+        return [combine(self.config.parts, scores) for scores in zip(*by_part, strict=True)]
 
     def metrics(self) -> dict[str, float]:
         return {
-            f"{scorer.config.name}/{name}": value
-            for scorer in self.scorers or []
-            if hasattr(scorer, "metrics")
-            for name, value in scorer.metrics().items()
+            f"{scorer.config.name}/{name}": value for scorer in self.scorers for name, value in scorer.metrics().items()
         }
+
+    def close(self) -> None:
+        for scorer in self.scorers:
+            scorer.close()
 
 
 def combine(parts: Sequence[Part], scores: Sequence[Scores]) -> Scores:
-    """sum_p w_p r_p, or sum_p w_p s_p where a part is a pair scorer. What one part could not score, the whole cannot."""
+    """sum_p w_p r_p, or sum_p w_p L_p if a part compares pairs: one prompt's scores by each part -> the whole's.
+
+    A candidate that a part with a weight could not score is NaN in the sum, so it is unscored.
+    """
     count = len(scores[0].reasons)
-    is_pairwise = any(item.preference_logits is not None for item in scores)
-    total = np.zeros((count, count) if is_pairwise else count)
+    compared = any(score.preference_logits is not None for score in scores)
+    total = np.zeros((count, count) if compared else count)
     reasons = [""] * count
     vetoed = np.zeros(count, dtype=bool)
-    for part, item in zip(parts, scores, strict=True):
-        told = part.scorer.name
-        if part.veto_below is not None and item.scores is not None:
-            with np.errstate(invalid="ignore"):
-                low = item.scores < part.veto_below
-            vetoed |= low
-            reasons = [reason or (f"vetoed by {told}" if low[k] else "") for k, reason in enumerate(reasons)]
-        reasons = [
-            reason or (f"{told}: {item.reasons[k]}" if item.reasons[k] else "") for k, reason in enumerate(reasons)
-        ]
-        if part.weight == 0:
-            continue
-        if not is_pairwise:
-            total += part.weight * item.scores
-        elif item.preference_logits is not None:
-            total += part.weight * item.preference_logits
-        else:
-            difference = part.weight * (item.scores[:, None] - item.scores[None, :])
-            total += difference
-    if not is_pairwise:
+    for part, score in zip(parts, scores, strict=True):
+        name, low = part.scorer.name, _below(score, part.veto_below)
+        vetoed |= low
+        for k in range(count):
+            if low[k]:
+                reasons[k] = reasons[k] or f"vetoed by {name}"
+            if score.reasons[k]:
+                reasons[k] = reasons[k] or f"{name}: {score.reasons[k]}"
+        if part.weight != 0:
+            total += part.weight * _addend(score, compared)
+    if not compared:
         total[vetoed] = np.nan
-        return Scores(total, None, reasons)
+        return Scores.of_points(total, reasons)
     total[vetoed, :] = total[:, vetoed] = np.nan
     np.fill_diagonal(total, 0.0)
-    return Scores(None, total, reasons)
+    return Scores.of_comparisons(total, reasons)
+
+
+def _below(score: Scores, limit: float | None) -> np.ndarray:
+    """Which candidates have fewer points than the limit. [K] bool."""
+    if limit is None or score.scores is None:
+        return np.zeros(len(score.reasons), dtype=bool)
+    with np.errstate(invalid="ignore"):
+        return score.scores < limit
+
+
+def _addend(score: Scores, compared: bool) -> np.ndarray:
+    """What a part adds: its points [K], or logits [K, K], for which points r count as r_i - r_j."""
+    if score.preference_logits is not None:
+        return score.preference_logits
+    assert score.scores is not None, "a scorer gives points or comparisons"
+    if not compared:
+        return score.scores
+    return score.scores[:, None] - score.scores[None, :]

@@ -1,11 +1,13 @@
-r"""Stages - the `llm_judge` scorer: a language model behind an OpenAI-compatible endpoint says how good candidates are.
+r"""Stages - the `llm_judge` scorer: a language model behind an OpenAI-compatible endpoint judges candidates.
 
     rubric     additive: a point for each of five properties, `Score: x`, the mean of `samples` (Yuan et al. 2024, arXiv:2401.10020)
     pairwise   which of two is better, both orders; L_ij = +v, -v or 0 for [[A]], [[B]], [[C]] with i shown as A
     logprob    the same question answered by one token; L_ij = log p(A) - log p(B) (as AlpacaEval 2 weighs its verdicts)
 
-A reply that cannot be read, is out of range, or never came is no number: the candidate (or the comparison) is unscored, with the reason.
-The wording of the prompts is ours.
+A reply that cannot be read, is out of range, or never came gives no number: the candidate (or the comparison) is unscored, with the
+reason. The wording of the prompts is ours.
+
+Axes: K candidates of one prompt.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from data_contracts.errors import TransientError
 from data_contracts.identity import canonical_json, digest_text
 from stages.models.policy import pick_device
 from stages.registry import Named
-from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
-from stages.scoring.endpoint import Endpoint, EndpointRuntime, Reply
+from stages.scoring.base import Candidates, Scorer, Scores, Services, prompt_text
+from stages.scoring.endpoint import UNREACHABLE, Endpoint, EndpointRuntime, Reply
 from stages.scoring.models import NamedModel, local_directory, locate
 from stages.scoring.served import Served, ServerRuntime
 
@@ -72,8 +75,11 @@ LETTER = "Reply with one letter only, A or B, and nothing else: the better answe
 _SCORE = re.compile(r"score[*_`\s]*:[*_`\s]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 
+Judgement = float | str
+"""What a reply says: a number, or the reason why there is none."""
 
-class LLMJudge:
+
+class LLMJudge(Scorer):
     TEXT_ONLY = True
 
     class Config(Named):
@@ -83,10 +89,10 @@ class LLMJudge:
 
         name: Literal["llm_judge"] = "llm_judge"
         model: str
-        """The judge's name at the endpoint. With `mode` and prompts it is what a score depends on; the address is not."""
+        """The judge's name at the endpoint. A score depends on it, on `mode` and on the prompts; it does not depend on the address."""
         mode: Literal["rubric", "pairwise", "logprob"] = "rubric"
         samples: int = Field(1, ge=1, le=64)
-        """Judgements per candidate or comparison; the ones that can be read are averaged. More than 1 needs a temperature."""
+        """Judgements per candidate or comparison; the readable ones are averaged. More than 1 needs a temperature."""
         temperature: float = Field(0.0, ge=0)
         max_tokens: int = Field(512, ge=1)
         """Of a reply; `logprob` takes 1."""
@@ -97,50 +103,43 @@ class LLMJudge:
         extra: dict[str, Any] = Field(default_factory=dict)
         """More fields of the request, e.g. {chat_template_kwargs: {enable_thinking: false}}."""
         serve: NamedModel | None = None
-        """The judge's own weights: the stage runs `vllm serve` of them for as long as it lasts, and base_url is not asked. `model` is then
-        only a label. None: somebody else serves it."""
+        """The judge's own weights: the stage runs `vllm serve` of them while it needs the judge, and base_url is not asked. `model` is
+        then only a label. None: an endpoint that is already there."""
         server: ServerRuntime = ServerRuntime()
-        """How it is served then."""
+        """How `serve` is served."""
         runtime: EndpointRuntime = EndpointRuntime()
 
         @field_validator("prompt")
         @classmethod
-        def _has_places(cls, value: str | None, info: Any) -> str | None:
-            wanted = (
-                ("{prompt}", "{response}") if info.data.get("mode") == "rubric" else ("{prompt}", "{first}", "{second}")
-            )
-            if value is not None and (missing := [place for place in wanted if place not in value]):
+        def _has_placeholders(cls, value: str | None, info: ValidationInfo) -> str | None:
+            needed = ("{prompt}", "{first}", "{second}")
+            if info.data.get("mode") == "rubric":
+                needed = ("{prompt}", "{response}")
+            if value is not None and (missing := [name for name in needed if name not in value]):
                 raise ValueError(f"the judge's prompt has no place for {' and '.join(missing)}")
             return value
 
     def __init__(self, config: Config, device: str):
-        self.config, self.device, self.reasons = config, device, Counter()
-        # Judgements are kept by the judge's name, so that of weights of one's own says which weights.
-        self.name = (
-            config.model
-            if config.serve is None
-            else f"{config.model}@{digest_text(canonical_json(config.serve.identity()))[:12]}"
-        )
+        super().__init__(config, device)
+        self.reasons: Counter[str] = Counter()
+        self.name = config.model
+        if config.serve is not None:
+            # Judgements are cached by the judge's name: a name for weights of one's own must say which weights.
+            self.name += f"@{digest_text(canonical_json(config.serve.identity()))[:12]}"
         self.endpoint = Endpoint(config.runtime, None, self._server())
-        self.compared: Any = lambda count: None
-        self.surroundings: Surroundings | None = None
 
-    @staticmethod
-    def needs_start_logps(config: Config) -> bool:
-        return False
-
-    @staticmethod
-    def compares(config: Config) -> bool:
+    @classmethod
+    def compares(cls, config: Config) -> bool:
         return config.mode != "rubric"
 
-    @staticmethod
-    def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
+    @classmethod
+    def check_prompts(cls, config: Config, prompts: Sequence[dict[str, Any]]) -> None:
         if config.serve is not None:
             local_directory(config.serve, config.name)
 
-    def prepare(self, surroundings: Surroundings) -> None:
-        self.endpoint = Endpoint(self.config.runtime, surroundings.store_root, self._server())
-        self.compared, self.surroundings = surroundings.compared, surroundings
+    def prepare(self, services: Services) -> None:
+        super().prepare(services)
+        self.endpoint = Endpoint(self.config.runtime, services.store_root, self._server())
 
     def _server(self) -> Served | None:
         config = self.config
@@ -153,50 +152,49 @@ class LLMJudge:
             self.endpoint.server.close()
 
     def metrics(self) -> dict[str, float]:
-        """Since the start: requests asked, found in the cache and failed; replies that could not be used, by reason."""
+        """Counts since the start: requests asked, found in the cache and failed; unusable replies, by reason."""
         counts = {f"judge/{name}": float(self.endpoint.counts[name]) for name in ("asked", "cached", "failed")}
         return counts | {f"judge/{reason}": float(count) for reason, count in self.reasons.items()}
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
-        texts = [[row["completion"] for row in item.generations] for item in batch]
+        answers = [[row["completion"] for row in item.generations] for item in batch]
         questions = [
-            self._questions(prompt_text(item.prompt), answers) for item, answers in zip(batch, texts, strict=True)
+            self._questions(prompt_text(item.prompt), texts) for item, texts in zip(batch, answers, strict=True)
         ]
-        flat = [
-            self._request(text, sample) for one in questions for text in one for sample in range(self.config.samples)
+        samples = self.config.samples
+        requests = [
+            self._request(question, sample) for group in questions for question in group for sample in range(samples)
         ]
-        replies = self._ask(flat)
-        if flat and all(reply.failure == "judge cannot be reached" for reply in replies):
+        replies = self._ask(requests)
+        if replies and all(reply.failure == UNREACHABLE for reply in replies):
             raise TransientError(
                 f"nobody answers at {self.endpoint.url}: start the judge, e.g. `vllm serve {self.config.model}`, or set runtime.base_url"
             )
-        found = iter(
-            [self._mean([self._read(reply) for reply in group]) for group in _grouped(replies, self.config.samples)]
-        )
+        judgements = [self._read(reply) for reply in replies]
+        means = iter([self._mean(judgements[start : start + samples]) for start in range(0, len(judgements), samples)])
         return [
-            self._scores(len(answers), [next(found) for _ in one])
-            for answers, one in zip(texts, questions, strict=True)
+            self._scores(len(texts), list(islice(means, len(group))))
+            for texts, group in zip(answers, questions, strict=True)
         ]
 
     def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
-        """Their replies; the stage learns of the tokens, and that it waited for somebody else's server."""
+        """The replies in order; accounts for tokens and, with somebody else's server, for the time of waiting."""
         before = Counter(self.endpoint.counts)
-        told = self.surroundings
-        with told.waiting() if told is not None and self.config.serve is None else nullcontext():
-            replies = self.endpoint.ask(requests, lambda count: self.compared(count / self.config.samples))
-        if told is not None:
-            spent = self.endpoint.counts - before
-            told.used(
-                self.endpoint.server.model if self.endpoint.server else "",
-                spent["prompt_tokens"],
-                spent["completion_tokens"],
-            )
+        waiting = self.services.waiting() if self.config.serve is None else nullcontext()
+        with waiting:
+            replies = self.endpoint.ask(requests, lambda count: self.services.compared(count / self.config.samples))
+        spent = self.endpoint.counts - before
+        model = self.endpoint.server.model if self.endpoint.server else ""
+        self.services.used(model, spent["prompt_tokens"], spent["completion_tokens"])
         return replies
 
     def _questions(self, prompt: str, answers: Sequence[str]) -> list[str]:
+        """The judge's prompts for one prompt's answers: one per answer, or one per ordered pair."""
+        wording = self.config.prompt
         if self.config.mode == "rubric":
-            return [_fill(self.config.prompt or RUBRIC, prompt=prompt, response=answer) for answer in answers]
-        wording = self.config.prompt or PAIRWISE + (VERDICT if self.config.mode == "pairwise" else LETTER)
+            return [_fill(wording or RUBRIC, prompt=prompt, response=answer) for answer in answers]
+        if wording is None:
+            wording = PAIRWISE + (VERDICT if self.config.mode == "pairwise" else LETTER)
         return [
             _fill(wording, prompt=prompt, first=first, second=second)
             for i, first in enumerate(answers)
@@ -204,11 +202,11 @@ class LLMJudge:
             if i != j
         ]
 
-    def _request(self, text: str, sample: int) -> dict[str, Any]:
+    def _request(self, question: str, sample: int) -> dict[str, Any]:
         config = self.config
         request = {
             "model": self.name,
-            "messages": [{"role": "user", "content": text}],
+            "messages": [{"role": "user", "content": question}],
             "temperature": config.temperature,
             "max_tokens": config.max_tokens,
             "sample": sample,
@@ -219,56 +217,60 @@ class LLMJudge:
             request |= {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         return request | config.extra
 
-    def _read(self, reply: Reply) -> float | str:
-        """A number, or the reason why there is none."""
+    def _read(self, reply: Reply) -> Judgement:
         if reply.failure:
             return reply.failure
-        return {"rubric": read_score, "pairwise": self._verdict, "logprob": read_letter}[self.config.mode](reply)
-
-    def _verdict(self, reply: Reply) -> float | str:
-        found = _VERDICT.findall(reply.text)
-        return (
-            {"A": 1.0, "B": -1.0, "C": 0.0}[found[-1]] * self.config.verdict_logit if found else "judge gave no verdict"
-        )
-
-    def _mean(self, values: list[float | str]) -> float | str:
-        self.reasons.update(value for value in values if isinstance(value, str))
-        numbers = [value for value in values if not isinstance(value, str)]
-        return float(np.mean(numbers)) if numbers else next(value for value in values if isinstance(value, str))
-
-    def _scores(self, count: int, values: list[float | str]) -> Scores:
-        numbers = np.array([math.nan if isinstance(value, str) else value for value in values])
-        reasons = [value if isinstance(value, str) else "" for value in values]
         if self.config.mode == "rubric":
-            return Scores(numbers, None, reasons)
-        off = ~np.eye(count, dtype=bool)
-        logits, told = np.zeros((count, count)), np.full((count, count), "", dtype=object)
-        logits[off], told[off] = numbers, reasons
-        # Of a candidate: what spoilt the first comparison it was in.
-        first = [next((text for text in (*told[k], *told[:, k]) if text), "") for k in range(count)]
-        return Scores(None, logits, first)
+            return read_score(reply)
+        if self.config.mode == "logprob":
+            return read_letter(reply)
+        return read_verdict(reply, self.config.verdict_logit)
+
+    def _mean(self, judgements: Sequence[Judgement]) -> Judgement:
+        """The mean of the numbers, or the first reason if there is none."""
+        reasons = [value for value in judgements if isinstance(value, str)]
+        numbers = [value for value in judgements if not isinstance(value, str)]
+        self.reasons.update(reasons)
+        return float(np.mean(numbers)) if numbers else reasons[0]
+
+    def _scores(self, count: int, judgements: Sequence[Judgement]) -> Scores:
+        """The scores of one prompt's candidates from the judgements of its questions."""
+        numbers = np.array([math.nan if isinstance(value, str) else value for value in judgements])
+        reasons = [value if isinstance(value, str) else "" for value in judgements]
+        if self.config.mode == "rubric":
+            return Scores.of_points(numbers, reasons)
+        off_diagonal = ~np.eye(count, dtype=bool)
+        logits, causes = np.zeros((count, count)), np.full((count, count), "", dtype=object)
+        logits[off_diagonal], causes[off_diagonal] = numbers, reasons
+        # For each candidate: what spoilt the first comparison that it was in.
+        first = [next((cause for cause in (*causes[k], *causes[:, k]) if cause), "") for k in range(count)]
+        return Scores.of_comparisons(logits, first)
 
 
 def _fill(wording: str, **values: str) -> str:
-    """Every place in one pass: braces inside a text are text."""
+    """The wording with every placeholder replaced, in one pass: braces inside a value stay."""
     return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match.group(1)], wording)
 
 
-def _grouped(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def read_score(reply: Reply) -> float | str:
-    """The last `Score: x`, if x is in [0, 5]."""
-    found = _SCORE.findall(reply.text)
-    if not found:
+def read_score(reply: Reply) -> Judgement:
+    """The last `Score: x` of a reply, if x is in [0, 5]."""
+    scores = _SCORE.findall(reply.text)
+    if not scores:
         return "judge gave no score"
-    value = float(found[-1])
+    value = float(scores[-1])
     return value if 0 <= value <= 5 else "judge's score is out of range"
 
 
-def read_letter(reply: Reply) -> float | str:
-    """log p(A) - log p(B) of the one token, over all its spellings. A letter beyond the listed ones counts as the last of them."""
+def read_verdict(reply: Reply, logit: float) -> Judgement:
+    """+logit, -logit or 0 for the last [[A]], [[B]] or [[C]] of a reply."""
+    verdicts = _VERDICT.findall(reply.text)
+    if not verdicts:
+        return "judge gave no verdict"
+    return {"A": 1.0, "B": -1.0, "C": 0.0}[verdicts[-1]] * logit
+
+
+def read_letter(reply: Reply) -> Judgement:
+    """log p(A) - log p(B) of the one token, over all spellings. A letter that is not listed counts as the least likely listed token."""
     try:
         listed = reply.body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         logps = {

@@ -4,96 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from data_contracts.checkpoint import ModelRef, external_model
-from data_contracts.errors import ConfigError, TransientError
-from data_contracts.store import Store
+from data_contracts.checkpoint import ModelRef, model_content
+from data_contracts.errors import ConfigError
+from stages.models.hub import model_directory
 from stages.registry import Named
+from stages.scoring.base import Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class NamedModel(ModelRef):
-    """A scorer's model. In an artifact's key a local directory counts by the content of its files, a hub model by id and revision."""
+    """A scorer's model. In a key a local directory counts by the content of its files, a hub model by id and revision."""
 
     def identity(self) -> dict[str, Any]:
         if self.path is None or not Path(self.path).expanduser().is_dir():
             return super().identity()
-        store = Store()
-        return {
-            "content": external_model(
-                Path(self.path).expanduser(), store.root / "digests" if store.root.is_dir() else None
-            ).content
-        }
+        return {"content": model_content(Path(self.path).expanduser())}
 
 
 class ModelScorerConfig(Named):
-    """What every scorer with weights of its own says."""
+    """Settings of every scorer with weights of its own."""
 
     model: NamedModel
     dtype: Dtype = "float32"
-    """Arithmetic of its passes; float32 is slower, and the same on every machine to the last bits but one."""
+    """Arithmetic of its passes; float32 is slower, and the same on every machine up to the last bits."""
 
 
 def local_directory(model: ModelRef, scorer: str) -> Path | None:
-    """The directory of a model named by path, None for one on the hub. Needs no network. Raises: ConfigError if it is not there."""
+    """The directory of a model named by path, None for one on the hub. Needs no network. Raises: ConfigError if it is no model."""
     if model.path is None:
         return None
     directory = Path(model.path).expanduser()
     if not (directory / "config.json").is_file():
         raise ConfigError(
-            f"the scorer {scorer} wants a model in {directory}, which has no config.json. Give `model: {{path: ...}}` or `hub_id:`"
+            f"the scorer {scorer} needs a model in {directory}, which has no config.json: "
+            "give `model: {path: ...}` of a Hugging Face directory, or `hub_id:`"
         )
     return directory
 
 
 def locate(model: ModelRef, scorer: str) -> Path:
     """The model's directory; a hub model is fetched into the hub's own cache. Raises: ConfigError, TransientError."""
-    if (directory := local_directory(model, scorer)) is not None:
-        return directory
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(model.hub_id, revision=model.revision, allow_patterns=wanted))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ConfigError(
-            f"the hub has no model {model.hub_id} at {model.revision or 'main'}: {str(error).splitlines()[0]}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise TransientError(
-            f"the model {model.hub_id} of the scorer {scorer} could not be fetched and is not in the local cache: {str(error).splitlines()[0]}"
-        ) from None
+    return local_directory(model, scorer) or model_directory(model)
 
 
-class ModelScorer:
-    """Base of scorers by one model, `config.model`, that need nothing of the start model: refused early if it is a directory that is not there."""
+class ModelScorer(Scorer):
+    """Base of scorers by one model, `config.model`: a directory that is not there is refused before anything is sampled."""
 
-    @staticmethod
-    def needs_start_logps(config: Any) -> bool:
-        return False
-
-    @staticmethod
-    def check_prompts(config: Any, prompts: Sequence[dict[str, Any]]) -> None:
+    @classmethod
+    def check_prompts(cls, config: ModelScorerConfig, prompts: Sequence[dict[str, Any]]) -> None:
         local_directory(config.model, config.name)
 
 
-class PairScorer(ModelScorer):
-    """Of those that compare candidates by twos."""
-
-    @staticmethod
-    def compares(config: Any) -> bool:
-        return True
-
-
-def read_tensors(directory: Path) -> dict[str, Any]:
-    """Every tensor of a checkpoint, without the position buffers that old versions saved. Raises: ConfigError if there is none."""
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint but the position buffers that old versions saved. Raises: ConfigError if there is none."""
     from safetensors.torch import load_file
 
     files = sorted(directory.glob("*.safetensors"))
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     for path in files:
         try:
             tensors |= load_file(path)
@@ -108,26 +81,25 @@ def read_tensors(directory: Path) -> dict[str, Any]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
 
 
-def load_strictly(network: Any, tensors: Mapping[str, Any], directory: Path) -> None:
-    """Every tensor of the network comes from the checkpoint, and every tensor of the checkpoint goes into the network.
+def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Fill the network: all of its tensors come from the checkpoint, and all tensors of the checkpoint go into it.
 
-    Raises: ConfigError naming the first that are missing, unknown or of another shape; a scorer with random parts says nothing.
+    Raises: ConfigError naming the first that are missing, unknown or of another shape: a scorer with random parts gives random scores.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    common = [name for name in expected if name in given]
     problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unknown": sorted(found.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - given.keys()),
+        "unknown": sorted(given.keys() - expected.keys()),
         "of another shape": [
-            f"{name} {found[name]}, not {wanted[name]}"
-            for name in wanted
-            if name in found and found[name] != wanted[name]
+            f"{name} {given[name]}, not {expected[name]}" for name in common if given[name] != expected[name]
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{len(names)} {what}, e.g. {names[:3]}" for what, names in problems.items() if names)
+        summary = "; ".join(f"{len(names)} {problem}, e.g. {names[:3]}" for problem, names in problems.items() if names)
         raise ConfigError(
-            f"the checkpoint {directory} does not fit this network: {told}. It is another model, or damaged"
+            f"the checkpoint {directory} does not fit this network: {summary}. It is another model, or damaged"
         )
     network.load_state_dict(dict(tensors), strict=True)
 

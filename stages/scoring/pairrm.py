@@ -1,28 +1,48 @@
-"""Stages - the `pairrm` scorer: every ordered pair of a prompt's candidates, compared by PairRM; raw logits, both orders.
+"""Stages - the `pairrm` scorer: PairRM compares every ordered pair of a prompt's candidates; raw logits, both orders.
 
-Deviations from llm-blender 0.0.2, whose logits it gives (docs/scoring.md has the figures): (1) a candidate's share of the tokens follows
-from its own prompt, as with batch_size=1, so the batch changes nothing; (2) a text that spells out a marker or control token is
-blanked there; (3) a lone pair of identical texts is never compared: it is a tie.
+The logits are those of llm-blender 0.0.2 (docs/scoring.md has the figures), with three deviations: (1) the tokens left to a candidate
+follow from its own prompt, as with batch_size=1, so the batch changes nothing; (2) a text that spells out a marker or control token is
+blanked there; (3) identical completions are never compared: they tie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from stages.models.hub import model_directory
 from stages.models.policy import batches_by_budget, pick_device, pin_threads
-from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
-from stages.scoring.models import ModelScorerConfig, NamedModel, PairScorer, locate
+from stages.scoring.base import Candidates, Scores, prompt_text
+from stages.scoring.models import ModelScorer, ModelScorerConfig, NamedModel, locate
+
+if TYPE_CHECKING:
+    from stages.scoring.pairrm_model import PairRanker
 
 CPU_TOKENS, CPU_CELLS = 1024, 2**17
-"""Of a batch on a CPU: what its cache holds. A long row by itself is the fastest; of short ones, enough to hide the calls, and no more:
-larger batches hold more padding."""
+"""Limits of a batch on a CPU: what its cache holds. A long row by itself is the fastest; short ones run together to hide the cost of
+the calls, and no more of them, since larger batches hold more padding."""
 
 
-class PairRM(PairScorer):
+class Pair(NamedTuple):
+    """One comparison: texts as token ids, and where its logit belongs."""
+
+    source: list[int]
+    first: list[int]
+    second: list[int]
+    item: int
+    """Number of the prompt in the batch."""
+    i: int
+    j: int
+
+    @property
+    def length(self) -> int:
+        return len(self.source) + len(self.first) + len(self.second)
+
+
+class PairRM(ModelScorer):
     TEXT_ONLY = True
 
     class Config(ModelScorerConfig):
@@ -35,56 +55,52 @@ class PairRM(PairScorer):
         """Where the tokenizer lies, if not beside the weights: microsoft/deberta-v3-large for `llm-blender/PairRM`."""
 
     def __init__(self, config: Config, device: str):
-        self.config, self.device, self.batch_tokens = config, device, 4096
-        self.ranker: Any = None
-        self.compared: Any = lambda count: None
-        self.used: Any = lambda model, tokens_in: None
-        self.directory: Path | str = ""
+        super().__init__(config, device)
+        self.ranker: PairRanker | None = None
+        self.directory: Path | None = None
+        """The model's, once it is loaded."""
 
-    def prepare(self, surroundings: Surroundings) -> None:
-        self.batch_tokens, self.compared, self.used = (
-            surroundings.batch_tokens,
-            surroundings.compared,
-            surroundings.used,
-        )
+    @classmethod
+    def compares(cls, config: Config) -> bool:
+        return True
 
-    def load(self) -> Any:
+    def load(self) -> PairRanker:
+        """The network with its tokenizer; loaded at the first call."""
         if self.ranker is None:
             from stages.scoring.pairrm_model import load_ranker
 
             pin_threads(None)
             config = self.config
-            self.directory = directory = locate(config.model, config.name)
-            tokenizer = None if config.tokenizer is None else _tokenizer_directory(config.tokenizer)
-            self.ranker = load_ranker(directory, tokenizer, config.dtype, pick_device(self.device))
+            self.directory = locate(config.model, config.name)
+            tokenizer = None if config.tokenizer is None else model_directory(config.tokenizer)
+            self.ranker = load_ranker(self.directory, tokenizer, config.dtype, pick_device(self.device))
         return self.ranker
-
-    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        if pick_device(self.device) == "cpu":
-            return batches_by_budget(lengths, min(self.batch_tokens, CPU_TOKENS), CPU_CELLS)
-        return batches_by_budget(lengths, self.batch_tokens)
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         ranker = self.load()
         matrices = [np.zeros((len(item.generations), len(item.generations))) for item in batch]
-        pairs, places = [], []
-        for number, item in enumerate(batch):
-            source = ranker.tokenizer.source(prompt_text(item.prompt))
-            texts = [ranker.tokenizer.candidate(row["completion"], len(source)) for row in item.generations]
-            for i, first in enumerate(texts):
-                for j, second in enumerate(texts):
-                    if i != j:
-                        pairs.append((source, first, second))
-                        places.append((number, i, j))
-        lengths = [sum(map(len, pair)) for pair in pairs]
-        for rows in self.batches(lengths):
-            for row, logit in zip(rows, ranker.logits([pairs[row] for row in rows]), strict=True):
-                number, i, j = places[row]
-                matrices[number][i, j] = logit
-            self.compared(len(rows))
-        self.used(self.directory, sum(lengths))
-        return [Scores(None, matrix, [""] * len(matrix)) for matrix in matrices]
+        pairs = [pair for number, item in enumerate(batch) for pair in self._pairs(ranker, number, item)]
+        for numbers in self._batches([pair.length for pair in pairs]):
+            compared = [pairs[number] for number in numbers]
+            logits = ranker.logits([(pair.source, pair.first, pair.second) for pair in compared])
+            for pair, logit in zip(compared, logits, strict=True):
+                matrices[pair.item][pair.i, pair.j] = logit
+            self.services.compared(len(compared))
+        self.services.used(self.directory, sum(pair.length for pair in pairs))
+        return [Scores.of_comparisons(matrix) for matrix in matrices]
 
+    def _pairs(self, ranker: PairRanker, number: int, item: Candidates) -> Iterator[Pair]:
+        """Every ordered pair of a prompt's candidates."""
+        source = ranker.tokenizer.source(prompt_text(item.prompt))
+        texts = [ranker.tokenizer.candidate(row["completion"], len(source)) for row in item.generations]
+        for i, first in enumerate(texts):
+            for j, second in enumerate(texts):
+                if i != j:
+                    yield Pair(source, first, second, number, i, j)
 
-def _tokenizer_directory(model: NamedModel) -> Any:
-    return Path(model.path).expanduser() if model.path is not None else locate(model, "pairrm")
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of the rows of each forward."""
+        budget = self.services.batch_tokens
+        if pick_device(self.device) == "cpu":
+            return batches_by_budget(lengths, min(budget, CPU_TOKENS), CPU_CELLS)
+        return batches_by_budget(lengths, budget)

@@ -1,14 +1,17 @@
-"""Stages - pointwise scorers with one forward per candidate: chat reward models (`reward_model`) and prompt-answer encoders (`pair_encoder`).
+"""Stages - scorers with one forward per candidate: chat reward models (`reward_model`) and prompt-answer encoders (`pair_encoder`).
 
 A text that is too long loses the beginning of its prompt, never the end of its answer: that is what is being judged.
+
+Axes: N rows, L padded tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -17,9 +20,16 @@ from data_contracts.errors import ConfigError, ContractError
 from stages.models.lazy import torch
 from stages.models.policy import batches_by_budget, pick_device, pin_threads
 from stages.models.tokens import context_length
-from stages.scoring.base import Candidates, Scores, Surroundings, prompt_text
-from stages.scoring.models import ModelScorerConfig, local_directory, locate, refuse_remote_code
+from stages.scoring.base import Candidates, Scores, by_prompt, prompt_text
+from stages.scoring.models import ModelScorer, ModelScorerConfig, local_directory, locate, refuse_remote_code
 from stages.scoring.pairrm_tokens import Limits, blank, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Messages = Sequence[Mapping[str, str]]
+UNLIMITED = 1_000_000
+"""Tokenizers without a limit of their own say an astronomic number."""
 
 
 class ClassifierConfig(ModelScorerConfig):
@@ -31,81 +41,71 @@ class ClassifierConfig(ModelScorerConfig):
     """Run Python code that the model brings along. Read it first."""
 
 
-class PointwiseScorer:
-    """Loading, batching and bookkeeping; a subclass says how texts become ids and what the network makes of them."""
+class PointScorer(ModelScorer):
+    """Base of scorers by one network: it loads, batches and accounts; a subclass turns texts into ids and ids into numbers."""
 
     TEXT_ONLY = True
 
     def __init__(self, config: Any, device: str):
-        self.config, self.device, self.batch_tokens = config, device, 4096
-        self.used: Any = lambda model, tokens_in: None
-        self.directory: Path | str = ""
-        self.network: Any = None
+        super().__init__(config, device)
+        self.directory: Path | None = None
+        """The model's, once it is loaded."""
 
-    @staticmethod
-    def needs_start_logps(config: Any) -> bool:
-        return False
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Load the network and whatever `encode` needs."""
 
-    @staticmethod
-    def check_prompts(config: Any, prompts: Sequence[dict[str, Any]]) -> None:
-        if (directory := local_directory(config.model, config.name)) is not None:
-            refuse_remote_code(
-                json.loads((directory / "config.json").read_text()),
-                directory,
-                getattr(config, "trust_remote_code", False),
-            )
+    @abstractmethod
+    def encode(self, messages: Messages, answer: str) -> list[int]:
+        """The ids of one prompt with one answer."""
 
-    def prepare(self, surroundings: Surroundings) -> None:
-        self.batch_tokens, self.used = surroundings.batch_tokens, surroundings.used
-
-    def open(self, directory: Path) -> None:
-        """Set `network` and whatever `encode` needs."""
-        raise NotImplementedError
-
-    def encode(self, messages: Sequence[dict[str, str]], answer: str) -> list[int]:
-        raise NotImplementedError
-
+    @abstractmethod
     def forward(self, rows: list[list[int]]) -> list[float]:
-        raise NotImplementedError
+        """The score of each row of ids, in order."""
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
-        if self.network is None:
+        if self.directory is None:
             pin_threads(None)
-            self.directory = locate(self.config.model, self.config.name)
-            self.open(self.directory)
-        encoded = [
-            self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations
-        ]
-        values = np.full(len(encoded), np.nan)
+            directory = locate(self.config.model, self.config.name)
+            self.load(directory)
+            self.directory = directory
+        rows = [self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations]
+        points = np.full(len(rows), np.nan)
         with torch.inference_mode():
-            for rows in batches_by_budget([len(ids) for ids in encoded], self.batch_tokens):
-                values[rows] = self.forward([encoded[row] for row in rows])
-        self.used(self.directory, sum(map(len, encoded)))
-        if not np.isfinite(values).all():
+            for numbers in batches_by_budget([len(ids) for ids in rows], self.services.batch_tokens):
+                points[numbers] = self.forward([rows[number] for number in numbers])
+        self.services.used(self.directory, sum(map(len, rows)))
+        if not np.isfinite(points).all():
             raise ContractError(
                 f"the scorer {self.config.name} gives NaN or infinity: its weights are damaged, or {self.config.dtype} is too narrow"
             )
-        results, start = [], 0
-        for item in batch:
-            results.append(Scores(values[start : start + len(item.generations)], None, [""] * len(item.generations)))
-            start += len(item.generations)
-        return results
+        return [Scores.of_points(part) for part in by_prompt(points.tolist(), batch)]
 
-    def limit(self, directory: Path, tokenizer_limit: int | None) -> int:
-        if getattr(self.config, "max_tokens", None):
-            return self.config.max_tokens
-        known = [length for length in (context_length(directory), tokenizer_limit) if length and length < 1_000_000]
-        return min(known, default=2048)
+
+def longest_input(config: Any, directory: Path, tokenizer_limit: int | None) -> int:
+    """Tokens that an input may have: `max_tokens`, or what the model and its tokenizer say."""
+    if config.max_tokens is not None:
+        return config.max_tokens
+    limits = [limit for limit in (context_length(directory), tokenizer_limit) if limit and limit < UNLIMITED]
+    return min(limits, default=2048)
+
+
+def chat(messages: Messages, answer: str) -> list[dict[str, str]]:
+    """The conversation that a chat reward model reads."""
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [*turns, {"role": "assistant", "content": answer}]
 
 
 def keep_the_end(ids: list[int], limit: int, first: int | None) -> list[int]:
     """The last `limit` ids, behind the opening control token if there was one."""
     if len(ids) <= limit:
         return ids
-    return [first, *ids[-(limit - 1) :]] if first is not None and ids[0] == first else ids[-limit:]
+    if first is not None and ids[0] == first:
+        return [first, *ids[-(limit - 1) :]]
+    return ids[-limit:]
 
 
-def padded(rows: list[list[int]], pad: int, device: Any) -> tuple[Any, Any]:
+def padded(rows: list[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Right-padded ids and mask. [N, L] each."""
     ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -116,19 +116,22 @@ def padded(rows: list[list[int]], pad: int, device: Any) -> tuple[Any, Any]:
 
 
 def load_classifier(directory: Path, config: ClassifierConfig, device: str) -> Any:
-    """Raises: ConfigError for a model with code of its own, without a trained head, or without the output asked for."""
+    """The network, a transformers model, in eval mode.
+
+    Raises: ConfigError for a model with code of its own, without a trained head, or without the output asked for.
+    """
     from transformers import AutoModelForSequenceClassification
 
     settings = json.loads((directory / "config.json").read_text())
     refuse_remote_code(settings, directory, config.trust_remote_code)
-    model, told = AutoModelForSequenceClassification.from_pretrained(
+    model, loading_info = AutoModelForSequenceClassification.from_pretrained(
         str(directory),
         dtype=getattr(torch, config.dtype),
         local_files_only=True,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
     )
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise ConfigError(
             f"{directory} lacks {len(missing)} tensors of a sequence classifier, e.g. {missing[:3]}: it is no reward model"
         )
@@ -139,13 +142,24 @@ def load_classifier(directory: Path, config: ClassifierConfig, device: str) -> A
     return model.to(device).eval()
 
 
-class RewardModel(PointwiseScorer):
+class ClassifierScorer(PointScorer):
+    """Base of scorers by a transformers sequence classifier; its raw output is the score."""
+
+    @classmethod
+    def check_prompts(cls, config: ClassifierConfig, prompts: Sequence[dict[str, Any]]) -> None:
+        directory = local_directory(config.model, config.name)
+        if directory is not None:
+            settings = json.loads((directory / "config.json").read_text())
+            refuse_remote_code(settings, directory, config.trust_remote_code)
+
+
+class RewardModel(ClassifierScorer):
     class Config(ClassifierConfig):
         """Any `AutoModelForSequenceClassification` trained on chats, e.g. Skywork-Reward; the score is its raw output."""
 
         name: Literal["reward_model"] = "reward_model"
 
-    def open(self, directory: Path) -> None:
+    def load(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
@@ -154,90 +168,76 @@ class RewardModel(PointwiseScorer):
                 f"the reward model {directory} has no chat template; for a prompt-answer encoder use {{name: pair_encoder}}"
             )
         self.network = load_classifier(directory, self.config, pick_device(self.device))
-        self.longest = self.limit(directory, self.tokenizer.model_max_length)
+        self.longest = longest_input(self.config, directory, self.tokenizer.model_max_length)
 
-    def encode(self, messages: Sequence[dict[str, str]], answer: str) -> list[int]:
-        chat = [
-            *({"role": m["role"], "content": m["content"]} for m in messages),
-            {"role": "assistant", "content": answer},
-        ]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+    def encode(self, messages: Messages, answer: str) -> list[int]:
+        text = self.tokenizer.apply_chat_template(chat(messages, answer), tokenize=False)
         # The template writes its own control tokens.
-        return keep_the_end(
-            list(self.tokenizer(text, add_special_tokens=False).input_ids), self.longest, self.tokenizer.bos_token_id
-        )
+        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return keep_the_end(ids, self.longest, self.tokenizer.bos_token_id)
 
     def forward(self, rows: list[list[int]]) -> list[float]:
         config = self.network.config
         given = config.pad_token_id
-        # The network finds the last token by the padding id: without one of its own, take an id that no row holds.
-        pad = (
-            given
-            if given is not None
-            else next(i for i in range(config.get_text_config().vocab_size) if all(i not in row for row in rows))
-        )
+        pad = given
+        if pad is None:
+            # The network finds the last token by the padding id: take an id that no row holds.
+            vocabulary = range(config.get_text_config().vocab_size)
+            pad = next(token for token in vocabulary if all(token not in row for row in rows))
         config.pad_token_id = config.get_text_config().pad_token_id = pad
         try:
             ids, mask = padded(rows, pad, self.network.device)
-            return self.network(input_ids=ids, attention_mask=mask).logits[:, self.config.output].float().cpu().tolist()
+            logits = self.network(input_ids=ids, attention_mask=mask).logits
         finally:
             config.pad_token_id = config.get_text_config().pad_token_id = given
+        return logits[:, self.config.output].float().cpu().tolist()
 
 
-class PairEncoder(PointwiseScorer):
+class PairEncoder(ClassifierScorer):
     """[CLS] prompt [SEP] answer [SEP], as OpenAssistant/reward-model-deberta-v3-large-v2 reads them."""
 
     class Config(ClassifierConfig):
         name: Literal["pair_encoder"] = "pair_encoder"
 
-    def open(self, directory: Path) -> None:
+    def load(self, directory: Path) -> None:
         self.network = load_classifier(directory, self.config, pick_device(self.device))
         self.is_deberta = self.network.config.model_type == "deberta-v2"
+        limit = None
         if self.is_deberta:  # transformers 5 would lose the NFKC map
             self.tokenizer: Any = load_tokenizer(directory, Limits())
-            self.cls, self.sep, self.pad, told = (
-                [self.tokenizer.cls_id],
-                [self.tokenizer.sep_id],
-                self.tokenizer.pad_id,
-                None,
-            )
+            first, last, self.pad = self.tokenizer.cls_id, self.tokenizer.sep_id, self.tokenizer.pad_id
         else:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-            first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-            if first is None or last is None:
-                raise ConfigError(f"the tokenizer of {directory} has no [CLS] and [SEP]: it encodes no pairs of texts")
-            self.cls, self.sep, self.pad, told = (
-                [first],
-                [last],
+            first, last, self.pad = (
+                self.tokenizer.cls_token_id,
+                self.tokenizer.sep_token_id,
                 self.tokenizer.pad_token_id or 0,
-                self.tokenizer.model_max_length,
             )
-        self.longest = self.limit(directory, told)
+            limit = self.tokenizer.model_max_length
+        if first is None or last is None:
+            raise ConfigError(f"the tokenizer of {directory} has no [CLS] and [SEP]: it encodes no pairs of texts")
+        self.cls, self.sep = first, last
+        self.longest = longest_input(self.config, directory, limit)
 
     def _ids(self, text: str) -> list[int]:
         if self.is_deberta:
             return self.tokenizer.backend.encode(blank(text), add_special_tokens=False).ids
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def encode(self, messages: Sequence[dict[str, str]], answer: str) -> list[int]:
+    def encode(self, messages: Messages, answer: str) -> list[int]:
         room = self.longest - 3
         answer_ids = self._ids(answer)[-room:]
         prompt_ids = self._ids(prompt_text({"messages": messages}))
         prompt_ids = prompt_ids[max(0, len(prompt_ids) - (room - len(answer_ids))) :]
-        return [*self.cls, *prompt_ids, *self.sep, *answer_ids, *self.sep]
+        return [self.cls, *prompt_ids, self.sep, *answer_ids, self.sep]
 
     def forward(self, rows: list[list[int]]) -> list[float]:
         ids, mask = padded(rows, self.pad, self.network.device)
-        more = {}
+        inputs = {"input_ids": ids, "attention_mask": mask}
         if (getattr(self.network.config, "type_vocab_size", 0) or 0) > 1:  # BERT: the answer is of type 1
-            after_sep = torch.cumsum((ids == self.sep[0]).long(), dim=1) - (ids == self.sep[0]).long()
-            more["token_type_ids"] = ((after_sep >= 1) & mask.bool()).long()
-        return (
-            self.network(input_ids=ids, attention_mask=mask, **more)
-            .logits[:, self.config.output]
-            .float()
-            .cpu()
-            .tolist()
-        )
+            separators = (ids == self.sep).long()
+            behind_prompt = torch.cumsum(separators, dim=1) - separators >= 1
+            inputs["token_type_ids"] = (behind_prompt & mask.bool()).long()
+        return self.network(**inputs).logits[:, self.config.output].float().cpu().tolist()

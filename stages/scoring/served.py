@@ -1,6 +1,6 @@
-"""Stages - a judge of one's own: `vllm serve` of a model directory, for as long as the stage wants it. Standard library only.
+"""Stages - a judge's server of our own: `vllm serve` of a model directory while the stage needs it. Standard library only.
 
-It listens on 127.0.0.1 at a free port and is started by the first request that is not in the cache. It runs under stages/running/supervise.py, so that
+It listens on 127.0.0.1 at a free port; the first request that is not in the cache starts it. It runs under stages/running/supervise.py, so
 it ends with this process, however that ends. vLLM itself stays out of this process.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from data_contracts.errors import ConfigError, TransientError
 from stages.running.supervise import supervisor_options
 
 ROOT = Path(__file__).resolve().parents[2]
+"""The checkout: the supervisor's PYTHONPATH."""
 
 
 class ServerRuntime(Runtime):
@@ -32,7 +33,8 @@ class ServerRuntime(Runtime):
     python: str | None = None
     """Interpreter that has vLLM; None: the stage's own."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """More of `vllm serve`, e.g. {max_model_len: 8192, tensor_parallel_size: 2, gpu_memory_utilization: 0.6}; true for a switch."""
+    """More arguments of `vllm serve`, e.g. {max_model_len: 8192, tensor_parallel_size: 2, gpu_memory_utilization: 0.6}; true for a
+    switch."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache on a CPU."""
     start_seconds: float = Field(900.0, gt=0)
@@ -40,27 +42,35 @@ class ServerRuntime(Runtime):
 
 
 class Served:
+    """The server of one judge: not started, or running in a process of its own."""
+
     def __init__(self, runtime: ServerRuntime, model: Path, name: str, device: str):
         self.runtime, self.model, self.name, self.device = runtime, model, name, device
         self.process: subprocess.Popen[bytes] | None = None
-        self.log: Any = None
+        self.output: IO[bytes] | None = None
+        """What the process writes."""
         self.url = ""
 
     def start(self) -> str:
-        """The address up to /v1, once it answers. Raises: ConfigError if it ends by itself, TransientError if it takes too long."""
+        """Start the server unless it runs; returns its address up to /v1 once it answers.
+
+        Raises: ConfigError if its process ends by itself, TransientError if it does not answer in time.
+        """
         if self.process is None:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            self.url, self.log = f"http://127.0.0.1:{port}/v1", tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            self.url = f"http://127.0.0.1:{port}/v1"
+            self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "stages.running.supervise", *supervisor_options(), *self.command(port)],
-                stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True,
             )  # fmt: skip
             self._wait(f"http://127.0.0.1:{port}/health")
         return self.url
 
     def command(self, port: int) -> list[str]:
+        """The command line of vLLM's server."""
         options: dict[str, Any] = {
             "model": self.model,
             "served-model-name": self.name,
@@ -73,7 +83,10 @@ class Served:
         options |= {name.replace("_", "-"): value for name, value in self.runtime.arguments.items()}
         command = [self.runtime.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         for name, value in options.items():
-            command += [] if value is False else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            if value is True:
+                command.append(f"--{name}")
+            elif value is not False:
+                command += [f"--{name}", str(value)]
         return command
 
     def _environment(self) -> dict[str, str]:
@@ -84,10 +97,9 @@ class Served:
         return settings | os.environ | {"PYTHONPATH": path}
 
     def _wait(self, health: str) -> None:
-        end, opener = (
-            time.monotonic() + self.runtime.start_seconds,
-            urllib.request.build_opener(urllib.request.ProxyHandler({})),
-        )
+        """Wait until the server answers at this address."""
+        end = time.monotonic() + self.runtime.start_seconds
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while True:
             self.check(ConfigError)
             try:
@@ -98,26 +110,33 @@ class Served:
             if time.monotonic() > end:
                 self.close()
                 raise TransientError(
-                    f"the judge {self.name} did not answer within {self.runtime.start_seconds:g} s: scorer.server.start_seconds"
+                    f"the judge {self.name} did not answer within {self.runtime.start_seconds:g} s: raise scorer.server.start_seconds"
                 )
 
     def check(self, error: type[Exception] = TransientError, patience: float = 0.0) -> None:
-        """Raises: the error, with the last words of a server that ended by itself; `patience`: seconds in which it may still be ending."""
+        """Raise `error`, with the end of its output, if the server has ended by itself. `patience`: seconds in which it may still end."""
         if self.process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(patience)
-            self.log.seek(0)
-            told = self.log.read().decode(errors="replace").strip()[-1500:]
+            output = self._read_output()
             self.close()
             raise error(
-                f"the judge's server (`vllm serve {self.model}`) ended with code {code}. Its last words:\n{told}"
+                f"the judge's server (`vllm serve {self.model}`) ended with code {code}. Its last words:\n{output[-1500:]}"
             )
 
+    def _read_output(self) -> str:
+        if self.output is None:
+            return ""
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace").strip()
+
     def close(self) -> None:
-        """Ends it; the next request would start it again."""
+        """End the server; the next `start` makes another one."""
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
             self.process = None
-            self.log.close()
+        if self.output is not None:
+            self.output.close()
+            self.output = None

@@ -1,18 +1,27 @@
-"""Stages - the `teacher_logp` scorer: how likely a stronger model finds a completion; its pass lies in the log-prob store and is paid once."""
+"""Stages - the `teacher_logp` scorer: how likely a stronger model finds a completion. Its passes are kept in the log-prob store: each is paid once."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from data_contracts.checkpoint import external_model, has_chat_template
 from stages.models.logps import Pass
-from stages.models.tokens import encode_prompt, load_tokenizer
-from stages.scoring.base import Candidates, Scores, Surroundings
+from stages.models.tokens import Template, encode_prompt, load_tokenizer
+from stages.scoring.base import Candidates, Scores, by_prompt
 from stages.scoring.models import ModelScorer, ModelScorerConfig, locate
+
+
+class Teacher(NamedTuple):
+    """The loaded teacher."""
+
+    logps: Pass
+    tokenizer: Any
+    template: Template
 
 
 class TeacherLogp(ModelScorer):
@@ -23,62 +32,46 @@ class TeacherLogp(ModelScorer):
         dtype: Literal["float32", "bfloat16"] = "bfloat16"
         normalise: bool = True
         """Per token; False: the sum, which prefers short completions."""
-        template: Literal["chat", "plain"] | None = None
+        template: Template | None = None
         """How the teacher reads prompts; None: by its chat template if it has one."""
 
     def __init__(self, config: Config, device: str):
-        self.config, self.device, self.root, self.batch_tokens = config, device, None, 4096
-        self.teacher: Pass | None = None
-        self.surroundings: Surroundings | None = None
+        super().__init__(config, device)
+        self.teacher: Teacher | None = None
 
-    def prepare(self, surroundings: Surroundings) -> None:
-        self.root, self.batch_tokens, self.surroundings = (
-            surroundings.store_root,
-            surroundings.batch_tokens,
-            surroundings,
-        )
-
-    def _open(self) -> None:
-        import tempfile
-
+    def _load(self) -> Teacher:
         directory = locate(self.config.model, self.config.name)
-        if self.root is None:  # outside the score stage there is no store to keep the pass in
+        root = self.services.store_root
+        if root is None:  # outside of a stage there is no store to keep the passes in
             self.scratch = tempfile.TemporaryDirectory()
-            self.root = Path(self.scratch.name)
-        model = external_model(directory, self.root / "digests")
-        self.tokenizer = load_tokenizer(directory)
-        self.template = self.config.template or ("chat" if has_chat_template(directory) else "plain")
-        self.teacher = Pass(self.root, model, self.config.dtype, self.device, self.batch_tokens)
+            root = Path(self.scratch.name)
+        model = external_model(directory, root / "digests")
+        logps = Pass(root, model, self.config.dtype, self.device, self.services.batch_tokens)
+        template: Template = "chat" if has_chat_template(directory) else "plain"
+        return Teacher(logps, load_tokenizer(directory), self.config.template or template)
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         if self.teacher is None:
-            self._open()
+            self.teacher = self._load()
+        logps, tokenizer, template = self.teacher
         prompts, responses = [], []
         for item in batch:
-            prompt = encode_prompt(self.tokenizer, item.prompt["messages"], self.template)
+            prompt = encode_prompt(tokenizer, item.prompt["messages"], template)
             prompts += [prompt] * len(item.generations)
-            responses += [self._response(row) for row in item.generations]
-        full = [k for k, response in enumerate(responses) if response]
-        self.teacher.fill([prompts[k] for k in full], [responses[k] for k in full])
-        if self.surroundings is not None:
-            self.teacher.account(self.surroundings)
-        rows = dict(zip(full, self.teacher.get([prompts[k] for k in full], [responses[k] for k in full]), strict=True))
-        results, start = [], 0
-        for item in batch:
-            values = [self._value(rows.get(start + k)) for k in range(len(item.generations))]
-            results.append(Scores(np.array([value for value, _ in values]), None, [reason for _, reason in values]))
-            start += len(item.generations)
-        return results
+            responses += [_response(tokenizer, row) for row in item.generations]
+        full = [number for number, response in enumerate(responses) if response]
+        prompts, answers = [prompts[number] for number in full], [responses[number] for number in full]
+        logps.fill(prompts, answers)
+        logps.account(self.services)
+        rows: dict[int, np.ndarray] = dict(zip(full, logps.get(prompts, answers), strict=True))
+        points = [self._points(rows.get(number)) for number in range(len(responses))]
+        return [
+            Scores.of_points([value for value, _ in part], [reason for _, reason in part])
+            for part in by_prompt(points, batch)
+        ]
 
-    def _response(self, row: dict[str, Any]) -> list[int]:
-        ids = list(self.tokenizer(row["completion"], add_special_tokens=False).input_ids)
-        return (
-            [*ids, self.tokenizer.eos_token_id]
-            if row["finish_reason"] == "stop" and self.tokenizer.eos_token_id is not None
-            else ids
-        )
-
-    def _value(self, logps: np.ndarray | None) -> tuple[float, str]:
+    def _points(self, logps: np.ndarray | None) -> tuple[float, str]:
+        """The score of one completion from its tokens' log-probs, or NaN and the reason."""
         if logps is None:
             return float("nan"), "empty completion"
         if np.isnan(logps).any():
@@ -87,5 +80,14 @@ class TeacherLogp(ModelScorer):
         return float(logps.mean() if self.config.normalise else logps.sum()), ""
 
     def metrics(self) -> dict[str, float]:
-        """Passes paid and found so far."""
-        return {"teacher/misses": self.teacher.misses, "teacher/hits": self.teacher.hits} if self.teacher else {}
+        """Passes computed (misses) and found in the store (hits) since the start."""
+        if self.teacher is None:
+            return {}
+        return {"teacher/misses": self.teacher.logps.misses, "teacher/hits": self.teacher.logps.hits}
+
+
+def _response(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """A completion as the teacher's tokens, with its EOS if the completion ended by itself."""
+    ids = list(tokenizer(row["completion"], add_special_tokens=False).input_ids)
+    ended = row["finish_reason"] == "stop" and tokenizer.eos_token_id is not None
+    return [*ids, tokenizer.eos_token_id] if ended else ids

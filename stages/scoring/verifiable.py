@@ -15,11 +15,11 @@ from pydantic import Field
 
 from data_contracts.errors import ConfigError
 from stages.registry import Named
-from stages.scoring.base import Candidates, Scores
+from stages.scoring.base import Candidates, Scorer, Scores
 from stages.scoring.checks import grade, repetition, validate_checks
 
 
-class Checks:
+class Checks(Scorer):
     class Config(Named):
         """Without floors: the plain fraction of satisfied instructions."""
 
@@ -29,47 +29,39 @@ class Checks:
         max_repetition: float | None = Field(None, ge=0, le=1)
         """A completion that repeats more of its word 3-grams than this scores 0."""
 
-    def __init__(self, config: Config, device: str):
-        self.config = config
-
-    @staticmethod
-    def needs_start_logps(config: Config) -> bool:
+    @classmethod
+    def needs_start_logps(cls, config: Config) -> bool:
         return config.min_start_logp is not None
 
-    @staticmethod
-    def check_prompts(config: Config, prompts: Sequence[dict[str, Any]]) -> None:
+    @classmethod
+    def check_prompts(cls, config: Config, prompts: Sequence[dict[str, Any]]) -> None:
         for prompt in prompts:
             checks = json.loads(prompt["checks"])
             try:
                 validate_checks(checks)
             except ConfigError as error:
                 raise ConfigError(f"prompt {prompt['prompt_id']!r}: {error}") from None
-            if not checks:
-                raise ConfigError(
-                    f"prompt {prompt['prompt_id']!r} has no `checks`, and the scorer `checks` has nothing else to go by"
-                )
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         return [self._score(item) for item in batch]
 
     def _score(self, item: Candidates) -> Scores:
         checks = json.loads(item.prompt["checks"])
-        scores, reasons = np.zeros(len(item.generations)), []
+        points, reasons = np.zeros(len(item.generations)), []
         for k, row in enumerate(item.generations):
-            reason = self._floor(row["completion"], item.start_logps[k] if item.start_logps else None)
+            start_logp = item.start_logps[k] if item.start_logps else None
+            reason = self._missed_floor(row["completion"], start_logp)
             if not reason:
-                scores[k] = grade(row["completion"], checks, finished=row["finish_reason"] == "stop").score
+                points[k] = grade(row["completion"], checks, finished=row["finish_reason"] == "stop").score
             reasons.append(reason)
-        return Scores(scores, None, reasons)
+        return Scores.of_points(points, reasons)
 
-    def _floor(self, completion: str, start_logp: float | None) -> str:
-        """The name of the floor that a completion falls through, or ""."""
-        if (
-            self.config.min_start_logp is not None
-            and start_logp is not None
-            and start_logp < self.config.min_start_logp
-        ):
+    def _missed_floor(self, completion: str, start_logp: float | None) -> str:
+        """Why a completion is below a floor, or ""."""
+        lowest = self.config.min_start_logp
+        if lowest is not None and start_logp is not None and start_logp < lowest:
             return "not fluent"
-        if self.config.max_repetition is not None and repetition(completion) > self.config.max_repetition:
+        most = self.config.max_repetition
+        if most is not None and repetition(completion) > most:
             return "repeats itself"
         return ""

@@ -1,4 +1,4 @@
-"""Freeze what llm-blender 0.0.2 says of the tiny checkpoint: run in its own environment (deploy/setup/oracle.sh), writes pairrm_golden.json.
+"""Freeze what llm-blender 0.0.2 says of the tiny checkpoint: run in its own environment (`make oracle`), writes pairrm_golden.json.
 
 .venv-oracle/bin/python tests/assets/make_pairrm_golden.py
 """

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Surroundings
+from stages.scoring.base import Candidates, Services, open_scorer
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -52,11 +52,7 @@ def scoring(tmp_path_factory):
     counter = itertools.count()
 
     def scorer(settings: dict, batch_tokens: int = 4096, root: Path | None = None):
-        config = SCORERS.config(settings)
-        made = SCORERS.get(config.name)(config, "cpu")
         root = root or tmp_path_factory.mktemp("scorer") / str(next(counter))
-        if hasattr(made, "prepare"):
-            made.prepare(Surroundings(root, batch_tokens, lambda line: None))
-        return made
+        return open_scorer(SCORERS.config(settings), "cpu", Services(root, batch_tokens))
 
     return SimpleNamespace(candidates=candidates_of, scorer=scorer, assets=ASSETS)

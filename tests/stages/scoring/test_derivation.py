@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stages.scoring.base import Scores
 from stages.scoring.pairing import (
-    CHOOSE,
+    PAIRINGS,
     Choice,
     Rules,
     all_pairs,
@@ -27,6 +27,7 @@ from stages.scoring.pairing import (
 )
 
 NAN = math.nan
+SCORED = {name: PAIRINGS.get(name).choose for name in PAIRINGS.names() if PAIRINGS.get(name).needs_scores}
 LOGITS = np.array([[0.0, 3.0, 1.0], [-1.0, 0.0, 2.0], [0.0, -1.0, 0.0]])
 
 
@@ -140,11 +141,11 @@ def test_all_pairs_leaves_ties_out():
     assert all_pairs(points(1, 0, 1), Rules()) == [Choice(0, 1), Choice(2, 1)]
 
 
-@pytest.mark.parametrize("name", CHOOSE)
+@pytest.mark.parametrize("name", SCORED)
 def test_no_pairing_takes_an_unscored_candidate_or_a_lone_one(name):
     rules = Rules(lengths=(5, 5, 5))
-    assert isinstance(CHOOSE[name](points(NAN, NAN, NAN), rules), str)
-    for choice in CHOOSE[name](points(2, NAN, 1), rules):
+    assert isinstance(SCORED[name](points(NAN, NAN, NAN), rules), str)
+    for choice in SCORED[name](points(2, NAN, 1), rules):
         assert 1 not in choice
 
 
@@ -177,7 +178,7 @@ def real_answers(shared):
 
 def test_answers_of_six_real_models_go_through_pairing(real_answers):
     """Scored by length in words, as a stand-in: real texts, real ties, real spread of lengths, and a few answers that are missing."""
-    kept = dict.fromkeys(CHOOSE, 0)
+    kept = dict.fromkeys(SCORED, 0)
     rates = []
     for row in real_answers:
         texts = list(row["outputs"].values())
@@ -189,7 +190,7 @@ def test_answers_of_six_real_models_go_through_pairing(real_answers):
         assert np.isnan(found.win_rates).nonzero()[0].tolist() == missing
         assert np.nanmean(found.win_rates) == pytest.approx(0.5)
         rates.append(found.win_rates)
-        for name, choose in CHOOSE.items():
+        for name, choose in SCORED.items():
             choices = choose(found, rules)
             if isinstance(choices, str):
                 continue

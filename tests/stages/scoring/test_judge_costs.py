@@ -1,7 +1,7 @@
 """What a judge read and wrote is told to the stage, and the seconds waited for it."""
 
 from stages.scoring import SCORERS
-from stages.scoring.base import Candidates, Surroundings
+from stages.scoring.base import Candidates, Services
 from stages.scoring.endpoint import Reply
 
 
@@ -17,7 +17,7 @@ def test_a_judges_tokens_come_from_what_its_replies_say(tmp_path, monkeypatch):
 
     config = SCORERS.config({"name": "llm_judge", "model": "m"})
     scorer = SCORERS.get("llm_judge")(config, "cpu")
-    scorer.prepare(Surroundings(tmp_path, 100, print, used=lambda *counts: told.append(counts), waiting=Wait))
+    scorer.prepare(Services(tmp_path, 100, print, used=lambda *counts: told.append(counts), waiting=Wait))
     body = {"choices": [{"message": {"content": "Score: 3"}}], "usage": {"prompt_tokens": 50, "completion_tokens": 7}}
     monkeypatch.setattr(scorer.endpoint, "_fetch", lambda key, request: Reply(body, ""))
     prompt = {"messages": [{"role": "user", "content": "Hello?"}]}

@@ -16,7 +16,7 @@ import torch
 from data_contracts.errors import ConfigError, ContractError
 from stages.scoring import SCORERS
 from stages.scoring.armorm import last_occurrence
-from stages.scoring.base import Surroundings
+from stages.scoring.base import Services
 
 ANSWERS = ["the sea", "a fox jumps over the lazy dog and then over another one, for sure", "wood", ""]
 
@@ -287,7 +287,7 @@ def test_the_stage_is_told_of_the_tokens_it_read(tmp_path, scoring, reward_model
     scorer = SCORERS.get("reward_model")(
         SCORERS.config({"name": "reward_model", "model": {"path": str(reward_model)}}), "cpu"
     )
-    scorer.prepare(Surroundings(tmp_path, 100, print, used=lambda model, count: told.append((model, count))))
+    scorer.prepare(Services(tmp_path, 100, print, used=lambda model, count: told.append((model, count))))
     scorer.score([scoring.candidates("Say a word.", ANSWERS)])
     prompt = [{"role": "user", "content": "Say a word."}]
     assert told == [(reward_model, sum(len(scorer.encode(prompt, answer)) for answer in ANSWERS))]

@@ -215,13 +215,17 @@ def test_another_python_writes_the_same_contract(
 
 
 @pytest.mark.slow
-def test_llm_blender_itself_writes_the_same_logits(make_rows, store, make_prompts, make_artifact, checkpoints):
+def test_llm_blender_itself_writes_the_same_logits(
+    make_rows, store, make_prompts, make_artifact, checkpoints, outside_package
+):
     """In its own environment, by `runtime.python`'s way: another interpreter runs the same command."""
     python = Path(
         os.environ.get("SELFPLAY_ORACLE") or Path(__file__).resolve().parents[3] / ".venv-oracle" / "bin" / "python"
     )
     if not python.is_file():
-        pytest.skip("deploy/setup/oracle.sh makes the environment; SELFPLAY_ORACLE names its python")
+        pytest.skip("`make oracle` makes the environment; SELFPLAY_ORACLE names its python")
+    source = (Path(__file__).resolve().parents[2] / "oracle" / "llm_blender_scorer.py").read_text()
+    outside_package("oracle_scorer", source, {"selfplay.scorers": {"llm_blender": "oracle_scorer:LLMBlender"}})
     rows = make_rows(2)
     texts = lambda number: ["the sea", "a fox", "no", "a fox"]  # noqa: E731
     inputs = {

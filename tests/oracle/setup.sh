@@ -1,10 +1,11 @@
 #!/bin/sh
-# deploy/setup/oracle.sh [DIRECTORY]: an environment for llm-blender itself, in .venv-oracle unless told otherwise.
+# tests/oracle/setup.sh [DIRECTORY]: an environment with llm-blender itself, in .venv-oracle by default; `make oracle` runs it.
 #
 # llm-blender 0.0.2 does not run on transformers 5, so it gets transformers 4.57.6 of its own. torch and everything else is that of .venv
-# (a path file behind its own packages): a quarter of a gigabyte instead of three. Use it as the interpreter of the score stage,
-#   scoring: {scorer: {name: llm_blender, ...}, runtime: {python: .venv-oracle/bin/python}}
-# or to make the golden numbers of the tests again: .venv-oracle/bin/python tests/assets/make_pairrm_golden.py
+# (a path file behind its own packages): a quarter of a gigabyte instead of three. The environment serves
+#   the test that compares the native scorer with llm-blender:   make test-all ARGS="-k llm_blender_itself"
+#   the golden numbers of the other tests, made again:           .venv-oracle/bin/python tests/assets/make_pairrm_golden.py
+#   the comparison of speed:                                     .venv/bin/python benchmarks/pairrm.py
 set -eu
 cd "$(dirname "$0")/../.."
 target=${1:-.venv-oracle}
