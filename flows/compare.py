@@ -32,11 +32,11 @@ def compare(config: str, overrides: dict[str, Any] | None = None, store: str | N
     root = Store(store)
     comparison = load_comparison(config, overrides)
     comparison.check(root)
-    for one in comparison.variants:
-        variant(one.config.name, one.config.model_dump(mode="json"), str(root.root))
-    found = outcomes(comparison, root)
-    report = write_report(comparison, found, root)
-    words = text(comparison, found)
+    for item in comparison.variants:
+        variant(item.config.name, item.config.model_dump(mode="json"), str(root.root))
+    results = outcomes(comparison, root)
+    report = write_report(comparison, results, root)
+    words = text(comparison, results)
     try:
         create_markdown_artifact(words, key=f"{comparison.config.name}-comparison")
         create_link_artifact(

@@ -65,11 +65,11 @@ class Comparison(NamedTuple):
 
     def check(self, store: Store) -> None:
         """Every variant's own checks, before the first is started. Raises: ConfigError."""
-        for one in self.variants:
+        for variant in self.variants:
             try:
-                preflight(one.config, store)
+                preflight(variant.config, store)
             except ConfigError as error:
-                raise ConfigError(f"variant {one.name}: {error}") from None
+                raise ConfigError(f"variant {variant.name}: {error}") from None
 
 
 def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -> Comparison:
@@ -86,12 +86,12 @@ def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -
             }
             variants.append(Variant(name, seed, parse(RunConfig, data, f"{path}, variant {name}")))
     first = flatten(variants[0].config.model_dump(mode="json"))
-    for one in variants[1:]:
-        other = flatten(one.config.model_dump(mode="json"))
-        found = [field for field in sorted(first.keys() | other.keys()) if first.get(field) != other.get(field)]
-        if strange := [field for field in found if not _may_differ(field, (*config.vary, "name", "seed"))]:
+    for variant in variants[1:]:
+        other = flatten(variant.config.model_dump(mode="json"))
+        differing = [field for field in sorted(first.keys() | other.keys()) if first.get(field) != other.get(field)]
+        if strange := [field for field in differing if not _may_differ(field, (*config.vary, "name", "seed"))]:
             raise ConfigError(
-                f"{path}: variant {one.name} differs from {variants[0].name} in {', '.join(strange)}, and `vary` names only "
+                f"{path}: variant {variant.name} differs from {variants[0].name} in {', '.join(strange)}, and `vary` names only "
                 f"{', '.join(config.vary)}: the comparison would be of more than it says. Make them equal, or name them in `vary`"
             )
     return Comparison(config, variants)
@@ -110,14 +110,18 @@ class Outcome(NamedTuple):
     """Rows of the held-out answers, by iteration."""
 
     def seconds(self, iteration: int, what: str = "wall") -> dict[str, float]:
-        """Phase -> seconds that its artifacts cost whoever built them: what the variant would have cost on a store of its own, except that
-        log-probs stored by an earlier variant were found. `what`: wall, busy, or processor (all threads of all processes)."""
-        found = dict.fromkeys(PHASES, 0.0)
-        for one in self.steps:
-            if one.iteration == iteration and one.record is not None:
-                cost, seconds = one.record.cost, one.record.seconds
-                found[phase_of(one)] += cost.get("cpu_seconds", 0.0) if what == "processor" else seconds.get(what, 0.0)
-        return found
+        """Seconds of each phase, whoever built its artifacts: what the variant would have cost on a store of its own.
+
+        Log-probs that an earlier variant had stored cost nothing. what: wall, busy, or processor (all threads of all processes).
+        """
+        by_phase = dict.fromkeys(PHASES, 0.0)
+        for step in self.steps:
+            if step.iteration == iteration and step.record is not None:
+                cost, seconds = step.record.cost, step.record.seconds
+                by_phase[phase_of(step)] += (
+                    cost.get("cpu_seconds", 0.0) if what == "processor" else seconds.get(what, 0.0)
+                )
+        return by_phase
 
 
 def phase_of(step: Step) -> str:
@@ -130,44 +134,47 @@ def phase_of(step: Step) -> str:
 
 
 def outcomes(comparison: Comparison, store: Store) -> list[Outcome]:
-    """Raises: ConfigError for a comparison that is not complete."""
+    """What every variant made, from the records. Raises: ConfigError for a comparison that is not complete."""
 
-    found = []
-    for one in comparison.variants:
-        steps = rehearse(one.config, store).steps
+    results = []
+    for variant in comparison.variants:
+        steps = rehearse(variant.config, store).steps
         if missing := [step.name for step in steps if step.record is None]:
             raise ConfigError(
-                f"{one.config.name} is not complete ({missing[0]} is not built): run the comparison again, it goes on"
+                f"{variant.config.name} is not complete ({missing[0]} is not built): run the comparison again, it goes on"
             )
         reports = [step for step in steps if step.stage == "evaluate"]
         heldout = [
             read_shards(store.directory("eval_report", str(step.key)), "heldout", "heldout").to_pylist()
             for step in reports
         ]
-        found.append(Outcome(one, steps, heldout))
-    return found
+        results.append(Outcome(variant, steps, heldout))
+    return results
 
 
-def sharing(found: list[Outcome]) -> dict[str, int]:
+def sharing(results: list[Outcome]) -> dict[str, int]:
     """How many artifacts the variants asked for, how many exist, and how many serve more than one variant."""
-    uses = Counter((step.stage, step.key) for one in found for step in one.steps)
+    uses = Counter((step.stage, step.key) for outcome in results for step in outcome.steps)
     return {"asked for": sum(uses.values()), "built": len(uses), "shared": sum(count > 1 for count in uses.values())}
 
 
-def _scores(one: Outcome, iteration: int) -> dict[str, float]:
+def _scores(outcome: Outcome, iteration: int) -> dict[str, float]:
     """Mean score of each prompt; the seed is part of a prompt's name, so that seeds are pooled prompt by prompt."""
-    return {f"{one.variant.seed}/{name}": value for name, value in per_prompt(one.heldout[iteration], "score").items()}
+    return {
+        f"{outcome.variant.seed}/{name}": value
+        for name, value in per_prompt(outcome.heldout[iteration], "score").items()
+    }
 
 
-def _pooled(found: list[Outcome], iteration: int) -> dict[str, float]:
-    return {name: value for one in found for name, value in _scores(one, iteration).items()}
+def _pooled(results: list[Outcome], iteration: int) -> dict[str, float]:
+    return {name: value for outcome in results for name, value in _scores(outcome, iteration).items()}
 
 
-def table(comparison: Comparison, found: list[Outcome]) -> list[dict[str, Any]]:
+def table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
     """One row per variant, seeds pooled: what it gained over its start, and over the first variant; what it cost per seed."""
     rows = []
     names = list(comparison.config.variants)
-    groups = {name: [one for one in found if one.variant.name == name] for name in names}
+    groups = {name: [outcome for outcome in results if outcome.variant.name == name] for name in names}
     last = comparison.variants[0].config.iterations
     for name in names:
         group = groups[name]
@@ -176,9 +183,11 @@ def table(comparison: Comparison, found: list[Outcome]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"variant": name, "seeds": len(group), "start": _mean(before), "final": _mean(after)}
         row["gain"] = _interval(before, after)
         row[f"against {names[0]}"] = _interval(_pooled(groups[names[0]], -1), after) if name != names[0] else None
-        row["start_logp"] = float(np.mean([line["start_logp"] for one in group for line in one.heldout[-1]]))
+        row["start_logp"] = float(np.mean([line["start_logp"] for outcome in group for line in outcome.heldout[-1]]))
         for phase in PHASES:
-            row[f"{phase} s"] = sum(one.seconds(i)[phase] for one in group for i in range(1, last + 1)) / len(group)
+            row[f"{phase} s"] = sum(outcome.seconds(i)[phase] for outcome in group for i in range(1, last + 1)) / len(
+                group
+            )
         rows.append(row)
     return rows
 
@@ -191,17 +200,19 @@ def _interval(before: dict[str, float], after: dict[str, float]) -> Interval | N
     return paired_bootstrap(before, after) if before.keys() & after.keys() else None
 
 
-def seconds_table(comparison: Comparison, found: list[Outcome]) -> list[dict[str, Any]]:
+def seconds_table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
     """The paper's Table 3: seconds of generation, weights and training, per iteration and variant (mean over seeds), and their sums."""
     rows = []
     for name in comparison.config.variants:
-        group = [one for one in found if one.variant.name == name]
+        group = [outcome for outcome in results if outcome.variant.name == name]
         for iteration in range(1, comparison.variants[0].config.iterations + 1):
             row: dict[str, Any] = {"variant": name, "iteration": iteration}
             for phase in PAPER_PHASES:
-                row[phase] = float(np.mean([one.seconds(iteration)[phase] for one in group]))
+                row[phase] = float(np.mean([outcome.seconds(iteration)[phase] for outcome in group]))
                 for what in ("busy", "processor"):
-                    row[f"{phase} {what}"] = float(np.mean([one.seconds(iteration, what)[phase] for one in group]))
+                    row[f"{phase} {what}"] = float(
+                        np.mean([outcome.seconds(iteration, what)[phase] for outcome in group])
+                    )
             rows.append(row)
     return rows
 
@@ -234,14 +245,14 @@ def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def text(comparison: Comparison, found: list[Outcome]) -> str:
+def text(comparison: Comparison, results: list[Outcome]) -> str:
     """Everything as Markdown."""
-    seconds = seconds_table(comparison, found)
-    share = sharing(found)
+    seconds = seconds_table(comparison, results)
+    share = sharing(results)
     parts = [
         f"# Comparison {comparison.config.name}",
         "",
-        markdown_table(_cells(table(comparison, found))),
+        markdown_table(_cells(table(comparison, results))),
         "",
         f"Intervals: 95 %, paired bootstrap over prompts, seeds pooled ({len(comparison.config.seeds)}). Seconds per seed, without iteration 0.",
         f"{share['asked for']} artifacts asked for, {share['built']} built, {share['shared']} of them shared by several runs. "
@@ -275,37 +286,37 @@ def _cell(value: Any) -> str:
     )
 
 
-def write_report(comparison: Comparison, found: list[Outcome], store: Store) -> Path:
+def write_report(comparison: Comparison, results: list[Outcome], store: Store) -> Path:
     """`runs/<name>/comparison.md`, `.json` and `.html`; returns the page."""
     directory = store.run_directory(comparison.config.name)
     directory.mkdir(parents=True, exist_ok=True)
-    rows, seconds = table(comparison, found), seconds_table(comparison, found)
-    write_atomic(directory / "comparison.md", text(comparison, found))
+    rows, seconds = table(comparison, results), seconds_table(comparison, results)
+    write_atomic(directory / "comparison.md", text(comparison, results))
     plain = [
         {name: value._asdict() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows
     ]
     write_atomic(
         directory / "comparison.json",
-        json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(found)}, indent=1) + "\n",
+        json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(results)}, indent=1) + "\n",
     )
     page = directory / "comparison.html"
-    write_atomic(page, _page(comparison, found, rows, seconds))
+    write_atomic(page, _page(comparison, results, rows, seconds))
     return page
 
 
 def _page(
-    comparison: Comparison, found: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]
+    comparison: Comparison, results: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]
 ) -> str:
     names = list(comparison.config.variants)
     curves = []
     for name in names:
-        group = [one for one in found if one.variant.name == name]
-        count = min(len(one.heldout) for one in group)
+        group = [outcome for outcome in results if outcome.variant.name == name]
+        count = min(len(outcome.heldout) for outcome in group)
         gains = [_interval(_pooled(group, 0), _pooled(group, i)) for i in range(count)]
         curves.append(
             figures.Series(
-                name, list(range(count)), [one.mean if one else None for one in gains],
-                [one.low if one else None for one in gains], [one.high if one else None for one in gains],
+                name, list(range(count)), [outcome.mean if outcome else None for outcome in gains],
+                [outcome.low if outcome else None for outcome in gains], [outcome.high if outcome else None for outcome in gains],
             )
         )  # fmt: skip
     bars = [f"{row['variant']} {row['iteration']}" for row in seconds]

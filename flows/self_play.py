@@ -214,22 +214,22 @@ class SelfPlay:
 
     def refined(self, stage: str, settings: Config, place: Place, **inputs: ArtifactRef) -> dict[str, Built]:
         """The stage's artifact, then what each stage of the run's `refine` that comes after it makes of the one before."""
-        made = {stage: self.hands.run(stage, settings, place, **inputs)}
+        artifacts = {stage: self.hands.run(stage, settings, place, **inputs)}
         for name, refinement in self.config.refinements_after(stage):
             consumes = {role.rstrip("?"): kind for role, kind in STAGES[name].consumes.items()}
             available = {role: ref for role, ref in inputs.items() if role in consumes}
-            available |= {role: last(made) for role, kind in consumes.items() if kind == STAGES[stage].produces}
-            made[name] = self.hands.run(name, refinement, place, **available)
-        return made
+            available |= {role: last(artifacts) for role, kind in consumes.items() if kind == STAGES[stage].produces}
+            artifacts[name] = self.hands.run(name, refinement, place, **available)
+        return artifacts
 
 
-def last(made: dict[str, Built]) -> ArtifactRef:
+def last(artifacts: dict[str, Built]) -> ArtifactRef:
     """The artifact that goes on: the last refinement."""
-    return list(made.values())[-1].ref
+    return list(artifacts.values())[-1].ref
 
 
-def references(made: dict[str, Built]) -> dict[str, ArtifactRef]:
-    return {name: built.ref for name, built in made.items()}
+def references(artifacts: dict[str, Built]) -> dict[str, ArtifactRef]:
+    return {name: built.ref for name, built in artifacts.items()}
 
 
 def checkpoints_of(trained: Built, fractions: Sequence[float]) -> list[ArtifactRef]:

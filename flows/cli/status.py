@@ -20,9 +20,9 @@ def status(config: RunConfig, store: Store) -> str:
     rehearsal = rehearse(config, store)
     locked = store.lock_names()
     lines = [f"run {config.name}: {config.method.name}, {config.iterations} iteration(s), store {store.root}"]
-    for one in rehearsal.steps:
-        lines.append(f"  {one.place.step}  {one.name:20} {one.key or '':16}  {_state(one, store, locked)}")
-    built = sum(one.record is not None for one in rehearsal.steps)
+    for step in rehearsal.steps:
+        lines.append(f"  {step.place.step}  {step.name:20} {step.key or '':16}  {_state(step, store, locked)}")
+    built = sum(step.record is not None for step in rehearsal.steps)
     lines.append(
         f"{built} of {len(rehearsal.steps)} artifacts are built"
         + ("" if built < len(rehearsal.steps) else ": the run is complete")
@@ -30,14 +30,14 @@ def status(config: RunConfig, store: Store) -> str:
     return "\n".join(lines)
 
 
-def _state(one: Step, store: Store, locked: list[tuple[str, str]]) -> str:
-    if one.record is not None:
-        return f"built {str(one.record.provenance.get('time', '?'))[:19].replace('T', ' ')}, {one.record.seconds.get('wall', 0):.1f} s"
-    if one.key is None:
+def _state(step: Step, store: Store, locked: list[tuple[str, str]]) -> str:
+    if step.record is not None:
+        return f"built {str(step.record.provenance.get('time', '?'))[:19].replace('T', ' ')}, {step.record.seconds.get('wall', 0):.1f} s"
+    if step.key is None:
         return "to come"
-    kind = STAGES[one.stage].produces
-    owner = _owner(store, kind, one.key, locked)
-    history = events(store.directory(kind, one.key))
+    kind = STAGES[step.stage].produces
+    owner = _owner(store, kind, step.key, locked)
+    history = events(store.directory(kind, step.key))
     done = sum(event["event"] == "shard" for event in history)
     steps = max((event["index"] for event in history if event["event"] == "step"), default=0)
     progress = f"{steps} training step(s)" if steps else f"{done} shard(s)"
