@@ -1,8 +1,15 @@
 """Stages - samplers by name: what turns prompt ids into response ids."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from stages.registry import Registry
 
-SAMPLERS = Registry(
+if TYPE_CHECKING:
+    from stages.sampling.base import Sampler
+
+SAMPLERS: Registry[Sampler] = Registry(
     "samplers",
     {
         "vllm": "stages.sampling.vllm:VLLM",

