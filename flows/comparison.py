@@ -25,8 +25,8 @@ from flows.preflight import preflight
 from flows.report import figures
 from flows.report.page import document, figure, grid, markdown_table
 from flows.report.page import table as html_table
+from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import Interval, paired_bootstrap
-from stages.evaluation.stage import per_prompt
 from stages.stage import STAGES
 from tasks.place import Purpose
 

@@ -19,7 +19,7 @@ from data_contracts.near_duplicates import check_disjoint
 from data_contracts.prompts import load_prompts
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
-from stages.evaluation.judged import BENCHMARKS, check
+from stages.evaluation.judged import BENCHMARKS, check_files
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig, check_sandbox
 from stages.models.tokens import tokenizer_digest
@@ -146,7 +146,7 @@ def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
     update: dict[str, Any] = {"lm_eval": tuple(_with_digest(task) for task in evaluation.lm_eval)}
     for name in BENCHMARKS:
         if (settings := getattr(evaluation, name)) is not None:
-            check(name, settings)
+            check_files(name, settings)
             update[name] = _with_digest(settings)
     return evaluation.model_copy(update=update)
 

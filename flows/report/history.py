@@ -20,10 +20,10 @@ from flows.gate import Verdict
 from flows.report.page import Story, WeightPicture, markdown_table, render, standalone_figures
 from flows.report.weights import weight_picture
 from flows.tournament import Standing, spread, standing
+from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.evaluation.promotion import PROMOTE, Measurement, paired_gain
 from stages.evaluation.rows import column_names
-from stages.evaluation.stage import per_prompt
 from stages.evaluation.win_rates import win_rate_matrix
 from stages.stage import STAGES
 from tasks.build import Built

@@ -1,7 +1,8 @@
-r"""Stages - Arena-Hard: two games per prompt against a baseline, five verdicts, score with style control (Li et al. 2024, arXiv:2406.11939).
+r"""Stages - Arena-Hard: two games per prompt against a baseline, five verdicts, score with style control.
 
-Game 1 shows the baseline's answer as A, game 2 the model's. A strong verdict (`>>`) counts three times. The plain score is the mean outcome;
-under style control the outcomes of all M models are fitted together by a logistic (Bradley-Terry) regression
+Source: Li et al. 2024, arXiv:2406.11939. Game 1 shows the baseline's answer as A, game 2 the model's. A strong verdict
+(`>>`) counts three times. The plain score is the mean outcome; under style control the outcomes of all M models are
+fitted together by a logistic (Bradley-Terry) regression
 
     logit P(model m wins game g) = strength_m + sum_f style_f * z_gf,        score_m = sigmoid(strength_m)
 
@@ -10,6 +11,7 @@ with z the standardised differences of style between model and baseline. Axes: G
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +21,15 @@ import numpy as np
 import yaml
 
 from data_contracts.errors import ConfigError
-from stages.evaluation.judging import Judge, ask_all, read_lines
+from stages.evaluation.judging import Judge, read_rows
 from stages.evaluation.logistic import fit, sigmoid
 from stages.evaluation.rows import report_row
 
 STRONG = 3
+"""Weight of a verdict with >> or <<."""
 OUTCOMES = {"A>>B": (1.0, STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, STRONG)}
 OUTCOMES |= {"A<<B": (0.0, STRONG), "A<B": (0.0, 1), "B<A": (1.0, 1), "B<<A": (1.0, STRONG), "B=A": (0.5, 1)}
+"""Verdict -> (P(A wins), weight)."""
 POLICY = "policy"
 """Name of the model that a run measures."""
 STYLES = ("length", "headers", "lists", "bold")
@@ -44,13 +48,13 @@ class Game(NamedTuple):
 
 
 def verdict(judgment: str) -> tuple[float, int] | None:
-    """(P(A wins), weight) of the last verdict in the text."""
-    found = re.findall(r"\[\[([AB<>=]+)\]\]", judgment)
-    return OUTCOMES.get(found[-1]) if found else None
+    """(P(A wins), weight) by the last verdict in the text; None without one."""
+    verdicts = re.findall(r"\[\[([AB<>=]+)\]\]", judgment)
+    return OUTCOMES.get(verdicts[-1]) if verdicts else None
 
 
 def style_of(text: str, count_tokens: Callable[[str], int] = lambda text: len(text.split())) -> dict[str, float]:
-    """Length and counts of markdown marks, code blocks left out for the marks."""
+    """The length of a text and its counts of markdown marks; marks in code blocks do not count."""
     prose = re.sub(r"```[^`]*```", "", text)  # as the official script cuts them
     return {
         "length": float(count_tokens(text)),
@@ -61,110 +65,121 @@ def style_of(text: str, count_tokens: Callable[[str], int] = lambda text: len(te
 
 
 def style_difference(model: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[float, ...]:
-    """Length: (l_m - l_b) / (l_m + l_b). Marks: (d_m - d_b) / (d_m + d_b + 1) of densities per token, d = count / (length + 1)."""
+    """The difference of style, model minus baseline, in the order of STYLES.
+
+    Length: (l_m - l_b) / (l_m + l_b). Marks: (d_m - d_b) / (d_m + d_b + 1) with d = count / (length + 1), the density.
+    """
     total = model["length"] + baseline["length"]
-    out = [(model["length"] - baseline["length"]) / total if total else 0.0]
+    differences = [(model["length"] - baseline["length"]) / total if total else 0.0]
     for name in STYLES[1:]:
-        ours, theirs = (side[name] / (side["length"] + 1) for side in (model, baseline))
-        out.append((ours - theirs) / (ours + theirs + 1))
-    return tuple(out)
+        density_m, density_b = (style[name] / (style["length"] + 1) for style in (model, baseline))
+        differences.append((density_m - density_b) / (density_m + density_b + 1))
+    return tuple(differences)
 
 
 def play(
     judge: Judge, system: str, template: str, model: str, rows: Sequence[Mapping[str, str]], **options: Any
 ) -> list[Game]:
-    """Two games per row {"prompt_id", "prompt", "answer", "baseline"}; template fields: question_1, answer_1, answer_2, or QUESTION, ANSWER_A, ANSWER_B."""
+    """Two games per row {"prompt_id", "prompt", "answer", "baseline"}: the baseline's answer as A, then the model's.
+
+    template: fields question_1, answer_1, answer_2, or QUESTION, ANSWER_A, ANSWER_B. options: of the judge's requests.
+    """
     prompts = []
     for row in rows:
         for a, b in ((row["baseline"], row["answer"]), (row["answer"], row["baseline"])):
-            names = {"question_1": row["prompt"], "answer_1": a, "answer_2": b}
-            text = template.format(
-                **names, QUESTION=row["prompt"], ANSWER_A=a, ANSWER_B=b
-            )  # as v0.1 and as v2.0 name them
+            fields = {"question_1": row["prompt"], "answer_1": a, "answer_2": b}  # as v0.1 names them
+            fields |= {"QUESTION": row["prompt"], "ANSWER_A": a, "ANSWER_B": b}  # as v2.0 does
+            text = template.format(**fields)
             prompts.append([{"role": "system", "content": system}, {"role": "user", "content": text}])
-    replies = iter(ask_all(judge, prompts, **({"temperature": 0.0, "max_tokens": 4096} | options)))
+    replies = judge.ask(prompts, **({"temperature": 0.0, "max_tokens": 4096} | options))
     games = []
-    for row in rows:
+    for row, first, second in zip(rows, replies[::2], replies[1::2], strict=True):
         style = style_difference(style_of(row["answer"]), style_of(row["baseline"]))
-        for model_is_a in (False, True):
-            reply = next(replies)
-            found = None if reply is None else verdict(reply.text)
-            outcome = None if found is None else found[0] if model_is_a else 1 - found[0]
-            games.append(Game(model, row["prompt_id"], outcome, found[1] if found else 1, style))
+        for reply, model_is_a in ((first, False), (second, True)):
+            outcome, weight = None, 1
+            if reply is not None and (judged := verdict(reply.text)) is not None:
+                a_wins, weight = judged
+                outcome = a_wins if model_is_a else 1 - a_wins
+            games.append(Game(model, row["prompt_id"], outcome, weight, style))
     return games
 
 
 def scores(games: Sequence[Game], style_control: bool = True) -> tuple[dict[str, float], dict[str, float]]:
     """Model -> score in percent, and style -> coefficient (empty without control). Failed games are left out."""
-    known = [game for game in games if game.outcome is not None]
-    models = sorted({game.model for game in known})
-    outcome = np.array([game.outcome for game in known])
-    weight = np.array([game.weight for game in known], dtype=np.float64)
-    index = np.array([models.index(game.model) for game in known], dtype=int)
-    if not style_control or not known:
-        return {
-            name: 100 * float((outcome * weight)[index == i].sum() / weight[index == i].sum())
-            for i, name in enumerate(models)
-        }, {}
-    style = np.array([game.style for game in known], dtype=np.float64)
+    judged = [game for game in games if game.outcome is not None]
+    models = sorted({game.model for game in judged})
+    outcome = np.array([game.outcome for game in judged])
+    weight = np.array([game.weight for game in judged], dtype=np.float64)
+    index = np.array([models.index(game.model) for game in judged], dtype=int)
+    if not style_control or not judged:
+        means = {}
+        for i, name in enumerate(models):
+            of_model = index == i
+            means[name] = 100 * float((outcome * weight)[of_model].sum() / weight[of_model].sum())
+        return means, {}
+    style = np.array([game.style for game in judged], dtype=np.float64)  # [G, F]
     spread = style.std(axis=0)
     varies = spread > 1e-12
     # Centred at the baseline (difference 0), not at the mean: the score is at equal style.
     scaled = style[:, varies] / spread[varies]
     coefficients = fit(np.concatenate([np.eye(len(models))[index], scaled], axis=1), outcome, weight)
-    found = dict(
-        zip(
-            [name for name, keep in zip(STYLES, varies, strict=True) if keep],
-            map(float, coefficients[len(models) :]),
-            strict=True,
-        )
-    )
-    return {name: 100 * float(sigmoid(coefficients[i])) for i, name in enumerate(models)}, found
+    varying_styles = [name for name, does_vary in zip(STYLES, varies, strict=True) if does_vary]
+    style_coefficients = dict(zip(varying_styles, map(float, coefficients[len(models) :]), strict=True))
+    return {name: 100 * float(sigmoid(coefficients[i])) for i, name in enumerate(models)}, style_coefficients
 
 
 def interval(
     games: Sequence[Game], model: str, style_control: bool = True, draws: int = 100, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of a model's score; prompts are resampled, their games kept together."""
+    """The 95 % bootstrap interval of a model's score: prompts are resampled, their games kept together.
+
+    NaN at both ends if no resample has a score.
+    """
     groups: dict[str, list[Game]] = {}
     for game in games:
         groups.setdefault(game.prompt_id, []).append(game)
-    names, rng, found = sorted(groups), np.random.default_rng(seed), []
+    names, rng, values = sorted(groups), np.random.default_rng(seed), []
     for _ in range(draws):
-        drawn = [game for pick in rng.integers(0, len(names), len(names)) for game in groups[names[pick]]]
-        value = scores(drawn, style_control)[0].get(model)
+        resample = [game for pick in rng.integers(0, len(names), len(names)) for game in groups[names[pick]]]
+        value = scores(resample, style_control)[0].get(model)
         if value is not None:
-            found.append(value)
-    return (
-        (float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))) if found else (float("nan"), float("nan"))
-    )
+            values.append(value)
+    if not values:
+        return math.nan, math.nan
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
 
 
 def report(games: Sequence[Game], judge: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of eval_report per model, in percent; failures counted."""
-    out = []
+    """Rows of eval_report: both scores of each model, in percent, and how many judgments failed."""
+    rows = []
     for metric, control in (("score", False), ("style_controlled_score", True)):
         for model, value in scores(games, control)[0].items():
-            own = [game for game in games if game.model == model and game.outcome is not None]
+            count = sum(game.model == model and game.outcome is not None for game in games)
             low, high = interval(games, model, control, seed=seed)
             task = "arena_hard" if model == POLICY else f"arena_hard/{model}"
-            out.append(report_row("arena_hard", task, metric, value, len(own), None, low, high, judge))
+            rows.append(report_row("arena_hard", task, metric, value, count, None, low, high, judge))
     failed = sum(game.outcome is None for game in games)
-    return [*out, report_row("arena_hard", "arena_hard", "failed_judgments", failed, len(games), version=judge)]
+    return [*rows, report_row("arena_hard", "arena_hard", "failed_judgments", failed, len(games), version=judge)]
 
 
 class Bench(NamedTuple):
+    """The files of the benchmark."""
+
     rows: list[dict[str, str]]
-    """{"prompt_id", "prompt", "baseline"}"""
+    """{"prompt_id", "prompt", "baseline"}: the last is the baseline's answer."""
     system: str
+    """The judge's instructions."""
     template: str
 
 
 def load(directory: str | Path, limit: int | None = None) -> Bench:
-    """A directory with question.jsonl, baseline.jsonl (a file of model_answer/) and judge_config.yaml. Raises: ConfigError."""
+    """Read question.jsonl, baseline.jsonl (a file of the official model_answer/) and judge_config.yaml.
+
+    Raises: ConfigError.
+    """
     root = Path(directory)
-    questions = read_lines(root / "question.jsonl")[:limit]
-    baseline = {_identity(row): _answer(row) for row in read_lines(root / "baseline.jsonl")}
+    questions = read_rows(root / "question.jsonl")[:limit]
+    baseline = {_identity(row): _answer(row) for row in read_rows(root / "baseline.jsonl")}
     if missing := [_identity(row) for row in questions if not baseline.get(_identity(row))]:
         raise ConfigError(
             f"{root}/baseline.jsonl has no answer to {len(missing)} of {len(questions)} questions, e.g. {missing[0]}"
@@ -193,6 +208,6 @@ def _prompt(row: Mapping[str, Any]) -> str:
 
 
 def _answer(row: Mapping[str, Any]) -> str:
-    """Of the newer files ("messages") and of the older ones ("choices")."""
+    """The answer in a row of the newer files ("messages") or of the older ones ("choices")."""
     text = row["messages"][-1]["content"] if "messages" in row else row["choices"][0]["turns"][0]["content"]
     return text["answer"] if isinstance(text, dict) else text

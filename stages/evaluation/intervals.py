@@ -9,6 +9,8 @@ import numpy as np
 
 
 class Interval(NamedTuple):
+    """A mean, the ends of its interval and its standard error."""
+
     mean: float
     low: float
     high: float
@@ -16,15 +18,18 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 5000, level: float = 0.95) -> Interval:
-    """Percentile interval of the mean over resampled rows. One value per prompt: several answers to one prompt are not independent."""
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values):
+    """The percentile interval of the mean over resampled rows.
+
+    Give one value per prompt: several answers to one prompt are not independent. Raises: ValueError without any value.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if not len(sample):
         raise ValueError("no values to take an interval of")
-    picks = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
-    means = values[picks].mean(axis=1)
+    picks = np.random.default_rng(seed).integers(0, len(sample), size=(draws, len(sample)))
+    means = sample[picks].mean(axis=1)
     tail = (1 - level) / 2
     return Interval(
-        float(values.mean()),
+        float(sample.mean()),
         float(np.quantile(means, tail)),
         float(np.quantile(means, 1 - tail)),
         float(means.std(ddof=1)),
@@ -32,6 +37,9 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 5000, level: 
 
 
 def paired_bootstrap(before: dict[str, float], after: dict[str, float], seed: int = 0) -> Interval:
-    """Interval of the mean difference after - before over the prompts that both have; the prompts are resampled, their pairs kept."""
+    """The interval of the mean difference after - before over the prompts that both have; pairs are resampled whole.
+
+    before, after: prompt_id -> value.
+    """
     shared = sorted(before.keys() & after.keys())
     return bootstrap([after[name] - before[name] for name in shared], seed)

@@ -1,7 +1,7 @@
-"""Stages - the judged benchmarks of the evaluate stage: their settings, the policy's answers, and what a judge says of them.
+"""Stages - the judged benchmarks of the evaluate stage: their settings, the policy's answers and the judge's verdicts.
 
-The policy answers with a sampler of the sample stage; the judge is any OpenAI-compatible endpoint. A judgment that never came, or that
-cannot be read, is counted in `failed_judgments` and enters no mean.
+The policy answers with a sampler of the sample stage; the judge is any OpenAI-compatible endpoint. A judgment that
+never came, or that cannot be read, is counted in `failed_judgments` and enters no mean.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Judged(BaseConfig):
 
     path: str
     """Directory with the questions and the judge's prompt, as docs/evaluation.md lists them."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Only the first questions: quick, and no published number."""
     digest: str = ""
     """Filled in by the flow: hash of the directory's files."""
     judge: str
     """The judge's name at its endpoint; only scores of the same judge compare."""
     backend: Annotated[Named, SAMPLERS] = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
-    """What writes the answers."""
-    max_new_tokens: int = Field(2048, ge=1)
-    """Of an answer; what the model's context leaves is for the question, and the conversation, before it."""
+    """The sampler that writes the answers."""
+    max_new_tokens: int = Field(default=2048, ge=1)
+    """Of an answer; the rest of the model's context is for the question and the conversation before it."""
     seed: int = 0
     runtime: EndpointRuntime = EndpointRuntime()
 
@@ -56,33 +56,35 @@ class MTBench(Judged):
 
     path: str = "deploy/evals/mt_bench_mini"
     """Directory with question.jsonl, judge_prompts.jsonl and reference_answer*.jsonl: ours, or the official files."""
-    max_new_tokens: int = Field(1024, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
     """The official length of an answer."""
     baseline: str | None = None
-    """Also in pairs, both orders, against `start` (the start model's answers) or a file of `path` with another model's, as FastChat writes it."""
+    """Also judge in pairs, both orders, against `start` (the start model's answers) or a file in `path` with another
+    model's answers, as FastChat writes it."""
 
 
 class AlpacaEval(Judged):
     """AlpacaEval 2: a judge prefers the policy's or the baseline's answer, by the log-probs of one token."""
 
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0)
     """Of the policy's answers. Each entry of the leaderboard has its own."""
 
 
 class ArenaHard(Judged):
     """Two games per prompt against a baseline's answers."""
 
-    max_new_tokens: int = Field(4096, ge=1)
+    max_new_tokens: int = Field(default=4096, ge=1)
     """The official length of an answer."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
     """Of the policy's answers."""
 
 
 def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[dict[str, Any]]:
+    """Rows of eval_report: the grades, and the win rate against a baseline if one is set."""
     bench = mt_bench.load(config.path, config.limit)
     answers = mt_bench.answer(bench, chat(str(job.path("policy")), config, device))
     lines = [{"question_id": name, "choices": [{"index": 0, "turns": turns}]} for name, turns in answers.items()]
-    _keep(job, "mt_bench", lines)
+    _write_answers(job, "mt_bench", lines)
     judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
     rows = mt_bench.report(mt_bench.judge_singly(bench, answers, judge), config.judge)
     if config.baseline is None:
@@ -95,13 +97,14 @@ def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[dict[str, 
 
 
 def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[dict[str, Any]]:
+    """Rows of eval_report: win rates against the baseline's answers."""
     bench = alpaca_eval.load(config.path, config.limit)
     answers = _answers(job, config, [row["instruction"] for row in bench.rows], config.temperature, device)
     rows = [
         {"instruction": row["instruction"], "output": text, "baseline": row["output"]}
         for row, text in zip(bench.rows, answers, strict=True)
     ]
-    _keep(job, "alpaca_eval", rows)
+    _write_answers(job, "alpaca_eval", rows)
     judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
     preferences = alpaca_eval.annotate(judge, bench.template, rows, config.seed)
     lengths, baseline_lengths = [len(text) for text in answers], [len(row["output"]) for row in bench.rows]
@@ -110,22 +113,25 @@ def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[dict
 
 
 def evaluate_arena_hard(job: Job, config: ArenaHard, device: str) -> list[dict[str, Any]]:
+    """Rows of eval_report: scores against the baseline's answers."""
     bench = arena_hard.load(config.path, config.limit)
     answers = _answers(job, config, [row["prompt"] for row in bench.rows], config.temperature, device)
     rows = [row | {"answer": text} for row, text in zip(bench.rows, answers, strict=True)]
-    _keep(job, "arena_hard", rows)
+    _write_answers(job, "arena_hard", rows)
     judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
-    return arena_hard.report(
-        arena_hard.play(judge, bench.system, bench.template, arena_hard.POLICY, rows), config.judge
-    )
+    games = arena_hard.play(judge, bench.system, bench.template, arena_hard.POLICY, rows)
+    return arena_hard.report(games, config.judge)
 
 
 class Benchmark(NamedTuple):
+    """How a judged benchmark is run."""
+
     shard: int
-    """Of the eval_report."""
+    """Its shard of eval_report."""
     load: Callable[[str, int | None], Any]
-    """Reads the directory. Raises: ConfigError."""
+    """(directory, limit) -> the files' contents. Raises: ConfigError."""
     evaluate: Callable[[Job, Any, str], list[dict[str, Any]]]
+    """(job, settings, device) -> rows of eval_report."""
 
 
 BENCHMARKS = {
@@ -133,36 +139,39 @@ BENCHMARKS = {
     "alpaca_eval": Benchmark(3, alpaca_eval.load, evaluate_alpaca_eval),
     "arena_hard": Benchmark(4, arena_hard.load, evaluate_arena_hard),
 }
-"""By the name of their section in the settings."""
+"""Name of the section in the settings -> benchmark."""
 
 
-def check(name: str, config: Any) -> None:
+def check_files(name: str, config: Any) -> None:
     """Read the files of a benchmark. Raises: ConfigError for what is missing or broken."""
     bench = BENCHMARKS[name].load(config.path, config.limit)
     if name == "mt_bench" and config.baseline not in (None, "start"):
         mt_bench.load_answers(Path(config.path) / config.baseline, bench)
 
 
-def _answers(job: Job, config: Judged, prompts: Sequence[str], temperature: float, device: str) -> list[str]:
+def _answers(job: Job, config: Judged, prompts: Sequence[str], temperature: float, device: str) -> Sequence[str]:
+    """The policy's answer to each prompt."""
+    generate = chat(str(job.path("policy")), config, device)
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return chat(str(job.path("policy")), config, device)(
-        conversations, [temperature] * len(prompts), config.max_new_tokens
-    )
+    return generate(conversations, [temperature] * len(prompts), config.max_new_tokens)
 
 
-def _keep(job: Job, name: str, lines: Sequence[dict[str, Any]]) -> None:
-    """The policy's answers, beside the report."""
-    write_atomic(
-        job.out / f"{name}_answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    )
+def _write_answers(job: Job, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the policy's answers beside the report."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(job.out / f"{name}_answers.jsonl", text)
 
 
 def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
-    """Conversations -> answers, with a sampler of the sample stage."""
+    """The function that answers conversations with a sampler of the sample stage.
+
+    Raises: ConfigError, at once or when called, if the model's context is too short.
+    """
     tokenizer, context = load_tokenizer(model), context_length(model) or 4096
     if config.max_new_tokens >= context:
         raise ConfigError(
-            f"{config.path}: max_new_tokens = {config.max_new_tokens} leaves nothing of the model's context of {context} for the questions"
+            f"{config.path}: max_new_tokens = {config.max_new_tokens} leaves nothing of the model's context of "
+            f"{context} for the questions"
         )
     sampling = SamplingConfig(
         backend=config.backend,
@@ -171,7 +180,7 @@ def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
         num_candidates=1,
     )
     stops = stop_ids(model, tokenizer)
-    gc.collect()  # an engine that another benchmark is done with: its memory is needed
+    gc.collect()  # frees the engine of the previous benchmark, if it still holds memory
     sampler = SAMPLERS.get(config.backend.name)(config.backend, sampling, model, stops, device)
 
     def generate(conversations: Any, temperatures: Any, limit: int) -> list[str]:
@@ -180,18 +189,20 @@ def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
             ids = encode_prompt(tokenizer, conversation, "chat")
             if len(ids) > sampling.max_prompt_tokens:
                 raise ConfigError(
-                    f"conversation {number} of {config.path} has {len(ids)} tokens, and max_new_tokens = {config.max_new_tokens} leaves "
-                    f"{sampling.max_prompt_tokens} of the model's context: lower it"
+                    f"conversation {number} of {config.path} has {len(ids)} tokens, and max_new_tokens = "
+                    f"{config.max_new_tokens} leaves {sampling.max_prompt_tokens} of the model's context: lower it"
                 )
             name = f"{number}/{len(conversation)}"
             prompts.append(Prompt(name, ids, candidate_seeds(config.seed, name, 1)))
         texts = [""] * len(prompts)
         for temperature in sorted(set(temperatures)):
-            chosen = [i for i, one in enumerate(temperatures) if one == temperature]
+            chosen = [i for i, other in enumerate(temperatures) if other == temperature]
             sampler.sampling = sampling.model_copy(update={"temperature": temperature})
             for i, (candidate,) in zip(chosen, sampler.generate([prompts[i] for i in chosen]), strict=True):
                 ids = candidate.token_ids
-                texts[i] = tokenizer.decode(ids[:-1] if ids[-1] in stops else ids, skip_special_tokens=True).strip()
+                if ids[-1] in stops:
+                    ids = ids[:-1]
+                texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         return texts
 
     return generate

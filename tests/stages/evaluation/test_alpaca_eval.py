@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stages.evaluation.alpaca_eval import Gamed, annotate, is_swapped, messages, preference, report, win_rates
-from stages.evaluation.judging import JudgeFailed, Reply
+from stages.evaluation.judging import JudgeReply
 
 
 def judgements(shared, model):
@@ -194,12 +194,12 @@ def test_the_official_prompt_becomes_messages_and_answers_are_never_read_as_fiel
 
 
 def test_the_preference_is_the_mass_of_the_second_name():
-    reply = Reply("M", {"M": math.log(0.6), "m": math.log(0.2), "The": math.log(0.2)})
+    reply = JudgeReply("M", {"M": math.log(0.6), "m": math.log(0.2), "The": math.log(0.2)})
     assert preference(reply, swapped=False) == pytest.approx(0.75)
     assert preference(reply, swapped=True) == pytest.approx(0.25)
-    assert preference(Reply("m"), swapped=False) == 0.0
-    assert math.isnan(preference(Reply("both"), swapped=False))
-    assert math.isnan(preference(Reply("x", {"x": 0.0}), swapped=False))
+    assert preference(JudgeReply("m"), swapped=False) == 0.0
+    assert math.isnan(preference(JudgeReply("both"), swapped=False))
+    assert math.isnan(preference(JudgeReply("x", {"x": 0.0}), swapped=False))
     assert math.isnan(preference(None, swapped=False))
 
 
@@ -211,12 +211,15 @@ class Partial:
     def __init__(self):
         self.options = []
 
-    def complete(self, messages, **options):
+    def ask(self, conversations, **options):
+        return [self.reply(messages, options) for messages in conversations]
+
+    def reply(self, messages, options):
         self.options.append(options)
         body = messages[-1]["content"]
         if "unreachable" in body:
-            raise JudgeFailed("no answer")
-        return Reply("M" if body.index("good") > body.index("bad") else "m")
+            return None
+        return JudgeReply("M" if body.index("good") > body.index("bad") else "m")
 
 
 def test_annotations_do_not_depend_on_where_an_answer_stands():

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stages.evaluation.arena_hard import Game, interval, play, report, scores, style_difference, style_of, verdict
-from stages.evaluation.judging import JudgeFailed, Reply
+from stages.evaluation.judging import JudgeReply
 from stages.evaluation.logistic import fit
 
 
@@ -98,12 +98,15 @@ def test_a_strong_verdict_counts_three_times():
 class Judge:
     name = "judge"
 
-    def complete(self, messages, **options):
+    def ask(self, conversations, **options):
+        return [self.reply(messages, options) for messages in conversations]
+
+    def reply(self, messages, options):
         assert messages[0]["role"] == "system"
         body = messages[1]["content"]
         if "broken" in body:
-            raise JudgeFailed("no answer")
-        return Reply("[[A>>B]]" if body.index("mine") < body.index("theirs") else "[[B>A]]")
+            return None
+        return JudgeReply("[[A>>B]]" if body.index("mine") < body.index("theirs") else "[[B>A]]")
 
 
 def test_two_games_a_prompt_with_the_official_template_and_failures_counted(shared):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_contracts.errors import ConfigError
-from stages.evaluation.judging import JudgeFailed, Reply
+from stages.evaluation.judging import JudgeReply
 from stages.evaluation.mt_bench import (
     answer,
     judge_in_pairs,
@@ -138,14 +138,17 @@ class Grader:
     def __init__(self, away=(), chatty=()):
         self.away, self.chatty = away, chatty
 
-    def complete(self, messages, **options):
+    def ask(self, conversations, **options):
+        return [self.reply(messages, options) for messages in conversations]
+
+    def reply(self, messages, options):
         assert options == {"temperature": 0.0, "max_tokens": 2048}
         body = messages[-1]["content"]
         if any(word in body for word in self.away):
-            raise JudgeFailed("no answer")
+            return None
         if any(word in body for word in self.chatty):
-            return Reply("I would rather not say.")
-        return Reply("Rating: [[6]]" if "<|The Start of Assistant A's Conversation" in body else "Rating: [[8]]")
+            return JudgeReply("I would rather not say.")
+        return JudgeReply("Rating: [[6]]" if "<|The Start of Assistant A's Conversation" in body else "Rating: [[8]]")
 
 
 def answers_of(bench, text):
@@ -184,9 +187,12 @@ class Chooser:
     def __init__(self, rule):
         self.rule = rule
 
-    def complete(self, messages, **_):
+    def ask(self, conversations, **options):
+        return [self.reply(messages, options) for messages in conversations]
+
+    def reply(self, messages, _):
         body = messages[-1]["content"]
-        return Reply(self.rule("A" if body.index("mine") < body.index("theirs") else "B"))
+        return JudgeReply(self.rule("A" if body.index("mine") < body.index("theirs") else "B"))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from data_contracts.config import parse
 from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
 from stages.evaluation.alpaca_eval import is_swapped, load
-from stages.evaluation.judged import check
-from stages.evaluation.judging import EndpointJudge, ask_all
+from stages.evaluation.judged import check_files
+from stages.evaluation.judging import EndpointJudge
 from stages.evaluation.stage import EvaluationConfig
 from stages.scoring.endpoint import Endpoint, EndpointRuntime
 
@@ -189,7 +189,7 @@ def test_broken_files_are_refused_by_name_before_anything_runs(benches, name, fi
         Path(settings["path"], file).write_text(text)
     config = EvaluationConfig.model_validate({"scorer": {"name": "length"}, name: settings})
     with pytest.raises(ConfigError, match=said):
-        check(name, getattr(config, name))
+        check_files(name, getattr(config, name))
 
 
 def test_the_packages_file_of_gamed_baselines_is_read(benches):
@@ -230,9 +230,9 @@ def test_best_of_n_and_rouge_are_rows_of_the_heldout_report(
 def test_an_endpoint_gives_the_alternatives_of_the_first_token(server, tmp_path):
     judge = EndpointJudge("grader", Endpoint(EndpointRuntime(base_url=server[0]), tmp_path))
     asked = [[{"role": "user", "content": "which?"}], [{"role": "user", "content": "which, again?"}]]
-    first, _ = ask_all(judge, asked, temperature=0.0, max_tokens=1, top_logprobs=5)
+    first, _ = judge.ask(asked, temperature=0.0, max_tokens=1, top_logprobs=5)
     assert first.top_logprobs == {"M": -0.1, "m": -2.0}
-    assert ask_all(judge, asked[:1], temperature=0.0, max_tokens=8)[0].top_logprobs is None
+    assert judge.ask(asked[:1], temperature=0.0, max_tokens=8)[0].top_logprobs is None
 
 
 def test_where_the_judge_answers_enters_no_key_and_who_it_is_does():
