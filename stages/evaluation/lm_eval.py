@@ -51,9 +51,10 @@ def load_task(directory: str) -> dict[str, Any]:
 def open_transformers(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """A model in memory as lm-eval's HFLM."""
     _stay_offline()
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=MAX_LENGTH)
+    model_class: Any = huggingface.HFLM  # lm-eval's decorators hide the parameters from type checkers
+    return model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=MAX_LENGTH)
 
 
 def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, Any]) -> Any:
@@ -237,9 +238,11 @@ def code_run_by(metric: CodeEval) -> Iterator[None]:
 def _evaluate(
     lm: Any, tasks: Sequence[Any], manager: Any, limit: int | None, num_fewshot: int | None = None, unsafe: bool = False
 ) -> dict[str, Any]:
+    """lm-eval's own results, with every sample. tasks: names, or tasks from `load_task`."""
     import lm_eval
 
-    return lm_eval.simple_evaluate(
+    simple_evaluate: Any = lm_eval.simple_evaluate  # lm-eval's decorators hide the parameters from type checkers
+    return simple_evaluate(
         model=lm,
         tasks=list(tasks),
         task_manager=manager,
