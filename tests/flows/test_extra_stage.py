@@ -12,31 +12,29 @@ from flows.config import load_run
 from flows.forecast.rehearsal import rehearse
 from stages.stage import STAGES
 
-FILTER = '''"""Stage - generations -> generations: only candidates of at most `most_tokens` tokens (a prompt keeps its shortest one)."""
+FILTER = '''"""Stage - generations -> generations: without the longest candidates of each prompt."""
 
 from data_contracts.config import Config as BaseConfig
 from data_contracts.shards import read_shards
-from stages.stage import Stage, StageRuntime
+from stages.stage import StageRuntime, Stage
 
 
 class Config(BaseConfig):
-    most_tokens: int
+    drop_longest: int
+    """Candidates of each prompt that go."""
     runtime: StageRuntime = StageRuntime()
 
 
 def run(job):
-    rows = read_shards(job.path("generations"), "generations").to_pylist()
-    shortest = {}
-    for row in sorted(rows, key=lambda row: -len(row["token_ids"])):
-        shortest[row["prompt_id"]] = row["candidate"]
-    for index, part in job.missing_shards(sorted(shortest), 64, "generations"):
-        kept = [
-            row
-            for row in rows
-            if row["prompt_id"] in set(part)
-            and (len(row["token_ids"]) <= job.config.most_tokens or row["candidate"] == shortest[row["prompt_id"]])
-        ]
-        job.write(index, kept)
+    candidates = {}
+    for row in read_shards(job.path("generations"), "generations").to_pylist():
+        candidates.setdefault(row["prompt_id"], []).append(row)
+    for index, prompt_ids in job.missing_shards(sorted(candidates), 64, "generations"):
+        rows = []
+        for prompt_id in prompt_ids:
+            by_length = sorted(candidates[prompt_id], key=lambda row: len(row["token_ids"]))
+            rows += by_length[: len(by_length) - job.config.drop_longest]
+        job.write(index, sorted(rows, key=lambda row: (row["prompt_id"], row["candidate"])))
 
 
 STAGE = Stage(
@@ -62,7 +60,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_filter_stage_of_another_package_runs_in_the_loop(tmp_path, package, make_run, tools, monkeypatch):
-    config = make_run("filtered", iterations=1, refine={"filter": {"most_tokens": 3}})  # place 3: its settings
+    config = make_run("filtered", iterations=1, refine={"filter": {"drop_longest": 1}})  # place 3: its settings
     monkeypatch.setenv("PYTHONPATH", str(package))
     finished = tools.play(config, tmp_path / "store", PYTHONPATH=str(package))
     assert finished.code == 0, finished.out
@@ -84,7 +82,7 @@ def test_a_filter_stage_of_another_package_runs_in_the_loop(tmp_path, package, m
     ("refine", "message"),
     [
         ({"no_such": {}}, "no stage is called 'no_such'"),
-        ({"filter": {"most": 3}}, "most: unknown key"),
+        ({"filter": {"drop": 1}}, "drop: unknown key"),
         ({"train": {}}, "the stage train comes after none of sample, score, weigh"),
     ],
 )
