@@ -1,7 +1,12 @@
-"""python -m data_contracts ls [--kind K] | show KEY | explain KEY | verify [KEY ...] | ledger RUN [--csv]   [--store DIR]: what is in the store,
-why, and what it cost.
+"""python -m data_contracts COMMAND [--store DIR]: what is in the store, why it was built, and what it cost.
 
-KEY is a key, the start of one, or kind/key. Exit codes: 0, 2 the request is wrong, 4 `verify` found damage.
+    ls [--kind KIND]       one line per finished artifact
+    show KEY               all that a record says
+    explain KEY            the fields in which an artifact's recipe differs from the most similar one's
+    verify [KEY ...]       read every byte again
+    ledger RUN [--csv]     what a run cost
+
+KEY is a key, the start of one, or kind/key. Exit codes: 0; 2 the request is wrong; 4 `verify` found damage.
 """
 
 from __future__ import annotations
@@ -15,78 +20,79 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts import ledger as ledgers
-from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
+from data_contracts.artifact import EXTERNAL, RECORD, ArtifactRecord, ArtifactRef
 from data_contracts.config import flatten
 from data_contracts.errors import ArtifactError, PipelineError, print_error
 from data_contracts.identity import fingerprint
-from data_contracts.store import Store, content_digest, data_files
+from data_contracts.store import ARTIFACTS, Store, content_digest, data_files
+from data_contracts.words import plural
 
 ABSENT = object()
 
 
-def ls(store: Store, kind: str | None) -> int:
-    """One line per finished artifact, oldest first."""
+def ls(store: Store, kind: str | None) -> None:
+    """Print one line per finished artifact, oldest first."""
     rows = [
-        (record.kind, record.key, str(record.rows), _when(record), f"{record.seconds.get('wall', 0):.1f}")
+        (record.kind, record.key, str(record.rows), _build_time(record), f"{record.seconds.get('wall', 0):.1f}")
         for record in store.records(kind)
     ]
     if not rows:
         print(f"no {kind or 'artifact'} in {store.root}")
-        return 0
+        return
     _print_table(("kind", "key", "rows", "when", "seconds"), rows, right=(2, 4))
-    return 0
 
 
-def show(store: Store, key: str) -> int:
-    """Everything a record says."""
+def show(store: Store, key: str) -> None:
+    """Print all that a record says."""
     record = store.resolve(key)
     print(f"{record.kind} {record.key}  (stage {record.stage}, version {record.version})")
     print(f"path     {store.directory(record.kind, record.key)}")
-    print(f"built    {_when(record)} on {record.provenance.get('host', '?')}, {record.rows} rows")
+    print(f"built    {_build_time(record)} on {record.provenance.get('host', '?')}, {record.rows} rows")
     print(f"content  {record.content}")
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "config": flatten(record.config),
-        "inputs": record.inputs,
-        "metrics": record.metrics,
+        "inputs": dict(record.inputs),
+        "metrics": dict(record.metrics),
         "facts": flatten(record.facts),
+        "seconds": dict(record.seconds),
+        "cost": dict(record.cost),
     }
-    for title, values in (sections | {"seconds": record.seconds, "cost": record.cost}).items():
+    for title, values in sections.items():
         if values:
             print(f"\n{title}")
-            _print_table((), [(f"  {name}", _say(value)) for name, value in values.items()])
+            _print_table((), [(f"  {name}", _in_words(value)) for name, value in values.items()])
     print("\nfiles")
     _print_table((), [(f"  {file.name}", str(file.size), file.sha256[:16]) for file in record.files], right=(1,))
-    return 0
 
 
-def explain(store: Store, key: str) -> int:
-    """Why this artifact is not one of the others: the fields in which its recipe differs from the nearest sibling's."""
+def explain(store: Store, key: str) -> None:
+    """Print why this artifact is not another one: the fields in which its recipe differs from the most similar artifact's."""
     record = store.resolve(key)
     siblings = [other for other in store.records(record.kind) if other.key != record.key]
     if not siblings:
-        print(
-            f"{record.kind} {record.key} is the only {record.kind} in {store.root}: there is nothing to compare it with"
-        )
-        return 0
-    # The newest of the nearest: what was most likely meant to be found again.
-    nearest = min(reversed(siblings), key=lambda other: len(_differences(record, other)))
-    found = _differences(record, nearest)
-    fields = "1 field" if len(found) == 1 else f"{len(found)} fields"
-    print(f"{record.kind} {record.key} differs from its nearest sibling {nearest.key} ({_when(nearest)}) in {fields}:")
-    for field, (here, there) in found.items():
-        print(f"  {field} is {_say(here)} here, {_say(there)} there")
+        print(f"{_name(record)} is the only {record.kind} in {store.root}: there is nothing to compare it with")
+        return
+    # Of the most similar ones the newest: most likely it was meant to be found again.
+    sibling = min(reversed(siblings), key=lambda other: len(_differences(record, other)))
+    differences = _differences(record, sibling)
+    print(
+        f"{_name(record)} differs from the most similar {record.kind}, {sibling.key} of {_build_time(sibling)}, "
+        f"in {plural(len(differences), 'field')}:"
+    )
+    for field, (value, sibling_value) in differences.items():
+        print(f"  {field} is {_in_words(value)}, not {_in_words(sibling_value)}")
     for name, ref in record.inputs.items():
-        if f"input {name}" in found and store.load(ref.kind, ref.key):
+        if f"input {name}" in differences and store.load(ref.kind, ref.key):
             print(f"  (why {name} differs: python -m data_contracts explain {_name(ref)})")
-    return 0
 
 
-def verify(store: Store, keys: Sequence[str]) -> int:
-    """Read every byte again and compare it with what was signed; a line per problem. Raises: ArtifactError if there is one."""
+def verify(store: Store, keys: Sequence[str]) -> None:
+    """Read every byte again, compare it with what was signed, and print a line per problem. Raises: ArtifactError if there is one."""
     records = [store.resolve(key) for key in keys]
     directories = [store.directory(record.kind, record.key) for record in records]
-    directories = directories or sorted(path for path in (store.root / "artifacts").glob("*/*") if path.is_dir())
-    num_signed = num_bad = 0
+    if not directories:
+        directories = sorted(path for path in (store.root / ARTIFACTS).glob("*/*") if path.is_dir())
+    num_signed = num_damaged = 0
     for directory in directories:
         name = f"{directory.parent.name}/{directory.name}"
         try:
@@ -95,107 +101,106 @@ def verify(store: Store, keys: Sequence[str]) -> int:
         except ArtifactError as error:
             record, problems = None, [str(error)]
         if record is None and not problems:
-            shards = len(list(directory.glob("part-*.parquet")))
-            print(
-                f"{name}: unfinished ({shards} shard(s), last written {_stamp(_last_written(directory))}); the next build goes on from it"
-            )
+            print(f"{name}: {_progress(directory)}")
             continue
         num_signed += 1
-        num_bad += bool(problems)
+        num_damaged += bool(problems)
         for problem in problems:
             print(f"{name}: {problem}")
-    print(f"{num_signed - num_bad} of {num_signed} finished artifact(s) are intact", flush=True)
-    if num_bad:
+    print(f"intact: {num_signed - num_damaged} of {plural(num_signed, 'finished artifact')}", flush=True)
+    if num_damaged:
         raise ArtifactError(
-            f"{num_bad} artifact(s) in {store.root} are damaged; the next run that needs one of them builds it again"
+            f"{plural(num_damaged, 'damaged artifact')} in {store.root}; "
+            "the next run that needs a damaged artifact builds what is missing"
         )
-    return 0
 
 
-def ledger(store: Store, run: str, as_csv: bool = False) -> int:
-    """What a run cost: each artifact, each stage, everything; what was found instead of made; and the time that no stage accounts for."""
-    account = ledgers.read(store, run)
-    rows = ledgers.rows(account)
+def ledger(store: Store, run: str, as_csv: bool = False) -> None:
+    """Print what a run cost: each artifact, iteration and stage, everything, and the time that no stage accounts for."""
+    account = ledgers.read_account(store, run)
+    rows = ledgers.cost_rows(account)
     if as_csv:
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(sys.stdout, names)
         writer.writeheader()
         writer.writerows(rows)
-        return 0
+        return
     for by in (("step", "shown_as"), ("step",), ("stage",), ()):
-        part = ledgers.total(rows, by)
-        head, cells = ledgers.table(part, by)
-        _print_table(head, cells, right=range(len(by), len(head)))
+        titles, cells = ledgers.format_table(ledgers.sum_rows(rows, by), by)
+        _print_table(titles, cells, right=range(len(by), len(titles)))
         print()
-    for line in ledgers.summary(account) + ledgers.predicted(store, run):
+    for line in ledgers.session_lines(account) + ledgers.estimate_lines(store, run):
         print(line)
-    return 0
+
+
+def _progress(directory: Path) -> str:
+    """Return in words how far an unfinished build is."""
+    num_shards = len(list(directory.glob("part-*.parquet")))
+    last_written = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last_written))
+    return f"unfinished ({plural(num_shards, 'shard')}, last written {when}); the next build continues it"
 
 
 def _problems(store: Store, record: ArtifactRecord) -> list[str]:
-    found = store.problems(record, deep=True)
+    """Return what is wrong with an artifact: its files, files beside them, its key, its content digest."""
+    problems = store.problems(record, deep=True)
     directory = store.directory(record.kind, record.key)
-    signed = {file.name for file in record.files}
-    found += [
-        f"{name} is not in the record"
-        for path in data_files(directory)
-        if (name := path.relative_to(directory).as_posix()) not in signed
-    ]
-    recipe = fingerprint(
-        record.stage, record.version, record.config, {name: ref.content for name, ref in record.inputs.items()}
-    )
-    if recipe != record.key or (record.kind, record.key) != (directory.parent.name, directory.name):
-        found.append(f"{RECORD} does not belong here: its settings and inputs make the key {recipe}")
+    signed_names = {file.name for file in record.files}
+    for path in data_files(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in signed_names:
+            problems.append(f"{name} is not in the record")
+    inputs = {name: ref.content for name, ref in record.inputs.items()}
+    key = fingerprint(record.stage, record.version, record.config, inputs)
+    if key != record.key or (record.kind, record.key) != (directory.parent.name, directory.name):
+        problems.append(f"{RECORD} does not belong here: its settings and inputs make the key {key}")
     if content_digest(record.files) != record.content:
-        found.append(f"{RECORD} was changed: its content digest is not that of the files it lists")
-    return found
+        problems.append(f"{RECORD} was changed: its content digest is not that of the files it lists")
+    return problems
 
 
 def _differences(left: ArtifactRecord, right: ArtifactRecord) -> dict[str, tuple[Any, Any]]:
-    """Field -> (value left, value right), where they differ; the fields are those that a key is made of."""
-    here, there = _recipe(left), _recipe(right)
-    pairs = {field: (here.get(field, ABSENT), there.get(field, ABSENT)) for field in here | there}
-    return {field: pair for field, pair in pairs.items() if _content(pair[0]) != _content(pair[1])}
+    """Return field -> (value left, value right) for the fields of the keys' recipes that differ."""
+    left_recipe, right_recipe = _recipe(left), _recipe(right)
+    pairs = {
+        field: (left_recipe.get(field, ABSENT), right_recipe.get(field, ABSENT)) for field in left_recipe | right_recipe
+    }
+    return {field: pair for field, pair in pairs.items() if _hashed_part(pair[0]) != _hashed_part(pair[1])}
 
 
 def _recipe(record: ArtifactRecord) -> dict[str, Any]:
+    """Return the fields that a key is made of."""
     inputs = {f"input {name}": ref for name, ref in record.inputs.items()}
     return {"stage": record.stage, "version": record.version} | flatten(record.config, "config.") | inputs
 
 
-def _content(value: Any) -> Any:
+def _hashed_part(value: Any) -> Any:
     return value.content if isinstance(value, ArtifactRef) else value
 
 
-def _say(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if value is ABSENT:
         return "absent"
     if isinstance(value, ArtifactRef):
-        return f"{_name(value)} with content {value.content[:16]}" + (
-            f" ({value.path})" if value.key == "external" else ""
-        )
-    return f"{value:.6g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
+        path = f" ({value.path})" if value.key == EXTERNAL else ""
+        return f"{_name(value)} with content {value.content[:16]}{path}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return repr(value) if isinstance(value, str) else str(value)
 
 
-def _name(ref: ArtifactRef) -> str:
-    return f"{ref.kind}/{ref.key}"
+def _name(artifact: ArtifactRef | ArtifactRecord) -> str:
+    return f"{artifact.kind}/{artifact.key}"
 
 
-def _when(record: ArtifactRecord) -> str:
+def _build_time(record: ArtifactRecord) -> str:
     return str(record.provenance.get("time", "?"))[:19].replace("T", " ")
 
 
-def _stamp(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _last_written(directory: Path) -> float:
-    return max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
-
-
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
+    """Print aligned columns, those numbered in `right` flush right."""
     lines = [head, *rows] if head else list(rows)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))] if lines else []
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [
             cell.rjust(width) if column in right else cell.ljust(width)
@@ -204,7 +209,7 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Iter
         print("  ".join(cells).rstrip())
 
 
-def main(arguments: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--store", default=argparse.SUPPRESS, metavar="DIR", help="artifact store; default: $SELFPLAY_STORE or ./store"
@@ -213,29 +218,42 @@ def main(arguments: list[str]) -> int:
         prog="python -m data_contracts", description="What is in the store, and why.", parents=[shared]
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("ls", parents=[shared], help=ls.__doc__).add_argument(
-        "--kind", help="only generations, checkpoint, ..."
+    ls_parser = commands.add_parser("ls", parents=[shared], help="one line per finished artifact, oldest first")
+    ls_parser.add_argument("--kind", help="only generations, checkpoint, ...")
+    show_parser = commands.add_parser("show", parents=[shared], help="all that a record says")
+    show_parser.add_argument("key")
+    explain_parser = commands.add_parser(
+        "explain", parents=[shared], help="the fields in which an artifact differs from the most similar one"
     )
-    commands.add_parser("show", parents=[shared], help=show.__doc__).add_argument("key")
-    commands.add_parser("explain", parents=[shared], help=explain.__doc__).add_argument("key")
-    commands.add_parser(
+    explain_parser.add_argument("key")
+    verify_parser = commands.add_parser(
         "verify", parents=[shared], help="read every byte again; exit code 4 if one is wrong"
-    ).add_argument("keys", nargs="*", metavar="KEY")
-    bill = commands.add_parser("ledger", parents=[shared], help="what a run cost")
-    bill.add_argument("run")
-    bill.add_argument("--csv", action="store_true", help="one row per artifact, for a spreadsheet")
-    options = parser.parse_args(arguments)
+    )
+    verify_parser.add_argument("keys", nargs="*", metavar="KEY")
+    ledger_parser = commands.add_parser("ledger", parents=[shared], help="what a run cost")
+    ledger_parser.add_argument("run")
+    ledger_parser.add_argument("--csv", action="store_true", help="one row per artifact, for a spreadsheet")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command of the module's docstring and return its exit code."""
+    options = _parser().parse_args(arguments)
     store = Store(getattr(options, "store", None))
     try:
         if options.command == "ls":
-            return ls(store, options.kind)
-        if options.command == "verify":
-            return verify(store, options.keys)
-        if options.command == "ledger":
-            return ledger(store, options.run, options.csv)
-        return {"show": show, "explain": explain}[options.command](store, options.key)
+            ls(store, options.kind)
+        elif options.command == "show":
+            show(store, options.key)
+        elif options.command == "explain":
+            explain(store, options.key)
+        elif options.command == "verify":
+            verify(store, options.keys)
+        else:
+            ledger(store, options.run, options.csv)
     except PipelineError as error:
         return print_error(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Contracts - what a finished artifact says of itself (`record.json`) and the small reference that travels between tasks."""
+"""Contracts - what a finished artifact says about itself (`record.json`), and the small reference that travels between tasks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 RECORD = "record.json"
 NOT_DATA = frozenset({RECORD, "spec.json", "stage.log", "metrics.jsonl", "set_aside.json"})
 """Files beside the data that do not enter the content digest: they hold times, paths or explanations."""
+EXTERNAL = "external"
+"""The key of a model directory that the user brought: it lies outside of the store."""
 
 
-class _Plain(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class FileDigest(_Plain):
+class FileDigest(_FrozenModel):
     name: str
     """Relative to the artifact's directory, with forward slashes."""
     size: int
@@ -30,22 +32,22 @@ class FileDigest(_Plain):
         return name
 
 
-class ArtifactRef(_Plain):
-    """Where a thing lies and what it holds. A few hundred bytes: what tasks return and stages receive, never the data."""
+class ArtifactRef(_FrozenModel):
+    """Where an artifact lies and what it holds: a few hundred bytes, which tasks return and stages receive, never the data."""
 
     kind: str
     key: str
     """Its key in the store, or "external" for a model directory that the user brought."""
     path: str
     content: str
-    """Digest over the digests of its data files: what the keys downstream are made of."""
+    """Digest over the digests of its data files. Keys of artifacts made from it contain this digest."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.key[:12]}"
 
 
-class ArtifactRecord(_Plain):
-    """`record.json`. Written last and atomically; whoever finds it may trust every file it lists."""
+class ArtifactRecord(_FrozenModel):
+    """`record.json`. It is written last and in one step: whoever finds it may rely on every file that it lists."""
 
     kind: str
     key: str
@@ -59,15 +61,16 @@ class ArtifactRecord(_Plain):
     rows: int
     """Rows in the Parquet shards; 0 for a checkpoint."""
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Scalars a reader compares: counts, rates, means. Loss curves are in metrics.jsonl."""
+    """Scalars that a reader compares: counts, rates, means. Loss curves are in metrics.jsonl."""
     facts: dict[str, Any] = Field(default_factory=dict)
     """Provenance that is not a number: tokenizer and template digests, library versions, device."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """All tries together: wall = start_up + waiting + busy; last_try; plus what a stage adds."""
+    """All tries together: wall = start_up + waiting + busy. Also last_try, and what a stage adds."""
     cost: dict[str, float] = Field(default_factory=dict)
     """tokens_in, tokens_out, flops, peak_rss_bytes, peak_gpu_bytes, gpus, cpu_seconds (last try), cache_hits, cache_misses."""
     provenance: dict[str, Any] = Field(default_factory=dict)
-    """Who, when, on what: commit, host, python, runtime settings, number of starts."""
+    """Who built it, when and on what: commit, host, python, runtime settings, number of starts."""
 
     def ref(self, path: str) -> ArtifactRef:
+        """Return the reference to this artifact, which lies at `path`."""
         return ArtifactRef(kind=self.kind, key=self.key, path=path, content=self.content)

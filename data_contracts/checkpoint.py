@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, cast
 
 from pydantic import model_validator
 
-from data_contracts.artifact import ArtifactRef, FileDigest
+from data_contracts.artifact import EXTERNAL, ArtifactRef, FileDigest
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from data_contracts.files import write_atomic
@@ -21,6 +22,11 @@ from data_contracts.store import Store, content_digest
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+OPTIONAL_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+CACHED_FROM_BYTES = 1 << 20
+"""Smaller files are hashed again each time: that is faster than to look the digest up."""
+
 _STORE: ContextVar[Store | None] = ContextVar("store_of_digests", default=None)
 
 
@@ -35,7 +41,7 @@ class ModelRef(Config):
     """Commit, tag or branch of `hub_id`. Pin a commit if results are to be reproduced."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> ModelRef:
+    def _has_one_source(self) -> ModelRef:
         if (self.path is None) == (self.hub_id is None):
             raise ValueError("give exactly one of `path` (a local directory) and `hub_id`")
         if self.revision is not None and self.hub_id is None:
@@ -44,24 +50,30 @@ class ModelRef(Config):
 
 
 def weight_files(directory: Path) -> list[Path]:
+    """Return the *.safetensors files of a model, those that its index names if it has one.
+
+    Raises: ConfigError for an index that is damaged or names files elsewhere.
+    """
     index = directory / WEIGHTS_INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{index} is not an index of weights ({type(error).__name__}: {error}); fetch it again"
-            ) from None
-        if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise ConfigError(f"{index} names files outside of the model directory, e.g. {outside[0]!r}")
-        return [directory / name for name in names]
-    return sorted(directory.glob("*.safetensors"))
+    if not index.is_file():
+        return sorted(directory.glob("*.safetensors"))
+    try:
+        weight_map: dict[str, Any] = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{index} is not an index of weights ({type(error).__name__}: {error}); fetch it again"
+        ) from None
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ConfigError(f"{index} names files outside of the model directory, e.g. {outside[0]!r}")
+    return [directory / name for name in names]
 
 
 def check_model_directory(directory: Path | str, chat_template: bool = True) -> None:
-    """Everything a reader of the directory will need is there; no tensor is read.
+    """Check that the directory holds all that an engine reads; no tensor is read.
 
-    Catches what engines swallow: a missing tokenizer is silently replaced by an invented one, missing tensors by random numbers.
+    Engines hide what is missing: they replace a missing tokenizer by an invented one, missing tensors by random numbers.
     Raises: ConfigError naming what is missing.
     """
     directory = Path(directory)
@@ -69,23 +81,17 @@ def check_model_directory(directory: Path | str, chat_template: bool = True) -> 
         raise ConfigError(
             f"the model directory {directory} does not exist. Give `path:` of a Hugging Face directory, or `hub_id:`"
         )
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} has no config.json: not a Hugging Face model directory") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{directory}/config.json is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or not config.get("architectures"):
-        raise ConfigError(f"{directory}/config.json names no `architectures`: cannot tell which model class to load")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    _check_architecture(directory)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(f"{directory} has no tokenizer file (tokenizer.json): an engine would invent one in silence")
     if chat_template and not has_chat_template(directory):
         raise ConfigError(
-            f"the model in {directory} has no chat template (chat_template.jinja or `chat_template` in tokenizer_config.json), and chat prompts need one. "
+            f"the model in {directory} has no chat template (chat_template.jinja or `chat_template` in "
+            "tokenizer_config.json), and chat prompts need one. "
             "Use an instruct model, or set `sampling.template: plain`"
         )
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        _check_json(directory / name)
+    for name in OPTIONAL_JSON_FILES:
+        _check_json_object(directory / name)
     files = weight_files(directory)
     if not files:
         raise ConfigError(f"{directory} has no *.safetensors weights (pickled .bin files are not read)")
@@ -93,11 +99,22 @@ def check_model_directory(directory: Path | str, chat_template: bool = True) -> 
         check_safetensors(path)
 
 
-def _check_json(path: Path) -> None:
+def _check_architecture(directory: Path) -> None:
+    try:
+        config: Any = json.loads((directory / "config.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} has no config.json: not a Hugging Face model directory") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{directory}/config.json is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or not cast(dict[str, Any], config).get("architectures"):
+        raise ConfigError(f"{directory}/config.json names no `architectures`: cannot tell which model class to load")
+
+
+def _check_json_object(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
@@ -105,45 +122,49 @@ def _check_json(path: Path) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """The file is as long as its header says. Raises: ConfigError."""
+    """Check that a file is as long as its header says. Raises: ConfigError."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        if not isinstance(end, int):
-            raise TypeError("an offset that is no number")
+        expected_size = _safetensors_size(path, size)
     except (
-        OSError,
-        ValueError,
-        struct.error,
-        AttributeError,
-        TypeError,
-        KeyError,
-        IndexError,
-        RecursionError,
-    ) as error:
+        OSError, ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError, RecursionError
+    ) as error:  # fmt: skip
         raise ConfigError(f"{path} is not a readable safetensors file ({error})") from None
-    if size != 8 + length + end:
+    if size != expected_size:
         raise ConfigError(
-            f"{path} has {size} bytes, its header promises {8 + length + end}: the file is truncated or damaged; fetch it again"
+            f"{path} has {size} bytes, its header promises {expected_size}: "
+            "the file is truncated or damaged; fetch it again"
         )
 
 
+def _safetensors_size(path: Path, size: int) -> int:
+    """Return the size that the header promises: 8 bytes of length, the header, and the tensors up to the last offset."""
+    with open(path, "rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        if header_size >= size:
+            raise ValueError("its header is longer than the file")
+        header: dict[str, Any] = json.loads(file.read(header_size))
+    last_offset = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    if not isinstance(last_offset, int):
+        raise TypeError("an offset is not a whole number")
+    return 8 + header_size + last_offset
+
+
 def has_chat_template(directory: Path) -> bool:
+    """Return whether the tokenizer in the directory can format a chat."""
     if (directory / "chat_template.jinja").is_file():
         return True
     try:
-        return bool(json.loads((directory / "tokenizer_config.json").read_text()).get("chat_template"))
+        settings: dict[str, Any] = json.loads((directory / "tokenizer_config.json").read_text())
+        return bool(settings.get("chat_template"))
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def external_model(directory: Path, cache: Path | None = None) -> ArtifactRef:
-    """A model the user brought, as an input: addressed by the content of its files, wherever it lies.
+    """Return the reference to a model that the user brought: named by the content of its files, wherever they lie.
 
-    `cache` (a directory) remembers digests by size, inode and change time, so that a large model is hashed once.
+    cache: a directory that remembers digests by size, inode and change time, so that a large model is hashed once
     """
     directory = directory.resolve()
     files = [
@@ -151,14 +172,15 @@ def external_model(directory: Path, cache: Path | None = None) -> ArtifactRef:
         for path in sorted(directory.iterdir())
         if path.is_file() and path.suffix in MODEL_SUFFIXES
     ]
-    return ArtifactRef(kind="checkpoint", key="external", path=str(directory), content=content_digest(files))
+    return ArtifactRef(kind="checkpoint", key=EXTERNAL, path=str(directory), content=content_digest(files))
 
 
 @contextmanager
-def digests_kept_in(store: Store) -> Iterator[None]:
-    """Inside, `model_content` remembers digests of large files in this store, once the store exists.
+def digests_kept_in(store: Store) -> Generator[None]:
+    """Let `model_content` remember the digests of large files in `store`, once that exists.
 
-    Settings that name a model enter a key by the model's content, and settings know no store: whoever computes a key says which one.
+    Settings that name a model enter a key by the model's content, and settings know no store: whoever computes a key says
+    which store.
     """
     token = _STORE.set(store)
     try:
@@ -168,20 +190,21 @@ def digests_kept_in(store: Store) -> Iterator[None]:
 
 
 def model_content(directory: Path) -> str:
-    """The digest over a model's files. Outside of `digests_kept_in` every call reads all of them."""
+    """Return the digest over a model's files. Outside of `digests_kept_in` every call reads all of them."""
     store = _STORE.get()
-    remembers = store is not None and store.root.is_dir()  # computing a key makes no store
-    return external_model(directory, store.root / "digests" if remembers else None).content
+    if store is None or not store.root.is_dir():  # computing a key makes no store
+        return external_model(directory).content
+    return external_model(directory, store.root / "digests").content
 
 
 def _digest(path: Path, name: str, cache: Path | None) -> FileDigest:
     stat = path.stat()
-    if cache is None or stat.st_size < 1 << 20:
+    if cache is None or stat.st_size < CACHED_FROM_BYTES:
         return FileDigest(name=name, size=stat.st_size, sha256=digest_file(path))
-    memo = cache / f"{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}"
-    if memo.is_file() and re.fullmatch("[0-9a-f]{64}", known := memo.read_text(errors="replace")):
-        return FileDigest(name=name, size=stat.st_size, sha256=known)
+    entry = cache / f"{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}"
+    if entry.is_file() and re.fullmatch("[0-9a-f]{64}", cached := entry.read_text(errors="replace")):
+        return FileDigest(name=name, size=stat.st_size, sha256=cached)
     sha256 = digest_file(path)
     cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(memo, sha256)
+    write_atomic(entry, sha256)
     return FileDigest(name=name, size=stat.st_size, sha256=sha256)

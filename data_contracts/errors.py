@@ -1,7 +1,8 @@
-"""Contracts - the error tree: who was wrong, and whether another try can help.
+"""Contracts - the error tree: whose mistake it was, and whether another try can help.
 
-Every class takes one message only, so that it survives pickling between processes. A message says what, where, got, expected and
-what to do next. `exit_code` is what a command ends with; 2 is reserved for "the request is wrong, nothing was written".
+Every class takes one message only, so that it survives pickling between processes. A message says what is wrong, where, what
+was found, what was expected and what to do next. A command ends with the `exit_code` of its error; 2 is reserved for "the
+request is wrong, nothing was written".
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 
 
 class PipelineError(Exception):
-    """Anything this project raises on purpose."""
+    """Any error that this project raises on purpose."""
 
     exit_code = 1
 
@@ -22,7 +23,7 @@ class ConfigError(PipelineError, ValueError):
 
 
 class ContractError(PipelineError, ValueError):
-    """An artifact breaks its promise. The message names kind, path, row id and column."""
+    """An artifact breaks its promise. The message names kind, path, row and column."""
 
     exit_code = 3
 
@@ -34,21 +35,23 @@ class ArtifactError(PipelineError, RuntimeError):
 
 
 class StageError(PipelineError, RuntimeError):
-    """A stage process died. The message carries its exit code, log path and last lines."""
+    """A stage process died. The message carries its exit code, the path of its log and its last lines."""
 
     exit_code = 5
 
 
 class TransientError(PipelineError, RuntimeError):
-    """Worth another try (a server that did not answer, a port in use). The only class that is retried."""
+    """Another try may help (a server that did not answer, a port in use). The only class that is retried."""
 
     exit_code = 75
 
 
-BY_NAME = {cls.__name__: cls for cls in (ConfigError, ContractError, ArtifactError, StageError, TransientError)}
+BY_NAME: dict[str, type[PipelineError]] = {
+    cls.__name__: cls for cls in (ConfigError, ContractError, ArtifactError, StageError, TransientError)
+}
 
 
 def print_error(error: PipelineError) -> int:
-    """How every command ends with an error of ours: one message on stderr. Returns: the exit code."""
+    """Print one message on stderr, as every command does when it ends with an error of ours, and return the exit code."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return error.exit_code

@@ -1,11 +1,17 @@
-"""python -m data_contracts.gc --keep-runs N [--dry-run | --yes] [--store DIR]: set aside what none of the last N runs needs; delete it with --yes.
+"""python -m data_contracts.gc --keep-runs N [--dry-run | --yes] [--store DIR]: set aside what none of the last N runs needs.
 
-Kept: every artifact that a link of a kept run leads to, and whatever its record names as an input, all the way back; work that is being
-built (locked), with its inputs; unfinished work that only waits for its run to be started again; anything younger than an hour. Reports
-(runs/<run>/report.md, .html) and answered judgements stay, they are small or were paid for.
-Artifacts are compared by kind and key, never by path: a store reached through links, `..` or another mount point is the same store.
-Without --yes no artifact is deleted: it moves to <store>/set_aside, from where it can be moved back. Exit codes: 0, 2 the request is
-wrong, or a run that is to be kept reaches no artifact of this store.
+Kept:
+- every artifact that a link of a kept run leads to, and the inputs that its record names, all the way back;
+- work that is being built (locked), with its inputs;
+- unfinished work that only waits for its run to be started again, for a week;
+- anything younger than an hour;
+- reports (runs/<run>/report.md, .html) and whatever other rooms keep in directories of their own.
+
+Artifacts are compared by kind and key, never by path: a store reached through links, `..` or another mount point is the same
+store. Without --yes no artifact is deleted: it moves to <store>/set_aside, from where it can be moved back. With --yes it is
+deleted, with all that earlier calls set aside.
+
+Exit codes: 0; 2 the request is wrong, or a run that is to be kept reaches no artifact of this store.
 """
 
 from __future__ import annotations
@@ -21,26 +27,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data_contracts.artifact import RECORD
+from data_contracts.artifact import EXTERNAL, RECORD
 from data_contracts.errors import ArtifactError, ConfigError, PipelineError, print_error
 from data_contracts.files import bytes_below
 from data_contracts.set_aside import SET_ASIDE, list_set_aside, set_aside
 from data_contracts.store import Store
-from data_contracts.words import format_bytes
+from data_contracts.words import format_bytes, plural
 
 YOUNG_SECONDS = 3600.0
-"""A run that is under way has built things that no link shows yet."""
+"""Younger artifacts are kept: a run in progress has built things that no link shows yet."""
 WAITING_SECONDS = 7 * 86400.0
-"""Unfinished work of an interrupted run is kept for so long."""
-TARGET = re.compile(r".*(?:^|/)artifacts/([^/]+)/([^/]+)(?:/|$)")
+"""Unfinished work of an interrupted run is kept for this long."""
+LINK_TARGET = re.compile(r".*(?:^|/)artifacts/([^/]+)/([^/]+)(?:/|$)")
 """A link of a run names its artifact by the end of its text, wherever the store lies."""
-
 BY_GC = "gc"
+
 Name = tuple[str, str]
 """Kind and key of an artifact."""
 
 
 class Removal(NamedTuple):
+    """A path that was, or would be, set aside or deleted."""
+
     path: Path
     size: int
     why: str
@@ -49,58 +57,65 @@ class Removal(NamedTuple):
 def gc(
     store: Store, keep_runs: int, dry_run: bool = False, delete: bool = False, young_seconds: float = YOUNG_SECONDS
 ) -> list[Removal]:
-    """Set aside what the last `keep_runs` runs do not need and return it; `delete` also deletes what a gc has ever set aside, `dry_run` changes nothing.
+    """Set aside what the last `keep_runs` runs do not need and return it.
 
-    Raises: ConfigError for a negative number, or if nothing can be said to be unneeded because a run to be kept reaches no artifact.
+    dry_run: change nothing, only return what would be set aside
+    delete: delete instead, with everything that earlier calls set aside
+    Raises: ConfigError for a negative number of runs, and when nothing can be called unneeded because a run that is to be
+    kept reaches no artifact.
     """
     if keep_runs < 0:
         raise ConfigError(f"--keep-runs is {keep_runs}: it must be 0 or more")
-    runs = sorted(_runs(store), key=lambda run: -_last_shown(run))
+    runs = sorted(_runs_with_links(store), key=_newest_link_time, reverse=True)
     kept = _kept_by_runs(store, runs[:keep_runs], keep_runs)
-    kept |= _reachable(store, {name for name in _artifacts(store) if _is_wanted(store, name, kept, young_seconds)})
-    removals = []
-    for name in _artifacts(store):
+    in_use = {name for name in store.artifact_names() if _is_in_use(store, name, kept, young_seconds)}
+    kept |= _with_inputs(store, in_use)
+    removals: list[Removal] = []
+    for name in store.artifact_names():
         path = store.directory(*name)
         if name not in kept:
             removals += _remove_artifact(store, name, dry_run, delete)
         elif (path / RECORD).is_file() and (path / "resume").is_dir():
-            removals += _remove(path / "resume", "state to resume a training from that is finished", dry_run)
+            removals.append(_remove(path / "resume", "state to resume a training from that is finished", dry_run))
     for run in runs[keep_runs:]:
         for step in sorted(path for path in run.iterdir() if path.is_dir()):
-            removals += _remove(step, f"links of the run {run.name}", dry_run)
-    for path in _forgotten_passes(store, kept, young_seconds):
-        removals += _remove(path, "log-probs of a model that no kept artifact has seen", dry_run)
-    if delete and not dry_run:
-        for path, reason in list_set_aside(store.root):
-            if reason.get("by") == BY_GC:
-                shutil.rmtree(path, ignore_errors=True)
+            removals.append(_remove(step, f"links of the run {run.name}", dry_run))
+    for path in _unneeded_logps(store, kept, young_seconds):
+        removals.append(_remove(path, "log-probs of a model that no kept artifact names", dry_run))
     if not dry_run:
+        if delete:
+            _delete_set_aside(store)
         store.sweep()
         _remove_idle_locks(store)
     return removals
 
 
+# --- what is kept
+
+
 def _kept_by_runs(store: Store, runs: list[Path], keep_runs: int) -> set[Name]:
-    """What the links of these runs reach. Raises: ConfigError for a run that reaches nothing: then the links are at fault, not the artifacts."""
-    existing, kept = set(_artifacts(store)), set()
+    """Return what the links of these runs reach, with all inputs.
+
+    Raises: ConfigError for a run that reaches nothing: then the links are at fault, not the artifacts.
+    """
+    existing, kept = set(store.artifact_names()), set[Name]()
     for run in runs:
         targets = {name for link in _links(run) if (name := _target(link)) is not None}
         if existing and not targets & existing:
             raise ConfigError(
-                f"the run {run.name} is to be kept, and none of its links leads to an artifact of {store.root}: nothing is removed. "
-                f"Look at {run}; if that run is not needed any more, remove its directory"
+                f"the run {run.name} is to be kept, and none of its links leads to an artifact of {store.root}: "
+                f"nothing is removed. Look at {run}; if that run is not needed any more, remove its directory"
             )
-        kept |= _reachable(store, targets)
+        kept |= _with_inputs(store, targets)
     if keep_runs and existing and not runs:
         raise ConfigError(
-            f"no run of {store.root} has links to artifacts, so --keep-runs {keep_runs} would keep none of {len(existing)}: nothing is removed. "
-            "`--keep-runs 0` says that none is needed"
+            f"no run of {store.root} has links to artifacts, so --keep-runs {keep_runs} would keep none of "
+            f"{len(existing)}: nothing is removed. `--keep-runs 0` says that none is needed"
         )
     return kept
 
 
-def _runs(store: Store) -> list[Path]:
-    """Runs that still have links."""
+def _runs_with_links(store: Store) -> list[Path]:
     return [path for path in (store.root / "runs").glob("*") if path.is_dir() and _links(path)]
 
 
@@ -108,115 +123,126 @@ def _links(run: Path) -> list[Path]:
     return [path for path in run.rglob("*") if path.is_symlink()]
 
 
-def _last_shown(run: Path) -> float:
+def _newest_link_time(run: Path) -> float:
     return max(link.lstat().st_mtime for link in _links(run))
 
 
 def _target(link: Path) -> Name | None:
-    """The artifact that a run's link names; None for a model outside of the store."""
-    match = TARGET.match(os.path.normpath(os.readlink(link)))
+    """Return the artifact that a run's link names; None for a model outside of the store."""
+    match = LINK_TARGET.match(os.path.normpath(os.readlink(link)))
     return (match[1], match[2]) if match else None
 
 
-def _artifacts(store: Store) -> list[Name]:
-    return store.artifact_names()
-
-
-def _reachable(store: Store, starts: set[Name]) -> set[Name]:
-    """Those of these artifacts that are there, their inputs, and so on."""
-    existing, reached, todo = set(_artifacts(store)), set(), list(starts)
-    while todo:
-        name = todo.pop()
+def _with_inputs(store: Store, names: set[Name]) -> set[Name]:
+    """Return those of these artifacts that exist, their inputs, the inputs of those, and so on."""
+    existing, reached, to_visit = set(store.artifact_names()), set[Name](), list(names)
+    while to_visit:
+        name = to_visit.pop()
         if name in existing and name not in reached:
             reached.add(name)
-            todo += _inputs(store, name)
+            to_visit += _inputs(store, name)
     return reached
 
 
 def _inputs(store: Store, name: Name) -> list[Name]:
-    """What its record names, or for unfinished work its spec; nothing, if neither can be read."""
-    path = store.directory(*name)
+    """Return the inputs that an artifact's record names, or its spec if it is unfinished; [] if neither can be read."""
     try:
         record = store.load(*name)
-        refs = [(ref.kind, ref.key) for ref in record.inputs.values()] if record else None
     except ArtifactError:
-        refs = None
-    if refs is None:
+        record = None
+    if record is not None:
+        names = [(ref.kind, ref.key) for ref in record.inputs.values()]
+    else:
         try:
-            refs = [
-                (ref["kind"], ref["key"]) for ref in json.loads((path / "spec.json").read_text())["inputs"].values()
-            ]
+            spec = json.loads((store.directory(*name) / "spec.json").read_text())
+            names = [(ref["kind"], ref["key"]) for ref in spec["inputs"].values()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
     # A checkpoint from the middle of a training ("<key>/steps/000004") lies in the artifact of the training.
-    return [(kind, key.partition("/")[0]) for kind, key in refs if key != "external"]
+    return [(kind, key.partition("/")[0]) for kind, key in names if key != EXTERNAL]
 
 
-def _is_wanted(store: Store, name: Name, kept: set[Name], young_seconds: float) -> bool:
-    path = store.directory(*name)
-    with store.try_lock(*name) as holder:
-        if holder is not None:
+def _is_in_use(store: Store, name: Name, kept: set[Name], young_seconds: float) -> bool:
+    """Return whether an artifact is being built, is young, or is unfinished work whose inputs are kept."""
+    with store.try_lock(*name) as owner:
+        if owner is not None:
             return True
-    age = time.time() - max((one.lstat().st_mtime for one in (path, *path.iterdir())), default=0.0)
+    directory = store.directory(*name)
+    age = time.time() - max((path.lstat().st_mtime for path in (directory, *directory.iterdir())), default=0.0)
     if age < young_seconds:
         return True
-    if (path / RECORD).is_file():
+    if (directory / RECORD).is_file():
         return False
     inputs = _inputs(store, name)
     return bool(inputs) and age < WAITING_SECONDS and set(inputs) <= kept
 
 
-def _remove_artifact(store: Store, name: Name, dry_run: bool, delete: bool) -> list[Removal]:
-    path = store.directory(*name)
-    with store.try_lock(*name) as holder:
-        if holder is not None:  # another process has just begun to build or read it
-            return []
-        removal = Removal(
-            path, bytes_below(path), "of no kept run" if (path / RECORD).is_file() else "unfinished, of no kept run"
-        )
-        if delete and not dry_run:
-            store.discard(*name)
-        elif not dry_run:
-            set_aside(store.root, path, removal.why, by=BY_GC)
-        return [removal]
-
-
-def _remove(path: Path, why: str, dry_run: bool) -> list[Removal]:
-    removal = Removal(path, bytes_below(path), why)
-    if not dry_run:
-        shutil.rmtree(path, ignore_errors=True)
-    return [removal]
-
-
-def _forgotten_passes(store: Store, kept: set[Name], young_seconds: float) -> list[Path]:
-    """Log-prob stores of models that are neither a kept checkpoint nor an input of a kept artifact."""
-    known = set()
+def _unneeded_logps(store: Store, kept: set[Name], young_seconds: float) -> list[Path]:
+    """Return the log-prob directories of models that are neither a kept checkpoint nor an input of a kept artifact."""
+    models: set[str] = set()
     for name in kept:
         with suppress(ArtifactError):
-            if (record := store.load(*name)) is not None:
-                known |= {record.content[:16]} | {ref.content[:16] for ref in record.inputs.values()}
+            record = store.load(*name)
+            if record is not None:
+                models |= {record.content[:16]} | {ref.content[:16] for ref in record.inputs.values()}
     return sorted(
         path
         for path in (store.root / "logps").glob("*")
-        if path.name.partition("-")[0] not in known and time.time() - path.stat().st_mtime > young_seconds
+        if path.name.partition("-")[0] not in models and time.time() - path.stat().st_mtime > young_seconds
     )
 
 
+# --- what is removed
+
+
+def _remove_artifact(store: Store, name: Name, dry_run: bool, delete: bool) -> list[Removal]:
+    path = store.directory(*name)
+    with store.try_lock(*name) as owner:
+        if owner is not None:  # another process has just begun to build or read it
+            return []
+        why = "of no kept run" if (path / RECORD).is_file() else "unfinished, of no kept run"
+        removal = Removal(path, bytes_below(path), why)
+        if delete and not dry_run:
+            store.discard(*name)
+        elif not dry_run:
+            set_aside(store.root, path, why, by=BY_GC)
+        return [removal]
+
+
+def _remove(path: Path, why: str, dry_run: bool) -> Removal:
+    removal = Removal(path, bytes_below(path), why)
+    if not dry_run:
+        shutil.rmtree(path, ignore_errors=True)
+    return removal
+
+
+def _delete_set_aside(store: Store) -> None:
+    """Delete what earlier calls set aside; what a person or a build set aside is for people to delete."""
+    for path, reason in list_set_aside(store.root):
+        if reason["by"] == BY_GC:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _remove_idle_locks(store: Store) -> None:
-    """Lock files of artifacts that are no more. Whoever opened one meanwhile notices that it is gone (Store.lock)."""
+    """Delete the lock files of artifacts that no longer exist. A process that opened one meanwhile notices (locks.hold)."""
     for kind, key in store.lock_names():
         if store.directory(kind, key).is_dir():
             continue
-        with store.try_lock(kind, key) as holder:
-            if holder is None:
-                for pattern in ("", "@*", ".lease-*"):
-                    for path in (store.root / "locks").glob(f"{kind}-{key}{pattern}"):
+        with store.try_lock(kind, key) as owner:
+            if owner is None:
+                for suffix in ("", "@*", ".lease-*"):
+                    for path in (store.root / "locks").glob(f"{kind}-{key}{suffix}"):
                         path.unlink(missing_ok=True)
 
 
+# --- the command
+
+
 def main(arguments: list[str]) -> int:
+    """Run the command of the module's docstring and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_contracts.gc", description=__doc__.splitlines()[0].partition(": ")[2]
+        prog="python -m data_contracts.gc",
+        description="Set aside what none of the last N runs needs; delete it with --yes.",
     )
     parser.add_argument("--keep-runs", type=int, required=True, metavar="N", help="the last N runs stay as they are")
     choice = parser.add_mutually_exclusive_group()
@@ -233,14 +259,17 @@ def main(arguments: list[str]) -> int:
     for removal in removals:
         print(f"{format_bytes(removal.size):>12}  {removal.path.relative_to(store.root)}  ({removal.why})")
     for path, reason in earlier:
-        print(
-            f"{format_bytes(reason['size']):>12}  {path.relative_to(store.root)}  (set aside by {reason['by']}: {reason['why']})"
-        )
-    total = format_bytes(sum(removal.size for removal in removals))
-    deed = "would set aside" if options.dry_run else "deleted" if options.yes else "set aside"
-    print(f"{deed} {total}: {len(removals)} thing(s) that the last {options.keep_runs} run(s) do not need")
-    if removals and not options.dry_run and not options.yes:
-        print(f"they lie in {store.root / SET_ASIDE}; the same command with --yes deletes them")
+        why = f"set aside by {reason['by']}: {reason['why']}"
+        print(f"{format_bytes(reason['size']):>12}  {path.relative_to(store.root)}  ({why})")
+    deed = "set aside"
+    if options.dry_run:
+        deed = "would set aside"
+    elif options.yes:
+        deed = "deleted"
+    size, paths = format_bytes(sum(removal.size for removal in removals)), plural(len(removals), "path")
+    print(f"{deed} {size} in {paths} that --keep-runs {options.keep_runs} does not keep")
+    if removals and deed == "set aside":
+        print(f"they are in {store.root / SET_ASIDE}; the same command with --yes deletes them")
     return 0
 
 

@@ -1,12 +1,16 @@
 """Contracts - Parquet shards: one row schema per kind, written whole or not at all, read in a fixed order."""
 
+# pyarrow's stubs leave out type arguments (IO, list, Field), so what comes from there counts as partially unknown:
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -80,10 +84,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("rejected_reference_logps", PER_TOKEN),
         ("rejected_old_logps", PER_TOKEN),
         ("rejected_weights", PER_TOKEN),
-        (
-            "teacher_prompt_ids",
-            TOKENS,
-        ),  # the same prompt and chosen response as the teacher's tokenizer cuts them; null: not needed
+        # The same prompt and chosen response, as the teacher's tokenizer cuts them; null: the method needs none.
+        ("teacher_prompt_ids", TOKENS),
         ("teacher_ids", TOKENS),
         *_PREFERENCE,
         nullable=(
@@ -100,10 +102,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "scores": _schema(
         ("prompt_id", pa.string()),
         ("scores", pa.list_(pa.float64())),  # one per candidate, null = could not be scored
-        (
-            "preference_logits",
-            pa.list_(pa.float64()),
-        ),  # K*K row by row, entry [i][j] > 0: i beats j; null for pointwise scorers
+        # K*K row by row, entry [i][j] > 0: i beats j; null for scorers that look at one response at a time.
+        ("preference_logits", pa.list_(pa.float64())),
         ("reasons", pa.list_(pa.string())),  # why a candidate has no score, or what spoilt it; "" for none
         nullable=("scores", "preference_logits"),
     ),
@@ -135,43 +135,50 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 
 def shard_path(directory: Path, index: int, prefix: str = "part") -> Path:
+    """Return where the shard number `index` lies.
+
+    >>> shard_path(Path("."), 3)
+    PosixPath('part-00003.parquet')
+    """
     return directory / f"{prefix}-{index:05d}.parquet"
 
 
-def to_table(rows: Iterable[Mapping[str, Any]], kind: str) -> pa.Table:
-    """Rows under the schema of `kind`. Raises: ContractError naming row and column where one does not fit."""
-    schema, rows = SCHEMAS[kind], list(rows)
-    for number, row in enumerate(rows):
-        if row.keys() != set(schema.names):
-            missing, extra = set(schema.names) - row.keys(), row.keys() - set(schema.names)
-            raise ContractError(
-                f"{kind} row {number}: "
-                + "; ".join(
-                    f"{word} {sorted(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names
-                )
-            )
-        for field in schema:
-            if row[field.name] is None and not field.nullable:
-                raise ContractError(f"{kind} row {number}: column {field.name} is empty; it must hold {field.type}")
-    try:
-        return pa.Table.from_pylist(rows, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        for number, row in enumerate(rows):  # the slow way, once, to name the culprit
-            for field in schema:
-                try:
-                    pa.array([row[field.name]], type=field.type)
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as inner:
-                    raise ContractError(f"{kind} row {number}, column {field.name}: {inner}") from None
-        raise ContractError(f"{kind}: {error}") from None
-
-
 def seal_path(path: Path) -> Path:
-    """Beside a shard: the digest that it was written with. Hidden, so it is no data of the artifact."""
+    """Return where the digest lies that a shard was written with. The file is hidden, so it is no data of the artifact."""
     return path.with_name(f".{path.name}.sha256")
 
 
+def to_table(rows: Iterable[Mapping[str, Any]], kind: str) -> pa.Table:
+    """Return rows as a table of the schema of `kind`. Raises: ContractError naming row and column that do not fit."""
+    schema, rows = SCHEMAS[kind], list(rows)
+    names, required = set(schema.names), [name for name in schema.names if not schema.field(name).nullable]
+    for number, row in enumerate(rows):
+        if set(row) != names:
+            raise ContractError(f"{kind} row {number}: {_differing_columns(set(row), names)}")
+        for name in required:
+            if row[name] is None:
+                expected = schema.field(name).type
+                raise ContractError(f"{kind} row {number}: column {name} is empty; it must hold {expected}")
+    try:
+        return pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        for number, row in enumerate(rows):  # the slow way, once, to name the value that does not fit
+            for name in schema.names:
+                try:
+                    pa.array([row[name]], type=schema.field(name).type)
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as reason:
+                    raise ContractError(f"{kind} row {number}, column {name}: {reason}") from None
+        raise ContractError(f"{kind}: {error}") from None
+
+
+def _differing_columns(names: set[str], expected: set[str]) -> str:
+    """Return the columns that are missing and those that are unknown, in words."""
+    differences = {"missing": expected - names, "unknown": names - expected}
+    return "; ".join(f"{word} {sorted(columns)}" for word, columns in differences.items() if columns)
+
+
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Write, flush to disk, then rename: a shard that exists is a whole one."""
+    """Write a shard in one step, on disk when the call returns: a shard that exists is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomic(path) as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
@@ -182,11 +189,12 @@ def write_shard(path: Path, table: pa.Table) -> None:
 
 
 def read_shard(path: Path, kind: str) -> pa.Table:
-    """Raises: ArtifactError if it cannot be read, ContractError if its columns are not those of `kind`."""
+    """Return a shard. Raises: ArtifactError if it cannot be read, ContractError if its columns are not those of `kind`."""
     seal = seal_path(path)
     try:
-        if seal.is_file() and len(wanted := seal.read_text(errors="replace")) == 64 and digest_file(path) != wanted:
-            raise ValueError("it is not what was written")
+        digest = seal.read_text(errors="replace") if seal.is_file() else ""
+        if len(digest) == 64 and digest_file(path) != digest:
+            raise ValueError("its content is not what was written")
         # Without the checksums nine of ten flipped bits would be read as data.
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
@@ -195,13 +203,14 @@ def read_shard(path: Path, kind: str) -> pa.Table:
         ) from None
     if table.schema.remove_metadata() != SCHEMAS[kind]:
         raise ContractError(
-            f"{path}: columns {table.schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; it was written by another version"
+            f"{path}: the columns {table.schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; "
+            "another version wrote the shard. Delete the artifact and run again"
         )
     return table
 
 
 def shard_is_whole(path: Path, kind: str) -> bool:
-    """Whether a shard left by an earlier try can be kept. A damaged one is removed."""
+    """Return whether a shard that an earlier try left can be kept. A damaged one is deleted."""
     if not path.is_file():
         return False
     try:
@@ -213,77 +222,90 @@ def shard_is_whole(path: Path, kind: str) -> bool:
 
 
 def read_shards(directory: Path | str, kind: str, prefix: str = "part") -> pa.Table:
-    """All shards of an artifact as one table, in shard order. Raises: ArtifactError if there is none."""
-    return pa.concat_tables([read_shard(path, kind) for path in _shards_of(directory, kind, prefix)])
+    """Return all shards of an artifact as one table, in shard order. Raises: ArtifactError if there is none."""
+    return pa.concat_tables([read_shard(path, kind) for path in _shard_paths(directory, kind, prefix)])
 
 
-def _shards_of(directory: Path | str, kind: str, prefix: str) -> list[Path]:
+def count_rows(directory: Path) -> int:
+    """Return the number of rows in the shards of an artifact."""
+    return sum(pq.read_metadata(path).num_rows for path in sorted(directory.glob("part-*.parquet")))
+
+
+def _shard_paths(directory: Path | str, kind: str, prefix: str) -> list[Path]:
     paths = sorted(Path(directory).glob(f"{prefix}-*.parquet"))
     if not paths:
         raise ArtifactError(f"{directory} holds no {prefix}-*.parquet shard of {kind}")
     return paths
 
 
-class ShardRows(Sequence[dict[str, Any]]):
-    """The rows of artifacts, one after the other, as dicts that are made when they are asked for: columns take a tenth of the memory.
+Row = dict[str, Any]
+"""A row of a shard: its columns are those of SCHEMAS[kind]."""
+JOINED_BYTES = 2**27
+"""Far below the 2^31 elements that one list column can have."""
 
-    Shards are joined as they are read, 128 MiB at a time: thousands of small buffers take twice the memory, and rows that lie
+
+class ShardRows(Sequence[Row]):
+    """The rows of artifacts, one after the other, as dicts that are made on access: columns take a tenth of the memory.
+
+    Shards are joined as they are read, 128 MiB at a time. Thousands of small buffers take twice the memory, and rows that lie
     in many tables cost ten times as much as rows that lie in few.
     """
 
     def __init__(self, directories: Iterable[Path | str], kind: str):
         self.tables: list[pa.Table] = []
-        waiting: list[pa.Table] = []
-        size = 0
-        for path in [path for directory in directories for path in _shards_of(directory, kind, "part")]:
-            waiting.append(read_shard(path, kind))
-            size += waiting[-1].nbytes
-            if size > JOINED_BYTES:
-                self.tables.append(_joined(waiting))
-                size = 0
-        if waiting:
-            self.tables.append(_joined(waiting))
-        self.ends = np.cumsum([table.num_rows for table in self.tables])
+        pending: list[pa.Table] = []
+        num_bytes = 0
+        for path in [path for directory in directories for path in _shard_paths(directory, kind, "part")]:
+            pending.append(read_shard(path, kind))
+            num_bytes += pending[-1].nbytes
+            if num_bytes > JOINED_BYTES:
+                self.tables.append(_join(pending))
+                num_bytes = 0
+        if pending:
+            self.tables.append(_join(pending))
+        self.ends: npt.NDArray[np.int64] = np.cumsum([table.num_rows for table in self.tables])
+        """Number of rows up to and including each table."""
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return self.pick(range(*index.indices(len(self))))
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.pick([index])[0]
 
-    def pick(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """These rows, in this order. Many at once cost a tenth of as many one by one."""
-        places = np.asarray(indices, dtype=np.int64)
-        of = np.searchsorted(self.ends, places, side="right")
-        rows: list[Any] = [None] * len(places)
-        for number in np.unique(of):
-            for place, row in zip(
-                np.flatnonzero(of == number), self._take(int(number), places[of == number]), strict=True
-            ):
-                rows[place] = row
+    def pick(self, indices: Sequence[int]) -> list[Row]:
+        """Return these rows, in this order. Many at once cost a tenth of as many one by one."""
+        row_numbers = np.asarray(indices, dtype=np.int64)
+        table_numbers = np.searchsorted(self.ends, row_numbers, side="right")
+        rows: list[Row] = [{}] * len(row_numbers)
+        for number in np.unique(table_numbers):
+            positions = np.flatnonzero(table_numbers == number)
+            for position, row in zip(positions, self._take(int(number), row_numbers[positions]), strict=True):
+                rows[position] = row
         return rows
 
-    def _take(self, number: int, places: np.ndarray) -> list[dict[str, Any]]:
-        table = self.tables[number]
-        return table.take(places - (int(self.ends[number]) - table.num_rows)).to_pylist()
+    def _take(self, table_number: int, row_numbers: npt.NDArray[np.int64]) -> list[Row]:
+        """Return rows of one table, by their numbers among all rows."""
+        table = self.tables[table_number]
+        first = int(self.ends[table_number]) - table.num_rows
+        return table.take(row_numbers - first).to_pylist()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), 256):
             yield from self[start : start + 256]
 
 
-JOINED_BYTES = 2**27
-"""Far below the 2^31 elements that one list column can have."""
-
-
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    """One table of one chunk; `tables` is emptied on the way, so that no column is held twice for long."""
+def _join(tables: list[pa.Table]) -> pa.Table:
+    """Return one table of one chunk per column. `tables` is emptied on the way, so that no column is held twice for long."""
     schema = tables[0].schema
-    columns = []
+    columns: list[pa.Array[Any]] = []
     for name in schema.names:
         chunks = [chunk for table in tables for chunk in table.column(name).chunks]
         tables[:] = [table.drop_columns([name]) for table in tables]
@@ -291,7 +313,3 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
         del chunks
     tables.clear()
     return pa.table(columns, schema=schema)
-
-
-def count_rows(directory: Path) -> int:
-    return sum(pq.read_metadata(path).num_rows for path in sorted(directory.glob("part-*.parquet")))

@@ -24,7 +24,7 @@ from glob import escape
 from pathlib import Path
 
 from data_contracts import lease, locks
-from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord, ArtifactRef, FileDigest
+from data_contracts.artifact import EXTERNAL, NOT_DATA, RECORD, ArtifactRecord, ArtifactRef, FileDigest
 from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.files import (
     bytes_below,
@@ -337,7 +337,7 @@ class Store:
         """Point `runs/<run>/<step>/<name>` at the artifact, in one step."""
         link = self.run_directory(run) / check_name(step) / check_name(name)
         link.parent.mkdir(parents=True, exist_ok=True)
-        if ref.key == "external":
+        if ref.key == EXTERNAL:
             target = os.path.abspath(ref.path)
         else:
             target = os.path.relpath(self.root / ARTIFACTS / ref.kind / ref.key, link.parent)

@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
 from data_contracts.files import write_atomic
-from data_contracts.ledger import Ledger, read, rows, table, total
+from data_contracts.ledger import Ledger, cost_rows, format_table, read_account, sum_rows
 from data_contracts.store import RUN_SETTINGS, Store
 from flows import hands
 from flows.config import (
@@ -141,7 +141,7 @@ def keep_settings(config: RunConfig, store: Store) -> None:
 def _show_costs(name: str, store: Store) -> None:
     """The ledger by iteration and stage, as a table in Prefect; MLflow has each record's figures already."""
     by = ("step", "stage")
-    head, cells = table(total(rows(read(store, name)), by), by)
+    head, cells = format_table(sum_rows(cost_rows(read_account(store, name)), by), by)
     try:
         create_table_artifact(
             [dict(zip(head, line, strict=True)) for line in cells], key=f"{name}-costs", description=f"what {name} cost"

@@ -151,7 +151,9 @@ def _other(store: Store) -> float:
     seconds = []
     for run in store.runs_with(ledger.FILE):
         with contextlib.suppress(ConfigError):  # killed before its first line was whole
-            seconds += [session.other for session in ledger.read(store, run).sessions if session.is_finished]
+            seconds += [
+                session.other_seconds for session in ledger.read_account(store, run).sessions if session.is_finished
+            ]
     return statistics.median(seconds) if seconds else OTHER_SECONDS
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.report.page import WeightPicture
@@ -34,7 +35,8 @@ def weight_picture(weighed: Built, trained: Built) -> WeightPicture | None:
     for path in paths:
         table = pq.read_table(path, columns=[f"{side}_weights" for side in sides], partitioning=None)
         for side, arrays in sides.items():
-            arrays.append(table[f"{side}_weights"].combine_chunks().flatten().to_numpy())
+            column = cast(pa.ListArray, table[f"{side}_weights"].combine_chunks())
+            arrays.append(column.flatten().to_numpy())
             read += len(arrays[-1])
         if read >= MOST_TOKENS:
             break

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +75,7 @@ class Pass:
         """Tokens of prompts and responses that went through the model; stored rows cost none."""
         self.parts: list[Path] = []
         self.rows: dict[bytes, int] = {}  # key -> part * 2^32 + row: a tuple would take half as much again
-        self.last_read: tuple[Path | None, pa.ListArray] = (None, pa.array([], pa.list_(pa.float32())))
+        self.last_read: tuple[Path | None, pa.Array] = (None, pa.array([], pa.list_(pa.float32())))
         self.indexed: set[str] = set()
         self.next_refresh = 0.0
         """When `fill` may list the directory again: listing takes a twentieth of its time at most."""
@@ -96,7 +96,7 @@ class Pass:
         try:
             # Reads the numbers too, though only the keys stay: damage must be found now, while the rows can still be
             # computed again.
-            keys = read_shard(path, "token_logps")["key"].to_pylist()
+            keys = cast(list[bytes], read_shard(path, "token_logps")["key"].to_pylist())
         except (ArtifactError, ContractError):
             path.unlink(missing_ok=True)
             return
@@ -180,7 +180,7 @@ class Pass:
             values.append(np.asarray(self.last_read[1][number].values, dtype=np.float32))
         return values
 
-    def _read(self, path: Path) -> pa.ListArray:
+    def _read(self, path: Path) -> pa.Array:
         try:
             return pq.read_table(path, columns=["logps"], page_checksum_verification=True)["logps"].combine_chunks()
         except (OSError, ValueError) as error:

@@ -143,15 +143,15 @@ def command(*words: str, **environment: str) -> str:
 def test_artifacts_go_through_s3_and_come_back(store, moto, make_prompts, tmp_path, tiny_model):
     big_artifact(store, artifact(store, make_prompts), 24 << 20)
     mirror = ["-m", "data_contracts.mirror"]
-    assert command(*mirror, "push", moto.url, "--store", str(store.root)).count(" put") == 2
+    assert command(*mirror, "push", moto.url, "--store", str(store.root)).count(" was put into the mirror") == 2
     assert "partNumber=3" in moto.log.read_text()
-    assert command(*mirror, "push", moto.url, "--store", str(store.root)).count("is there") == 2
+    assert command(*mirror, "push", moto.url, "--store", str(store.root)).count(" is in the mirror already") == 2
     elsewhere = Store(tmp_path / "elsewhere")
     names = [f"{record.kind}/{record.key}" for record in store.records()]
-    assert command(*mirror, "fetch", moto.url, *names, "--store", str(elsewhere.root)).count(" fetched") == 2
+    assert command(*mirror, "fetch", moto.url, *names, "--store", str(elsewhere.root)).count(" was fetched") == 2
     for record in elsewhere.records():
         assert record == store.load(record.kind, record.key) and not elsewhere.problems(record, deep=True)
-    assert command(*mirror, "evict", moto.url, "--store", str(elsewhere.root)).count("removed") == 2
+    assert command(*mirror, "evict", moto.url, "--store", str(elsewhere.root)).count(" was deleted here") == 2
     # And through `build`: made on one machine, found on another that shares no file system with it.
     results = []
     for name in ("first", "second"):
@@ -192,8 +192,8 @@ def test_a_push_killed_in_the_middle_of_an_upload_leaves_nothing_that_can_be_see
     assert not list(other.records()) and not (other.root / "artifacts").exists()
     path.unlink()
     path.write_bytes(data)
-    assert command(*again) == f"{name} put\n"
-    assert command(*fetch) == f"{name} fetched\n"
+    assert command(*again) == f"{name} was put into the mirror\n"
+    assert command(*fetch) == f"{name} was fetched\n"
     assert other.load("checkpoint", record.key) == record and not other.problems(record, deep=True)
 
 

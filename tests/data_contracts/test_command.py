@@ -97,8 +97,8 @@ def test_explain_names_the_field_in_which_the_nearest_sibling_differs(store, com
     near = make(store, COLD | {"temperature": 1.0})
     key = make(store, COLD)
     assert command("explain", key)[1].splitlines() == [
-        f"generations {key} differs from its nearest sibling {near} (2026-01-02 03:04:05) in 1 field:",
-        "  config.temperature is 0.7 here, 1 there",
+        f"generations/{key} differs from the most similar generations, {near} of 2026-01-02 03:04:05, in 1 field:",
+        "  config.temperature is 0.7, not 1",
     ]
 
 
@@ -110,12 +110,12 @@ def test_explain_sees_nested_settings_added_ones_versions_and_inputs(store, comm
     out = command("explain", key)[1]
     assert "in 7 fields:" not in out and "in 6 fields:" in out
     for line in (
-        "  version is '2' here, '1' there",
-        "  config.backend.dtype is 'bfloat16' here, 'float32' there",
-        "  config.top_p is 0.9 here, absent there",
-        "  config.tasks.0.path is 'x' here, absent there",
-        f"  input prompts is prompts/{two.key} with content {two.content[:16]} here, prompts/{one.key} with content {one.content[:16]} there",
-        f"  input policy is checkpoint/external with content {'cd' * 8} (/models/tiny) here, checkpoint/external with content {'ab' * 8} (/models/tiny) there",
+        "  version is '2', not '1'",
+        "  config.backend.dtype is 'bfloat16', not 'float32'",
+        "  config.top_p is 0.9, not absent",
+        "  config.tasks.0.path is 'x', not absent",
+        f"  input prompts is prompts/{two.key} with content {two.content[:16]}, not prompts/{one.key} with content {one.content[:16]}",
+        f"  input policy is checkpoint/external with content {'cd' * 8} (/models/tiny), not checkpoint/external with content {'ab' * 8} (/models/tiny)",
         f"  (why prompts differs: python -m data_contracts explain prompts/{two.key})",
     ):
         assert line in out.splitlines()
@@ -132,7 +132,7 @@ def test_explain_of_the_first_of_its_kind_says_so(store, command, make_prompts):
 def test_verify_of_an_intact_store_is_one_line_and_code_0(store, command, make_prompts):
     make_prompts(store, 1)
     make(store, COLD)
-    assert command("verify") == (0, "2 of 2 finished artifact(s) are intact\n", "")
+    assert command("verify") == (0, "intact: 2 of 2 finished artifacts\n", "")
 
 
 def flip(path: Path) -> None:
@@ -161,8 +161,8 @@ def test_verify_names_every_kind_of_damage_and_ends_with_4(store, command, damag
     code, out, err = command("verify")
     assert code == 4
     assert [line for line in out.splitlines() if line.startswith(f"generations/{key}: ") and message in line]
-    assert whole not in out and "1 of 2 finished artifact(s) are intact" in out
-    assert err.startswith("ArtifactError: 1 artifact(s) in")
+    assert whole not in out and "intact: 1 of 2 finished artifacts" in out
+    assert err.startswith("ArtifactError: 1 damaged artifact in")
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -184,7 +184,7 @@ def test_verify_lists_unfinished_work_which_is_no_damage(store, command):
     shard_path(directory, 0).write_text("a shard")
     code, out, _ = command("verify")
     assert code == 0
-    assert out.startswith(f"generations/{'f' * 16}: unfinished (1 shard(s), last written 20")
+    assert out.startswith(f"generations/{'f' * 16}: unfinished (1 shard, last written 20")
 
 
 def test_the_command_uses_the_store_of_the_environment_and_its_exit_code(store):

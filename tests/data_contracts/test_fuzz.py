@@ -247,4 +247,4 @@ def test_a_seal_of_any_bytes_lets_a_whole_shard_be_read_or_made_again(tmp_path):
         try:
             read_shard(path, "dropped")
         except ArtifactError as error:
-            assert "it is not what was written" in str(error)
+            assert "its content is not what was written" in str(error)

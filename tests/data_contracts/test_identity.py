@@ -128,7 +128,7 @@ def test_a_number_that_is_not_finite_is_refused_by_its_place(value):
     "value", [len, lambda: 1, object(), {1, 2}, b"bytes", 1j, Path("x"), Config], ids=lambda value: type(value).__name__
 )
 def test_what_another_process_would_write_differently_is_refused_by_its_place(value):
-    with pytest.raises(TypeError, match=r"\$\.config\.scorer is a .*: not something an identity can be made of"):
+    with pytest.raises(TypeError, match=r"\$\.config\.scorer is a .*, which cannot be part of an identity"):
         key({"scorer": value})
 
 

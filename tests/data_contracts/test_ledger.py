@@ -53,25 +53,27 @@ def run(store, clock):
 
 
 def test_stages_and_other_add_up_to_the_sessions_wall_time(store, run):
-    account = ledgers.read(store, "demo")
+    account = ledgers.read_account(store, "demo")
     (session,) = account.sessions
-    assert session.is_finished and session.wall == 30
-    assert session.stages == 18 and session.other == 12
-    assert "30.0 s = stages 18.0 s + other 12.0 s (40.0%)" in ledgers.summary(account)[0]
+    assert session.is_finished and session.wall_seconds == 30
+    assert session.stage_seconds == 18 and session.other_seconds == 12
+    assert "30.0 s = stages 18.0 s + other 12.0 s (40.0%)" in ledgers.session_lines(account)[0]
 
 
 def test_costs_are_the_records_and_waiting_is_added(store, run):
-    first, second = ledgers.rows(ledgers.read(store, "demo"))
+    first, second = ledgers.cost_rows(ledgers.read_account(store, "demo"))
     assert (first["wall"], first["start_up"], first["busy"], first["waiting"]) == (9.5, 1.0, 8.5, 0.0)
     assert (second["wall"], second["waiting"]) == (7.5, 3.0)
     assert first["tokens_in"] == 100 and first["bytes"] == 50
 
 
 def test_sums_add_and_peaks_do_not(store, run):
-    (total,) = ledgers.total(ledgers.rows(ledgers.read(store, "demo")))
+    (total,) = ledgers.sum_rows(ledgers.cost_rows(ledgers.read_account(store, "demo")))
     assert total["wall"] == 17.0 and total["flops"] == 4.8e9 and total["tokens_out"] == 40
     assert total["peak_rss_bytes"] == 9e8 and total["artifacts"] == 2 and total["found"] == 0
-    assert [row["step"] for row in ledgers.total(ledgers.rows(ledgers.read(store, "demo")), ("step",))] == [
+    assert [
+        row["step"] for row in ledgers.sum_rows(ledgers.cost_rows(ledgers.read_account(store, "demo")), ("step",))
+    ] == [
         "iter_00",
         "iter_01",
     ]
@@ -82,7 +84,7 @@ def test_what_another_run_built_is_saved_time_and_no_work(store, run, clock):
     other.begin()
     stage(other, clock, store.load("generations", "a" * 16), "iter_00", "sample", 0.1, cached=True)
     other.end()
-    (row,) = ledgers.rows(ledgers.read(store, "other"))
+    (row,) = ledgers.cost_rows(ledgers.read_account(store, "other"))
     assert row["cached"] and row["saved"] == 9.5 and row["wall"] == 0.0 and "flops" not in row
 
 
@@ -92,9 +94,9 @@ def test_a_second_session_of_the_same_run_still_has_paid_once(store, run, clock)
     for key, step in (("a", "iter_00"), ("b", "iter_01")):
         stage(again, clock, store.load("generations", key * 16), step, "sample", 0.1, cached=True)
     again.end()
-    account = ledgers.read(store, "demo")
+    account = ledgers.read_account(store, "demo")
     assert len(account.sessions) == 2
-    (total,) = ledgers.total(ledgers.rows(account))
+    (total,) = ledgers.sum_rows(ledgers.cost_rows(account))
     assert total["wall"] == 17.0 and total["artifacts"] == 2 and total["saved"] == 0
 
 
@@ -102,7 +104,7 @@ def test_a_changed_setting_replaces_what_stood_at_its_place(store, run, clock):
     again = Ledger(store, "demo")
     again.begin()
     stage(again, clock, make_record(store, "c" * 16, 2.0), "iter_01", "sample", 3)
-    rows = ledgers.rows(ledgers.read(store, "demo"))
+    rows = ledgers.cost_rows(ledgers.read_account(store, "demo"))
     assert [row["key"][0] for row in rows] == ["a", "c"]
 
 
@@ -111,16 +113,16 @@ def test_a_killed_session_says_what_it_was_at(store, run, clock):
     killed.begin()
     killed.started("iter_02", "train", "train")
     clock[0] += 100
-    account = ledgers.read(store, "demo")
+    account = ledgers.read_account(store, "demo")
     assert [(line["step"], line["shown_as"]) for line in account.running] == [("iter_02", "train")]
-    assert not account.sessions[-1].is_finished and "interrupted" in ledgers.summary(account)[-1]
+    assert not account.sessions[-1].is_finished and "interrupted" in ledgers.session_lines(account)[-1]
 
 
 def test_a_line_cut_by_a_kill_and_a_removed_artifact_do_no_harm(store, run):
     with open(run.path, "a") as file:
         file.write('{"event": "sta')
     store.discard("generations", "a" * 16)
-    first, _ = ledgers.rows(ledgers.read(store, "demo"))
+    first, _ = ledgers.cost_rows(ledgers.read_account(store, "demo"))
     assert first["wall"] == 10  # of the session: the record is gone
 
 
@@ -140,21 +142,21 @@ def test_an_estimate_is_set_beside_what_was_measured(store, run, capsys):
     steps.append({"step": "iter_01", "shown_as": "sample", "seconds": 0.0, "source": "built"})
     body = {"seconds": 33.0, "half_width": 4.0, "other": 10.0, "steps": steps}
     run.path.with_name("estimate.json").write_text(json.dumps(body))
-    lines = ledgers.predicted(store, "demo")
-    assert lines[0] == "predicted for these 1 stages: 19.0 s, measured 9.5 s (+100%)"
+    lines = ledgers.estimate_lines(store, "demo")
+    assert lines[0] == "predicted for 1 stage: 19.0 s, measured 9.5 s (+100%)"
     assert lines[1] == "predicted for the run: 33.0 s +- 4.0 s, measured 30.0 s (+10%)"
 
 
 def test_a_run_without_a_ledger_is_refused_with_the_runs_that_have_one(store, run):
     with pytest.raises(ConfigError, match="no run 'demmo'.*runs there: demo"):
-        ledgers.read(store, "demmo")
+        ledgers.read_account(store, "demmo")
 
 
 def test_an_artifact_that_is_gone_or_damaged_keeps_its_line(store, run):
     (store.directory("generations", "a" * 16) / "record.json").write_text("{")
-    entries = ledgers.read(store, "demo").entries
+    entries = ledgers.read_account(store, "demo").entries
     assert entries[0].record is None and entries[0].seconds == 10 and entries[1].record is not None
-    assert [row["step"] for row in ledgers.rows(ledgers.read(store, "demo"))] == ["iter_00", "iter_01"]
+    assert [row["step"] for row in ledgers.cost_rows(ledgers.read_account(store, "demo"))] == ["iter_00", "iter_01"]
 
 
 @pytest.mark.parametrize(
@@ -170,12 +172,12 @@ def test_an_artifact_that_is_gone_or_damaged_keeps_its_line(store, run):
     ],
 )
 def test_a_damaged_line_is_left_out(store, run, garbage):
-    before = ledgers.read(store, "demo")
+    before = ledgers.read_account(store, "demo")
     run.path.write_bytes(garbage + b"\n" + run.path.read_bytes() + garbage)
-    assert ledgers.read(store, "demo") == before
+    assert ledgers.read_account(store, "demo") == before
 
 
 def test_a_ledger_without_a_whole_line_is_none(store, run):
     run.path.write_bytes(b'{"event": "beg')
     with pytest.raises(ConfigError, match="the ledger of 'demo' in .* has no whole line"):
-        ledgers.read(store, "demo")
+        ledgers.read_account(store, "demo")

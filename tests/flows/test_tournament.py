@@ -16,7 +16,7 @@ import pytest
 from data_contracts.artifact import ArtifactRecord
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.errors import ConfigError
-from data_contracts.gc import _reachable
+from data_contracts.gc import _with_inputs
 from data_contracts.identity import digest_file
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from data_contracts.store import Store
@@ -95,7 +95,7 @@ def test_a_training_is_kept_for_as_long_as_one_of_its_checkpoints_is_needed(stor
     trained = sign("checkpoint", "abc")
     middle = trained.model_copy(update={"key": "abc/steps/000004"})
     sign("generations", "def", policy=middle)
-    assert _reachable(store, {("generations", "def")}) == {("generations", "def"), (trained.kind, trained.key)}
+    assert _with_inputs(store, {("generations", "def")}) == {("generations", "def"), (trained.kind, trained.key)}
 
 
 @pytest.mark.parametrize(

@@ -136,17 +136,17 @@ def test_its_ledger_accounts_for_all_of_its_time(undisturbed):
     from data_contracts import ledger
     from data_contracts.store import Store
 
-    account = ledger.read(Store(undisturbed.store), "tiny")
+    account = ledger.read_account(Store(undisturbed.store), "tiny")
     (session,) = account.sessions
     assert session.is_finished
-    assert session.wall == pytest.approx(undisturbed.first.seconds, rel=0.03)
-    rows = ledger.rows(account)
+    assert session.wall_seconds == pytest.approx(undisturbed.first.seconds, rel=0.03)
+    rows = ledger.cost_rows(account)
     assert len(rows) == 14 and not any(row["cached"] for row in rows)
     paid = sum(row["wall"] for row in rows)
-    assert paid <= session.stages <= session.wall
-    assert session.stages - paid < 14 * 3  # launching, signing, telling
+    assert paid <= session.stage_seconds <= session.wall_seconds
+    assert session.stage_seconds - paid < 14 * 3  # launching, signing, telling
     assert all(row["wall"] == pytest.approx(row["start_up"] + row["busy"] + row["waiting"]) for row in rows)
-    by_stage = {row["stage"]: row for row in ledger.total(rows, ("stage",))}
+    by_stage = {row["stage"]: row for row in ledger.sum_rows(rows, ("stage",))}
     assert (
         by_stage["sample"]["tokens_out"] > 0 and by_stage["train"]["flops"] > 0 and by_stage["weigh"]["tokens_in"] > 0
     )
