@@ -75,7 +75,7 @@ class Pass:
         """Tokens of prompts and responses that went through the model; stored rows cost none."""
         self.parts: list[Path] = []
         self.rows: dict[bytes, int] = {}  # key -> part * 2^32 + row: a tuple would take half as much again
-        self.last_read: tuple[Path | None, pa.Array] = (None, pa.array([], pa.list_(pa.float32())))
+        self.last_read: tuple[Path, pa.ListArray] | None = None
         self.indexed: set[str] = set()
         self.next_refresh = 0.0
         """When `fill` may list the directory again: listing takes a twentieth of its time at most."""
@@ -175,14 +175,15 @@ class Pass:
         for key in keys:
             part, number = divmod(self.rows[key], 1 << 32)
             path = self.parts[part]
-            if self.last_read[0] != path:
+            if self.last_read is None or self.last_read[0] != path:
                 self.last_read = (path, self._read(path))
             values.append(np.asarray(self.last_read[1][number].values, dtype=np.float32))
         return values
 
-    def _read(self, path: Path) -> pa.Array:
+    def _read(self, path: Path) -> pa.ListArray:
         try:
-            return pq.read_table(path, columns=["logps"], page_checksum_verification=True)["logps"].combine_chunks()
+            table = pq.read_table(path, columns=["logps"], page_checksum_verification=True)
+            return cast(pa.ListArray, table["logps"].combine_chunks())
         except (OSError, ValueError) as error:
             raise ArtifactError(
                 f"{path} is damaged ({error}). Delete it and run again: only its rows are computed anew"

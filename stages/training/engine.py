@@ -1,7 +1,7 @@
-"""Stages - the training engine: DeepSpeed, ZeRO 0-3, one process or many; the one file that imports it.
+"""Stages - the training engine: DeepSpeed with ZeRO 0-3, one process or many; the only file that imports DeepSpeed.
 
-Facts of DeepSpeed 0.19 that shape it: gradients are averaged over ranks; a resumed run is bit-exact; load_checkpoint of a missing
-directory returns (None, None) instead of raising; some ops want a compiler at first use, and none of them is needed here.
+Facts of DeepSpeed 0.19 that shape it: gradients are averaged over ranks; a resumed run is bit-exact; load_checkpoint of
+a missing directory returns (None, None) instead of raising; some ops want a compiler at first use, and none is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from stages.models.lazy import torch
@@ -22,21 +22,33 @@ from stages.models.policy import load_causal_lm
 from stages.models.tokens import load_tokenizer, stop_ids
 from stages.training.resume import forget, seal, sealed
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import ModuleType
+
+    from torch import Tensor
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel
+
+    from stages.training.config import TrainingConfig
+
+PART = 1 << 24
+"""Weights whose float32 gradient exists at a time."""
+
 
 class Engine:
     """A policy, its optimizer and its schedule."""
 
-    def __init__(self, config: Any, model: str, num_steps: int, device: str):
+    def __init__(self, config: TrainingConfig, model: str, num_steps: int, device: str):
         deepspeed = _import_deepspeed(device)
         from transformers import get_scheduler
 
         self.config, self.device = config, device
         _join(deepspeed, config.runtime.collective_timeout_seconds)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.torch_device = (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
-        )
+        self.torch_device = torch.device(device)
         if device == "cuda":
+            self.torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.torch_device)
         torch.manual_seed(config.seed)
         self.stop_ids = stop_ids(model, load_tokenizer(model))
@@ -61,9 +73,12 @@ class Engine:
         del policy, exact
         _return_memory()
 
-    def _start_from(self, exact: list[Any]) -> None:
-        """Make the float32 copies what the policy's weights were: DeepSpeed copies them from a model that it has already rounded to bf16,
-        and an iteration's small steps would be rounded away at the start of the next one."""
+    def _start_from(self, exact: list[Tensor]) -> None:
+        """Set the float32 master weights to the policy's weights.
+
+        DeepSpeed makes them from a model that it has already rounded to bf16: the small updates of the iteration
+        before would be lost.
+        """
         from deepspeed.utils import safe_set_full_fp32_param
 
         copies = _float32_copies(self.engine.optimizer)
@@ -74,22 +89,24 @@ class Engine:
                 safe_set_full_fp32_param(parameter, value.to(self.torch_device))
 
     @property
-    def model(self) -> Any:
+    def model(self) -> torch.nn.Module:
+        """The model as it is trained: its forward goes through DeepSpeed."""
         return self.engine
 
     @property
-    def module(self) -> Any:
-        """The bare model, for what must not go through DeepSpeed's hooks: generation, gradients of the embeddings."""
+    def module(self) -> PreTrainedModel:
+        """The bare model, for uses that must not go through DeepSpeed's hooks: generation, gradients of embeddings."""
         return self.engine.module
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def backward(self, loss: Any, last: bool) -> None:
-        """Accumulate a micro-batch's share of the step's mean loss; `last` closes the step's gradient.
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradient of a micro-batch's share of the step's mean loss; `last`: its last micro-batch.
 
-        The share is already divided by the global count of the step: DeepSpeed must not divide again, and its mean over ranks is undone.
+        The share is divided by the counts of the whole step: DeepSpeed must not divide again, and its mean over ranks
+        is undone.
         """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
@@ -97,20 +114,22 @@ class Engine:
             self.engine.step()  # not an update: it counts the micro-batch
 
     def step(self) -> dict[str, float]:
-        """Clip, update, advance the schedule."""
-        rate = self.engine.get_lr()[0]
+        """Clip, update and advance the schedule; returns the learning rate and, where known, the gradient's norm."""
+        state = {"learning_rate": float(self.engine.get_lr()[0])}
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        return {"learning_rate": float(rate)} | ({} if norm is None else {"grad_norm": float(norm)})
+        if norm is not None:
+            state["grad_norm"] = float(norm)
+        return state
 
     def total(self, values: list[float]) -> list[float]:
-        """Sums over ranks; every rank must give the same number of values."""
+        """Return the sums over ranks; every rank must give the same number of values."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.torch_device)
         torch.distributed.all_reduce(tensor)
         return tensor.tolist()
 
     def save(self, directory: Path, step: int) -> None:
-        """A checkpoint to resume from, then removal of the one before. It is sealed last, so a kill leaves the old one valid."""
+        """Write a checkpoint to resume from, then remove the one before; a kill in between leaves the old one valid."""
         tag = f"step{step}"
         self.engine.save_checkpoint(str(directory), tag=tag, client_state={"step": step}, save_latest=False)
         self.barrier()
@@ -118,7 +137,10 @@ class Engine:
             seal(directory, tag)
 
     def resume(self, directory: Path) -> int:
-        """Load the last checkpoint if there is a whole one; the number of steps already done."""
+        """Load the last whole checkpoint, if there is one; returns the number of steps that are done.
+
+        Raises: TransientError if it cannot be loaded; the next try then trains from the start.
+        """
         if (tag := sealed(directory)) is None:
             return 0
         try:
@@ -126,24 +148,28 @@ class Engine:
             if path is None:
                 raise ValueError("DeepSpeed finds no checkpoint in it")
             return int(state["step"])
-        except Exception as error:  # whatever torch makes of damaged bytes; half of it may be loaded already
+        except Exception as error:  # damaged bytes make torch raise anything, maybe with half of the state loaded
             forget(directory)
             raise TransientError(
-                f"the checkpoint {directory}/{tag} cannot be loaded ({type(error).__name__}: {error}): the next try trains from the start"
+                f"the checkpoint {directory}/{tag} cannot be loaded ({type(error).__name__}: {error}): "
+                "the next try trains from the start"
             ) from error
 
     def export(self, directory: Path) -> None:
-        """The policy as a Hugging Face directory, weights in the configured dtype, from the float32 master copy."""
+        """Write the policy as a Hugging Face directory, in `save_dtype`, from the float32 master weights.
+
+        Raises: ContractError if a weight is not finite.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         dtype = getattr(torch, self.config.save_dtype)
         module, copies = self.engine.module, _float32_copies(self.engine.optimizer)
         state = {}
         for name, parameter in module.named_parameters():
-            # Collective under ZeRO: every rank asks, the first one keeps.
+            # Collective under ZeRO: every rank takes part, the main rank keeps the weight.
             full = copies[parameter] if parameter in copies else safe_get_full_fp32_param(parameter)
             full = parameter.detach() if full is None else full
-            if not torch.isfinite(full).all():  # vLLM would sample token 0 from such weights for ever, without an error
+            if not torch.isfinite(full).all():  # vLLM would sample token 0 for ever from such weights, without an error
                 raise ContractError(
                     f"the trained weights hold NaN or infinity, first in {name}: lower training.learning_rate"
                 )
@@ -155,11 +181,10 @@ class Engine:
                 state[name] = tensor
             module.save_pretrained(directory, state_dict=state)
             module.config.use_cache = False  # training may go on
-            # transformers writes the dtype that the model computes in, and loads in the dtype that is written there.
+            # transformers writes the dtype that the model computes in, and loads weights in the dtype of config.json.
             path = directory / "config.json"
-            path.write_text(
-                json.dumps(json.loads(path.read_text()) | {"dtype": self.config.save_dtype}, indent=2) + "\n"
-            )
+            settings = json.loads(path.read_text()) | {"dtype": self.config.save_dtype}
+            path.write_text(json.dumps(settings, indent=2) + "\n")
         self.barrier()
 
     def barrier(self) -> None:
@@ -170,7 +195,7 @@ class Engine:
         torch.distributed.destroy_process_group()
 
 
-def _import_deepspeed(device: str) -> Any:
+def _import_deepspeed(device: str) -> ModuleType:
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its JIT needs a compiler
@@ -178,27 +203,25 @@ def _import_deepspeed(device: str) -> Any:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
-            f"deepspeed does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter that has it in training.runtime.python"
+            f"deepspeed does not import ({error}). Install the extra `cpu` or `gpu`, "
+            "or name an interpreter that has it in training.runtime.python"
         ) from error
     if device == "cpu":
-        # Its shared-memory collectives are compiled by g++ at first use (36 s, or an error without a compiler); gloo does without.
+        # Its shared-memory collectives compile with g++ at first use (36 s, or an error without g++); gloo needs none.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: (
-        None
-    )  # the first step does, without a gradient for every weight
+    # The first step makes the optimizer's states; DeepSpeed would make them with a step of zero gradients.
+    FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
     FP16_UnfusedOptimizer.step = _step_in_parts
     return deepspeed
 
 
-PART = 1 << 24
-"""Weights whose float32 gradient exists at a time."""
-
-
 def _step_in_parts(self: Any, closure: None = None) -> bool:
-    """The update of bf16 weights without ZeRO, from their float32 copies: DeepSpeed's own numbers, but a part of the weights after the other,
-    where its own step makes float32 gradients of all of them at once and reads them twice more. Returns: whether the gradient was not finite.
+    """Update bf16 weights without ZeRO, through their float32 copies; returns whether the gradient was not finite.
+
+    The numbers are DeepSpeed's own. Its step makes float32 gradients of all weights at once and reads them twice more;
+    this one takes `PART` weights at a time.
     """
     pairs = [
         (low, high)
@@ -212,21 +235,21 @@ def _step_in_parts(self: Any, closure: None = None) -> bool:
         return self._skip_invalid_grad_norm()
     self._update_scale(False)
     factor = 1.0 / self.unscale_and_clip_grads(self._global_grad_norm, apply_scale=False)
-    part: list[Any] = []
+    part: list[tuple[Tensor, Tensor]] = []
     for number, (low, high) in enumerate(pairs):
         high.grad = torch.zeros_like(high) if low.grad is None else low.grad.to(high.dtype).mul_(factor)
         part.append((low, high))
-        if number + 1 == len(pairs) or sum(done.numel() for _, done in part) >= PART:
-            self.optimizer.step()  # passes over what has no gradient
-            for done, copy in part:
-                copy.grad = None
-                done.data.copy_(copy.data)
+        if number + 1 == len(pairs) or sum(master.numel() for _, master in part) >= PART:
+            self.optimizer.step()  # skips weights without a gradient
+            for weight, master in part:
+                master.grad = None
+                weight.data.copy_(master.data)
             part = []
     return self.overflow
 
 
-def _join(deepspeed: Any, timeout: float) -> None:
-    """Join the ranks that the launcher started, or be the only one."""
+def _join(deepspeed: ModuleType, timeout: float) -> None:
+    """Join the ranks that the launcher started, or be the only rank."""
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -237,25 +260,23 @@ def _join(deepspeed: Any, timeout: float) -> None:
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout))
 
 
-def _optimizer(config: Any, parameters: Any) -> Any:
+def _optimizer(config: TrainingConfig, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    """DeepSpeed's own config. Accumulation is ours (see Engine.backward), so its own is 1."""
-    runtime = config.runtime
-    offload = {"device": "cpu"} if runtime.offload_optimizer else {"device": "none"}
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    """DeepSpeed's settings. Its gradient accumulation is 1: `Engine.backward` accumulates."""
+    zero: dict[str, Any] = {"stage": config.runtime.zero_stage}
+    if config.runtime.zero_stage:
+        zero["offload_optimizer"] = {"device": "cpu" if config.runtime.offload_optimizer else "none"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": {
-            "stage": runtime.zero_stage,
-            **({"offload_optimizer": offload} if runtime.zero_stage else {}),
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # RMSprop
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -264,22 +285,22 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _return_memory() -> None:
-    """What loading and converting the weights left in the allocator's heaps, back to the system: a fifth of the peak for a small model."""
+    """Return freed heap memory to the system (malloc_trim) after loading; saves a fifth of a small model's peak."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)
 
 
-def _float32_copies(optimizer: Any) -> dict[Any, Any]:
-    """Parameter -> float32 copy, for bf16 without ZeRO: DeepSpeed's own accessors do not know that optimizer's. Empty for the others."""
+def _float32_copies(optimizer: Any) -> dict[Tensor, Tensor]:
+    """Parameter -> float32 copy, for bf16 without ZeRO, which DeepSpeed's accessors do not cover; empty otherwise."""
     if not hasattr(optimizer, "fp32_groups"):
         return {}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
     return {parameter: copy for low, high in groups for parameter, copy in zip(low, high, strict=True)}
 
 
-def _tied(module: Any, state: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Names that share a tensor with a parameter (a tied lm_head): named_parameters() lists a shared tensor once."""
+def _tied(module: torch.nn.Module, state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of parameters that share another's tensor (a tied lm_head): named_parameters() lists it once."""
     owner = {parameter: name for name, parameter in module.named_parameters()}
     return [
         (name, state[owner[parameter]])

@@ -1,4 +1,4 @@
-"""Stages - one rank of a training with several: python -m stages.training.rank OUT, started by the deepspeed launcher."""
+"""python -m stages.training.rank OUT: one rank of a training with several, started by stages/training/launch.py."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from stages.job import Job
 from stages.models.lazy import torch
 from stages.running.supervise import die_with_parent
 from stages.stage import STAGES
+from stages.training.config import TrainingConfig, TrainingInputs
 from stages.training.stage import train_rank
 
 
 def main(out: Path) -> int:
-    """The exit code says whether another try can help: the launcher hands it on."""
-    die_with_parent()  # of the launcher: a rank alone would wait for the others for ever
+    """Train as the rank that the environment names; the exit code says whether another try can help."""
+    die_with_parent()  # a rank that survived its launcher would wait for the others for ever
     work = json.loads((out / ".ranks.json").read_text())
-    stage = STAGES["train"]
-    config = stage.parse(work["config"])
-    main_rank = os.environ["RANK"] == "0"
-    job = Job(stage, config, {}, out) if main_rank else None
+    config = TrainingConfig.model_validate(work["config"])
+    is_main = os.environ["RANK"] == "0"
+    job = Job(STAGES["train"], config, {}, out) if is_main else None
     try:
-        summary = train_rank(out, config, work["inputs"], job)
+        summary = train_rank(out, config, TrainingInputs(**work["inputs"]), job)
     except PipelineError as error:
         return print_error(error)
     except RuntimeError as error:
-        if not _is_of_the_wire(error):
+        if not _is_connection_error(error):
             raise
         return print_error(
             TransientError(f"rank {os.environ['RANK']} has lost another one: {str(error).splitlines()[0]}")
         )
-    if main_rank:
+    if is_main:
         (out / ".summary.json").write_text(json.dumps(summary))
     return 0
 
 
-def _is_of_the_wire(error: RuntimeError) -> bool:
-    """Whether another rank, or the way to it, is gone. Of gloo torch makes a plain RuntimeError that names the file it comes from."""
+def _is_connection_error(error: RuntimeError) -> bool:
+    """Whether another rank, or the way to it, is gone. gloo raises a plain RuntimeError that names its source file."""
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 

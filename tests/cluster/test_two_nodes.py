@@ -20,7 +20,9 @@ from data_contracts.store import Store
 from stages.running import rendezvous
 from stages.running.history import events
 from stages.stage import STAGES
-from stages.training.stage import TrainingConfig, _failure, take_part
+from stages.training.config import TrainingConfig
+from stages.training.launch import error_of
+from stages.training.stage import take_part
 from tasks.execution.remote import at_fault
 from tests.conftest import tries_of
 
@@ -220,14 +222,14 @@ def test_a_meeting_whose_first_node_is_gone_is_not_joined_under_the_same_name(tm
         (75, TransientError),
         (3, ContractError),
         (2, ConfigError),
-        (256 - signal.SIGKILL, TransientError),
+        (-signal.SIGKILL, TransientError),
         (1, StageError),
         (255, StageError),
     ],
 )
 def test_what_the_ranks_exit_code_means(code, kind):
-    """The launcher makes 247 of a rank that was killed by signal 9."""
-    assert _failure(code) is kind
+    """A process that was killed by signal 9 has the code -9."""
+    assert error_of(code) is kind
 
 
 def test_the_node_at_fault_speaks_for_those_that_it_left_alone():

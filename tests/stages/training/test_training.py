@@ -27,7 +27,7 @@ from stages.models.policy import load_causal_lm, score_responses
 from stages.running.history import events
 from stages.stage import STAGES
 from stages.training.batches import plan_steps
-from stages.training.stage import TrainingConfig
+from stages.training.config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_PAIRS = 22
@@ -160,13 +160,14 @@ DRIVER = """
 import json, sys, traceback
 from pathlib import Path
 from stages.training.engine import Engine
-from stages.training.stage import TrainingConfig, train_rank
+from stages.training.config import TrainingConfig, TrainingInputs
+from stages.training.stage import train_rank
 Engine.close = Engine.barrier
 for name, settings, inputs in json.load(open(sys.argv[1])):
     out = Path(sys.argv[2]) / name
     out.mkdir()
     try:
-        train_rank(out, TrainingConfig.model_validate(settings), inputs, None)
+        train_rank(out, TrainingConfig.model_validate(settings), TrainingInputs(**inputs), None)
     except Exception:
         (out / "error").write_text(traceback.format_exc())
 """

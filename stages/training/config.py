@@ -1,0 +1,81 @@
+"""Stages - the settings of the train stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
+
+from data_contracts.config import Config
+from data_contracts.shards import ShardRows
+from stages.methods import METHODS
+from stages.registry import Named
+from stages.stage import StageRuntime
+
+
+class TrainingRuntime(StageRuntime):
+    num_processes: int = Field(1, ge=1)
+    """Ranks on each node, one GPU each (gloo on the CPU, nccl on GPUs)."""
+    num_nodes: int = Field(1, ge=1)
+    """Machines with `num_processes` ranks each; the same command runs on each of them (docs/cluster.md)."""
+    collective_timeout_seconds: float = Field(1800, gt=0)
+    """A rank gives up after waiting so long for the others in one operation; loading and checkpoints take minutes."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO: 1 cuts the optimizer state over the ranks, 2 the gradients too, 3 the weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in CPU memory (ZeRO 1-3)."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens per micro-batch: the setting that bounds memory. A micro-batch holds at least one pair."""
+    packing: bool = True
+    """Compute a prompt once for its responses, without padding, where model and method allow. Moves last bits."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more work, far less memory."""
+    save_every_steps: int = Field(100, ge=1)
+    """How many steps are lost, at most, when training is killed."""
+
+
+class TrainingConfig(Config):
+    """Optimisation. Vetted (SPPO, SPIN): RMSprop, lr 5e-7, batch 64, linear with 10 % warm-up, clip 1."""
+
+    NEUTRAL: ClassVar[dict[str, Any]] = {"checkpoints": ()}
+
+    method: Annotated[Named, METHODS] = Field(default_factory=lambda: METHODS.config("sppo"), validate_default=True)
+    """The loss, by name, with its settings. Set for you from the run's `method`."""
+    learning_rate: float = Field(5e-7, gt=0)
+    """Peak rate."""
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+    """Pairs per optimizer step, over all ranks and micro-batches."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    schedule_epochs: int | None = Field(None, ge=1)
+    """Epochs that the schedule spans, if more than are run (SPPO's paper: 18, of which the first). None: `epochs`."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Part of the steps in which the rate rises from 0."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm; 0: never."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic; bfloat16 keeps float32 master weights."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights of the checkpoint. bfloat16 is half the size, and rounds away updates of less than 0.4 %."""
+    seed: int = 0
+    """Order of the pairs."""
+    checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Also keep the policy after these parts of the steps, in `steps/`; the run goes on from the best one (SPPO)."""
+    runtime: TrainingRuntime = TrainingRuntime()
+
+
+class TrainingInputs(NamedTuple):
+    """The directories of the train stage's inputs; None: not given."""
+
+    pairs: str
+    policy: str
+    more_pairs: str | None = None
+    reference: str | None = None
+    teacher: str | None = None
+
+    def rows(self) -> ShardRows:
+        """The weighted pairs of all inputs. Raises: ArtifactError if a directory holds none."""
+        directories = [self.pairs] if self.more_pairs is None else [self.pairs, self.more_pairs]
+        return ShardRows(directories, "weighted_pairs")
