@@ -1,8 +1,15 @@
-"""Stages - per-token weight providers by name. One file each: settings, and a vectorised function over a batch of responses."""
+"""Stages - per-token weight providers by name. One file each: settings, and a function over a batch of responses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from stages.registry import Registry
 
-WEIGHTS = Registry(
+if TYPE_CHECKING:
+    from stages.weighting.weights.base import WeightProvider
+
+WEIGHTS: Registry[WeightProvider] = Registry(
     "weights",
     {
         "contrastive": "stages.weighting.weights.tis_dpo:ContrastiveWeights",

@@ -1,6 +1,7 @@
-"""Stages - what a weight provider is: settings, what it needs, and a pure function from log-probs to one weight per token.
+"""Stages - what a weight provider is: its settings, what it needs, and a pure function from log-probs to token weights.
 
-Responses travel flat: the tokens of N responses one after the other, and where each response starts. No loop runs per token.
+Responses travel flat: the tokens of N responses one after the other, and where each response starts. No loop runs per
+token.
 Axes: N responses, S student tokens of all of them, R teacher tokens of all of them.
 """
 
@@ -11,20 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from data_contracts.errors import ContractError
-from stages.registry import Named
+from stages.registry import Named, Plugin
 
 NEEDS = {
     "reference": "the policy as the iteration finds it, on the student's tokens -> logps['reference']",
-    "teacher": "the teacher, on its own tokens of the response's text -> teacher, teacher_logps",
-    "teacher_unshifted": "the teacher's logits read one position late (swift_released.unshifted_logps) -> teacher, teacher_logps",
+    "teacher": "the teacher, on its own tokens of the response's text -> texts, teacher, teacher_logps",
+    "teacher_unshifted": "the same with its logits read one position late (swift_released.unshifted_logps)",
     "positive": "the good model of a contrastive pair, on the student's tokens -> logps['positive']",
-    "negative": "the bad one -> logps['negative']",
+    "negative": "the bad model of a contrastive pair -> logps['negative']",
     "reward_model": "a model of the student's tokenizer trained on the preferences -> logps['reward_model']",
-    "importance": "gradient attribution under the reference (methods.importance.token_importance) -> logps['importance']",
+    "importance": "gradient attribution under the reference (methods.importance) -> logps['importance']",
 }
-"""Everything a provider may ask of the weigh stage, and where it expects it."""
+"""Everything a provider may ask of the weigh stage, and where the provider finds it."""
+
+Stat = tuple[float, float]
+"""(sum, count) of a mean; under a name that starts with "min/": (minimum, count)."""
 
 
 class Tokens(NamedTuple):
@@ -35,35 +40,38 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     """int64 [S]."""
     spans: np.ndarray | None
-    """int64 [S, 2]: (start, end) characters in the response's text; an EOS has none and is ignored here. None: not known."""
+    """int64 [S, 2]: (start, end) characters in the response's text; an EOS has none and is ignored. None: not known."""
     ended: np.ndarray
     """bool [N]: the last token is the EOS that ended the response."""
     aligned: np.ndarray | None = None
-    """bool [N]: False where the spans could not be found; such a response gets neutral weights. None: all of them."""
+    """bool [N]: False where a response's spans are not known; it gets neutral weights. None: all are known."""
 
     @classmethod
-    def of(cls, ids: Sequence[Sequence[int]], spans: Sequence[Any] | None, ended: Sequence[bool]) -> Tokens:
-        """From one list per response. `spans` rows may leave out the EOS; None marks a response without spans."""
+    def of(
+        cls, ids: Sequence[Sequence[int]], spans: Sequence[ArrayLike | None] | None, ended: Sequence[bool]
+    ) -> Tokens:
+        """Tokens of one list of ids per response, each with a list of spans.
+
+        A list of spans may leave out the EOS; None marks a response without spans. Raises: ContractError if a response
+        has another number of spans than of tokens.
+        """
         starts = row_starts([len(row) for row in ids])
-        flat = (
-            np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-            if starts[-1]
-            else np.zeros(0, dtype=np.int64)
-        )
+        flat = np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(row, dtype=np.int64) for row in ids)])
+        has_ended = np.asarray(ended, dtype=bool)
         if spans is None:
-            return cls(starts, flat, None, np.asarray(ended, dtype=bool))
+            return cls(starts, flat, None, has_ended)
         table = np.zeros((starts[-1], 2), dtype=np.int64)
-        for start, row, tokens, end in zip(starts[:-1], spans, ids, ended, strict=True):
+        for start, row, tokens, has_eos in zip(starts[:-1], spans, ids, ended, strict=True):
             if row is None:
                 continue
-            row = np.asarray(row, dtype=np.int64).reshape(-1, 2)
-            if len(row) not in (len(tokens), len(tokens) - bool(end)):
-                raise ContractError(f"{len(row)} spans for {len(tokens)} tokens")
-            table[start : start + len(row)] = row
-        return cls(starts, flat, table, np.asarray(ended, dtype=bool), np.asarray([row is not None for row in spans]))
+            pairs = np.asarray(row, dtype=np.int64).reshape(-1, 2)
+            if len(pairs) not in (len(tokens), len(tokens) - bool(has_eos)):
+                raise ContractError(f"{len(pairs)} spans for {len(tokens)} tokens")
+            table[start : start + len(pairs)] = pairs
+        return cls(starts, flat, table, has_ended, np.asarray([row is not None for row in spans]))
 
     def is_eos(self) -> np.ndarray:
-        """bool [S]: the EOS tokens that ended a response."""
+        """bool [S]: True at the EOS tokens that ended a response."""
         mask = np.zeros(self.starts[-1], dtype=bool)
         mask[self.starts[1:][self.ended] - 1] = True
         return mask
@@ -75,59 +83,90 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """N responses, and what the weigh stage found out about them. What the provider does not need is left empty."""
+    """N responses, and what the weigh stage computed for them. What the provider does not need is left empty."""
 
     keys: Sequence[str]
-    """Names the row in messages and seeds the random ablations, e.g. "pair17/chosen"."""
+    """Names of the rows in messages, e.g. "pair17/chosen"; they also seed the random ablations."""
     chosen: np.ndarray
-    """bool [N]: the preferred side of its pair."""
+    """bool [N]: the response is the preferred one of its pair."""
     student: Tokens
     logps: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Role -> log-probability of each student token [S], nats (for "importance": the raw attribution)."""
+    """Role -> log-probability of each student token [S], in nats; under "importance" the raw attribution."""
     texts: Sequence[str] | None = None
-    """What the response's tokens without EOS say; both tokenizers' spans refer to it."""
+    """The text of each response's tokens without EOS; both tokenizers' spans refer to it."""
     teacher: Tokens | None = None
     teacher_logps: np.ndarray | None = None
-    """[R]; NaN for a token beyond the teacher's context."""
+    """[R], in nats; NaN for a token beyond the teacher's context."""
 
     def column(self, role: str) -> np.ndarray:
-        """One log-prob per student token, as float64 unless it is wider.
+        """The role's log-prob of each student token [S], as float64 unless it is wider.
 
         Raises: ContractError naming the row if the length is wrong or a value is NaN or infinite.
         """
         if role not in self.logps:
-            raise ContractError(f"the weights need the log-probs {role!r}; the weigh stage gave {sorted(self.logps)}")
+            raise ContractError(
+                f"the weights read the log-probs {role!r}, and the weigh stage gave {sorted(self.logps)}: "
+                f"put {role!r} into NEEDS of the provider"
+            )
         values = np.asarray(self.logps[role])
         self._check(role, values, self.student, ~np.isfinite(values))
         return values.astype(np.float64, copy=False)
 
     def teacher_column(self) -> np.ndarray:
-        """The same for the teacher's tokens, where NaN means "not scored"."""
-        if self.teacher is None or self.teacher_logps is None:
-            raise ContractError("the weights need a teacher; the weigh stage gave none")
+        """The teacher's log-prob of each of its tokens [R], as float64 unless it is wider; NaN: not scored.
+
+        Raises: ContractError without a teacher, for a wrong length, and for an infinite value.
+        """
+        if self.teacher_logps is None:
+            raise ContractError(_NO_TEACHER)
         values = np.asarray(self.teacher_logps)
-        self._check("teacher", values, self.teacher, np.isinf(values))
+        self._check("teacher", values, self.teacher_tokens(), np.isinf(values))
         return values.astype(np.float64, copy=False)
 
-    def _check(self, role: str, values: np.ndarray, tokens: Tokens, bad: np.ndarray) -> None:
+    def teacher_tokens(self) -> Tokens:
+        """The responses as the teacher's tokenizer cuts them. Raises: ContractError without a teacher."""
+        if self.teacher is None:
+            raise ContractError(_NO_TEACHER)
+        return self.teacher
+
+    def response_texts(self) -> Sequence[str]:
+        """The text of each response [N]. Raises: ContractError without a teacher, for whom alone they are made."""
+        if self.texts is None:
+            raise ContractError(_NO_TEACHER)
+        return self.texts
+
+    def _check(self, role: str, values: np.ndarray, tokens: Tokens, is_bad: np.ndarray) -> None:
         if values.shape != (tokens.starts[-1],):
             raise ContractError(
                 f"log-probs {role!r}: {values.size} values for {tokens.starts[-1]} tokens of {len(self.keys)} responses"
             )
-        if bad.any():
-            first = int(np.flatnonzero(bad)[0])
+        if is_bad.any():
+            first = int(np.flatnonzero(is_bad)[0])
             row = int(np.searchsorted(tokens.starts, first, side="right")) - 1
             raise ContractError(
-                f"row {self.keys[row]!r}, log-probs {role!r}, token {first - tokens.starts[row]}: {values[first]} "
-                f"({int(bad.sum())} such value(s) in the batch): the model's weights are damaged, or it cannot produce this token"
+                f"row {self.keys[row]!r}, log-probs {role!r}, token {first - tokens.starts[row]}: {values[first]}, and "
+                f"{int(is_bad.sum())} such values in the batch: the model's weights are damaged, or it cannot produce "
+                "this token"
             )
 
 
+_NO_TEACHER = (
+    "the weights read a teacher's tokens, and the weigh stage gave none: put 'teacher' into NEEDS of the provider"
+)
+
+
 class Weights(NamedTuple):
+    """One weight per student token, and statistics of the batch."""
+
     values: np.ndarray
     """[S], in the precision they were computed in."""
-    stats: dict[str, tuple[float, float]]
-    """Name -> (sum, count): a mean, added up over batches by `add_stats`. Names that start with "min/" hold (minimum, count)."""
+    stats: dict[str, Stat]
+    """By name; `add_stats` adds them up over batches."""
+
+    @classmethod
+    def of(cls, values: np.ndarray, **stats: Stat) -> Weights:
+        """The weights with their mean, and `stats` beside it."""
+        return cls(values, {"mean": (float(values.sum()), float(values.size)), **stats})
 
     def per_response(self, tokens: Tokens) -> list[np.ndarray]:
         """One float32 array per response, as the shards hold them."""
@@ -138,34 +177,59 @@ class WeightConfig(Named):
     """Settings of a provider. Choosing `name` and nothing else is the paper's weight."""
 
 
-class WeightProvider:
-    """What every provider declares. The weigh stage knows these names and no provider's."""
+class WeightProvider(Plugin):
+    """A weight for every token of a batch of responses. A subclass writes `Config` and `weights`.
 
-    VERSION: ClassVar[str]
-    """Bumped when the numbers change their meaning."""
-    SOURCE: ClassVar[str]
-    """The equation."""
-    Config: ClassVar[type[WeightConfig]]
+    A provider is a formula and holds no model: the weigh stage makes the passes that NEEDS names, and `weights` turns
+    their log-probs into weights. They are constants of the iteration: no gradient passes through them. The weigh stage
+    knows the names below and no provider's own.
+
+    By default a provider needs no model. One that does names it in NEEDS; where that depends on the settings, it
+    overrides `needs`. In both functions `config` is an instance of the subclass's own `Config`.
+
+    >>> from typing import Literal
+    >>> class FirstTokens(WeightProvider):
+    ...     class Config(WeightConfig):
+    ...         name: Literal["first_tokens"] = "first_tokens"
+    ...         count: int = 1
+    ...
+    ...     @staticmethod
+    ...     def weights(config: Config, batch: ResponseBatch) -> Weights:
+    ...         tokens = batch.student
+    ...         position = np.arange(len(tokens.ids)) - tokens.starts[tokens.rows()]
+    ...         return Weights.of((position < config.count).astype(float))
+    >>> tokens = Tokens.of([[5, 6, 7], [8]], None, ended=[False, False])  # N = 2, S = 4
+    >>> batch = ResponseBatch(["a/chosen", "a/rejected"], np.array([True, False]), tokens)
+    >>> FirstTokens.weights(FirstTokens.Config(), batch).values.tolist()
+    [1.0, 0.0, 0.0, 1.0]
+    """
+
+    SOURCE: ClassVar[str] = ""
+    """The equation and its paper."""
     NEEDS: ClassVar[frozenset[str]] = frozenset()
     """Names of the table NEEDS, at the default settings."""
 
     @classmethod
-    def needs(cls, config: WeightConfig) -> frozenset[str]:
-        """What these settings ask for."""
+    def needs(cls, config: Any) -> frozenset[str]:
+        """Names of the table NEEDS that these settings ask for."""
         return cls.NEEDS
 
     @staticmethod
-    def weights(config: WeightConfig, batch: ResponseBatch) -> Weights:
-        raise NotImplementedError
+    def weights(config: Any, batch: ResponseBatch) -> Weights:
+        """One weight per student token [S]."""
+        raise NotImplementedError("a weight provider defines weights(config, batch)")
 
 
 def row_starts(lengths: Sequence[int]) -> np.ndarray:
+    """Where each row starts in a flat array, and where the last one ends. int64 [N + 1]."""
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
 
 
 def split(values: np.ndarray, starts: np.ndarray) -> list[np.ndarray]:
     """One array per response."""
-    return np.split(values, starts[1:-1]) if len(starts) > 1 else []
+    if len(starts) < 2:
+        return []
+    return np.split(values, starts[1:-1])
 
 
 def segment_sum(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -174,22 +238,24 @@ def segment_sum(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.bincount(rows, weights=values, minlength=len(starts) - 1)
 
 
-def result(values: np.ndarray, **stats: tuple[float, float]) -> Weights:
-    """Weights with their mean."""
-    return Weights(values, {"mean": (float(values.sum()), float(values.size)), **stats})
-
-
-def fraction(mask: np.ndarray) -> tuple[float, float]:
+def fraction(mask: np.ndarray) -> Stat:
+    """The share of True entries, as (number, size)."""
     return float(np.count_nonzero(mask)), float(mask.size)
 
 
-def add_stats(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
-    """The statistics of several batches as one number each."""
-    totals: dict[str, tuple[float, float]] = {}
+def add_stats(parts: Iterable[Mapping[str, Stat]]) -> dict[str, float]:
+    """The statistics of several batches as one number each.
+
+    >>> add_stats([{"mean": (6.0, 3.0), "min/weight": (0.5, 3.0)}, {"mean": (2.0, 1.0), "min/weight": (0.2, 1.0)}])
+    {'mean': 2.0, 'min/weight': 0.2}
+    """
+    sums: dict[str, Stat] = {}
+    minima: dict[str, float] = {}
     for part in parts:
         for name, (value, count) in part.items():
-            old, seen = totals.get(name, (float("inf"), 0.0) if name.startswith("min/") else (0.0, 0.0))
-            totals[name] = (min(old, value) if name.startswith("min/") else old + value, seen + count)
-    return {
-        name: value if name.startswith("min/") else value / max(count, 1.0) for name, (value, count) in totals.items()
-    }
+            if name.startswith("min/"):
+                minima[name] = min(minima.get(name, float("inf")), value)
+            else:
+                total, size = sums.get(name, (0.0, 0.0))
+                sums[name] = (total + value, size + count)
+    return {name: total / max(size, 1.0) for name, (total, size) in sums.items()} | minima

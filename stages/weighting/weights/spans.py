@@ -1,25 +1,34 @@
 """Stages - where each token lies in a response's text: offsets of a tokenization, and of ids that a policy sampled.
 
-A sampled response need not be what the tokenizer would make of its text, so its offsets come from the bytes of its own tokens.
+A sampled response need not be what the tokenizer would make of its text, so its offsets come from the bytes of its own
+tokens.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from data_contracts.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def encode_with_spans(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[np.ndarray]]:
+REPLACEMENT = "\ufffd"
+"""U+FFFD, for bytes that are not UTF-8."""
+
+
+def encode_with_spans(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> tuple[list[list[int]], list[np.ndarray]]:
     """Token ids and character spans [T, 2] of each text, without special tokens.
 
-    Raises: ConfigError if the tokenizer cannot tell offsets.
+    Raises: ConfigError if the tokenizer has no character offsets.
     """
     check_offsets(tokenizer)
     if not texts:
@@ -29,17 +38,23 @@ def encode_with_spans(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[i
 
 
 def check_offsets(tokenizer: Any) -> None:
+    """Raises: ConfigError if the tokenizer has no character offsets."""
     if not getattr(tokenizer, "is_fast", False):
+        name = getattr(tokenizer, "name_or_path", tokenizer)
         raise ConfigError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', tokenizer)!r} ({type(tokenizer).__name__}) has no character offsets, and "
-            "weights across tokenizers need them: use a model whose tokenizer has a tokenizer.json"
+            f"the tokenizer {name!r} ({type(tokenizer).__name__}) has no character offsets, and weights across "
+            "tokenizers need them: use a model whose tokenizer has a tokenizer.json"
         )
 
 
 class TokenText:
-    """Reads ids back to text and spans, for byte-level BPE and for SentencePiece-style tokenizers with `▁`; others by encoding again."""
+    """Reads ids back to text and spans.
 
-    def __init__(self, tokenizer: Any):
+    It reads byte-level BPE and SentencePiece-style tokenizers with `▁` by the bytes of their tokens, and other
+    tokenizers by encoding the text again.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
         check_offsets(tokenizer)
         self.tokenizer = tokenizer
         model = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -50,35 +65,34 @@ class TokenText:
 
     def _pieces(self, model: dict[str, Any]) -> list[bytes] | None:
         """The bytes of every id; a special token has none. None if the tokens' strings do not spell the text."""
-        described = json.dumps([model.get("decoder"), model.get("pre_tokenizer")])
-        plain = {entry["id"]: entry["content"] for entry in model["added_tokens"]}
-        if "ByteLevel" in described:
-            table = {character: byte for byte, character in _byte_level_alphabet().items()}
-            spell = lambda token: bytes(table[character] for character in token)  # noqa: E731
-        elif model["model"]["type"] in ("BPE", "Unigram"):
-            spell = _spell_piece
-        else:
+        spell = _speller(model)
+        if spell is None:
             return None
-        pieces = [b""] * (max(self.tokenizer.get_vocab().values()) + 1)
-        for token, number in self.tokenizer.get_vocab().items():
+        vocabulary = self.tokenizer.get_vocab()
+        added = {entry["id"]: entry["content"] for entry in model["added_tokens"]}
+        pieces = [b""] * (max(vocabulary.values()) + 1)
+        for token, number in vocabulary.items():
             if number in self.specials:
                 continue
+            is_byte_token = spell is _spell_piece and _is_byte(token)
+            if number in added and not is_byte_token:
+                pieces[number] = added[number].encode()
+                continue
             try:
-                byte_token = spell is _spell_piece and _is_byte(token)
-                pieces[number] = plain[number].encode() if number in plain and not byte_token else spell(token)
+                pieces[number] = spell(token)
             except KeyError:  # not of the byte alphabet: it can only be meant literally
                 pieces[number] = token.encode()
         return pieces
 
     def read(self, ids: Sequence[int]) -> tuple[str, np.ndarray | None]:
-        """Text of the ids without special tokens, and spans [T, 2]; None if they cannot be found. A special token has an empty span.
+        """Text of the ids without special tokens, and spans [T, 2]; None if the spans cannot be determined.
 
-        A token that holds part of a character spans the whole of it.
+        A special token has an empty span. A token that holds part of a character spans the whole of it.
         """
         plain = [number for number in ids if number not in self.specials]
-        text = self.tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = cast("str", self.tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if self.pieces is None:
-            return text, self._encoded_again(ids, text)
+            return text, self._spans_by_encoding(ids, text)
         parts = [self.pieces[number] if 0 <= number < len(self.pieces) else b"" for number in ids]
         if self.byte_ids:
             _replace_broken_runs(parts, [number in self.byte_ids for number in ids])
@@ -87,73 +101,99 @@ class TokenText:
         ends = np.cumsum(lengths)
         starts = ends - lengths
         character = np.append(character, len(spelled))
-        spans = np.stack(
-            (character[starts], np.where(ends > starts, character[ends - 1] + 1, character[starts])), axis=1
-        )
-        for dropped in (0, 1):  # SentencePiece decoders drop the space of the first piece
-            if spelled[dropped:] == text and (not dropped or spelled[0] == " "):
-                return text, np.maximum(spans - dropped, 0)
-        return text, self._encoded_again(ids, text)
+        span_ends = np.where(ends > starts, character[ends - 1] + 1, character[starts])
+        spans = np.stack((character[starts], span_ends), axis=1)
+        if spelled == text:
+            return text, np.maximum(spans, 0)
+        if spelled[1:] == text and spelled[0] == " ":  # SentencePiece decoders drop the space of the first piece
+            return text, np.maximum(spans - 1, 0)
+        return text, self._spans_by_encoding(ids, text)
 
-    def _encoded_again(self, ids: Sequence[int], text: str) -> np.ndarray | None:
-        (again,), (spans,) = encode_with_spans(self.tokenizer, [text])
-        return spans if list(again) == list(ids) else None
+    def _spans_by_encoding(self, ids: Sequence[int], text: str) -> np.ndarray | None:
+        """Spans of the text's own tokenization [T, 2]; None if its ids are others."""
+        (encoded_ids,), (spans,) = encode_with_spans(self.tokenizer, [text])
+        if list(encoded_ids) != list(ids):
+            return None
+        return spans
 
 
-def _replace_broken_runs(parts: list[bytes], single: list[bool]) -> None:
+def _speller(model: dict[str, Any]) -> Callable[[str], bytes] | None:
+    """The function from a token's string to its bytes, for a tokenizer.json; None if there is none."""
+    described = json.dumps([model.get("decoder"), model.get("pre_tokenizer")])
+    if "ByteLevel" in described:
+        return _spell_byte_level
+    if model["model"]["type"] in ("BPE", "Unigram"):
+        return _spell_piece
+    return None
+
+
+def _replace_broken_runs(parts: list[bytes], is_byte_token: list[bool]) -> None:
     """Byte fallback, in place: a run of byte tokens that is not UTF-8 as a whole becomes one U+FFFD per byte."""
     begin = 0
-    for is_byte, run in groupby(single):
+    for is_byte, run in groupby(is_byte_token):
         end = begin + sum(1 for _ in run)
         if is_byte:
             try:
                 b"".join(parts[begin:end]).decode()
             except UnicodeDecodeError:
-                parts[begin:end] = ["\ufffd".encode()] * (end - begin)
+                parts[begin:end] = [REPLACEMENT.encode()] * (end - begin)
         begin = end
 
 
 def _decode(data: bytes) -> tuple[str, np.ndarray]:
-    """UTF-8 with U+FFFD for what is not, and the character that each byte ends up in [len(data)]."""
+    """UTF-8 with U+FFFD for invalid bytes, and the character that each byte ends up in [len(data)]."""
     try:
         text = data.decode()
-        lead = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
-        return text, np.cumsum(lead) - 1
+        is_lead = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
+        return text, np.cumsum(is_lead) - 1
     except UnicodeDecodeError:
         pass
     owner = np.zeros(len(data), dtype=np.int64)
-    decoder, text, begin = codecs.getincrementaldecoder("utf-8")("strict"), "", 0
-    at = 0
-    while at < len(data):
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    text, begin, position = "", 0, 0
+    while position < len(data):
         try:
-            piece = decoder.decode(data[at : at + 1])
-            at += 1
+            piece = decoder.decode(data[position : position + 1])
+            position += 1
         except UnicodeDecodeError:
             # What came before this byte is a broken character; the byte itself may begin a good one.
             decoder.reset()
-            broken = max(at, begin + 1)
+            broken = max(position, begin + 1)
             owner[begin:broken] = len(text)
-            text, begin, at = text + "\ufffd", broken, broken
+            text, begin, position = text + REPLACEMENT, broken, broken
             continue
         if piece:
-            owner[begin:at] = len(text)
-            text, begin = text + piece, at
+            owner[begin:position] = len(text)
+            text, begin = text + piece, position
     if begin < len(data):
         owner[begin:] = len(text)
-        text += "\ufffd"
+        text += REPLACEMENT
     return text, owner
 
 
 def _byte_level_alphabet() -> dict[int, str]:
     """GPT-2's printable stand-in for every byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    shifted = {byte: chr(256 + number) for number, byte in enumerate(unprintable)}
+    return {byte: chr(byte) for byte in printable} | shifted
+
+
+_BYTES = {character: byte for byte, character in _byte_level_alphabet().items()}
+
+
+def _spell_byte_level(token: str) -> bytes:
+    """The bytes of a byte-level token. Raises: KeyError for a character outside the alphabet."""
+    return bytes(_BYTES[character] for character in token)
 
 
 def _is_byte(token: str) -> bool:
+    """Whether the token stands for one byte, as <0x0A> does."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _spell_piece(token: str) -> bytes:
-    return bytes([int(token[3:5], 16)]) if _is_byte(token) else token.replace("▁", " ").encode()
+    """The bytes of a SentencePiece-style token."""
+    if _is_byte(token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 from stages.weighting.weights.alignment import Alignment, align, merge_empty, pair_means
 from stages.weighting.weights.base import (
     ResponseBatch,
+    Stat,
     Tokens,
     WeightConfig,
     WeightProvider,
     Weights,
     fraction,
-    result,
     segment_sum,
 )
 
@@ -32,65 +32,77 @@ class ClampedExp(WeightConfig):
     """Largest log-ratio, nats."""
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         if self.L > self.U:
             raise ValueError(f"`L` ({self.L}) must not exceed `U` ({self.U})")
         return self
 
-    def of(self, log_ratio: np.ndarray, mu: np.ndarray | float) -> np.ndarray:
+    def omega(self, log_ratio: np.ndarray, mu: np.ndarray | float) -> np.ndarray:
         return self.k * np.exp(mu * np.clip(log_ratio, self.L, self.U))
 
 
-class SwiftConfig(ClampedExp):
-    """Vetted setting: k 1, mu 1 on both sides, L -0.5, U 1.5: weights in [0.607, 4.482]."""
-
-    name: Literal["swift"] = "swift"
-    mu_chosen: float = 1.0
-    """Exponent for ground truths."""
-    mu_rejected: float = 1.0
-    """Exponent for generations; -1 pushes down most what the teacher dislikes, as TIS-DPO does."""
-    segmenter: Literal["word", "common_starts"] = "word"
-    """Where two tokenizers' components are cut: at words, or wherever a token starts in both (finer; the released code's)."""
-    empty: Literal["neutral", "zero", "merge"] = "neutral"
-    """A token whose component has no teacher token: weight k, weight 0, or its component is joined to the next one."""
-    eos: Literal["pair", "neutral", "zero"] = "pair"
-    """The EOS: compared with the teacher's (k if it has none), weight k, or weight 0."""
-    normalise: Literal["none", "sum100", "mean1"] = "none"
-    """Scale each response's weights to sum 100 (the released code), or to mean 1 (keeps DPO's scale)."""
-    teacher_prompt: Literal["raw", "chat_template"] = "raw"
-    """What the teacher sees before the response: the text of the student's prompt, or the messages in its own chat template."""
-
-
 class SwiftWeights(WeightProvider):
-    VERSION = "1"
+    """SWIFT's weights, across any two tokenizers that have character offsets."""
+
     SOURCE = "SWIFT, Eq. 4-5 (one tokenizer) and Eq. 6 / Algorithm 2 (two)"
     NEEDS = frozenset({"reference", "teacher"})
-    Config = SwiftConfig
+
+    class Config(ClampedExp):
+        """Vetted setting: k 1, mu 1 on both sides, L -0.5, U 1.5: weights in [0.607, 4.482]."""
+
+        name: Literal["swift"] = "swift"
+        mu_chosen: float = 1.0
+        """Exponent for ground truths."""
+        mu_rejected: float = 1.0
+        """Exponent for generations; -1 pushes down most what the teacher dislikes, as TIS-DPO does."""
+        segmenter: Literal["word", "common_starts"] = "word"
+        """Where two tokenizers' components are cut: at words, or wherever a token starts in both (finer; the released
+        code's)."""
+        empty: Literal["neutral", "zero", "merge"] = "neutral"
+        """A token whose component has no teacher token: weight k, weight 0, or its component is joined to the next
+        one."""
+        eos: Literal["pair", "neutral", "zero"] = "pair"
+        """The EOS: compared with the teacher's (k if it has none), weight k, or weight 0."""
+        normalise: Literal["none", "sum100", "mean1"] = "none"
+        """Scale each response's weights to sum 100 (the released code), or to mean 1 (keeps DPO's scale)."""
+        teacher_prompt: Literal["raw", "chat_template"] = "raw"
+        """What the teacher sees before the response: the text of the student's prompt, or the messages in its own chat
+        template."""
 
     @staticmethod
-    def weights(config: SwiftConfig, batch: ResponseBatch) -> Weights:
+    def weights(config: Config, batch: ResponseBatch) -> Weights:
         r"""omega_i = mean over the teacher tokens r of i's component of k exp(mu clamp(a_r - b_i, L, U)).
 
-        a and b are the teacher's and the policy's log-probs. A response with equal token ids for both models is compared token by
-        token (Eq. 5). Stats: at_L and at_U (token pairs at a clamp), empty (tokens without a teacher token), unaligned (responses
+        a and b are the teacher's and the policy's log-probs [R] and [S]. A response with equal token ids for both
+        models is compared token by token (Eq. 5).
+        Stats: at_L and at_U (token pairs at a clamp), empty (tokens without a teacher token), unaligned (responses
         whose spans are unusable: weights k), component_chars.
+
+        >>> student = Tokens.of([[5, 6]], [[(0, 2), (2, 4)]], ended=[False])  # "so i" cut as "so", " i"; N = 1, S = 2
+        >>> batch = ResponseBatch(
+        ...     ["a/chosen"], np.array([True]), student, {"reference": np.array([-1.0, -2.0])},
+        ...     ["so i"], teacher=student, teacher_logps=np.array([-0.5, -4.0]))
+        >>> SwiftWeights.weights(SwiftWeights.Config(), batch).values.round(4).tolist()  # e^0.5, e^clamp(-2) = e^-0.5
+        [1.6487, 0.6065]
         """
         student, teacher = batch.column("reference"), batch.teacher_column()
         mu = np.where(batch.chosen, config.mu_chosen, config.mu_rejected)[batch.student.rows()]
-        shared = same_tokens(batch.student, batch.teacher)
-        parts = []
-        if shared.any():
-            parts.append((shared, shared_weights(config, batch.student, batch.teacher, student, teacher, mu)))
-        if not shared.all():
-            parts.append(
-                (~shared, cross_weights(config, batch.texts, batch.student, batch.teacher, student, teacher, mu))
-            )
-        values, stats = np.zeros(len(student)), {}
+        is_shared = same_tokens(batch.student, batch.teacher_tokens())
+        parts: list[tuple[np.ndarray, _Part]] = []
+        if is_shared.any():
+            part = shared_weights(config, batch.student, batch.teacher_tokens(), student, teacher, mu)
+            parts.append((is_shared, part))
+        if not is_shared.all():
+            texts = batch.response_texts()
+            part = cross_weights(config, texts, batch.student, batch.teacher_tokens(), student, teacher, mu)
+            parts.append((~is_shared, part))
+        values = np.zeros(len(student))
+        stats: dict[str, Stat] = {}
         for rows, part in parts:
             tokens = rows[batch.student.rows()]
             values[tokens] = part.values[tokens]
             stats |= part.stats(rows, tokens)
-        return result(normalise(values, batch.student.starts, config.normalise), **stats)
+        return Weights.of(normalise(values, batch.student.starts, config.normalise), **stats)
 
 
 class _Part(NamedTuple):
@@ -99,107 +111,132 @@ class _Part(NamedTuple):
     values: np.ndarray
     """[S], float64."""
     at_low: np.ndarray
-    """[S]: token pairs at L; likewise at U, and all of them."""
+    """[S]: token pairs at L."""
     at_high: np.ndarray
+    """[S]: token pairs at U."""
     pairs: np.ndarray
-    empty: np.ndarray
+    """[S]: token pairs."""
+    is_empty: np.ndarray
     """bool [S]: no scored teacher token."""
     alignment: Alignment | None
 
-    def stats(self, rows: np.ndarray, tokens: np.ndarray) -> dict[str, tuple[float, float]]:
+    def stats(self, rows: np.ndarray, tokens: np.ndarray) -> dict[str, Stat]:
+        """Statistics of these rows (bool [N]) and of their tokens (bool [S])."""
         pairs = float(self.pairs[tokens].sum())
-        found = {
+        stats = {
             "at_L": (float(self.at_low[tokens].sum()), pairs),
             "at_U": (float(self.at_high[tokens].sum()), pairs),
-            "empty": fraction(self.empty[tokens]),
+            "empty": fraction(self.is_empty[tokens]),
         }
         if self.alignment is not None:
-            mine = (rows & self.alignment.aligned)[self.alignment.rows]
-            chars = (self.alignment.ends - self.alignment.starts)[mine]
-            found |= {
-                "unaligned": fraction(~self.alignment.aligned[rows]),
-                "component_chars": (float(chars.sum()), float(chars.size)),
-            }
-        return found
+            components = (rows & self.alignment.aligned)[self.alignment.rows]
+            characters = (self.alignment.ends - self.alignment.starts)[components]
+            stats["unaligned"] = fraction(~self.alignment.aligned[rows])
+            stats["component_chars"] = (float(characters.sum()), float(characters.size))
+        return stats
 
 
 def same_tokens(student: Tokens, teacher: Tokens) -> np.ndarray:
     """bool [N]: both models see the response as the same token ids."""
-    equal = np.diff(student.starts) == np.diff(teacher.starts)
-    mine, theirs = equal[student.rows()], equal[teacher.rows()]
-    differs = student.ids[mine] != teacher.ids[theirs]
-    return (
-        equal
-        & (np.bincount(student.rows()[mine][differs], minlength=len(equal)) == 0)
-        & (student.ended == teacher.ended)
-    )
+    equal_length = np.diff(student.starts) == np.diff(teacher.starts)
+    in_student, in_teacher = equal_length[student.rows()], equal_length[teacher.rows()]
+    differs = student.ids[in_student] != teacher.ids[in_teacher]
+    differences = np.bincount(student.rows()[in_student][differs], minlength=len(equal_length))
+    return equal_length & (differences == 0) & (student.ended == teacher.ended)
 
 
 def shared_weights(
-    config: SwiftConfig, tokens: Tokens, other: Tokens, student: np.ndarray, teacher: np.ndarray, mu: np.ndarray
-) -> _Part:
-    """Eq. 4-5, token by token; only rows of `same_tokens` mean anything."""
-    paired = np.full(len(student), np.nan)
-    same = same_tokens(tokens, other)
-    paired[same[tokens.rows()]] = teacher[same[other.rows()]]
-    gap = paired - student
-    scored = ~np.isnan(gap)
-    values = np.where(scored, config.of(gap, mu), 0.0 if config.empty == "zero" else config.k)
-    eos = tokens.is_eos()
-    values[eos] = eos_weights(config, paired[eos], student[eos], mu[eos])
-    return _Part(values, gap <= config.L, gap >= config.U, scored, ~scored, None)
-
-
-def cross_weights(
-    config: SwiftConfig,
-    texts: Sequence[str],
+    config: SwiftWeights.Config,
     tokens: Tokens,
-    other: Tokens,
+    teacher_tokens: Tokens,
     student: np.ndarray,
     teacher: np.ndarray,
     mu: np.ndarray,
 ) -> _Part:
-    """Eq. 6 / Algorithm 2: the exponential inside the mean over each component's teacher tokens."""
-    alignment = align(texts, tokens, other, config.segmenter)
+    """Eq. 4-5, token by token, from log-probs [S] and [R]; only rows of `same_tokens` mean anything."""
+    paired = np.full(len(student), np.nan)
+    is_same = same_tokens(tokens, teacher_tokens)
+    paired[is_same[tokens.rows()]] = teacher[is_same[teacher_tokens.rows()]]
+    gap = paired - student
+    is_scored = ~np.isnan(gap)
+    values = np.where(is_scored, config.omega(gap, mu), _empty_weight(config))
+    eos = tokens.is_eos()
+    values[eos] = eos_weights(config, paired[eos], student[eos], mu[eos])
+    return _Part(values, gap <= config.L, gap >= config.U, is_scored, ~is_scored, None)
+
+
+def cross_weights(
+    config: SwiftWeights.Config,
+    texts: Sequence[str],
+    tokens: Tokens,
+    teacher_tokens: Tokens,
+    student: np.ndarray,
+    teacher: np.ndarray,
+    mu: np.ndarray,
+) -> _Part:
+    """Eq. 6 / Algorithm 2, from log-probs [S] and [R]: the exponential inside the mean over a component's teacher
+    tokens."""
+    alignment = align(texts, tokens, teacher_tokens, config.segmenter)
     if config.empty == "merge":
         alignment = merge_empty(alignment, ~np.isnan(teacher))
-    clamped = [np.zeros(len(student)), np.zeros(len(student))]
+    at_low, at_high = np.zeros(len(student)), np.zeros(len(student))
 
     def weight(gap: np.ndarray, token: np.ndarray) -> np.ndarray:
-        for counts, hit in zip(clamped, (gap <= config.L, gap >= config.U), strict=True):
-            counts += np.bincount(token[hit], minlength=len(student))
-        return config.of(gap, mu[token])
+        nonlocal at_low, at_high
+        at_low += np.bincount(token[gap <= config.L], minlength=len(student))
+        at_high += np.bincount(token[gap >= config.U], minlength=len(student))
+        return config.omega(gap, mu[token])
 
     values, pairs = pair_means(alignment, student, teacher, weight)
-    empty = pairs == 0
-    values[empty] = 0.0 if config.empty == "zero" else config.k
-    aligned = alignment.aligned[tokens.rows()]
-    values[~aligned], empty = config.k, empty & aligned
-    eos, ended = tokens.is_eos(), other.ended[tokens.ended]
-    partner = np.full(len(ended), np.nan)
-    partner[ended] = teacher[other.starts[1:][tokens.ended & other.ended] - 1]
-    values[eos] = eos_weights(config, partner, student[eos], mu[eos])
-    empty[eos] = np.isnan(partner)
-    return _Part(values, *clamped, pairs, empty, alignment)
+    is_empty = pairs == 0
+    values[is_empty] = _empty_weight(config)
+    is_aligned = alignment.aligned[tokens.rows()]
+    values[~is_aligned] = config.k
+    is_empty &= is_aligned
+    eos, teacher_eos = tokens.is_eos(), _teacher_eos(tokens, teacher_tokens, teacher)
+    values[eos] = eos_weights(config, teacher_eos, student[eos], mu[eos])
+    is_empty[eos] = np.isnan(teacher_eos)
+    return _Part(values, at_low, at_high, pairs, is_empty, alignment)
 
 
-def eos_weights(config: SwiftConfig, teacher: np.ndarray, student: np.ndarray, mu: np.ndarray | float) -> np.ndarray:
-    """Weight of each student EOS, which has no text: against the teacher's end-of-text log-prob (NaN: none, weight k)."""
+def _empty_weight(config: SwiftWeights.Config) -> float:
+    """Weight of a token without a teacher token."""
+    if config.empty == "zero":
+        return 0.0
+    return config.k
+
+
+def _teacher_eos(tokens: Tokens, teacher_tokens: Tokens, teacher: np.ndarray) -> np.ndarray:
+    """For each student EOS, the teacher's log-prob of its own EOS; NaN where the teacher's response has none."""
+    has_partner = teacher_tokens.ended[tokens.ended]
+    logps = np.full(len(has_partner), np.nan)
+    logps[has_partner] = teacher[teacher_tokens.starts[1:][tokens.ended & teacher_tokens.ended] - 1]
+    return logps
+
+
+def eos_weights(
+    config: SwiftWeights.Config, teacher: np.ndarray, student: np.ndarray, mu: np.ndarray | float
+) -> np.ndarray:
+    """Weight of each student EOS, which has no text: against the teacher's EOS log-prob (NaN: none, weight k)."""
     if config.eos == "zero":
         return np.zeros(len(student))
     if config.eos == "neutral":
         return np.full(len(student), config.k)
-    return np.where(np.isnan(teacher), config.k, config.of(teacher - student, mu))
+    return np.where(np.isnan(teacher), config.k, config.omega(teacher - student, mu))
 
 
-def normalise(values: np.ndarray, starts: np.ndarray, how: str) -> np.ndarray:
-    """Scale each response's weights. A response of zeros cannot be scaled: the released code gives it 1/n, `mean1` leaves it."""
-    if how == "none":
+def normalise(values: np.ndarray, starts: np.ndarray, scale: str) -> np.ndarray:
+    """The weights [S] with each response scaled: `sum100` to sum 100, `mean1` to mean 1, `none` not at all.
+
+    A response of zeros cannot be scaled: the released code gives it 1/n, `mean1` leaves it.
+    """
+    if scale == "none":
         return values
     lengths, sums = np.diff(starts), segment_sum(values, starts)
-    zero = sums == 0
-    factor = np.where(zero, 1.0, (100.0 if how == "sum100" else lengths) / np.where(zero, 1.0, sums))
+    is_zero = sums == 0
+    target = np.full(len(lengths), 100.0) if scale == "sum100" else lengths
+    factor = np.where(is_zero, 1.0, target / np.where(is_zero, 1.0, sums))
     scaled = values * np.repeat(factor, lengths)
-    if how == "sum100":
-        scaled = np.where(np.repeat(zero, lengths), np.repeat(1.0 / np.maximum(lengths, 1), lengths), scaled)
+    if scale == "sum100":
+        return np.where(np.repeat(is_zero, lengths), np.repeat(1.0 / np.maximum(lengths, 1), lengths), scaled)
     return scaled

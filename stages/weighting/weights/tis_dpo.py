@@ -6,23 +6,21 @@ from typing import Literal
 
 import numpy as np
 
-from stages.weighting.weights.base import ResponseBatch, WeightProvider, Weights, fraction, result
+from stages.weighting.weights.base import ResponseBatch, WeightProvider, Weights, fraction
 from stages.weighting.weights.rounding import round_decimals
 from stages.weighting.weights.swift import ClampedExp
 
 
-class TISConfig(ClampedExp):
-    """Vetted setting: Eq. 19 with k 1, mu 1 for chosen and -1 for rejected, L -0.5, U 1.5. What the two models are (two system
-    prompts, two SFT models, DPO forward and reversed) is the flow's choice."""
+class ContrastiveSettings(ClampedExp):
+    """Settings of weights that compare a good and a bad model."""
 
-    name: Literal["tis_dpo"] = "tis_dpo"
     mu_chosen: float = 1.0
     """Exponent for chosen responses; positive: what the good model prefers counts more."""
     mu_rejected: float = -1.0
     """Exponent for rejected responses; negative: what the bad model prefers counts more."""
     transform: Literal["exp_clamp", "rank", "threshold_scale"] = "exp_clamp"
-    """exp_clamp: Eq. 19; the published code instead maps signed, rounded differences: rank (linear in the rank inside the
-    response) or threshold_scale (clipped, then linear)."""
+    """exp_clamp: Eq. 19; the published code instead maps signed, rounded differences: rank (linear in the rank inside
+    the response) or threshold_scale (clipped, then linear)."""
     decimals: int = 2
     """Digits of the differences that the published code stores; for rank and threshold_scale."""
     threshold: float = 1.5
@@ -34,46 +32,70 @@ class TISConfig(ClampedExp):
 
 
 class TISWeights(WeightProvider):
-    VERSION = "1"
+    """TIS-DPO's weights."""
+
     SOURCE = "Liu et al. 2024, Eq. 19 (arXiv:2410.04350)"
     NEEDS = frozenset({"positive", "negative"})
-    Config = TISConfig
+
+    class Config(ContrastiveSettings):
+        """Vetted setting: Eq. 19 with k 1, mu 1 for chosen and -1 for rejected, L -0.5, U 1.5. What the two models are
+        (two system prompts, two SFT models, DPO forward and reversed) is the flow's choice."""
+
+        name: Literal["tis_dpo"] = "tis_dpo"
 
     @staticmethod
-    def weights(config: TISConfig, batch: ResponseBatch) -> Weights:
+    def weights(config: Config, batch: ResponseBatch) -> Weights:
         r"""w_t = k exp(mu clamp(log pi+(y_t) - log pi-(y_t), L, U)), mu > 0 for chosen, mu < 0 for rejected responses.
 
         Stats: at_L and at_U (tokens at a clamp).
+
+        >>> from stages.weighting.weights.base import Tokens
+        >>> logps = {"positive": np.array([-1.0, -1.0]), "negative": np.array([-2.0, -2.0])}
+        >>> tokens = Tokens.of([[5], [6]], None, ended=[False, False])  # N = 2, S = 2
+        >>> batch = ResponseBatch(["a/chosen", "a/rejected"], np.array([True, False]), tokens, logps)
+        >>> TISWeights.weights(TISWeights.Config(), batch).values.round(4).tolist()  # e, 1 / e
+        [2.7183, 0.3679]
         """
-        gap = batch.column("positive") - batch.column("negative")
-        chosen = batch.chosen[batch.student.rows()]
-        if config.transform == "exp_clamp":
-            values = config.of(gap, np.where(chosen, config.mu_chosen, config.mu_rejected))
-            return result(values, at_L=fraction(gap <= config.L), at_U=fraction(gap >= config.U))
-        raw = signed(gap, chosen, config.decimals)
-        if config.transform == "rank":
-            return result(by_rank(raw, batch.student.starts, config.low, config.high))
-        return result(by_threshold(raw, -config.threshold, config.threshold, config.low, config.high))
+        return contrastive_weights(config, batch)
 
 
-class ContrastiveConfig(TISConfig):
-    """TIS-DPO's weights inside a SPIN or SWIFT loop: a row of SWIFT's ablation."""
+class ContrastiveWeights(WeightProvider):
+    """TIS-DPO's weights under the name that SWIFT's ablation gives them."""
 
-    name: Literal["contrastive"] = "contrastive"
-
-
-class ContrastiveWeights(TISWeights):
+    VERSION = TISWeights.VERSION
     SOURCE = "SWIFT, Table 3 (contrastive): TIS-DPO Eq. 19"
-    Config = ContrastiveConfig
+    NEEDS = TISWeights.NEEDS
+
+    class Config(ContrastiveSettings):
+        """TIS-DPO's weights inside a SPIN or SWIFT loop: a row of SWIFT's ablation."""
+
+        name: Literal["contrastive"] = "contrastive"
+
+    @staticmethod
+    def weights(config: Config, batch: ResponseBatch) -> Weights:
+        return contrastive_weights(config, batch)
 
 
-def signed(gap: np.ndarray, chosen: np.ndarray, decimals: int) -> np.ndarray:
-    """What the published code stores: the difference for chosen, its negative for rejected responses, rounded."""
-    return round_decimals(np.where(chosen, gap, -gap), decimals)
+def contrastive_weights(config: ContrastiveSettings, batch: ResponseBatch) -> Weights:
+    """Weights [S] from the log-probs of the good model and the bad one."""
+    gap = batch.column("positive") - batch.column("negative")
+    is_chosen = batch.chosen[batch.student.rows()]
+    if config.transform == "exp_clamp":
+        values = config.omega(gap, np.where(is_chosen, config.mu_chosen, config.mu_rejected))
+        return Weights.of(values, at_L=fraction(gap <= config.L), at_U=fraction(gap >= config.U))
+    raw = signed(gap, is_chosen, config.decimals)
+    if config.transform == "rank":
+        return Weights.of(by_rank(raw, batch.student.starts, config.low, config.high))
+    return Weights.of(by_threshold(raw, -config.threshold, config.threshold, config.low, config.high))
+
+
+def signed(gap: np.ndarray, is_chosen: np.ndarray, decimals: int) -> np.ndarray:
+    """The differences that the published code stores: negated for rejected responses, and rounded."""
+    return round_decimals(np.where(is_chosen, gap, -gap), decimals)
 
 
 def by_rank(raw: np.ndarray, starts: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Linear in the token's rank inside its response, ties in order of position; a single token gets 1."""
+    """Weights linear in the token's rank inside its response, ties in order of position; a single token gets 1."""
     lengths = np.diff(starts)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     order = np.lexsort((raw, rows))
@@ -85,5 +107,5 @@ def by_rank(raw: np.ndarray, starts: np.ndarray, low: float, high: float) -> np.
 
 
 def by_threshold(raw: np.ndarray, lo: float, hi: float, out_lo: float, out_hi: float) -> np.ndarray:
-    """Clip to [lo, hi], then map that linearly to [out_lo, out_hi]."""
+    """The values clipped to [lo, hi], and that range mapped linearly to [out_lo, out_hi]."""
     return out_lo + (np.clip(raw, lo, hi) - lo) / (hi - lo) * (out_hi - out_lo)

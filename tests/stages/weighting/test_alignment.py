@@ -284,7 +284,7 @@ def test_log_probs_that_are_no_numbers_are_refused_by_row_and_column():
     )
     with pytest.raises(ContractError, match=f"3 values for {tokens.starts[-1]} tokens"):
         swift(short)
-    with pytest.raises(ContractError, match="need the log-probs 'reference'"):
+    with pytest.raises(ContractError, match="read the log-probs 'reference'"):
         swift(ResponseBatch(batch.keys, batch.chosen, tokens, {}, batch.texts, tokens, batch.teacher_logps))
 
 
