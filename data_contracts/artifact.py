@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from data_contracts.errors import NewerRecordError
+
 RECORD = "record.json"
+RECORD_FORMAT = 1
 NOT_DATA = frozenset({RECORD, "spec.json", "stage.log", "metrics.jsonl", "set_aside.json"})
 """Files beside the data that do not enter the content digest: they hold times, paths or explanations."""
 EXTERNAL = "external"
@@ -70,7 +74,27 @@ class ArtifactRecord(_FrozenModel):
     """tokens_in, tokens_out, flops, peak_rss_bytes, peak_gpu_bytes, gpus, cpu_seconds (last try), cache_hits, cache_misses."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Who built it, when and on what: commit, host, python, runtime settings, number of starts."""
+    format: int = Field(RECORD_FORMAT, ge=1)
+    """Version of this class. Raised when an older program could misread a record; it then refuses the record by name."""
 
     def ref(self, path: str) -> ArtifactRef:
         """Return the reference to this artifact, which lies at `path`."""
         return ArtifactRef(kind=self.kind, key=self.key, path=path, content=self.content)
+
+
+def parse_record(text: bytes | str, where: str) -> ArtifactRecord:
+    """Return the record that `text` holds; `where` names it in messages.
+
+    Raises: NewerRecordError for a record of a later format; ValueError for anything else that is no record.
+    """
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    version = data.get("format", 1) if isinstance(data, dict) else None
+    if isinstance(version, int) and version > RECORD_FORMAT:
+        raise NewerRecordError(
+            f"{where} was written by a newer version of this program (record format {version}, this one reads "
+            f"{RECORD_FORMAT}). Nothing was changed: update the program, or give this one another store"
+        )
+    return ArtifactRecord.model_validate(data)

@@ -34,6 +34,10 @@ class ArtifactError(PipelineError, RuntimeError):
     exit_code = 4
 
 
+class NewerRecordError(ArtifactError):
+    """A record was written by a newer version of this program, which this one must not touch."""
+
+
 class StageError(PipelineError, RuntimeError):
     """A stage process died. The message carries its exit code, the path of its log and its last lines."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -165,3 +166,12 @@ def bytes_below(path: Path) -> int:
                 else:
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
     return total
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` another name of the same bytes, or a copy where the file system has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

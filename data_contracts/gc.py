@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_contracts.artifact import EXTERNAL, RECORD
-from data_contracts.errors import ArtifactError, ConfigError, PipelineError, print_error
+from data_contracts.errors import ArtifactError, ConfigError, NewerRecordError, PipelineError, print_error
 from data_contracts.files import bytes_below
 from data_contracts.set_aside import SET_ASIDE, list_set_aside, set_aside
 from data_contracts.store import Store
@@ -66,6 +66,8 @@ def gc(
     """
     if keep_runs < 0:
         raise ConfigError(f"--keep-runs is {keep_runs}: it must be 0 or more")
+    for name in store.artifact_names():
+        _inputs(store, name)  # a record of a newer program is refused here, before anything moves
     runs = sorted(_runs_with_links(store), key=_newest_link_time, reverse=True)
     kept = _kept_by_runs(store, runs[:keep_runs], keep_runs)
     in_use = {name for name in store.artifact_names() if _is_in_use(store, name, kept, young_seconds)}
@@ -148,6 +150,8 @@ def _inputs(store: Store, name: Name) -> list[Name]:
     """Return the inputs that an artifact's record names, or its spec if it is unfinished; [] if neither can be read."""
     try:
         record = store.load(*name)
+    except NewerRecordError:
+        raise
     except ArtifactError:
         record = None
     if record is not None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord
+from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord, parse_record
 from data_contracts.errors import ArtifactError, ConfigError, PipelineError, TransientError, print_error
 from data_contracts.files import temporary_beside, write_atomic
 from data_contracts.identity import digest_file
@@ -61,7 +61,7 @@ class Mirror:
             if self.files.get_file_info(path).type == fs.FileType.NotFound:
                 return None
             with self.files.open_input_stream(path) as stream:
-                return ArtifactRecord.model_validate_json(stream.read())
+                return parse_record(stream.read(), f"{self.url}: the record of {kind} {key}")
 
     def push(self, store: Store, record: ArtifactRecord) -> bool:
         """Put a signed artifact, its record last. Returns: False if the mirror already has it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -38,18 +39,39 @@ def set_aside(root: Path, path: Path, why: str, by: str) -> Path:
 
     The caller holds the lock of the artifact.
     """
-    parts = path.relative_to(root).parts
-    name = "-".join([time.strftime("%Y-%m-%d"), *(part for part in parts if part != "artifacts")])
+    target = _free_directory(root, path)
+    target.parent.mkdir(exist_ok=True)
+    _write_reason(path, why, by, was=path.relative_to(root), size=bytes_below(path))
+    shutil.move(path, target)  # a rename, unless artifacts/ is a link to another disk
+    return target
+
+
+def set_files_aside(root: Path, directory: Path, paths: Sequence[Path], why: str, by: str) -> Path:
+    """Move single files of an artifact's `directory` to a directory in `set_aside/`; return that directory."""
+    target = _free_directory(root, directory)
+    size = sum(path.stat().st_size for path in paths)
+    for path in paths:
+        moved = target / path.relative_to(directory)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, moved)
+    _write_reason(target, why, by, was=directory.relative_to(root), size=size)
+    return target
+
+
+def _free_directory(root: Path, path: Path) -> Path:
+    parts = [part for part in path.relative_to(root).parts if part != "artifacts"]
+    name = "-".join([time.strftime("%Y-%m-%d"), *parts])
     target, number = root / SET_ASIDE / name, 1
     while target.exists():
         number += 1
         target = root / SET_ASIDE / f"{name}.{number}"
-    target.parent.mkdir(exist_ok=True)
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    reason = Reason(why=why, by=by, was="/".join(parts), size=bytes_below(path), since=now)
-    write_atomic(path / REASON, json.dumps(reason, indent=1))
-    shutil.move(path, target)  # a rename, unless artifacts/ is a link to another disk
     return target
+
+
+def _write_reason(directory: Path, why: str, by: str, was: Path, size: int) -> None:
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    reason = Reason(why=why, by=by, was=was.as_posix(), size=size, since=now)
+    write_atomic(directory / REASON, json.dumps(reason, indent=1))
 
 
 def list_set_aside(root: Path) -> list[SetAside]:

@@ -24,19 +24,21 @@ from glob import escape
 from pathlib import Path
 
 from data_contracts import lease, locks
-from data_contracts.artifact import EXTERNAL, NOT_DATA, RECORD, ArtifactRecord, ArtifactRef, FileDigest
-from data_contracts.errors import ArtifactError, ConfigError
+from data_contracts.artifact import EXTERNAL, NOT_DATA, RECORD, ArtifactRecord, ArtifactRef, FileDigest, parse_record
+from data_contracts.errors import ArtifactError, ConfigError, NewerRecordError
 from data_contracts.files import (
     bytes_below,
     bytes_from_environment,
     is_abandoned,
     is_directory,
+    link_or_copy,
+    open_atomic,
     temporary_beside,
     write_atomic,
 )
 from data_contracts.identity import digest_file
 from data_contracts.lease import LockOwner
-from data_contracts.set_aside import SET_ASIDE
+from data_contracts.set_aside import REASON, SET_ASIDE, set_aside, set_files_aside
 from data_contracts.words import format_bytes
 
 QUICK_BYTES = 64 << 20
@@ -170,19 +172,19 @@ class Store:
     def load(self, kind: str, key: str) -> ArtifactRecord | None:
         """Return the record, None for an artifact that was not signed. The files are not looked at; see `problems`.
 
-        Raises: ArtifactError for a damaged record.
+        Raises: ArtifactError for a damaged record, NewerRecordError for one of a later version of this program.
         """
         path = self.directory(kind, key) / RECORD
         try:
-            record = ArtifactRecord.model_validate_json(path.read_bytes())
+            record = parse_record(path.read_bytes(), f"{path}")
             if (record.kind, record.key) != (kind, key):
                 raise ValueError(f"it is that of {record.kind} {record.key}")
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise ArtifactError(
-                f"{kind} {key}: record.json is damaged ({str(error).splitlines()[0]}). "
-                f"Delete {path.parent} and run again"
+                f"{kind} {key}: record.json is damaged ({str(error).splitlines()[0]}). Run again: the artifact is set "
+                f"aside and what is whole in it is used; it lies in {path.parent}"
             ) from None
         return record
 
@@ -207,29 +209,64 @@ class Store:
                 problems[file.name] = f"{file.name} has other content than was signed"
         return problems
 
-    def mark_unfinished(self, kind: str, key: str) -> None:
-        """Turn a damaged artifact into unfinished work, so that the next build makes what is missing.
+    def set_damaged_aside(self, kind: str, key: str, why: str) -> Path:
+        """Set a damaged artifact aside and leave unfinished work in its place; return where the artifact lies now.
 
-        Whole shards stay. A damaged shard goes with the files of the same number beside it, and so does every file that is
-        no shard. The caller holds the artifact's lock.
+        The unfinished work has the whole shards (as links to the same bytes), so that the next build makes only what is missing: a damaged
+        shard is made again with the files of the same number beside it, and so is every file that is no shard. Nothing is deleted. The
+        caller holds the artifact's lock.
         """
         directory = self.directory(kind, key)
         try:
             record = self.load(kind, key)
+        except NewerRecordError:
+            raise
         except ArtifactError:
             record = None
         damaged_names = list(self._damaged_files(record, deep=True)) if record else []
         damaged_numbers = {match[1] for name in damaged_names if (match := SHARD.fullmatch(name))}
-        (directory / RECORD).unlink(missing_ok=True)
-        for path in data_files(directory):
+        aside = set_aside(self.root, directory, why, by="a build")
+        for path in sorted(aside.rglob("*")):
+            if not path.is_file() or path.is_symlink() or path.name in (RECORD, REASON) or ".tmp-" in path.name:
+                continue
+            is_hidden = any(part.startswith(".") or part == "resume" for part in path.relative_to(aside).parts)
             match = SHARD.fullmatch(path.name)
-            if match is None or match[1] in damaged_numbers:
-                path.unlink()
+            if is_hidden or path.name in NOT_DATA or (match is not None and match[1] not in damaged_numbers):
+                link_or_copy(path, directory / path.relative_to(aside))
+        return aside
+
+    def repair(self, record: ArtifactRecord) -> list[str]:
+        """Replace an artifact's damaged files by equal files of its inputs, if all can be; return a sentence each, [] if not.
+
+        A checkpoint shares its tokenizer and chat template with the policy it was trained from. The odd files are set aside. The caller holds
+        the artifact's lock.
+        """
+        directory = self.directory(record.kind, record.key)
+        signed = {file.name: file for file in record.files}
+        sources: dict[str, Path] = {}
+        for name in self._damaged_files(record, deep=False):
+            for ref in record.inputs.values():
+                source = Path(ref.path) if ref.key == EXTERNAL else self.root / ARTIFACTS / ref.kind / ref.key
+                source /= Path(name).name
+                if source.is_file() and digest_file(source) == signed[name].sha256:
+                    sources[name] = source
+        if set(sources) != set(self._damaged_files(record, deep=False)):
+            return []
+        sentences = [f"{name} was replaced by {source}, which is what was signed" for name, source in sources.items()]
+        if odd := [directory / name for name in sources if (directory / name).exists()]:
+            aside = set_files_aside(self.root, directory, odd, "not what was signed", by="a build")
+            sentences.append(f"what was there lies in {aside}")
+        for name, source in sources.items():
+            with open_atomic(directory / name) as file:
+                file.write(source.read_bytes())
+        return sentences
 
     def find(self, kind: str, key: str) -> ArtifactRef | None:
-        """Return the finished, intact artifact, or None."""
+        """Return the finished, intact artifact, or None. Raises: NewerRecordError."""
         try:
             record = self.load(kind, key)
+        except NewerRecordError:
+            raise
         except ArtifactError:
             return None
         if record is None or self.problems(record):

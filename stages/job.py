@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data_contracts import lease
 from data_contracts.artifact import ArtifactRef
 from data_contracts.files import write_atomic
+from data_contracts.set_aside import set_files_aside
 from data_contracts.shards import shard_is_whole, shard_path, to_table, write_shard
 from stages.running.claims import Claims, label_of, poison, raise_poison
 from stages.running.cost import FORWARD, parameters
@@ -99,7 +100,7 @@ class Job:
         """Cut `items` into shards and yield those that no earlier try finished: (index, items of the shard).
 
         beside: kinds of files that are written with every shard, under its number (scores, dropped); a shard without one of them is made
-        again. Shards of an earlier try with another shard size are removed.
+        again. Shards of an earlier try with another shard size are set aside.
         """
         count = max(1, -(-len(items) // size))
         self._agree_on(json.dumps({"items": len(items), "size": size}))
@@ -130,13 +131,16 @@ class Job:
             raise_poison(self.stage.name, failed)
 
     def _agree_on(self, cut: str) -> None:
-        """Make all tries and workers cut alike: the shards of another cut are removed."""
+        """Make all tries and workers cut alike: the shards of another cut are set aside."""
         plan = self.out / ".plan"
         with self.claims.alone("plan") if self.claims else nullcontext():
-            if not plan.is_file() or plan.read_text(errors="replace") != cut:
-                for path in self.out.glob("*-?????.parquet"):  # the shards, and the scores and drops beside them
-                    path.unlink()
-                write_atomic(plan, cut)
+            if plan.is_file() and plan.read_text(errors="replace") == cut:
+                return
+            if shards := sorted(self.out.glob("*-?????.parquet")):  # with the scores and drops beside them
+                why = "an earlier try cut the work into other shards (another shard size, or its plan is lost)"
+                aside = set_files_aside(self.store_root, self.out, shards, why, by="a build")
+                self.log(f"{why}: they lie in {aside}")
+            write_atomic(plan, cut)
 
     def has_shard(self, index: int, kind: str, beside: Sequence[str] = ()) -> bool:
         """Whether an earlier try finished the shard and the files beside it."""

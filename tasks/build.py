@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.checkpoint import digests_kept_in
 from data_contracts.config import Config
-from data_contracts.errors import ArtifactError, StageError
+from data_contracts.errors import ArtifactError, NewerRecordError, StageError
 from data_contracts.files import disk_errors_explained, write_atomic
 from data_contracts.mirror import mirror_from_environment
 from data_contracts.store import Store
@@ -85,7 +85,7 @@ def build(
         try:
             run_work(stage_name, config, directory, store, execution, lock, log, on_progress)
         except (ArtifactError, StageError) as error:
-            if damaged := _set_back_damaged(inputs, store):
+            if damaged := _set_damaged_aside(inputs, store):
                 raise ArtifactError(
                     f"{error}\nIts input is damaged: {damaged}. Run again: what is damaged is made anew, and nothing else"
                 ) from error
@@ -102,15 +102,21 @@ def build(
 
 
 def _find(store: Store, kind: str, key: str, log: Callable[[str], None]) -> ArtifactRecord | None:
-    """The finished artifact, or None. One with damaged files becomes unfinished work, and the log says so."""
+    """The finished artifact, or None. A damaged one is repaired from its inputs, else set aside, and the log says so."""
     try:
         record = store.load(kind, key)
         problems = [] if record is None else store.problems(record)
+    except NewerRecordError:
+        raise
     except ArtifactError as error:
         record, problems = None, [str(error)]
     if problems:
-        log(f"{kind} {key} is damaged ({'; '.join(problems)}): building it again")
-        store.mark_unfinished(kind, key)
+        what = f"{kind} {key} is damaged ({'; '.join(problems)})"
+        if record is not None and (repairs := store.repair(record)):
+            log(f"{what}: {'; '.join(repairs)}")
+            return record
+        aside = store.set_damaged_aside(kind, key, "; ".join(problems))
+        log(f"{what}: it lies in {aside}, nothing of it is deleted; building it again")
         return None
     if record is not None:
         # A kill between the signature and the clean-up leaves resume checkpoints, many times the artifact's size.
@@ -118,8 +124,8 @@ def _find(store: Store, kind: str, key: str, log: Callable[[str], None]) -> Arti
     return record
 
 
-def _set_back_damaged(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
-    """Read every byte of a failed stage's inputs; a damaged one becomes unfinished work. Returns what was wrong, or ""."""
+def _set_damaged_aside(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
+    """Read every byte of a failed stage's inputs and set damaged ones aside. Returns what was wrong, or ""."""
     damaged = []
     for ref in inputs.values():
         if ref.key == "external":
@@ -127,6 +133,6 @@ def _set_back_damaged(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
         with store.lock(ref.kind, ref.key), suppress(ArtifactError):
             record = store.load(ref.kind, ref.key)
             if record is not None and (problems := store.problems(record, deep=True)):
-                store.mark_unfinished(ref.kind, ref.key)
+                store.set_damaged_aside(ref.kind, ref.key, "; ".join(problems))
                 damaged.append(f"{ref.kind} {ref.key} ({'; '.join(problems)})")
     return ", ".join(damaged)

@@ -105,7 +105,7 @@ def test_a_damaged_record_is_not_found_and_says_where_it_lies(store):
     path = store.directory("generations", KEY) / RECORD
     path.write_text(path.read_text()[:40])
     assert store.find("generations", KEY) is None
-    with pytest.raises(ArtifactError, match=f"generations {KEY}: record.json is damaged.*Delete {path.parent}"):
+    with pytest.raises(ArtifactError, match=f"generations {KEY}: record.json is damaged.*it lies in {path.parent}"):
         store.load("generations", KEY)
 
 

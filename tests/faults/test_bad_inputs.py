@@ -441,8 +441,8 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "an empty prompt file": (lambda desk: (desk.train.write_text(""), desk.play())[1], WRONG, ("train.jsonl is empty",)),
     "a prompt that is not JSON": (train('{"prompt": "x"'), WRONG, ("train.jsonl line 2 is not valid JSON: ", "at column 15")),
     "a prompt that is a list": (train("[1]"), WRONG, ("line 2 must be a JSON object, got list",)),
-    "a prompt with an unknown field": (train({"promt": "x"}), WRONG, ("line 2 has the unknown field(s) ['promt']; known: ",)),
-    "a prompt without text": (train({"prompt_id": "a"}), WRONG, ('line 2 needs exactly one of "messages" and "prompt"',)),
+    "a prompt with an unknown field": (train({"promt": "x"}), WRONG, ("line 2: has the unknown field(s) ['promt']; known: ",)),
+    "a prompt without text": (train({"prompt_id": "a"}), WRONG, ('line 2: needs exactly one of "messages" and "prompt"',)),
     "a blank prompt": (train({"prompt": "  "}), WRONG, ("line 2: every message is blank",)),
     "a prompt that is a number": (train({"prompt": 5}), WRONG, ("line 2: a message must be", "got {'role': 'user', 'content': 5}")),
     "no messages": (train({"messages": []}), WRONG, ('line 2: "messages" must be a non-empty list',)),
@@ -519,7 +519,7 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "a weight that is not a number": (pairs(chosen_weights=[1.0, float("nan")]), BROKEN, ("chosen_weights holds NaN or infinity",)),
     "a reference pass that is missing": (pairs(chosen_reference_logps=None), BROKEN, ("chosen_reference_logps has 0 values",)),
     "an infinite log-probability": (pairs(rejected_reference_logps=[-1.0, float("-inf")]), BROKEN, ("holds NaN or infinity",)),
-    "half a record": (record(RECORD_TEXT[:60]), DAMAGED, ("record.json is damaged", "Delete")),
+    "half a record": (record(RECORD_TEXT[:60]), DAMAGED, ("record.json is damaged", "set aside")),
     "a record of a file elsewhere": (record(RECORD_TEXT), DAMAGED, ("record.json is damaged",)),
     "a record of another artifact": (
         record(RECORD_TEXT.replace("0123456789abcdef", "f" * 16).replace("../../../", "")), DAMAGED, ("it is that of generations ffff",),
@@ -574,4 +574,4 @@ def test_an_interrupted_command_does_not_say_that_it_is_done(desk, monkeypatch, 
 
     monkeypatch.setattr(flows.cli.commands, "_play", interrupted)
     assert desk.play() == 130
-    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+    assert "interrupted; run the same command again to resume" in capsys.readouterr().err

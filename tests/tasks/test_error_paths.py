@@ -80,7 +80,7 @@ def test_a_damaged_record_of_an_input_is_set_back_by_whoever_looks_for_it(store,
     ref = make_prompts(store, 3)
     record = store.directory("prompts", ref.key) / "record.json"
     record.write_text("{")
-    store.mark_unfinished("prompts", ref.key)
+    store.set_damaged_aside("prompts", ref.key, "odd")
     assert (
         not record.exists() and shard_path(store.directory("prompts", ref.key), 0).is_file()
     )  # its shard is sealed by itself
