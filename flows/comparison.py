@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +22,9 @@ from flows.config import NAME, RunConfig, apply, merge, read_run
 from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import preflight
 from flows.report import figures
-from flows.report.page import document, figure, grid, markdown_table
-from flows.report.page import table as html_table
+from flows.report.figures import Figure
+from flows.report.page import markdown_table, render_comparison
+from flows.report.sections import table_of
 from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.stage import STAGES
@@ -321,22 +321,11 @@ def _page(
         )  # fmt: skip
     bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
     stacked = [(phase, [row[phase] for row in seconds]) for phase in PAPER_PHASES]
-    pictures = grid(
-        figure(
-            "gain",
-            "Held-out gain over the start, 95 %",
-            figures.lines("gain", curves, "iteration", "gain", zero=True),
-            names,
-        ),
-        figure(
-            "seconds",
-            "Seconds per iteration",
-            figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds"),
-            PAPER_PHASES,
-        ),
-    )
-    tables = "".join(html_table(_cells(part)) for part in (rows, seconds))
-    lines = "".join(f"<li>{escape(line)}</li>" for line in ratios(comparison, seconds))
-    name = escape(comparison.config.name)
-    body = f"<header><h1>{name}</h1></header><main><section>{pictures}</section><section>{tables}<ul>{lines}</ul></section></main>"
-    return document(f"{comparison.config.name}: comparison", body)
+    gain = figures.lines("gain", curves, "iteration", "gain", zero=True)
+    duration = figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds")
+    pictures = [
+        Figure("gain", "Held-out gain over the start, 95 %", gain, names),
+        Figure("seconds", "Seconds per iteration", duration, PAPER_PHASES),
+    ]
+    tables = [table_of(_cells(part)) for part in (rows, seconds)]
+    return render_comparison(comparison.config.name, pictures, tables, ratios(comparison, seconds))

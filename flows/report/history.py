@@ -17,7 +17,8 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.gate import Verdict
-from flows.report.page import Story, WeightPicture, markdown_table, render, standalone_figures
+from flows.report.page import markdown_table, render, standalone_figures
+from flows.report.story import Story, WeightPicture
 from flows.report.weights import weight_picture
 from flows.tournament import Standing, spread, standing
 from stages.evaluation.heldout import per_prompt
@@ -236,12 +237,12 @@ class History:
         lines += self._examples(8)
         lines += ["", "## Settings", "", "```json", self._settings(), "```", ""]
         write_atomic(path, "\n".join(lines))
-        page = render(self.story())
-        write_atomic(path.with_suffix(".html"), page)
+        story = self.story()
+        write_atomic(path.with_suffix(".html"), render(story))
         if plots:
             shutil.rmtree(path.with_name("plots"), ignore_errors=True)
             path.with_name("plots").mkdir()
-            for name, svg in standalone_figures(page).items():
+            for name, svg in standalone_figures(story).items():
                 (path.with_name("plots") / f"{name}.svg").write_text(svg, encoding="utf-8")
         return path
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.report.page import WeightPicture
+from flows.report.story import WeightPicture
 from tasks.build import Built
 
 MOST_TOKENS = 2_000_000

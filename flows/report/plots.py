@@ -1,0 +1,207 @@
+"""Flows - the figures of report.html, section by section, from a `Story`. A figure without data is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from flows.report import figures
+from flows.report.figures import Figure, Series
+from flows.report.story import SIDES, Story
+from flows.tournament import spread
+
+SHOWN_ITERATIONS = 6
+"""Iterations whose weights are shown."""
+MOST_BENCHMARKS = 24
+MOST_STEPS = 400
+"""Points of a training curve."""
+MOST_MARKS = 8
+"""Names of iterations over a training curve."""
+MOST_REASONS = 7
+"""Reasons for dropping that have a colour of their own; the others are summed."""
+
+
+def iterations_of(story: Story) -> list[int]:
+    """The numbers of the iterations, the start model's 0 first."""
+    return [row["iteration"] for row in story.rows]
+
+
+def progress(story: Story) -> list[Figure]:
+    """Held-out score, gain over the start model, win rates between iterations, tournament."""
+    iterations = iterations_of(story)
+    shown = []
+    if any(row["heldout_score"] is not None for row in story.rows):
+        score, low, high = ([row[name] for row in story.rows] for name in ("heldout_score", "low", "high"))
+        curve = Series("held-out score", iterations, score, low, high)
+        drawing = figures.lines("held-out score", [curve], "iteration", "score")
+        shown.append(Figure("score", "Held-out score, 95 % interval over prompts", drawing))
+    gains = {iteration: gain for iteration, gain in zip(iterations, story.gains, strict=True) if gain}
+    if len(gains) > 1:
+        controlled = {iteration: gain["controlled"] for iteration, gain in gains.items()}
+        curves = [_gain_curve("as measured", gains), _gain_curve("at equal length", controlled)]
+        drawing = figures.lines("gain over the start model", curves, "iteration", "score gain", zero=True)
+        labels = [curve.label for curve in curves]
+        shown.append(Figure("gain", "Gain over the start model, paired by prompt", drawing, labels))
+    if len(story.win_rates) > 1:
+        names, rates = [str(iteration) for iteration in story.win_rates], list(story.win_rates.values())
+        drawing = figures.matrix("win rates between iterations", names, rates, "against iteration", "iteration")
+        caption = "How often (%) an iteration beats another on the same prompt; ties count half"
+        shown.append(Figure("win-rates", caption, drawing))
+    if (standing := story.tournament) is not None:
+        caption = (
+            f"Tournament: how often (%) the row beats the column, by {standing.scorer}, {standing.prompts} prompts"
+        )
+        if standing.failed:
+            caption += f"; {standing.failed} comparisons failed"
+        drawing = figures.matrix("tournament", standing.names, standing.rates, "against", "policy")
+        shown.append(Figure("tournament", caption, drawing))
+    return shown
+
+
+def _gain_curve(label: str, gains: Mapping[int, Mapping[str, float]]) -> Series:
+    mean, low, high = ([gain[name] for gain in gains.values()] for name in ("mean", "low", "high"))
+    return Series(label, list(gains), mean, low, high)
+
+
+def benchmarks(story: Story) -> tuple[list[Figure], int]:
+    """A figure for each of the first MOST_BENCHMARKS benchmarks, and how many more there are."""
+    iterations = iterations_of(story)
+    results: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for iteration, report in zip(iterations, story.reports, strict=True):
+        for row in report:
+            if row["suite"] != "heldout" and row["metric"] != "failed_judgments":
+                results.setdefault((row["suite"], row["task"], row["metric"]), {})[iteration] = row
+    shown = []
+    for (suite, task, metric), values in islice(results.items(), MOST_BENCHMARKS):
+        rows = [values.get(iteration, {}) for iteration in iterations]  # a gap where it could not be measured
+        value, low, high = ([row.get(name) for row in rows] for name in ("value", "low", "high"))
+        last = values[max(values)]
+        size = f"{last['n']} questions"
+        if last["n_shot"]:
+            size += f", {last['n_shot']}-shot"
+        caption = f"{suite}: {task}, {metric} ({size})"
+        curve = Series(f"{task} {metric}", iterations, value, low, high)
+        drawing = figures.lines(caption, [curve], "iteration", metric)
+        shown.append(Figure(f"benchmark-{len(shown)}", caption, drawing))
+    return shown, len(results) - len(shown)
+
+
+def training(story: Story) -> list[Figure]:
+    """Metrics of all optimizer steps, iteration after iteration."""
+    lines: list[dict[str, float]] = []
+    marks: list[tuple[float, str]] = []
+    for iteration, curve in sorted(story.curves.items()):
+        marks.append((len(lines) + 1, f"iteration {iteration}"))
+        lines += curve
+    marks = [marks[i] for i in spread(len(marks), MOST_MARKS)]
+    kept = spread(len(lines), MOST_STEPS)
+    steps = [i + 1 for i in kept]
+
+    def figure(name: str, caption: str, y_label: str, metrics: dict[str, str], zero: bool = False) -> Iterator[Figure]:
+        """The figure of metrics (label -> name), if any step has one of them."""
+        curves = [
+            Series(label, steps, [lines[i].get(metric) for i in kept], dots=len(kept) < 60)
+            for label, metric in metrics.items()
+            if any(metric in line for line in lines)
+        ]
+        if curves:
+            x_label = "optimizer step, all iterations"
+            drawing = figures.lines(caption, curves, x_label, y_label, zero=zero, marks=marks)
+            yield Figure(name, caption, drawing, [curve.label for curve in curves])
+
+    rewards = {side: f"rewards/{side}" for side in SIDES}
+    logps = {side: f"logps/{side}" for side in SIDES}
+    accuracy = "Pairs whose chosen response has the higher reward"
+    return [
+        *figure("rewards", "Implicit rewards while training", "reward", rewards, zero=True),
+        *figure("logps", "Log-probability of the responses", "nats", logps),
+        *figure("margins", "Reward margin", "chosen minus rejected", {"margin": "rewards/margins"}, zero=True),
+        *figure("accuracy", accuracy, "part", {"accuracy": "rewards/accuracies"}),
+        *figure("loss", "Loss", "loss", {"loss": "loss"}),
+    ]
+
+
+def weights(story: Story) -> list[Figure]:
+    """Histograms of the token weights of at most SHOWN_ITERATIONS iterations."""
+    iterations = sorted(story.weights)
+    shown = []
+    for iteration in [iterations[i] for i in spread(len(iterations), SHOWN_ITERATIONS)]:
+        picture = story.weights[iteration]
+        caption = f"Iteration {iteration}: weights of {picture.tokens} tokens"
+        if picture.clamped:
+            caption += "; at a bound: " + ", ".join(f"{name} {part:.1%}" for name, part in picture.clamped.items())
+        bins = zip(SIDES, (picture.chosen, picture.rejected), strict=True)
+        sides = [(side, values) for side, values in bins if values]
+        drawing = figures.histograms(caption, picture.edges, sides, "weight", "part of the tokens")
+        shown.append(Figure(f"weights-{iteration}", caption, drawing, [side for side, _ in sides]))
+    return shown
+
+
+def lengths(story: Story) -> list[Figure]:
+    """Lengths of the held-out answers, their fluency, and how many are finished, distinct and repetitive."""
+    tokens = [_metric_curve(story, "mean_tokens", "mean")]
+    for fraction, label in ((0.5, "median"), (0.9, "longest tenth")):
+        values = [_quantile([row["num_tokens"] for row in rows], fraction) for rows in story.heldout]
+        tokens.append(Series(label, iterations_of(story), values))
+    fluency = [_metric_curve(story, "start_logp", "log-prob")]
+    rates = [
+        _metric_curve(story, "finished_rate", "ended by itself"),
+        _metric_curve(story, "distinct_rate", "distinct answers"),
+        _metric_curve(story, "repetition", "repetition"),
+    ]
+    rates = [curve for curve in rates if any(value is not None for value in curve.y)]
+    token_drawing = figures.lines("tokens per answer", tokens, "iteration", "tokens")
+    fluency_drawing = figures.lines("fluency", fluency, "iteration", "nats")
+    rate_drawing = figures.lines("rates", rates, "iteration", "part")
+    return [
+        Figure("lengths", "Tokens per held-out answer", token_drawing, [curve.label for curve in tokens]),
+        Figure("fluency", "Mean log-prob per token under the start model", fluency_drawing),
+        Figure("rates", "Held-out answers", rate_drawing, [curve.label for curve in rates]),
+    ]
+
+
+def _quantile(values: Sequence[float], fraction: float) -> float | None:
+    if not values:
+        return None
+    return float(sorted(values)[min(int(fraction * len(values)), len(values) - 1)])
+
+
+def _metric_curve(story: Story, metric: str, label: str) -> Series:
+    """A held-out metric over the iterations, with its interval where it has one."""
+    rows = []
+    for report in story.reports:
+        by_metric = {row["metric"]: row for row in report if row["suite"] == "heldout"}
+        rows.append(by_metric.get(metric, {}))
+    value, low, high = ([row.get(name) for row in rows] for name in ("value", "low", "high"))
+    if all(end is None for end in low):
+        return Series(label, iterations_of(story), value)
+    return Series(label, iterations_of(story), value, low, high)
+
+
+def dropped(story: Story) -> list[Figure]:
+    """What did not train, by reason."""
+    totals: dict[str, float] = {}
+    for reasons in story.dropped.values():
+        for reason, count in reasons.items():
+            totals[reason] = totals.get(reason, 0) + count
+    if not totals:
+        return []
+    order = sorted(totals, key=lambda reason: -totals[reason])
+    common, rare = order[:MOST_REASONS], order[MOST_REASONS:]
+    iterations = sorted(story.dropped)
+    parts = [(reason, [story.dropped[number].get(reason, 0) for number in iterations]) for reason in common]
+    if rare:
+        parts.append(("other", [sum(story.dropped[number].get(reason, 0) for reason in rare) for number in iterations]))
+    drawing = figures.stacks("what was dropped", [str(number) for number in iterations], parts, "iteration", "count")
+    labels = [f"{label} ({totals.get(label, sum(counts)):g})" for label, counts in parts]
+    return [Figure("dropped", "Prompts, pairs and candidates that did not train, by reason", drawing, labels)]
+
+
+def times(story: Story) -> list[Figure]:
+    """Seconds of each stage."""
+    stages = list(dict.fromkeys(stage for seconds in story.seconds for stage in seconds))
+    parts = [(stage, [seconds.get(stage, 0.0) for seconds in story.seconds]) for stage in stages]
+    bars = [str(iteration) for iteration in iterations_of(story)]
+    drawing = figures.stacks("seconds of each stage", bars, parts, "iteration", "seconds")
+    return [Figure("seconds", "Wall seconds of each stage, all tries together", drawing, stages)]

@@ -1,0 +1,287 @@
+"""Flows - the sections of report.html as data: which figures, tables and texts each of them shows, from a `Story`.
+
+A section without data is left out, not shown empty. The HTML is in report.jinja.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flows.report import plots
+from flows.report.figures import Figure
+from flows.report.story import SIDES, Story
+from flows.tournament import spread
+
+LONGEST_TEXT = 1500
+"""Characters that are shown of a prompt or an answer."""
+SHOWN_ITERATIONS = 6
+"""Iterations whose answers are shown."""
+SHADES = 5
+"""Of a token's weight, above and below the middle one."""
+
+
+class Tile(NamedTuple):
+    """A number at the head of the page."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+class Table(NamedTuple):
+    """Columns and cells, as texts."""
+
+    names: list[str]
+    rows: list[list[str]]
+
+
+class Token(NamedTuple):
+    """A piece of a response and its weight."""
+
+    text: str
+    weight: float
+    shade: str
+    """Class of style.css: wp0 ... wp5 for more than the middle weight, wm1 ... wm5 for less."""
+
+
+class TokenExample(NamedTuple):
+    """A pair of responses, token by token."""
+
+    prompt_id: str
+    sides: list[tuple[str, list[Token]]]
+
+
+class TokenWeights(NamedTuple):
+    """Examples of one iteration's weights."""
+
+    iteration: int
+    middle: float
+    examples: list[TokenExample]
+
+
+class Answer(NamedTuple):
+    """An iteration's answer to a prompt."""
+
+    iteration: int
+    score: str
+    tokens: int
+    text: str
+
+
+class PromptAnswers(NamedTuple):
+    """The answers of several iterations to one prompt."""
+
+    prompt_id: str
+    reason: str
+    """Why this prompt is shown; "" for one of the evenly spaced ones."""
+    prompt: str
+    answers: list[Answer]
+
+
+class Section(NamedTuple):
+    """A part of the page under its own heading. What it has is shown in the order of these fields."""
+
+    name: str
+    title: str
+    gate_is_on: bool | None = None
+    note: str = ""
+    figures: Sequence[Figure] = ()
+    table: Table = Table([], [])
+    hidden_benchmarks: int = 0
+    """Benchmarks without a figure, because there are too many."""
+    failures: Table = Table([], [])
+    """Judgments that failed."""
+    token_weights: TokenWeights | None = None
+    answers: Sequence[PromptAnswers] = ()
+    settings: str = ""
+
+    @property
+    def has_content(self) -> bool:
+        """Whether there is anything under the heading."""
+        tables = self.table.rows or self.failures.rows
+        return bool(self.figures or tables or self.token_weights or self.answers or self.settings)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows as a table: None is "unscored", a missing column is empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(names, [[_cell(row.get(name, "")) for name in names] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "unscored"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def headline_numbers(story: Story) -> list[Tile]:
+    """The numbers at the head of the page."""
+    last, first = story.rows[-1], story.rows[0]
+    tiles = [Tile("iterations", str(last["iteration"]))]
+    if first["heldout_score"] is not None and last["heldout_score"] is not None:
+        tiles.append(Tile("held-out score", f"{last['heldout_score']:.3f}", f"from {first['heldout_score']:.3f}"))
+    if gain := story.gains[-1]:
+        tiles.append(_gain_tile("gain", gain))
+        if controlled := gain.get("controlled"):
+            tiles.append(_gain_tile("at equal length", controlled))
+    tiles.append(Tile("tokens per answer", f"{last['mean_tokens']:g}", f"from {first['mean_tokens']:g}"))
+    tiles.append(Tile("time", _duration(sum(sum(seconds.values()) for seconds in story.seconds)), "all stages"))
+    if unscored := sum(row["score"] is None for rows in story.heldout for row in rows):
+        tiles.append(Tile("unscored answers", str(unscored), "in no mean"))
+    return tiles
+
+
+def _gain_tile(label: str, gain: Mapping[str, float]) -> Tile:
+    return Tile(label, f"{gain['mean']:+.3f}", f"95 % [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def sections_of(story: Story) -> list[Section]:
+    """The sections that have something to show, in the order of the page."""
+    sections = [
+        Section("score", "Did it get better?", figures=plots.progress(story)),
+        _gate(story),
+        _checkpoints(story),
+        _benchmarks(story),
+        Section("training", "Training", figures=plots.training(story)),
+        _weights(story),
+        Section("lengths", "Lengths and fluency", figures=plots.lengths(story)),
+        Section("data", "What was dropped", figures=plots.dropped(story)),
+        Section("responses", "The same prompts, iteration by iteration", answers=_answers(story)),
+        Section("times", "Where the time went", figures=plots.times(story)),
+        Section("table", "All numbers", table=table_of(story.rows)),
+        Section("settings", "Settings", settings=story.settings),
+    ]
+    return [section for section in sections if section.has_content]
+
+
+def _gate(story: Story) -> Section:
+    rows = []
+    for decision in story.decisions:
+        gain, detectable = decision["gain"], decision["detectable"]
+        rows.append(
+            {
+                "iteration": decision["iteration"],
+                "against": decision["against"],
+                "outcome": decision["outcome"],
+                "gain": f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else "",
+                "detectable": "" if detectable is None else f"{detectable:.3f}",
+                "prompts": decision["prompts"],
+                "unscored": decision["unscored"],
+                "why": decision["reason"],
+            }
+        )
+    is_on = story.decisions[-1]["enabled"] if story.decisions else None
+    return Section("gate", "Promotion gate", gate_is_on=is_on, table=table_of(rows))
+
+
+def _checkpoints(story: Story) -> Section:
+    note = "Of the checkpoints of one training, the one that measures best on the held-out prompts goes on."
+    return Section("checkpoints", "Checkpoints of each training", note=note, table=table_of(story.selections))
+
+
+def _benchmarks(story: Story) -> Section:
+    shown, hidden = plots.benchmarks(story)
+    failures = []
+    for iteration, report in zip(plots.iterations_of(story), story.reports, strict=True):
+        failures += [_failure(iteration, row) for row in report if row["metric"] == "failed_judgments" and row["value"]]
+    failed = table_of(failures)
+    return Section("benchmarks", "Benchmarks", figures=shown, hidden_benchmarks=hidden, failures=failed)
+
+
+def _failure(iteration: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of failed judgments."""
+    return {
+        "iteration": iteration,
+        "benchmark": row["task"],
+        "failed": int(row["value"]),
+        "of": row["n"],
+        "judge": row["task_version"],
+        "result": "unscored" if row["value"] == row["n"] else "of the others",
+    }
+
+
+def _weights(story: Story) -> Section:
+    tokens = None
+    if story.weights:
+        last = max(story.weights)
+        tokens = _token_weights(last, story.weights[last].examples)
+    return Section("weights", "Token weights", figures=plots.weights(story), token_weights=tokens)
+
+
+def _token_weights(iteration: int, examples: Sequence[Mapping[str, Any]]) -> TokenWeights | None:
+    """Examples with a shade per token, by the logarithm of its weight over the middle weight."""
+    if not examples:
+        return None
+    weights = sorted(weight for example in examples for side in SIDES for _, weight in example[side])
+    middle = weights[len(weights) // 2]
+
+    def height(weight: float) -> float:
+        return math.log(max(weight, 1e-6) / max(middle, 1e-6))
+
+    reach = max(abs(height(weight)) for weight in weights) or 1.0
+
+    def token(text: str, weight: float) -> Token:
+        level = round(SHADES * height(weight) / reach)
+        return Token(text, weight, f"w{'p' if level >= 0 else 'm'}{abs(level)}")
+
+    shaded = []
+    for example in examples:
+        sides = [(side, [token(text, weight) for text, weight in example[side]]) for side in SIDES if example[side]]
+        shaded.append(TokenExample(example["prompt_id"], sides))
+    return TokenWeights(iteration, middle, shaded)
+
+
+def _answers(story: Story) -> list[PromptAnswers]:
+    """The answers of at most SHOWN_ITERATIONS iterations to a few prompts that all of them answered."""
+    by_prompt = [_first_answers(rows) for rows in story.heldout]
+    names = [name for name in by_prompt[0] if all(name in answers for answers in by_prompt)]
+    if not names:
+        return []
+    prompts = []
+    for name, reason in _telling_prompts(names, by_prompt):
+        answers = []
+        for i in spread(len(story.heldout), SHOWN_ITERATIONS):
+            row = by_prompt[i][name]
+            score = "unscored" if row["score"] is None else f"{row['score']:.2f}"
+            text = row["completion"].strip()
+            if len(text) > LONGEST_TEXT:
+                text = text[:LONGEST_TEXT] + " \N{HORIZONTAL ELLIPSIS}"
+            answers.append(Answer(story.rows[i]["iteration"], score, row["num_tokens"], text))
+        prompts.append(PromptAnswers(name, reason, story.prompts.get(name, "")[:LONGEST_TEXT], answers))
+    return prompts
+
+
+def _first_answers(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """prompt_id -> row of the first answer to it."""
+    answers: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        answers.setdefault(row["prompt_id"], row)
+    return answers
+
+
+def _telling_prompts(
+    names: Sequence[str], by_prompt: Sequence[dict[str, dict[str, Any]]], count: int = 6
+) -> list[tuple[str, str]]:
+    """(prompt_id, reason) of evenly spaced prompts, then of those whose score rose and fell most."""
+    picked = [(names[i], "") for i in spread(len(names), count)]
+    spaced = {name for name, _ in picked}
+    change = {}
+    for name in names:
+        first, last = by_prompt[0][name]["score"], by_prompt[-1][name]["score"]
+        if first is not None and last is not None and name not in spaced:
+            change[name] = last - first
+    order = sorted(change, key=lambda name: (change[name], name))
+    picked += [(name, "rose most") for name in reversed(order[-2:]) if change[name] > 0]
+    picked += [(name, "fell most") for name in order[:2] if change[name] < 0]
+    return picked
