@@ -1,4 +1,6 @@
-"""python -m flows COMMAND ...: the command line `selfplay`, wherever it is not on the path. See flows/cli/commands.py."""
+"""python -m flows COMMAND ...: the command line `selfplay`, wherever it is not on the path. See
+flows/cli/commands.py.
+"""
 
 from __future__ import annotations
 

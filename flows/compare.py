@@ -1,4 +1,7 @@
-"""Flow - compare: the variants of a comparison, one after the other on one store, and one table. Resumable like any run: call it again."""
+"""Flow - compare: the variants of a comparison, one after the other on one store, and one table.
+
+Resumable like any run: call it again.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Flows - a comparison: variants of one run, what may differ between them, and what came out, from the records alone.
 
-Prompts, generations, scores and log-probs that do not depend on a variant are built once: equal settings and inputs have equal keys.
+Prompts, generations, scores and log-probs that do not depend on a variant are built once: equal settings and inputs
+have equal keys.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ class ComparisonConfig(Config):
     set: dict[str, Any] = Field(default_factory=dict)
     """Sections laid over `base`, for all variants."""
     vary: tuple[str, ...] = Field(min_length=1)
-    """Fields (dotted; a section means all of it) in which variants may differ. A difference anywhere else is refused."""
+    """Fields (dotted; a section means all of it) in which variants may differ. A difference anywhere else is refused.
+    """
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     """Name -> sections laid over `base` and `set`; the first one is what the others are compared with."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     paper: dict[str, float] = Field(default_factory=dict)
-    """Published figures to print beside the measured ones: weights_ratio (second variant / first), weights_share (of the first's training)."""
+    """Published figures to print beside the measured ones: weights_ratio (second variant / first), weights_share (of
+    the first's training).
+    """
 
 
 class Variant(NamedTuple):
@@ -73,7 +77,10 @@ class Comparison(NamedTuple):
 
 
 def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -> Comparison:
-    """`overrides` are settings of the runs, laid over all variants. Raises: ConfigError; for variants that differ in more than `vary`, with the fields."""
+    """`overrides` are settings of the runs, laid over all variants.
+
+    Raises: ConfigError; for variants that differ in more than `vary`, with the fields.
+    """
     path = Path(path)
     config = parse(ComparisonConfig, read_yaml(path), str(path))
     base = merge(read_run(path.parent / config.base), config.set)
@@ -112,7 +119,8 @@ class Outcome(NamedTuple):
     def seconds(self, iteration: int, what: str = "wall") -> dict[str, float]:
         """Seconds of each phase, whoever built its artifacts: what the variant would have cost on a store of its own.
 
-        Log-probs that an earlier variant had stored cost nothing. what: wall, busy, or processor (all threads of all processes).
+        Log-probs that an earlier variant had stored cost nothing. what: wall, busy, or processor (all threads of all
+        processes).
         """
         by_phase = dict.fromkeys(PHASES, 0.0)
         for step in self.steps:
@@ -171,7 +179,9 @@ def _pooled(results: list[Outcome], iteration: int) -> dict[str, float]:
 
 
 def table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
-    """One row per variant, seeds pooled: what it gained over its start, and over the first variant; what it cost per seed."""
+    """One row per variant, seeds pooled: what it gained over its start, and over the first variant; what it cost per
+    seed.
+    """
     rows = []
     names = list(comparison.config.variants)
     groups = {name: [outcome for outcome in results if outcome.variant.name == name] for name in names}
@@ -201,7 +211,9 @@ def _interval(before: dict[str, float], after: dict[str, float]) -> Interval | N
 
 
 def seconds_table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
-    """The paper's Table 3: seconds of generation, weights and training, per iteration and variant (mean over seeds), and their sums."""
+    """The paper's Table 3: seconds of generation, weights and training, per iteration and variant (mean over seeds),
+    and their sums.
+    """
     rows = []
     for name in comparison.config.variants:
         group = [outcome for outcome in results if outcome.variant.name == name]
@@ -218,7 +230,9 @@ def seconds_table(comparison: Comparison, results: list[Outcome]) -> list[dict[s
 
 
 def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
-    """The second variant's weight seconds over the first's; the first's weight seconds over its training's, by iteration."""
+    """The second variant's weight seconds over the first's; the first's weight seconds over its training's, by
+    iteration.
+    """
     names, paper, lines = list(comparison.config.variants), comparison.config.paper, []
 
     def beside(name: str) -> str:

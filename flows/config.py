@@ -1,4 +1,7 @@
-"""Flows - the settings of a whole run: the sections of the stages, the models, the prompts. Composed here, defined beside their code."""
+"""Flows - the settings of a whole run: the sections of the stages, the models, the prompts.
+
+Composed here, defined beside their code.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ class PromptsConfig(Config):
 
 
 class ModelsConfig(Config):
-    """Models beside the policy. What a method needs and is not given here is trained by the run itself, as `auxiliary` says."""
+    """Models beside the policy.
+
+    What a method needs and is not given here is trained by the run itself, as `auxiliary` says.
+    """
 
     teacher: ModelRef | None = None
     """Frozen; for SWIFT's weights (any tokenizer) and for distillation."""
@@ -71,7 +77,10 @@ TRAINABLE_ROLES = ("positive", "negative", "reward_model")
 
 
 class RunConfig(Config):
-    """One self-play run. Hand-written files say only what differs from the defaults; the resolved form is kept in the records."""
+    """One self-play run.
+
+    Hand-written files say only what differs from the defaults; the resolved form is kept in the records.
+    """
 
     name: str = Field(pattern=NAME, max_length=60)
     """Lower case, digits, dashes: names the run in the store, in Prefect and in MLflow."""
@@ -91,18 +100,22 @@ class RunConfig(Config):
     """Peak rate of each iteration; the last one goes on. Empty: training.learning_rate for all."""
     models: ModelsConfig = ModelsConfig()
     auxiliary: TrainingConfig | None = None
-    """How missing positive, negative and reward models are trained on the iteration's pairs (the negative one on swapped pairs), by DPO unless
-    `method` says otherwise. None: TIS-DPO (D)."""
+    """How missing positive, negative and reward models are trained on the iteration's pairs (the negative one on
+    swapped pairs), by DPO unless `method` says otherwise. None: TIS-DPO (D).
+    """
     mix_previous: bool = False
-    """From the second iteration on, train on the previous iteration's pairs too, under the new reference (official SPIN and SWIFT code)."""
+    """From the second iteration on, train on the previous iteration's pairs too, under the new reference (official
+    SPIN and SWIFT code).
+    """
     evaluation: EvaluationConfig
     gate: GateConfig = GateConfig()
     """Whether a policy that is not better goes on."""
     tournament: TournamentConfig | None = None
     """Win rates between all iterations and other models, by any scorer."""
     refine: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Stages of other packages that make another artifact of the kind they read (a filter of generations, say), by name, with their
-    settings; they run in this order, after the stage whose output they read."""
+    """Stages of other packages that make another artifact of the kind they read (a filter of generations, say), by
+    name, with their settings; they run in this order, after the stage whose output they read.
+    """
     heldout_sampling: SamplingConfig | None = None
     """How held-out answers are drawn. None: like `sampling`, one answer per prompt."""
     execution: ExecutionConfig = ExecutionConfig()
@@ -148,7 +161,9 @@ class RunConfig(Config):
     @field_validator("auxiliary", mode="before")
     @classmethod
     def _auxiliary_models_are_trained_by_dpo(cls, value: Any) -> Any:
-        """Unless it says otherwise: the trainer's own default is the method of a self-play run, which is not what TIS-DPO (D) and TGDPO use."""
+        """Unless it says otherwise: the trainer's own default is the method of a self-play run, which is not what
+        TIS-DPO (D) and TGDPO use.
+        """
         return {"method": AUXILIARY_METHOD} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
@@ -278,8 +293,8 @@ class RunConfig(Config):
 def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunConfig:
     """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}.
 
-    A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is written.
-    Raises: ConfigError.
+    A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is
+    written. Raises: ConfigError.
     """
     return parse(RunConfig, apply(read_run(Path(path)), overrides or {}), os.fspath(path))
 

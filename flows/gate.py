@@ -1,4 +1,7 @@
-"""Flows - the promotion gate of a run: which policy goes on. It judges every iteration's policy; it acts only if enabled."""
+"""Flows - the promotion gate of a run: which policy goes on.
+
+It judges every iteration's policy; it acts only if enabled.
+"""
 
 from __future__ import annotations
 

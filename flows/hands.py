@@ -1,7 +1,9 @@
-"""Flows - what `play` needs from outside: hands that build and read artifacts, and a listener that is told what was built.
+"""Flows - what `play` needs from outside: hands that build and read artifacts, and a listener that is told what was
+built.
 
-A run has hands that build (flows/run.py), a rehearsal has hands that only look (flows/forecast/rehearsal.py), an estimate has hands that build
-a few prompts' worth and measure (flows/forecast/estimate.py). The algorithm is the same for all three, so they cannot disagree.
+A run has hands that build (flows/run.py), a rehearsal has hands that only look (flows/forecast/rehearsal.py), an
+estimate has hands that build a few prompts' worth and measure (flows/forecast/estimate.py). The algorithm is the same
+for all three, so they cannot disagree.
 """
 
 from __future__ import annotations

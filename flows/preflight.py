@@ -76,12 +76,14 @@ def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
     for field in () if run.prompts.answers_from_teacher else needs.texts:
         if missing := [row["prompt_id"] for row in train if row[field] is None]:
             raise ConfigError(
-                f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no `{field}`, e.g. {missing[:3]}"
+                f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no "
+                f"`{field}`, e.g. {missing[:3]}"
             )
     answers = run.sampling_for_heldout().num_candidates
     if run.evaluation.best_of and max(run.evaluation.best_of) > answers:
         raise ConfigError(
-            f"evaluation.best_of needs {max(run.evaluation.best_of)} held-out answers per prompt, heldout_sampling.num_candidates is {answers}"
+            f"evaluation.best_of needs {max(run.evaluation.best_of)} held-out answers per prompt, "
+            f"heldout_sampling.num_candidates is {answers}"
         )
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
@@ -89,7 +91,10 @@ def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
 
 
 def gather(run: RunConfig) -> Checked:
-    """What a run reads, with no more checks than reading takes. Raises: ConfigError for a file that is missing or malformed."""
+    """What a run reads, with no more checks than reading takes.
+
+    Raises: ConfigError for a file that is missing or malformed.
+    """
     return Checked(load_prompts(run.prompts.train), load_prompts(run.prompts.heldout), _with_digests(run.evaluation))
 
 
@@ -140,7 +145,9 @@ def _check_models(run: RunConfig, policy: Path) -> None:
 
 
 def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """Local tasks and questions are read once, to refuse a broken one, and hashed: a changed question is a changed key."""
+    """Local tasks and questions are read once, to refuse a broken one, and hashed: a changed question is a changed
+    key.
+    """
     for task in evaluation.lm_eval:
         load_task(task.path)
     update: dict[str, Any] = {"lm_eval": tuple(_with_digest(task) for task in evaluation.lm_eval)}
@@ -164,10 +171,11 @@ def _with_digest(task: Any) -> Any:
 def _check_tokens(
     run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]], memory: Path
 ) -> Path:
-    """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no transformers.
+    """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no
+    transformers.
 
-    Asking takes seconds, and a finished run is asked again: a file in `memory`, named after the content of everything the answer depends on,
-    says that this very request has passed. Returns: that file.
+    Asking takes seconds, and a finished run is asked again: a file in `memory`, named after the content of everything
+    the answer depends on, says that this very request has passed. Returns: that file.
     """
     python = run.sampling.runtime.python or sys.executable
     request = {
@@ -178,9 +186,9 @@ def _check_tokens(
         ],
     }
     files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
-    told = digest_text(json.dumps([python, request["sets"], [[path.name, digest_file(path)] for path in files]]))
-    if (memory / told).is_file():
-        return memory / told
+    digest = digest_text(json.dumps([python, request["sets"], [[path.name, digest_file(path)] for path in files]]))
+    if (memory / digest).is_file():
+        return memory / digest
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(request, file)
         file.flush()
@@ -201,7 +209,7 @@ def _check_tokens(
         raise StageError(
             f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}"
         )
-    return memory / told
+    return memory / digest
 
 
 def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:

@@ -1,4 +1,6 @@
-"""Flow - a self-play run as Prefect sees it: its form, its checks, the loop with hands that build, and what the run leaves behind."""
+"""Flow - a self-play run as Prefect sees it: its form, its checks, the loop with hands that build, and what the run
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,9 @@ def self_play(
 
 
 def keep_settings(config: RunConfig, store: Store) -> None:
-    """`runs/<name>/run.json`: the resolved settings, so that the run can be resumed, asked about and shown by its name."""
+    """`runs/<name>/run.json`: the resolved settings, so that the run can be resumed, asked about and shown by its
+    name.
+    """
     path = store.run_directory(config.name) / RUN_SETTINGS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, config.model_dump_json(indent=1) + "\n")

@@ -2,8 +2,8 @@
 
 prompts -> sample -> score -> weigh -> train -> evaluate, and the checkpoint is the next policy
 
-Each method of `SelfPlay` makes one thing from finished artifacts; `play` is the order. What is built, found or only looked at is the hands'
-matter (flows/hands.py). How a run starts and what it leaves behind is in flows/run.py.
+Each method of `SelfPlay` makes one thing from finished artifacts; `play` is the order. What is built, found or only
+looked at is the hands' matter (flows/hands.py). How a run starts and what it leaves behind is in flows/run.py.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class SelfPlay:
         if not config.prompts.answers_from_teacher:
             return prompts
         place = place.serving(Purpose.TEACHER)
-        # Another seed: with the policy's own, a teacher that is the start model would write what the policy is about to.
+        # Another seed: with the policy's own, a teacher that is the start model would write what the policy is about
+        # to.
         sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1, "seed": config.seed + 1})
         answers = hands.run("sample", sampling, place, prompts=prompts, policy=self.models["teacher"])
         texts = hands.read_answers(answers.ref)
@@ -213,7 +214,9 @@ class SelfPlay:
         self.listener.compared(settings.scorer.name, list(players), scored, len(self.checked.heldout))
 
     def refined(self, stage: str, settings: Config, place: Place, **inputs: ArtifactRef) -> dict[str, Built]:
-        """The stage's artifact, then what each stage of the run's `refine` that comes after it makes of the one before."""
+        """The stage's artifact, then what each stage of the run's `refine` that comes after it makes of the one
+        before.
+        """
         artifacts = {stage: self.hands.run(stage, settings, place, **inputs)}
         for name, refinement in self.config.refinements_after(stage):
             consumes = {role.rstrip("?"): kind for role, kind in STAGES[name].consumes.items()}

@@ -1,6 +1,8 @@
-"""Flows - everybody against everybody: the run's policies and other models on the held-out prompts, by any scorer (SPPO's figure 3).
+"""Flows - everybody against everybody: the run's policies and other models on the held-out prompts, by any scorer
+(SPPO's figure 3).
 
-One `generations` artifact holds an answer of each as its candidates, so the score stage compares them like the candidates of one policy.
+One `generations` artifact holds an answer of each as its candidates, so the score stage compares them like the
+candidates of one policy.
 
 Axes: M policies, N prompts.
 """
@@ -57,8 +59,8 @@ def merged(answers: Mapping[str, ArtifactRef], store: Store) -> ArtifactRef:
     """The first answer of each policy to every prompt, as candidates 0, 1, ... in the order of `answers`."""
     inputs, key = _inputs(answers), merge_key(answers)
     with store.lock("generations", key):
-        if found := store.find("generations", key):
-            return found
+        if existing := store.find("generations", key):
+            return existing
         rows = [
             row | {"candidate": number}
             for number, ref in enumerate(answers.values())
@@ -87,16 +89,18 @@ def scoring_of(scorer: Any) -> ScoringConfig:
 
 
 def standing(scorer: str, names: Sequence[str], scored: ArtifactRef | None, prompts: int) -> Standing:
-    """From the raw scores: a pair scorer's P(i beats j) over both orders; of a score, the higher one wins and a tie is a half. None: all failed."""
+    """From the raw scores: a pair scorer's P(i beats j) over both orders; of a score, the higher one wins and a tie
+    is a half. None: all failed.
+    """
     rows = read_shards(scored.path, "scores", "scores").to_pylist() if scored else []
-    found = np.stack([_preferences(row, len(names)) for row in rows] or [_unknown(len(names))] * prompts)
-    known = ~np.isnan(found)
-    counts = known.sum(axis=0)
+    preferences = np.stack([_preferences(row, len(names)) for row in rows] or [_unknown(len(names))] * prompts)
+    is_known = ~np.isnan(preferences)
+    counts = is_known.sum(axis=0)
     means = np.divide(
-        np.where(known, found, 0.0).sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0
+        np.where(is_known, preferences, 0.0).sum(axis=0), counts, out=np.full(counts.shape, np.nan), where=counts > 0
     )
     rates = [[float(value) if np.isfinite(value) else None for value in line] for line in means]
-    return Standing(scorer, list(names), rates, int((~known).sum()) // 2, prompts)
+    return Standing(scorer, list(names), rates, int((~is_known).sum()) // 2, prompts)
 
 
 def _unknown(count: int) -> np.ndarray:

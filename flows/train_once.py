@@ -1,4 +1,7 @@
-"""Flow - train once: an offline method on given pairs or ground truths. The same tasks as self-play, for one iteration, without sampling."""
+"""Flow - train once: an offline method on given pairs or ground truths.
+
+The same tasks as self-play, for one iteration, without sampling.
+"""
 
 from __future__ import annotations
 

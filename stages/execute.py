@@ -34,7 +34,8 @@ def execute(
 ) -> ArtifactRecord:
     """The record of the artifact, built unless it exists. The caller may already hold its lock (see LOCK_HELD).
 
-    launched: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None: now.
+    launched: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None:
+        now.
     """
     stage.check_inputs(inputs)
     key = stage.key(config, inputs)
@@ -56,7 +57,10 @@ def execute(
 
 
 def execute_share(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], store: Store, worker: str) -> None:
-    """Make shards of the artifact, beside other workers, until none is left. Nothing is signed: whoever started the workers does that."""
+    """Make shards of the artifact, beside other workers, until none is left.
+
+    Nothing is signed: whoever started the workers does that.
+    """
     stage.check_inputs(inputs)
     _check_inputs_are_there(stage, inputs)
     key = stage.key(config, inputs)

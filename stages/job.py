@@ -66,7 +66,10 @@ class Job:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count these seconds under `name` in the record. The name "waiting" is for other machines' work: it is no busy time."""
+        """Count these seconds under `name` in the record.
+
+        The name "waiting" is for other machines' work: it is no busy time.
+        """
         start = time.monotonic()
         try:
             yield
@@ -78,7 +81,8 @@ class Job:
     ) -> None:
         """Account for the tokens that a model read and wrote, without padding, and for the FLOPs they took.
 
-        model: its directory; "" for a model behind a server, whose FLOPs are not ours. counts: cache_hits, cache_misses.
+        model: its directory; "" for a model behind a server, whose FLOPs are not ours. counts: cache_hits,
+            cache_misses.
         """
         flops = per_token * parameters(str(model)) * (tokens_in + tokens_out) if model else 0
         self.event("used", tokens_in=int(tokens_in), tokens_out=int(tokens_out), flops=int(flops), **counts)
@@ -99,7 +103,8 @@ class Job:
     ) -> Iterator[tuple[int, Sequence[Any]]]:
         """Cut `items` into shards and yield those that no earlier try finished: (index, items of the shard).
 
-        beside: kinds of files that are written with every shard, under its number (scores, dropped); a shard without one of them is made
+        beside: kinds of files that are written with every shard, under its number (scores, dropped); a shard without
+            one of them is made
         again. Shards of an earlier try with another shard size are set aside.
         """
         count = max(1, -(-len(items) // size))
@@ -116,7 +121,9 @@ class Job:
             self.on_shard(len(list(self.out.glob("part-?????.parquet"))), count)
 
     def share(self, name: str, parts: Sequence[Any], is_done: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
-        """Yield (index, part) of the parts that this process is to do: all of them, or a worker's share. Ends when every part is done.
+        """Yield (index, part) of the parts that this process is to do: all of them, or a worker's share.
+
+        Ends when every part is done.
 
         Raises: StageError for a part that failed twice.
         """

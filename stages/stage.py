@@ -1,7 +1,7 @@
 """Stages - what a stage is, and the table of all stages.
 
-A stage reads finished artifacts and writes exactly one new artifact; nothing is passed in memory. `python -m stages NAME SPEC.json` is the
-same command that a task and a human type.
+A stage reads finished artifacts and writes exactly one new artifact; nothing is passed in memory. `python -m stages
+NAME SPEC.json` is the same command that a task and a human type.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class StageRuntime(Runtime):
     """How a stage is executed; shared by all of them."""
 
     python: str | None = None
-    """Interpreter to run the stage with; another environment than the orchestrator's, e.g. one that has vLLM. None: the same."""
+    """Interpreter to run the stage with; another environment than the orchestrator's, e.g. one that has vLLM.
+
+    None: the same.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if torch sees one."""
     env: dict[str, str] = Field(default_factory=dict)
@@ -65,7 +68,9 @@ class Stage(NamedTuple):
     is_sharded: bool = True
     """Whether several workers can share its shards."""
     after: str | None = None
-    """Set for a stage that makes another artifact of the kind it reads: the stage whose output it refines in every iteration."""
+    """Set for a stage that makes another artifact of the kind it reads: the stage whose output it refines in every
+    iteration.
+    """
 
     def load(self) -> Any:
         return importlib.import_module(self.target)
@@ -82,19 +87,20 @@ class Stage(NamedTuple):
 
     def check_inputs(self, inputs: Mapping[str, ArtifactRef]) -> None:
         """Raises: ConfigError for a missing, unknown or wrong kind of input."""
-        known = {name.rstrip("?"): kind for name, kind in self.consumes.items()}
+        kinds = {name.rstrip("?"): kind for name, kind in self.consumes.items()}
         needed = {name for name in self.consumes if not name.endswith("?")}
         if missing := needed - inputs.keys():
             raise ConfigError(f"the stage {self.name} needs the input(s) {sorted(missing)}")
         for name, ref in inputs.items():
-            if name not in known:
-                raise ConfigError(f"the stage {self.name} knows no input {name!r}; it takes {sorted(known)}")
-            if ref.kind != known[name]:
-                raise ConfigError(f"the stage {self.name} takes {known[name]} as {name!r}, got {ref.kind} {ref.key}")
+            if name not in kinds:
+                raise ConfigError(f"the stage {self.name} knows no input {name!r}; it takes {sorted(kinds)}")
+            if ref.kind != kinds[name]:
+                raise ConfigError(f"the stage {self.name} takes {kinds[name]} as {name!r}, got {ref.kind} {ref.key}")
 
 
 class Stages(dict[str, Stage]):
-    """The stages of this package by name, in the order of an iteration; a stage of another package is looked up when it is named.
+    """The stages of this package by name, in the order of an iteration; a stage of another package is looked up when
+    it is named.
 
     Another package declares an entry point in the group `selfplay.stages` whose value is a `Stage`.
     """

@@ -51,9 +51,10 @@ def build(
 ) -> Built:
     """The artifact of a stage: found if it is finished and intact, else built by processes where `execution` says.
 
-    The lock is held from the look-up to the signature, and inherited by the stage's processes on this machine: two runs that want the same
-    artifact share the work, and the processes that a killed run left behind are waited for. A damaged artifact is built again.
-    Raises: what `run_work` raises; ArtifactError if the stage ended well but left no valid record.
+    The lock is held from the look-up to the signature, and inherited by the stage's processes on this machine: two
+    runs that want the same artifact share the work, and the processes that a killed run left behind are waited for. A
+    damaged artifact is built again. Raises: what `run_work` raises; ArtifactError if the stage ended well but left no
+    valid record.
     """
     stage = STAGES[stage_name]
     stage.check_inputs(inputs)

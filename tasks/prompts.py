@@ -18,7 +18,9 @@ VERSION = "1"
 def part_of(
     rows: list[dict[str, Any]], iteration: int, iterations: int, per_iteration: int | None, reuse: bool, seed: int
 ) -> list[dict[str, Any]]:
-    """The prompts of one iteration (from 0): a part of its own of the shuffled file (SPPO: a third each), or with `reuse` the same for all."""
+    """The prompts of one iteration (from 0): a part of its own of the shuffled file (SPPO: a third each), or with
+    `reuse` the same for all.
+    """
     order = np.random.default_rng([seed, 0]).permutation(len(rows))
     size = per_iteration or (len(rows) if reuse else len(rows) // iterations)
     start = 0 if reuse else iteration * size

@@ -16,9 +16,13 @@ import typer
 INTERRUPTED = "interrupted; run the same command again to resume"
 
 app = typer.Typer(
-    name="selfplay", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    name="selfplay",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Let a language model improve by playing against itself: sample, score, weigh, train, evaluate, again.",
-)  # fmt: skip
+)
 
 STORE = Annotated[
     str | None, typer.Option("--store", metavar="DIR", help="artifact store; default: $SELFPLAY_STORE or ./store")
@@ -50,8 +54,11 @@ def resume(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
 
 
 @app.command()
-def compare(config: Annotated[str, typer.Argument(metavar="COMPARISON.yaml", help="e.g. deploy/runs/compare/table3.yaml")],
-            set: SET = None, store: STORE = None) -> None:  # fmt: skip
+def compare(
+    config: Annotated[str, typer.Argument(metavar="COMPARISON.yaml", help="e.g. deploy/runs/compare/table3.yaml")],
+    set: SET = None,
+    store: STORE = None,
+) -> None:
     """Several methods or seeds on shared artifacts.
 
     One table, with intervals; what does not depend on the method is built once.
@@ -74,9 +81,15 @@ def compare(config: Annotated[str, typer.Argument(metavar="COMPARISON.yaml", hel
 
 
 @app.command()
-def estimate(config: RUN_FILE, set: SET = None, store: STORE = None,
-             price: Annotated[float | None, typer.Option(help="money per hour of this machine")] = None,
-             calibrate: Annotated[bool, typer.Option(help="measure on this machine what the store's records do not tell")] = True) -> None:  # fmt: skip
+def estimate(
+    config: RUN_FILE,
+    set: SET = None,
+    store: STORE = None,
+    price: Annotated[float | None, typer.Option(help="money per hour of this machine")] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="measure on this machine what the store's records do not tell")
+    ] = True,
+) -> None:
     """What a run will cost, before it is started.
 
     Seconds, tokens, FLOPs, memory, disk and money per stage. What is built already costs nothing.
@@ -121,8 +134,12 @@ def report(name: RUN_NAME, store: STORE = None) -> None:
 
 
 @app.command()
-def init(method: Annotated[str, typer.Argument(help="a name of `selfplay methods`")],
-         out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default: METHOD.yaml; - prints it")] = None) -> None:  # fmt: skip
+def init(
+    method: Annotated[str, typer.Argument(help="a name of `selfplay methods`")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="file to write; default: METHOD.yaml; - prints it")
+    ] = None,
+) -> None:
     """Write a commented run config for a method."""
     from data_contracts.errors import ConfigError
     from flows.cli.scaffold import commented_config
@@ -175,8 +192,11 @@ def verify(
 
 
 @app.command()
-def ledger(run: Annotated[str, typer.Argument(metavar="RUN", help="name of a run in the store")],
-           csv: Annotated[bool, typer.Option(help="one row per artifact, for a spreadsheet")] = False, store: STORE = None) -> None:  # fmt: skip
+def ledger(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="name of a run in the store")],
+    csv: Annotated[bool, typer.Option(help="one row per artifact, for a spreadsheet")] = False,
+    store: STORE = None,
+) -> None:
     """What a run cost, stage by stage."""
     _contracts("ledger", store, run, csv)
 
@@ -191,10 +211,12 @@ def doctor(store: STORE = None) -> None:
 
 
 @app.command()
-def gc(keep_runs: Annotated[int, typer.Option(metavar="N", help="the last N runs stay as they are")],
-       dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be set aside, change nothing")] = False,
-       yes: Annotated[bool, typer.Option("--yes", help="delete it, and what earlier calls have set aside")] = False,
-       store: STORE = None) -> None:  # fmt: skip
+def gc(
+    keep_runs: Annotated[int, typer.Option(metavar="N", help="the last N runs stay as they are")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be set aside, change nothing")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="delete it, and what earlier calls have set aside")] = False,
+    store: STORE = None,
+) -> None:
     """Set aside what the last N runs do not need.
 
     It lies in STORE/set_aside and can be moved back; --yes deletes it.
@@ -254,7 +276,9 @@ def _server(store: Any) -> AbstractContextManager[str]:
 
 
 def _check_server(settings: Any) -> None:
-    """Raises: ConfigError if the run's work waits for workers, and the server would be one of its own, which has none."""
+    """Raises: ConfigError if the run's work waits for workers, and the server would be one of its own, which has
+    none.
+    """
     from data_contracts.errors import ConfigError
 
     profile = settings.execution.profile

@@ -50,7 +50,10 @@ def _state(step: Step, store: Store, locked: list[tuple[str, str]]) -> str:
 
 
 def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> LockOwner | None:
-    """Who builds it, on whatever host. Holding the lock for a moment to see is harmless: a builder asks again every half second."""
+    """Who builds it, on whatever host.
+
+    Holding the lock for a moment to see is harmless: a builder asks again every half second.
+    """
     if (kind, key) not in locked:  # to ask for a lock makes its file
         return None
     try:
@@ -61,7 +64,9 @@ def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> 
 
 
 def report_again(config: RunConfig, store: Store) -> Path:
-    """Write `runs/<name>/report.html` and `.md` from the iterations that are complete. Raises: ConfigError if none is."""
+    """Write `runs/<name>/report.html` and `.md` from the iterations that are complete. Raises: ConfigError if none
+    is.
+    """
     history = History(config, store, Nowhere(), Nowhere())
     rehearse(config, store, listener=history)
     if not history.rows:

@@ -1,4 +1,5 @@
-"""Flows - what a run will cost before it is started: its steps on paper (rehearsal.py), times rates measured on this machine (rates.py).
+"""Flows - what a run will cost before it is started: its steps on paper (rehearsal.py), times rates measured on this
+machine (rates.py).
 
 What is built already costs nothing.
 """
@@ -27,7 +28,10 @@ from stages.stage import STAGES
 from tasks.place import Purpose
 
 OTHER_SECONDS = 16.0
-"""Outside all stages, where no earlier run of the store tells: imports, Prefect's server, reports. Measured in a new store."""
+"""Outside all stages, where no earlier run of the store tells: imports, Prefect's server, reports.
+
+Measured in a new store.
+"""
 MEASURING = (Purpose.HELDOUT, Purpose.CHECKPOINT, Purpose.BASELINE)
 GROWING_COSTS = ("tokens_in", "tokens_out", "flops")
 PEAKS = ("peak_rss_bytes", "peak_gpu_bytes", "gpus")
@@ -61,7 +65,10 @@ class Prediction(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Half of the 95 % interval. Stages of one kind share their rate's error: it is added up within a kind, not averaged away."""
+        """Half of the 95 % interval.
+
+        Stages of one kind share their rate's error: it is added up within a kind, not averaged away.
+        """
         kinds: dict[str, float] = {}
         for estimate in self.steps:
             kinds[estimate.step.name] = kinds.get(estimate.step.name, 0.0) + estimate.spread
@@ -73,7 +80,8 @@ def estimate(
 ) -> Prediction:
     """What a run will cost. `use_calibration`: measure on this machine what the store's records do not tell.
 
-    Raises: ConfigError for a request that the run would refuse, and for one that cannot fit into memory, with what would help.
+    Raises: ConfigError for a request that the run would refuse, and for one that cannot fit into memory, with what
+        would help.
     """
     _refuse_what_cannot_fit(config)
     checked = preflight(config, store)

@@ -1,8 +1,12 @@
-"""Stages - how much memory a model needs, on paper: parameters, gradients, optimizer, activations, logits, KV cache. Bytes per rank.
+"""Stages - how much memory a model needs, on paper: parameters, gradients, optimizer, activations, logits, KV cache.
 
-P parameters, N ranks, L layers, H hidden size, I width of the MLP, V vocabulary, T tokens of a micro-batch, R response tokens among them.
-The weights are counted from the files' headers, activations by a formula that a test holds against what torch really keeps for the
-backward pass; packing rows and computing logits in pieces need less than is said here. What an allocator loses to fragments is in SLACK: a plan that fits by less than a tenth has to be tried.
+Bytes per rank.
+
+P parameters, N ranks, L layers, H hidden size, I width of the MLP, V vocabulary, T tokens of a micro-batch, R
+response tokens among them. The weights are counted from the files' headers, activations by a formula that a test
+holds against what torch really keeps for the backward pass; packing rows and computing logits in pieces need less
+than is said here. What an allocator loses to fragments is in SLACK: a plan that fits by less than a tenth has to be
+tried.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATES = {"rmsprop": 4, "adamw": 8}
 """Optimizer state per parameter, float32."""
 LOGITS_FORWARD = 2 + 4 + 4
-"""Bytes per response token and vocabulary entry of a pass: the model's bf16, its float32 copy, and the exponentials of the log-sum."""
+"""Bytes per response token and vocabulary entry of a pass: the model's bf16, its float32 copy, and the exponentials
+of the log-sum.
+"""
 LOGITS_BACKWARD = 2 + 4 + 4 + 4
 """The same with gradients: bf16, float32, the gradient of the log-sum and of the gather."""
 
@@ -62,7 +68,9 @@ KNOWN = {
 
 
 def model_shape(model: ModelRef | Path | str) -> Shape:
-    """The shape of a model directory, of a hub model in the local cache, or of one in KNOWN. Nothing is fetched, no tensor is read.
+    """The shape of a model directory, of a hub model in the local cache, or of one in KNOWN.
+
+    Nothing is fetched, no tensor is read.
 
     Raises: ConfigError if the model is none of them.
     """
@@ -89,12 +97,15 @@ def model_shape(model: ModelRef | Path | str) -> Shape:
 def _cached(model: ModelRef) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model.hub_id, "config.json", revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
+    path = try_to_load_from_cache(model.hub_id, "config.json", revision=model.revision)
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def shape_of(config: dict[str, Any], counted: int | None = None, where: str = "config.json") -> Shape:
-    """From a config.json; the number of parameters by the architecture's formula unless it was counted. Raises: ConfigError."""
+    """From a config.json; the number of parameters by the architecture's formula unless it was counted.
+
+    Raises: ConfigError.
+    """
 
     def first(*names: str, default: Any = None) -> Any:
         value = next((config[name] for name in names if config.get(name) is not None), default)
@@ -126,8 +137,8 @@ def shape_of(config: dict[str, Any], counted: int | None = None, where: str = "c
 def layer_activations(shape: Shape, length: int) -> int:
     """Bytes per token that one layer keeps for the backward pass in bf16, in rows of `length` tokens.
 
-    20 H: two norms with float32 copies, q, the attention's output, residuals; 4 bytes per k and v; 8 I: gate, up, their product, and the
-    activation; 2 S: the mask in bf16. Attention itself keeps its output only (SDPA).
+    20 H: two norms with float32 copies, q, the attention's output, residuals; 4 bytes per k and v; 8 I: gate, up,
+    their product, and the activation; 2 S: the mask in bf16. Attention itself keeps its output only (SDPA).
     """
     return 20 * shape.hidden + 4 * shape.kv_width + 8 * shape.intermediate + 2 * length
 
@@ -135,8 +146,8 @@ def layer_activations(shape: Shape, length: int) -> int:
 def activations(shape: Shape, tokens: int, length: int, checkpointing: bool) -> int:
     """Bytes that a forward of `tokens` keeps: every layer, or every layer's input and one layer at a time."""
     per_layer = layer_activations(shape, length)
-    kept = shape.layers * 2 * shape.hidden + per_layer if checkpointing else shape.layers * per_layer
-    return tokens * (kept + 7 * shape.hidden)
+    stored = shape.layers * 2 * shape.hidden + per_layer if checkpointing else shape.layers * per_layer
+    return tokens * (stored + 7 * shape.hidden)
 
 
 def kv_cache_per_token(shape: Shape, ranks: int = 1) -> int:
@@ -167,7 +178,8 @@ def rows_of(budget: int, prompt: int, response: int, sides: int) -> Rows:
 def training_memory(
     shape: Shape, config: Any, rows: Rows, ranks: int, ranks_per_node: int, others: tuple[Shape, ...] = ()
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """(bytes on each GPU, bytes of host memory per node) of DeepSpeed training under a `TrainingConfig`; `others` stay in memory beside it.
+    """(bytes on each GPU, bytes of host memory per node) of DeepSpeed training under a `TrainingConfig`; `others`
+    stay in memory beside it.
 
     bf16 keeps float32 master weights. ZeRO 1 cuts the optimizer over the ranks, 2 the gradients too, 3 the weights too.
     """
@@ -195,7 +207,9 @@ def training_memory(
 
 
 def pass_memory(shape: Shape, dtype: str, rows: Rows) -> dict[str, int]:
-    """Bytes on the GPU of a forward pass without gradients (weigh, evaluate, reward models): one layer's activations at a time."""
+    """Bytes on the GPU of a forward pass without gradients (weigh, evaluate, reward models): one layer's activations
+    at a time.
+    """
     return {
         "weights": BYTES[dtype] * shape.parameters,
         "activations": rows.tokens * (layer_activations(shape, rows.length) + 4 * shape.hidden) * BYTES[dtype] // 2,
@@ -204,7 +218,9 @@ def pass_memory(shape: Shape, dtype: str, rows: Rows) -> dict[str, int]:
 
 
 def vllm_memory(shape: Shape, context: int, ranks: int, sequences: int) -> dict[str, int]:
-    """Bytes on each of `ranks` tensor-parallel GPUs that vLLM cannot do without: weights, its profiling run, a cache for `sequences`."""
+    """Bytes on each of `ranks` tensor-parallel GPUs that vLLM cannot do without: weights, its profiling run, a cache
+    for `sequences`.
+    """
     profile = (
         max(8192, context) * (2 * shape.intermediate + 8 * shape.hidden) * 2 // ranks
         + 256 * shape.vocabulary * LOGITS_FORWARD

@@ -1,6 +1,8 @@
-"""python -m flows.forecast.plan RUN.yaml [--set section.field=value ...]: what will run where, whether it fits, and what helps if not.
+"""python -m flows.forecast.plan RUN.yaml [--set section.field=value ...]: what will run where, whether it fits, and
+what helps if not.
 
-Paper and pencil: no model is loaded, no GPU is touched, nothing is written. Exit codes: 0 it fits, 2 it does not (or the request is wrong).
+Paper and pencil: no model is loaded, no GPU is touched, nothing is written. Exit codes: 0 it fits, 2 it does not (or
+the request is wrong).
 """
 
 from __future__ import annotations
@@ -68,22 +70,19 @@ class Line(NamedTuple):
 def hardware(run: RunConfig) -> Hardware:
     """What the run config says there is; what it does not say is looked up on this machine."""
     execution = run.execution
-    found = (
-        _gpus_here()
-        if execution.gpus_per_node is None or (execution.gpu_memory_gib is None and execution.gpus_per_node)
-        else []
-    )
-    count = len(found) if execution.gpus_per_node is None else execution.gpus_per_node
-    if count and execution.gpu_memory_gib is None and not found:
+    has_unknown_size = execution.gpu_memory_gib is None and execution.gpus_per_node != 0
+    gpu_sizes = _gpus_here() if execution.gpus_per_node is None or has_unknown_size else []
+    count = len(gpu_sizes) if execution.gpus_per_node is None else execution.gpus_per_node
+    if count and execution.gpu_memory_gib is None and not gpu_sizes:
         raise ConfigError(
             f"execution.gpus_per_node is {count}, and this machine shows no GPU to take the size from: set execution.gpu_memory_gib"
         )
-    memory = (execution.gpu_memory_gib or 0) * GIB if execution.gpu_memory_gib is not None or not found else min(found)
-    host = (
-        execution.host_memory_gib * GIB
-        if execution.host_memory_gib
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    memory = (execution.gpu_memory_gib or 0) * GIB
+    if execution.gpu_memory_gib is None and gpu_sizes:
+        memory = min(gpu_sizes)
+    host = (execution.host_memory_gib or 0) * GIB
+    if not execution.host_memory_gib:
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(execution.nodes, count, memory, host)
 
 
@@ -137,13 +136,13 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
         )
         needs["score"] = need("score", run.scoring, "scorer", device, {})
     rows = rows_of(run.weighting.runtime.batch_tokens, prompt, response, 1)
-    asked = {role: shape for role, shape in shapes.items() if role not in ("scorer", "judge")}
-    heaviest = max(asked, key=lambda role: sum(pass_memory(asked[role], run.training.dtype, rows).values()))
+    passed = {role: shape for role, shape in shapes.items() if role not in ("scorer", "judge")}
+    heaviest = max(passed, key=lambda role: sum(pass_memory(passed[role], run.training.dtype, rows).values()))
     needs["weigh"] = need(
         "weigh",
         run.weighting,
-        f"{heaviest} (the largest of {len(asked)})",
-        pass_memory(asked[heaviest], run.training.dtype, rows),
+        f"{heaviest} (the largest of {len(passed)})",
+        pass_memory(passed[heaviest], run.training.dtype, rows),
         {},
     )
     needs["train"] = _training(run, shapes, rows_of(run.training.runtime.batch_tokens, prompt, response, sides), need)

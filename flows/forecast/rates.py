@@ -2,7 +2,8 @@
 
     seconds(step) = fixed + units x seconds per unit
 
-The calibration plays the run's own stages on CALIBRATION_PROMPTS prompts, in a store of its own (`<store>/calibration`), once.
+The calibration plays the run's own stages on CALIBRATION_PROMPTS prompts, in a store of its own
+(`<store>/calibration`), once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ CALIBRATION_PROMPTS = 32
 CALIBRATION_QUESTIONS = 10
 """Of each lm-eval task."""
 NOISE = 0.10
-"""Relative spread of one stage's seconds between equal runs, at least: a machine is never quite the same (docs/costs.md)."""
+"""Relative spread of one stage's seconds between equal runs, at least: a machine is never quite the same
+(docs/costs.md).
+"""
 JUDGED_BENCHMARKS = ("mt_bench", "alpaca_eval", "arena_hard")
 """Parts of `evaluation` that ask judges: left out of a calibration, because judges cost money."""
 LOOKING_SECONDS = 0.5
@@ -64,8 +67,8 @@ class Rate(NamedTuple):
 def kind_of(step: Step, start: ArtifactRef) -> str:
     """Steps of one kind cost alike.
 
-    A weigh stage whose policy is the start model finds its pass among the scores' fluency floors. Checkpoints from the middle of a training
-    are measured as the last one is.
+    A weigh stage whose policy is the start model finds its pass among the scores' fluency floors. Checkpoints from
+    the middle of a training are measured as the last one is.
     """
     if step.place.purpose is Purpose.CHECKPOINT:
         return step.place.serving(Purpose.HELDOUT).name_of(step.stage)
@@ -101,7 +104,9 @@ def measured_units(record: ArtifactRecord, config: Config, num_candidates: int) 
 def rate_from_records(
     step: Step, records: Sequence[ArtifactRecord], store: Store, start: ArtifactRef, num_candidates: int
 ) -> Rate | None:
-    """Rate from the newest record of this host with the same stage, settings (but seeds) and model sizes; None if there is none."""
+    """Rate from the newest record of this host with the same stage, settings (but seeds) and model sizes; None if
+    there is none.
+    """
     # A checkpoint that is to be trained will have as many parameters as the one it starts from.
     inputs = [start if ref.kind == "checkpoint" and not ref.path else ref for ref in step.inputs.values()]
     with digests_kept_in(store):
@@ -136,7 +141,8 @@ def _size(inputs: Iterable[ArtifactRef]) -> tuple[int, ...]:
 def _rate(record: ArtifactRecord, store: Store, units: float, wall: float, source: str) -> Rate:
     """Split a measured step into what it takes once (importing, loading, exporting) and what each unit takes.
 
-    A training's first step is a warm-up, so its rate is the median of the others; sampling counts the seconds of generating.
+    A training's first step is a warm-up, so its rate is the median of the others; sampling counts the seconds of
+    generating.
     """
     seconds, spread, lengths = record.seconds, 0.0, 0.0
     per_unit = seconds.get("busy", 0.0) / units
@@ -262,7 +268,9 @@ class MeasuringHands:
 
 
 def _with_all_questions(rate: Rate, checked: Checked) -> Rate:
-    """The rate of an evaluation with all of lm-eval's questions, which are a fixed cost: they do not grow with the held-out answers."""
+    """The rate of an evaluation with all of lm-eval's questions, which are a fixed cost: they do not grow with the
+    held-out answers.
+    """
     seconds = rate.record.seconds
     heldout, lm_eval, load = seconds.get("heldout", 0.0), seconds.get("lm_eval", 0.0), seconds.get("start_up", 0.0)
     # Models are loaded inside of both parts.

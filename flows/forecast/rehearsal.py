@@ -1,8 +1,8 @@
 """Flows - a run on paper: which artifacts it needs, in order, and which of them the store has. Nothing is built.
 
-It is `SelfPlay` itself with hands that only look, gate and early stop included, so it cannot disagree with the run. What lies behind an
-artifact that is not built has no key yet (keys hash the content of inputs): such a step is known by its settings alone, and a policy that
-is not measured yet is taken to go on.
+It is `SelfPlay` itself with hands that only look, gate and early stop included, so it cannot disagree with the run.
+What lies behind an artifact that is not built has no key yet (keys hash the content of inputs): such a step is known
+by its settings alone, and a policy that is not measured yet is taken to go on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Flows - what a run found: the cumulative table (Prefect artifact, terminal), a summary per iteration, report.md and report.html."""
+"""Flows - what a run found: the cumulative table (Prefect artifact, terminal), a summary per iteration, report.md and
+report.html.
+"""
 
 from __future__ import annotations
 
@@ -117,8 +119,8 @@ class History:
             self._prompts = _prompt_texts(report.record.inputs["prompts"])
 
         def value(metric: str, column: str, digits: int) -> float | None:
-            found = rows.get(metric)
-            return None if found is None else round(found[column], digits)
+            number = rows[metric][column] if metric in rows else None
+            return None if number is None else round(number, digits)
 
         row: dict[str, Any] = {
             "iteration": place.iteration,
@@ -130,14 +132,14 @@ class History:
             "start_logp": value("start_logp", "value", 3),
             "distinct": value("distinct_rate", "value", 3),
         }
-        if missing := sum(one["score"] is None for one in self.heldout[-1]):
+        if missing := sum(answer["score"] is None for answer in self.heldout[-1]):
             row["unscored"] = missing
         named = zip(column_names(self.reports[-1]), self.reports[-1], strict=True)
         row |= {name: round(item["value"], 3) for name, item in named if item["suite"] != "heldout"}
         row |= {
-            one["task"]: None
-            for one in self.reports[-1]
-            if one["metric"] == "failed_judgments" and one["value"] == one["n"]
+            item["task"]: None
+            for item in self.reports[-1]
+            if item["metric"] == "failed_judgments" and item["value"] == item["n"]
         }  # its judge was away: shown as unscored
         seconds = dict.fromkeys(STAGES, 0.0)
         for built in stages.values():  # auxiliary models count under the stage that made them
@@ -179,11 +181,14 @@ class History:
             )
 
     def compared(self, scorer: str, names: Sequence[str], scored: Built | None, prompts: int) -> None:
-        """The tournament at the end of the run; kept in `runs/<name>/tournament.json` too. `scored` None: its judge was away."""
-        self.tournament = found = standing(scorer, names, scored and scored.ref, prompts)
+        """The tournament at the end of the run; kept in `runs/<name>/tournament.json` too.
+
+        `scored` None: its judge was away.
+        """
+        self.tournament = result = standing(scorer, names, scored and scored.ref, prompts)
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.directory / "tournament.json", json.dumps(found._asdict(), indent=1) + "\n")
-        for name, line in zip(names, found.rates, strict=True):
+        write_atomic(self.directory / "tournament.json", json.dumps(result._asdict(), indent=1) + "\n")
+        for name, line in zip(names, result.rates, strict=True):
             if line[0] is not None and name.isdigit():
                 self.tracker.summary(int(name), {"tournament/win_rate_against_start": line[0]})
 
@@ -209,24 +214,30 @@ class History:
         return self.rows[-1]["start_logp"] - self.rows[0]["start_logp"]
 
     def headline(self) -> str:
-        gain = self.gain()
+        """The run's outcome in one sentence: held-out gain with its interval, and the change of fluency."""
+        gain, fluency = self.gain(), f"start-model log-prob per token {self.fluency_change():+.3f} nats"
         if gain is None:
-            return f"the held-out answers could not be scored; start-model log-prob per token {self.fluency_change():+.3f} nats"
+            return f"the held-out answers could not be scored; {fluency}"
+        before, after = self.rows[0]["heldout_score"], self.rows[-1]["heldout_score"]
+        prompts = len(per_prompt(self.heldout[0], "score"))
         return (
-            f"held-out score {self.rows[0]['heldout_score']:.3f} -> {self.rows[-1]['heldout_score']:.3f}: gain {gain.mean:+.3f}, 95 % interval [{gain.low:+.3f}, {gain.high:+.3f}] "
-            f"(paired bootstrap over {len(per_prompt(self.heldout[0], 'score'))} prompts); start-model log-prob per token {self.fluency_change():+.3f} nats"
+            f"held-out score {before:.3f} -> {after:.3f}: gain {gain.mean:+.3f}, "
+            f"95 % interval [{gain.low:+.3f}, {gain.high:+.3f}] (paired bootstrap over {prompts} prompts); {fluency}"
         )
 
     def write_report(self, plots: bool = False) -> Path:
-        """`runs/<name>/report.md` (its path is returned) and `report.html` beside it; its figures as `plots/*.svg` too, if asked for."""
+        """`runs/<name>/report.md` (its path is returned) and `report.html` beside it; its figures as `plots/*.svg`
+        too, if asked for.
+        """
         path = self.directory / "report.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"# Self-play run {self.config.name}", "", self.headline(), "", markdown_table(self.rows), ""]
         if self.decisions:
             lines += ["## Promotion gate", ""]
             lines += [
-                f"- iteration {one['iteration']} against {one['against']}: {one['outcome']} ({one['reason']})"
-                for one in self.decisions
+                f"- iteration {decision['iteration']} against {decision['against']}: {decision['outcome']} "
+                f"({decision['reason']})"
+                for decision in self.decisions
             ]
             lines += [""]
         if self.selections:
@@ -259,7 +270,7 @@ class History:
             prompts=self._prompts,
             gains=self._gains,
             win_rates=(
-                {self.rows[i]["iteration"]: one for i, one in zip(shown, win_rate_matrix(scores), strict=True)}
+                {self.rows[i]["iteration"]: rates for i, rates in zip(shown, win_rate_matrix(scores), strict=True)}
                 if all(scores)
                 else {}
             ),
@@ -333,8 +344,8 @@ def _tournament_lines(standing: Standing) -> list[str]:
         }
         for name, line in zip(standing.names, standing.rates, strict=True)
     ]
-    said = f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed and are in no mean."
-    return [said, "", markdown_table(rows)]
+    caption = f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed and are in no mean."
+    return [caption, "", markdown_table(rows)]
 
 
 def _prompt_texts(ref: ArtifactRef) -> dict[str, str]:
@@ -349,13 +360,13 @@ def _curve(ref: ArtifactRef) -> list[dict[str, float]]:
 
 def _drop_reasons(records: Any) -> dict[str, float]:
     """Reasons and counts, as the stages' records say: what was dropped, and what spoilt a candidate."""
-    found: dict[str, float] = {}
+    reasons: dict[str, float] = {}
     record: ArtifactRecord
     for record in records:
         for name, count in record.metrics.items():
             kind, _, reason = name.partition("/")
             if kind in ("dropped", "spoilt") and reason and count:
-                found[f"{record.stage}: {reason}"] = found.get(f"{record.stage}: {reason}", 0.0) + count
+                reasons[f"{record.stage}: {reason}"] = reasons.get(f"{record.stage}: {reason}", 0.0) + count
         if record.stage == "weigh" and record.metrics.get("dropped"):
-            found["weigh: equal responses"] = record.metrics["dropped"]
-    return found
+            reasons["weigh: equal responses"] = record.metrics["dropped"]
+    return reasons

@@ -62,7 +62,10 @@ def weight_picture(weighed: Built, trained: Built) -> WeightPicture | None:
 
 
 def _token_examples(shard: Path, tokenizer_file: Path, count: int = 4, longest: int = 300) -> list[dict[str, Any]]:
-    """The pairs of a shard whose weights vary most, as (text, weight) per token. Needs the policy's tokenizer.json; else none."""
+    """The pairs of a shard whose weights vary most, as (text, weight) per token.
+
+    Needs the policy's tokenizer.json; else none.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -86,7 +89,10 @@ def _token_examples(shard: Path, tokenizer_file: Path, count: int = 4, longest: 
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> list[tuple[str, float]]:
-    """The text that each token adds. A character made of several tokens is shown with the last of them, at their mean weight."""
+    """The text that each token adds.
+
+    A character made of several tokens is shown with the last of them, at their mean weight.
+    """
     pieces: list[tuple[str, float]] = []
     begin = 0
     for end in range(1, len(ids) + 1):

@@ -1,4 +1,7 @@
-"""Tasks - the settings of execution: which engine runs the work, in how many pieces, on what hardware. No engine is imported here."""
+"""Tasks - the settings of execution: which engine runs the work, in how many pieces, on what hardware.
+
+No engine is imported here.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,23 @@ Profile = Literal["local", "process-pool", "kubernetes", "ray", "slurm"]
 
 
 class ExecutionConfig(Runtime):
-    """One run config from laptop to cluster: the artifacts are the same under every profile, and a run may change it half-way."""
+    """One run config from laptop to cluster: the artifacts are the same under every profile, and a run may change it
+    half-way.
+    """
 
     profile: Profile = "local"
-    """local: processes of this machine. process-pool, kubernetes: runs of the flow `stage-work` in a Prefect work pool. ray: tasks of a Ray
-    cluster. slurm: sbatch jobs."""
+    """local: processes of this machine. process-pool, kubernetes: runs of the flow `stage-work` in a Prefect work pool.
+
+    ray: tasks of a Ray cluster. slurm: sbatch jobs.
+    """
     workers: dict[str, int] = Field(default_factory=dict)
-    """Shard workers by stage, e.g. {sample: 8, weigh: 4}; 1 for a stage that is not named. Each loads its model once."""
+    """Shard workers by stage, e.g. {sample: 8, weigh: 4}; 1 for a stage that is not named. Each loads its model once.
+    """
     gpus: dict[str, int] = Field(default_factory=dict)
-    """GPUs of one worker by stage. Not named: sample has its tensor_parallel_size, train its num_processes, others 1; none where nodes have none."""
+    """GPUs of one worker by stage.
+
+    Not named: sample has its tensor_parallel_size, train its num_processes, others 1; none where nodes have none.
+    """
     nodes: int = Field(1, ge=1)
     """Machines there are: what `plan` reckons with."""
     gpus_per_node: int | None = Field(None, ge=0)

@@ -1,4 +1,6 @@
-"""Tasks - one artifact, several workers: start them, watch, give a failed shard a second chance, name the one that fails again."""
+"""Tasks - one artifact, several workers: start them, watch, give a failed shard a second chance, name the one that
+fails again.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def run_work(
     log: Callable[[str], None],
     on_progress: Callable[[Progress], None],
 ) -> None:
-    """Have the stage's spec in `directory` worked off where `execution` says; the caller holds the artifact's lock, and looks at the result.
+    """Have the stage's spec in `directory` worked off where `execution` says; the caller holds the artifact's lock,
+    and looks at the result.
 
     Raises: what `run_stage` raises; StageError for shards that failed twice.
     """
@@ -95,7 +98,9 @@ def _share(
     tried = 0
 
     def again(work: Work, error: Exception) -> bool:
-        """A worker that was lost over a shard is replaced, for there may be more; one that was lost before its first shard would be again."""
+        """A worker that was lost over a shard is replaced, for there may be more; one that was lost before its first
+        shard would be again.
+        """
         nonlocal tried
         log(f"{work.name} failed: {str(error).splitlines()[0]}")
         before, tried = tried, starts(directory)
