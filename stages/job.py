@@ -154,7 +154,7 @@ class Job:
         paths = {kind: shard_path(self.out, index)} | {other: shard_path(self.out, index, other) for other in beside}
         return all(shard_is_whole(path, schema) for schema, path in paths.items())
 
-    def write(self, index: int, rows: list[dict[str, Any]], kind: str | None = None) -> None:
+    def write(self, index: int, rows: Sequence[Mapping[str, Any]], kind: str | None = None) -> None:
         """Write one shard of the artifact, atomically."""
         lease.check_fence(self.store_root, f"{self.stage.produces}-{self.out.name}")
         write_shard(shard_path(self.out, index), to_table(rows, kind or self.stage.produces))

@@ -1,4 +1,5 @@
-"""Stages - a model that the user named -> its directory on this disk. The one place that asks the Hugging Face hub for files."""
+"""Stages - a model that the user named -> its directory on this disk. The one place that asks the Hugging Face hub for
+files."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 def model_directory(model: ModelRef) -> Path:
     """The directory of a model; one on the hub is fetched into the hub's own cache first.
 
-    A directory named by `path` is returned as it is: whoever reads it checks it. Raises: ConfigError for a model that the hub does not
-    have, TransientError if the hub cannot be reached and the cache does not hold the model.
+    A directory named by `path` is returned as it is: whoever reads it checks it. Raises: ConfigError for a model that
+    the hub does not have, TransientError if the hub cannot be reached and the cache does not hold the model.
     """
     if model.path is not None:
         return Path(model.path).expanduser()

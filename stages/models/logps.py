@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +32,6 @@ from stages.models.tokens import context_length
 
 if TYPE_CHECKING:
     from torch.nn import Module
-
-    from stages.job import Job
 
 VERSION = "1"
 """Bumped when the numbers of a pass change their meaning."""
@@ -50,6 +48,15 @@ def row_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
     digest.update(np.asarray(prompt, dtype=np.int32).tobytes())
     digest.update(np.asarray(response, dtype=np.int32).tobytes())
     return digest.digest()[:16]
+
+
+class Account(Protocol):
+    """What counts the work of models: a job, or what the score stage lends to a scorer."""
+
+    @property
+    def used(self) -> Callable[..., None]:
+        """As Job.used."""
+        ...
 
 
 class Pass:
@@ -195,10 +202,10 @@ class Pass:
             self.loaded = load_causal_lm(self.model.path, self.dtype, pick_device(self.device)).eval()
         return self.loaded
 
-    def account(self, job: Job) -> None:
-        """Report to the job the tokens read, and the rows found or computed, since the last call."""
+    def account(self, account: Account) -> None:
+        """Report the tokens read, and the rows found or computed, since the last call."""
         hits, misses = self.accounted
-        job.used(self.model.path, self.tokens_read, cache_hits=self.hits - hits, cache_misses=self.misses - misses)
+        account.used(self.model.path, self.tokens_read, cache_hits=self.hits - hits, cache_misses=self.misses - misses)
         self.tokens_read, self.accounted = 0, (self.hits, self.misses)
 
     def release(self) -> None:

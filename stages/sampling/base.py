@@ -1,5 +1,5 @@
-"""Stages - what a sampler is: a class with one compulsory method, `generate`. Prompts go in as token ids, candidates come out as token ids
-with the sampler's own log-probs.
+"""Stages - what a sampler is: a class with one compulsory method, `generate`. Prompts go in as token ids, candidates
+come out as token ids with the sampler's own log-probs.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Sampler(Plugin, ABC):
     """
 
     def __init__(self, config: Any, sampling: Any, model: str, stop_ids: list[int], device: str):
-        """`config`: an instance of the subclass's own `Config`; `sampling`: temperature, top_p, max_new_tokens and context_tokens;
-        `model`: a directory; `stop_ids`: ids that end a response; `device`: cpu or cuda."""
+        """`config`: an instance of the subclass's own `Config`; `sampling`: temperature, top_p, max_new_tokens and
+        context_tokens; `model`: a directory; `stop_ids`: ids that end a response; `device`: cpu or cuda."""
         self.config, self.sampling, self.directory, self.stop_ids, self.device = (
             config,
             sampling,
@@ -54,7 +54,8 @@ class Sampler(Plugin, ABC):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
-        """The candidates of each prompt, in order: one per seed. Equal prompt, seed and settings give an equal candidate."""
+        """The candidates of each prompt, in order: one per seed. Equal prompt, seed and settings give an equal
+        candidate."""
 
 
 def candidate_seeds(seed: int, prompt_id: str, count: int) -> list[int]:

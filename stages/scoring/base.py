@@ -1,7 +1,7 @@
 """Stages - what a scorer is: a class with one compulsory method, `score`.
 
-A scorer gives points (one number per candidate) or comparisons (one number per ordered pair). The stage keeps these raw scores for ever;
-pairing.py derives preferences from them.
+A scorer gives points (one number per candidate) or comparisons (one number per ordered pair). The stage keeps these raw
+scores for ever; pairing.py derives preferences from them.
 
 Axes: K candidates of one prompt.
 """
@@ -9,7 +9,7 @@ Axes: K candidates of one prompt.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
+from data_contracts.prompts import Message, PromptRow
+from data_contracts.rows import GenerationRow
 from stages.registry import Named, Plugin
 from stages.scoring import SCORERS
 
@@ -26,10 +28,9 @@ T = TypeVar("T")
 class Candidates(NamedTuple):
     """One prompt and its candidates, as rows of the contracts."""
 
-    prompt: dict[str, Any]
-    """A row of `prompts`."""
-    generations: list[dict[str, Any]]
-    """Rows of `generations`, by candidate number."""
+    prompt: PromptRow
+    generations: list[GenerationRow]
+    """By candidate number."""
     start_logps: list[float] | None
     """Mean log-prob per token of each candidate under the start model, in nats; None unless the scorer needs it."""
 
@@ -75,12 +76,14 @@ class Services(NamedTuple):
 class Scorer(Plugin, ABC):
     """A judge of candidates. A subclass writes `Config` and `score`; everything else has a default.
 
-    The stage asks the class (`compares`, `needs_start_logps`, `check_prompts`) before it makes an instance, and makes one only if a shard
-    is missing: instance(config, device), `prepare`, then `score` and `metrics` once per shard, then `close`.
+    The stage asks the class (`compares`, `needs_start_logps`, `check_prompts`) before it makes an instance, and makes
+    one only if a shard is missing: instance(config, device), `prepare`, then `score` and `metrics` once per shard, then
+    `close`.
     """
 
     TEXT_ONLY: ClassVar[bool] = False
-    """True: the scores depend on nothing but the texts of prompt and completion, so equal completions are scored once."""
+    """True: the scores depend on nothing but the texts of prompt and completion, so equal completions are scored
+    once."""
 
     def __init__(self, config: Any, device: str):
         """`config`: an instance of the subclass's own `Config`; `device`: auto, cpu or cuda."""
@@ -97,7 +100,7 @@ class Scorer(Plugin, ABC):
         return False
 
     @classmethod
-    def check_prompts(cls, config: Any, prompts: Sequence[dict[str, Any]]) -> None:
+    def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:
         """Refuse prompts that cannot be scored, before anything is sampled. Raises: ConfigError."""
         return None
 
@@ -141,16 +144,17 @@ def by_prompt(values: Sequence[T], batch: Sequence[Candidates]) -> list[Sequence
     return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def prompt_text(prompt: Mapping[str, Any]) -> str:
-    """A prompt as text for scorers without a chat template: the message itself, or several turns in llm-blender's notation."""
-    messages = prompt["messages"]
+def prompt_text(messages: Sequence[Message]) -> str:
+    """A prompt as text for scorers without a chat template: the message itself, or several turns in llm-blender's
+    notation."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role'].upper()}: {message['content']}" for message in messages)
 
 
 def score_once(scorer: Scorer, batch: Sequence[Candidates]) -> tuple[list[Scores], list[int]]:
-    """The scores of a batch, and how many candidates of each prompt were scored: a scorer of texts sees equal completions once."""
+    """The scores of a batch, and how many candidates of each prompt were scored: a scorer of texts sees equal
+    completions once."""
     if not scorer.TEXT_ONLY:
         return scorer.score(batch), [len(item.generations) for item in batch]
     distinct = [_distinct(item) for item in batch]
@@ -160,7 +164,8 @@ def score_once(scorer: Scorer, batch: Sequence[Candidates]) -> tuple[list[Scores
 
 
 def _distinct(item: Candidates) -> tuple[Candidates, list[int]]:
-    """The candidates with distinct completions, and for each of the K candidates the number of its completion among them."""
+    """The candidates with distinct completions, and for each of the K candidates the number of its completion among
+    them."""
     seen: dict[str, int] = {}
     numbers = [seen.setdefault(row["completion"], len(seen)) for row in item.generations]
     firsts = [numbers.index(number) for number in range(len(seen))]
@@ -169,7 +174,8 @@ def _distinct(item: Candidates) -> tuple[Candidates, list[int]]:
 
 
 def _repeat(scores: Scores, numbers: Sequence[int]) -> Scores:
-    """The scores of all K candidates from those of the distinct ones: equal completions have equal scores and tie with each other."""
+    """The scores of all K candidates from those of the distinct ones: equal completions have equal scores and tie with
+    each other."""
     index = np.asarray(numbers, dtype=int)
     points = None if scores.scores is None else scores.scores[index]
     logits = None if scores.preference_logits is None else scores.preference_logits[np.ix_(index, index)]

@@ -1,8 +1,8 @@
-"""Stage - completion text -> score: verifiable instructions, small functions that need no model to be sure.
+"""Stages - completion text -> score: verifiable instructions, small functions that need no model to be sure.
 
 A prompt row carries `checks: [{"name": "max_words", "value": 12}, {"name": "all_lowercase"}]`.
 `validate_checks` refuses a wrong request before anything runs; `grade` says how much of it a completion
-satisfied. One more check is one small function and one line in `CHECKS`.
+satisfied. To add a check, write one small function and one line in `CHECKS`.
 
 What counts as what:
 - A *word* is a run between blanks (or dashes set as punctuation) that holds a letter or a digit; list markers
@@ -19,7 +19,6 @@ its line in `CHECKS` says otherwise.
 
 # ruff: noqa: RUF001 - the typographic quotes, dashes and commas are what is being read here
 
-import difflib
 import json
 import re
 import unicodedata
@@ -30,6 +29,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from data_contracts.errors import ConfigError
+from stages.scoring.table import Table
 
 _QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‘": "'", "’": "'"})
 _WRAPPING = " \n\"'*_`()[]"  # quotes, brackets and markdown emphasis around an answer are not part of it
@@ -44,7 +44,7 @@ _SMALL_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Reply:
+class Completion:
     """A completion and the readings of it that the checks share, each made once."""
 
     raw: str
@@ -92,7 +92,7 @@ def _sentences_in(line: str) -> int:
     return count + _says_something(line[start:])
 
 
-# --- what a check measures: (reply, value) -> credit in [0, 1] ---
+# --- what a check measures: (completion, value) -> credit in [0, 1] ---
 
 
 def _at_least(count: int, minimum: int) -> float:
@@ -103,12 +103,12 @@ def _at_most(count: int, maximum: int) -> float:
     return max(0.0, 1.0 - 2 * max(0, count - maximum) / maximum)
 
 
-def _exactly(count: int, wanted: int) -> float:
-    return max(0.0, 1.0 - abs(count - wanted) / wanted)
+def _exactly(count: int, expected: int) -> float:
+    return max(0.0, 1.0 - abs(count - expected) / expected)
 
 
-def _words_between(reply: Reply, bounds: Sequence[int]) -> float:
-    return min(_at_least(len(reply.words), bounds[0]), _at_most(len(reply.words), bounds[1]))
+def _words_between(completion: Completion, bounds: Sequence[int]) -> float:
+    return min(_at_least(len(completion.words), bounds[0]), _at_most(len(completion.words), bounds[1]))
 
 
 def _fold(text: str) -> str:
@@ -119,80 +119,84 @@ def _phrases(value: str | Sequence[str]) -> Sequence[str]:
     return (value,) if isinstance(value, str) else value
 
 
-def _mentions(reply: Reply, phrase: str) -> bool:
+def _mentions(completion: Completion, phrase: str) -> bool:
     # \b would not hold beside a phrase that begins or ends with punctuation, such as "C++".
-    return re.search(rf"(?<!\w){re.escape(_fold(phrase))}(?!\w)", _fold(reply.text)) is not None
+    return re.search(rf"(?<!\w){re.escape(_fold(phrase))}(?!\w)", _fold(completion.text)) is not None
 
 
-def _contains(reply: Reply, value: str | Sequence[str]) -> float:
-    found = [_mentions(reply, phrase) for phrase in _phrases(value)]
-    return sum(found) / len(found)
+def _contains(completion: Completion, value: str | Sequence[str]) -> float:
+    mentions = [_mentions(completion, phrase) for phrase in _phrases(value)]
+    return sum(mentions) / len(mentions)
 
 
-def _avoids(reply: Reply, value: str | Sequence[str]) -> float:
-    return float(not any(_mentions(reply, phrase) for phrase in _phrases(value)))
+def _avoids(completion: Completion, value: str | Sequence[str]) -> float:
+    return float(not any(_mentions(completion, phrase) for phrase in _phrases(value)))
 
 
-def _on_topic(reply: Reply, stems: Sequence[str]) -> float:
-    return float(any(re.search(rf"(?<!\w){re.escape(_fold(stem))}", _fold(reply.text)) for stem in stems))
+def _on_topic(completion: Completion, stems: Sequence[str]) -> float:
+    return float(any(re.search(rf"(?<!\w){re.escape(_fold(stem))}", _fold(completion.text)) for stem in stems))
 
 
-def _starts_with(reply: Reply, phrase: str) -> float:
+def _starts_with(completion: Completion, phrase: str) -> float:
     opening = re.compile(rf"{re.escape(_fold(phrase))}(?!\w)" if phrase[-1].isalnum() else re.escape(_fold(phrase)))
-    return float(any(opening.match(_fold(text)) for text in (reply.text, reply.bare)))
+    return float(any(opening.match(_fold(text)) for text in (completion.text, completion.bare)))
 
 
-def _ends_with(reply: Reply, phrase: str) -> float:
+def _ends_with(completion: Completion, phrase: str) -> float:
     ending = _fold(phrase)
     if ending[-1].isalnum():  # a word: the punctuation that closes its sentence is not in the way
-        closed = _fold(re.sub(r"[\W_]+$", "", reply.text))
+        closed = _fold(re.sub(r"[\W_]+$", "", completion.text))
         return float(re.search(rf"(?<!\w){re.escape(ending)}$", closed) is not None)
-    return float(any(_fold(text).endswith(ending) for text in (reply.text, reply.bare)))
+    return float(any(_fold(text).endswith(ending) for text in (completion.text, completion.bare)))
 
 
-def _without(reply: Reply, is_slip: Callable[[str], bool]) -> float:
-    return 1.0 / (1 + sum(map(is_slip, reply.text)))
+def _without(completion: Completion, is_slip: Callable[[str], bool]) -> float:
+    return 1.0 / (1 + sum(map(is_slip, completion.text)))
 
 
-def _one_case(reply: Reply, is_slip: Callable[[str], bool]) -> float:
+def _one_case(completion: Completion, is_slip: Callable[[str], bool]) -> float:
     # Digits and scripts without case are neither lower nor upper: a cased letter must be there to be right.
-    is_cased = any(char.isupper() or char.islower() for char in reply.text)
-    return is_cased * _without(reply, is_slip)
+    is_cased = any(char.isupper() or char.islower() for char in completion.text)
+    return is_cased * _without(completion, is_slip)
 
 
-def _title_case(reply: Reply) -> float:
-    words = [re.sub(r"^[\W_]+", "", word) for word in Reply(reply.lines[0]).words]
+def _title_case(completion: Completion) -> float:
+    words = [re.sub(r"^[\W_]+", "", word) for word in Completion(completion.lines[0]).words]
     is_title = [
         word[0].isupper() or word[0].isdigit() or (i > 0 and word in _SMALL_WORDS) for i, word in enumerate(words)
     ]
     return float(bool(is_title) and all(is_title))
 
 
-def _bullets(reply: Reply) -> int:
-    return sum(_BULLET.match(line) is not None for line in reply.lines)
+def _bullets(completion: Completion) -> int:
+    return sum(_BULLET.match(line) is not None for line in completion.lines)
 
 
-def _numbered_list(reply: Reply, wanted: int) -> float:
-    numbers = [int(match.group(1)) for line in reply.lines if (match := _NUMBER.match(line))]
-    return _exactly(len(numbers), wanted) if numbers == list(range(1, len(numbers) + 1)) else 0.0
+def _numbered_list(completion: Completion, expected: int) -> float:
+    numbers = [int(match.group(1)) for line in completion.lines if (match := _NUMBER.match(line))]
+    in_order = numbers == list(range(1, len(numbers) + 1))
+    return _exactly(len(numbers), expected) if in_order else 0.0
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _json_object(reply: Reply, keys: Sequence[str]) -> float:
-    source = reply.raw.strip()  # not `reply.text`: a curly quote must not be repaired into JSON
-    fenced = _FENCED.fullmatch(source)
+def _json_object(completion: Completion, keys: Sequence[str]) -> float:
+    source = completion.raw.strip()  # not `completion.text`: a curly quote must not be repaired into JSON
+    if fenced := _FENCED.fullmatch(source):
+        source = fenced.group(1)
     try:
-        parsed = json.loads(fenced.group(1) if fenced else source, parse_constant=_refuse_constant)
+        parsed = json.loads(source, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return 0.0
-    return (1 + sum(key in parsed for key in keys)) / (1 + len(keys)) if isinstance(parsed, dict) else 0.0
+    if not isinstance(parsed, dict):
+        return 0.0
+    return (1 + sum(key in parsed for key in keys)) / (1 + len(keys))
 
 
-def _paragraphs(reply: Reply) -> int:
-    return len(re.split(r"\n\s*\n", reply.text))
+def _paragraphs(completion: Completion) -> int:
+    return len(re.split(r"\n\s*\n", completion.text))
 
 
 # --- the table ---
@@ -201,14 +205,18 @@ def _paragraphs(reply: Reply) -> int:
 class Argument(NamedTuple):
     """What a check's `value` must be."""
 
-    wanted: str
+    expected: str
     accepts: Callable[[Any], bool]
 
 
 class Check(NamedTuple):
-    credit: Callable[[Reply, Any], float]
+    """A verifiable instruction."""
+
+    credit: Callable[[Completion, Any], float]
+    """(completion, the prompt's `value`) -> credit in [0, 1]; 1: satisfied."""
     argument: Argument
     doc: str
+    """What the instruction asks for."""
 
 
 def _is_count(value: Any) -> bool:
@@ -267,6 +275,8 @@ CHECKS: dict[str, Check] = {
     "json_object": Check(_json_object, TEXTS, "one JSON object with these keys, fenced or not; graded by keys"),
     "finished": Check(lambda r, _: float(r.finished), NOTHING, "ended by itself rather than cut at the token limit"),
 }
+TABLE = Table("checks", Check, CHECKS)
+"""CHECKS, and those of other packages: entry points in the group `selfplay.checks`."""
 
 
 def validate_checks(specs: Iterable[Mapping[str, Any]]) -> None:
@@ -278,40 +288,38 @@ def validate_checks(specs: Iterable[Mapping[str, Any]]) -> None:
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str) or set(spec) - {"name", "value"}:
             raise ConfigError(f'A check is {{"name": ..., "value": ...}} and nothing more; got {spec!r}.')
         name, value = spec["name"], spec.get("value")
-        if name not in CHECKS:
-            near = difflib.get_close_matches(name, CHECKS, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"Unknown check '{name}'; known: {', '.join(CHECKS)}.{hint}")
-        if not CHECKS[name].argument.accepts(value):
-            raise ConfigError(f"Check '{name}' wants {CHECKS[name].argument.wanted}; got {value!r}.")
+        argument = TABLE.get(name).argument
+        if not argument.accepts(value):
+            raise ConfigError(f"Check '{name}' wants {argument.expected}; got {value!r}.")
 
 
 # --- grading ---
 
 
 class Graded(NamedTuple):
-    """`passed` is in the order of the checks: full credit, partial credit is not a pass."""
+    """What a completion is worth."""
 
     score: float
     passed: tuple[bool, ...]
+    """In the order of the checks: whether each has full credit."""
 
 
 def grade(text: str, specs: Sequence[Mapping[str, Any]], *, finished: bool = True) -> Graded:
     """The mean credit of the (validated) checks, in [0, 1].
 
-    A text without a word in it passes nothing: "no commas" must not be won by silence. For the same reason a
-    text shorter than the prompt asks for (min_words, words_between) keeps only the share of its score that it
-    has of the words: one lower-case word is not most of an answer.
+    A text without a word passes nothing: silence must not win "no commas". For the same reason a text shorter than
+    the prompt asks for (min_words, words_between) keeps only the share of its score that it has of the words: one
+    lower-case word is not most of an answer.
 
     >>> specs = [{"name": "words_between", "value": [4, 8]}, {"name": "all_lowercase"}]
     >>> grade("owls hunt at night.", specs).score, grade("owls", specs).score
     (1.0, 0.15625)
     """
-    reply = Reply(text, finished)
-    if not reply.words:
+    completion = Completion(text, finished)
+    if not completion.words:
         return Graded(0.0, (False,) * len(specs))
-    credits = [CHECKS[spec["name"]].credit(reply, spec.get("value")) for spec in specs]
-    enough = min(_at_least(len(reply.words), _fewest_words(spec)) for spec in specs)
+    credits = [TABLE.get(spec["name"]).credit(completion, spec.get("value")) for spec in specs]
+    enough = min(_at_least(len(completion.words), _fewest_words(spec)) for spec in specs)
     return Graded(enough * sum(credits) / len(credits), tuple(credit == 1.0 for credit in credits))
 
 
@@ -322,17 +330,20 @@ def _fewest_words(spec: Mapping[str, Any]) -> int:
 
 
 def repetition(text: str) -> float:
-    """How much of a text is a loop, in [0, 1]: 0 for ordinary prose, near 1 for a stuck sampler.
+    """The share of a text that is a loop, in [0, 1]: 0 for ordinary prose, near 1 for a stuck sampler.
 
-    The larger of two shares: word 3-grams that occurred before, and words equal to the one before them (a
-    loop too short for 3-grams). An overlong single "word" is read by its letters: "aaaa..." is a loop too.
+    The larger of two shares: word 3-grams that occurred before, and words equal to the word before them (a loop
+    too short for 3-grams). A single overlong "word" is read by its letters: "aaaa..." is a loop too.
 
     >>> repetition("yes yes yes yes"), repetition("the owl saw a mouse")
     (1.0, 0.0)
     """
-    words = [_fold(re.sub(r"^[\W_]+|[\W_]+$", "", word)) for word in Reply(text).words]
+    words = [_fold(re.sub(r"^[\W_]+|[\W_]+$", "", word)) for word in Completion(text).words]
     units = list(words[0]) if len(words) == 1 and len(words[0]) > 20 else words
     grams = [tuple(units[i : i + 3]) for i in range(len(units) - 2)]
-    looped = 1 - len(set(grams)) / len(grams) if grams else 0.0
-    echoed = sum(a == b for a, b in pairwise(units)) / (len(units) - 1) if len(units) > 1 else 0.0
+    looped = echoed = 0.0
+    if grams:
+        looped = 1 - len(set(grams)) / len(grams)
+    if len(units) > 1:
+        echoed = sum(unit == next_unit for unit, next_unit in pairwise(units)) / (len(units) - 1)
     return max(looped, echoed)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from data_contracts.config import Config as BaseConfig
+from data_contracts.prompts import PromptRow
 from stages.registry import Named
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scorer, Scores, compares, open_scorer, score_once, scorer_class
@@ -19,8 +20,8 @@ class Part(BaseConfig):
     weight: float = 1.0
     """Factor of its points, or of its preference logits. 0: it can only veto."""
     veto_below: float | None = None
-    """The combination leaves a candidate unscored, neither chosen nor rejected, if this part's points for it are lower. Only for parts
-    that give points."""
+    """The combination leaves a candidate unscored, neither chosen nor rejected, if this part's points for it are lower.
+    Only for parts that give points."""
 
 
 class Combination(Scorer):
@@ -52,7 +53,7 @@ class Combination(Scorer):
         return any(scorer_class(part.scorer).needs_start_logps(part.scorer) for part in config.parts)
 
     @classmethod
-    def check_prompts(cls, config: Config, prompts: Sequence[dict[str, Any]]) -> None:
+    def check_prompts(cls, config: Config, prompts: Sequence[PromptRow]) -> None:
         for part in config.parts:
             scorer_class(part.scorer).check_prompts(part.scorer, prompts)
 

@@ -1,9 +1,11 @@
-"""Stages - chat requests to an OpenAI-compatible endpoint, answered from the store where they were asked before. Standard library only.
+"""Stages - chat requests to an OpenAI-compatible endpoint, answered from the store where they were asked before.
+Standard library only.
 
     <store>/judgements/<2 hex>/<key>.json       request and reply; deleting the directory costs requests, nothing else
 
-The key is the content of the request (model, messages, sampling, sample number), never the address: the same judge behind another port is
-the same judge. Only replies with status 200 are kept: a request that failed is asked again by the next try, one that succeeded never is.
+The key is the content of the request (model, messages, sampling, sample number), never the address: the same judge
+behind another port is the same judge. Only replies with status 200 are kept: a request that failed is asked again by
+the next try, one that succeeded never is.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class EndpointRuntime(Runtime):
             raise ValueError("must be the address of an endpoint, e.g. http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
             raise ValueError(
-                "holds a user or password, and settings end in records: put the key into the variable named by api_key_env"
+                "holds a user or password, and settings end in records: put the key into the variable named by "
+                "api_key_env"
             )
         return url
 
@@ -77,18 +80,19 @@ class Reply(NamedTuple):
     def text(self) -> str:
         """The message of the first choice, "" if there is none."""
         try:
-            content = self.body["choices"][0]["message"]["content"]
+            content = (self.body or {})["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             return ""
         return content if isinstance(content, str) else ""
 
 
 class Endpoint:
-    """An endpoint with its cache. `counts`: requests asked, cached and failed, and what the replies' `usage` says of tokens."""
+    """An endpoint with its cache. `counts`: requests asked, cached and failed, and what the replies' `usage` says of
+    tokens."""
 
     def __init__(self, runtime: EndpointRuntime, root: Path | None, server: Served | None = None):
-        """`root`: of the store that keeps replies, None: keep none. `server`: answers instead of `base_url`; the first request that is
-        not in the cache starts it."""
+        """`root`: of the store that keeps replies, None: keep none. `server`: answers instead of `base_url`; the first
+        request that is not in the cache starts it."""
         self.runtime, self.root, self.server = runtime, root, server
         self.counts: Counter[str] = Counter()
         self._use(runtime.base_url)
@@ -103,7 +107,8 @@ class Endpoint:
     def ask(
         self, requests: Sequence[dict[str, Any]], answered: Callable[[int], None] = lambda count: None
     ) -> list[Reply]:
-        """The reply to each request, in order; equal requests are sent once. `answered(count)` is called after every few replies.
+        """The reply to each request, in order; equal requests are sent once. `answered(count)` is called after every
+        few replies.
 
         Raises: ConfigError for an answer that no further try would change.
         """

@@ -1,11 +1,12 @@
 r"""Stages - the `llm_judge` scorer: a language model behind an OpenAI-compatible endpoint judges candidates.
 
-    rubric     additive: a point for each of five properties, `Score: x`, the mean of `samples` (Yuan et al. 2024, arXiv:2401.10020)
+    rubric     additive: a point for each of five properties, `Score: x`, the mean of `samples`
+               (Yuan et al. 2024, arXiv:2401.10020)
     pairwise   which of two is better, both orders; L_ij = +v, -v or 0 for [[A]], [[B]], [[C]] with i shown as A
     logprob    the same question answered by one token; L_ij = log p(A) - log p(B) (as AlpacaEval 2 weighs its verdicts)
 
-A reply that cannot be read, is out of range, or never came gives no number: the candidate (or the comparison) is unscored, with the
-reason. The wording of the prompts is ours.
+A reply that cannot be read, is out of range, or never came gives no number: the candidate (or the comparison) is
+unscored, with the reason. The wording of the prompts is ours.
 
 Axes: K candidates of one prompt.
 """
@@ -25,6 +26,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from data_contracts.errors import TransientError
 from data_contracts.identity import canonical_json, digest_text
+from data_contracts.prompts import PromptRow
 from stages.models.policy import pick_device
 from stages.registry import Named
 from stages.scoring.base import Candidates, Scorer, Scores, Services, prompt_text
@@ -32,7 +34,8 @@ from stages.scoring.endpoint import UNREACHABLE, Endpoint, EndpointRuntime, Repl
 from stages.scoring.models import NamedModel, local_directory, locate
 from stages.scoring.served import Served, ServerRuntime
 
-RUBRIC = """You are grading one answer to a user's request. Start at 0 and add one point for each statement that is true of it:
+RUBRIC = """You are grading one answer to a user's request. Start at 0 and add one point for each statement \
+that is true of it:
 
 1. It is about the request and gives at least something of what was asked for.
 2. It deals with the greater part of the request, even if something is missing or beside the point.
@@ -53,7 +56,8 @@ A statement can only earn its point if those before it did. Do not reward length
 Say in at most 80 words what decides your grade. Then end with one line of exactly this form, with a number from 0 to 5:
 Score: <points>"""
 
-PAIRWISE = """Two answers to the same request follow. Decide which one serves the user better: correct first, then helpful, complete and clear.
+PAIRWISE = """Two answers to the same request follow. Decide which one serves the user better: correct first, \
+then helpful, complete and clear.
 Neither the order nor the length of the answers may count.
 
 <request>
@@ -69,7 +73,10 @@ Neither the order nor the length of the answers may count.
 </answer_b>
 
 """
-VERDICT = "Say in at most 80 words what decides it. Then end with [[A]] if answer A is better, [[B]] if answer B is, [[C]] if they are equal."
+VERDICT = (
+    "Say in at most 80 words what decides it. Then end with [[A]] if answer A is better, [[B]] if answer B is, "
+    "[[C]] if they are equal."
+)
 LETTER = "Reply with one letter only, A or B, and nothing else: the better answer is"
 
 _SCORE = re.compile(r"score[*_`\s]*:[*_`\s]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -89,7 +96,8 @@ class LLMJudge(Scorer):
 
         name: Literal["llm_judge"] = "llm_judge"
         model: str
-        """The judge's name at the endpoint. A score depends on it, on `mode` and on the prompts; it does not depend on the address."""
+        """The judge's name at the endpoint. A score depends on it, on `mode` and on the prompts; it does not depend on
+        the address."""
         mode: Literal["rubric", "pairwise", "logprob"] = "rubric"
         samples: int = Field(1, ge=1, le=64)
         """Judgements per candidate or comparison; the readable ones are averaged. More than 1 needs a temperature."""
@@ -103,8 +111,8 @@ class LLMJudge(Scorer):
         extra: dict[str, Any] = Field(default_factory=dict)
         """More fields of the request, e.g. {chat_template_kwargs: {enable_thinking: false}}."""
         serve: NamedModel | None = None
-        """The judge's own weights: the stage runs `vllm serve` of them while it needs the judge, and base_url is not asked. `model` is
-        then only a label. None: an endpoint that is already there."""
+        """The judge's own weights: the stage runs `vllm serve` of them while it needs the judge, and base_url is not
+        asked. `model` is then only a label. None: an endpoint that is already there."""
         server: ServerRuntime = ServerRuntime()
         """How `serve` is served."""
         runtime: EndpointRuntime = EndpointRuntime()
@@ -133,7 +141,7 @@ class LLMJudge(Scorer):
         return config.mode != "rubric"
 
     @classmethod
-    def check_prompts(cls, config: Config, prompts: Sequence[dict[str, Any]]) -> None:
+    def check_prompts(cls, config: Config, prompts: Sequence[PromptRow]) -> None:
         if config.serve is not None:
             local_directory(config.serve, config.name)
 
@@ -159,7 +167,8 @@ class LLMJudge(Scorer):
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         answers = [[row["completion"] for row in item.generations] for item in batch]
         questions = [
-            self._questions(prompt_text(item.prompt), texts) for item, texts in zip(batch, answers, strict=True)
+            self._questions(prompt_text(item.prompt["messages"]), texts)
+            for item, texts in zip(batch, answers, strict=True)
         ]
         samples = self.config.samples
         requests = [
@@ -168,7 +177,8 @@ class LLMJudge(Scorer):
         replies = self._ask(requests)
         if replies and all(reply.failure == UNREACHABLE for reply in replies):
             raise TransientError(
-                f"nobody answers at {self.endpoint.url}: start the judge, e.g. `vllm serve {self.config.model}`, or set runtime.base_url"
+                f"nobody answers at {self.endpoint.url}: start the judge, e.g. "
+                f"`vllm serve {self.config.model}`, or set runtime.base_url"
             )
         judgements = [self._read(reply) for reply in replies]
         means = iter([self._mean(judgements[start : start + samples]) for start in range(0, len(judgements), samples)])
@@ -270,9 +280,10 @@ def read_verdict(reply: Reply, logit: float) -> Judgement:
 
 
 def read_letter(reply: Reply) -> Judgement:
-    """log p(A) - log p(B) of the one token, over all spellings. A letter that is not listed counts as the least likely listed token."""
+    """log p(A) - log p(B) of the one token, over all spellings. A letter that is not listed counts as the least likely
+    listed token."""
     try:
-        listed = reply.body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        listed = (reply.body or {})["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         logps = {
             letter: [item["logprob"] for item in listed if item["token"].strip().upper() == letter] for letter in "AB"
         }

@@ -1,4 +1,5 @@
-"""Stages - the `length` scorer: the nearer to a number of tokens, the better. It stands in for reward models in tests."""
+"""Stages - the `length` scorer: the nearer to a number of tokens, the better. It stands in for reward models in
+tests."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_contracts.checkpoint import ModelRef, model_content
 from data_contracts.errors import ConfigError
+from data_contracts.prompts import PromptRow
 from stages.models.hub import model_directory
 from stages.registry import Named
 from stages.scoring.base import Scorer
@@ -19,7 +20,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class NamedModel(ModelRef):
-    """A scorer's model. In a key a local directory counts by the content of its files, a hub model by id and revision."""
+    """A scorer's model. In a key a local directory counts by the content of its files, a hub model by id and
+    revision."""
 
     def identity(self) -> dict[str, Any]:
         if self.path is None or not Path(self.path).expanduser().is_dir():
@@ -36,7 +38,8 @@ class ModelScorerConfig(Named):
 
 
 def local_directory(model: ModelRef, scorer: str) -> Path | None:
-    """The directory of a model named by path, None for one on the hub. Needs no network. Raises: ConfigError if it is no model."""
+    """The directory of a model named by path, None for one on the hub. Needs no network. Raises: ConfigError if it is
+    no model."""
     if model.path is None:
         return None
     directory = Path(model.path).expanduser()
@@ -54,15 +57,17 @@ def locate(model: ModelRef, scorer: str) -> Path:
 
 
 class ModelScorer(Scorer):
-    """Base of scorers by one model, `config.model`: a directory that is not there is refused before anything is sampled."""
+    """Base of scorers by one model, `config.model`: a directory that is not there is refused before anything is
+    sampled."""
 
     @classmethod
-    def check_prompts(cls, config: ModelScorerConfig, prompts: Sequence[dict[str, Any]]) -> None:
+    def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:
         local_directory(config.model, config.name)
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint but the position buffers that old versions saved. Raises: ConfigError if there is none."""
+    """Every tensor of a checkpoint but the position buffers that old versions saved. Raises: ConfigError if there is
+    none."""
     from safetensors.torch import load_file
 
     files = sorted(directory.glob("*.safetensors"))
@@ -84,7 +89,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Fill the network: all of its tensors come from the checkpoint, and all tensors of the checkpoint go into it.
 
-    Raises: ConfigError naming the first that are missing, unknown or of another shape: a scorer with random parts gives random scores.
+    Raises: ConfigError naming the first that are missing, unknown or of another shape: a scorer with random parts gives
+    random scores.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -108,6 +114,7 @@ def refuse_remote_code(config: Mapping[str, Any], directory: Path, allowed: bool
     """Raises: ConfigError for a model that brings its own Python, unless that is switched on."""
     if config.get("auto_map") and not allowed:
         raise ConfigError(
-            f"the model {directory} brings Python code of its own ({', '.join(map(str, config['auto_map']))}). It is not run unless "
+            f"the model {directory} brings Python code of its own ({', '.join(map(str, config['auto_map']))}). "
+            "It is not run unless "
             "scorer.trust_remote_code is true; ArmoRM has a native scorer: {name: armorm}"
         )

@@ -21,11 +21,15 @@ from stages.scoring.table import Table
 Preference = Literal["both_orders", "one_order", "sppo_release"]
 
 
-class Choice(NamedTuple):
-    """One row: a response chosen over another. A number is a candidate; a name is a given text, the prompt's field of that name."""
+TextField = Literal["response", "chosen", "rejected"]
+"""A field of the prompt that holds a given text."""
 
-    chosen: int | str
-    rejected: int | str | None
+
+class Choice(NamedTuple):
+    """One row: a response chosen over another. A number is a candidate, a name is a given text of the prompt."""
+
+    chosen: int | TextField
+    rejected: int | TextField | None
     """None: a row of a single response."""
 
 
@@ -69,8 +73,8 @@ class Pairing(NamedTuple):
     candidates: int = 2
     """Generations that every prompt needs at least; 0: the stage reads no generations."""
     needs_scores: bool = True
-    texts: tuple[str, ...] = ()
-    """The prompt's fields that become responses: `response`, `chosen`, `rejected`."""
+    texts: tuple[TextField, ...] = ()
+    """The given texts that become responses."""
     is_single: bool = False
     """Whether a row is a single response."""
 
@@ -85,8 +89,9 @@ def relative_rewards(logits: np.ndarray, preference: Preference) -> np.ndarray:
         one_order      s_ij = L_ij                             each pair as it was asked
         sppo_release   s_ij = r_i - r_j,  r_i = (1/K) sum_j (L_ij - L_ji)
 
-    The last one is the released SPPO code (llm_blender's rank scores, then compute_prob.py): transitive, about twice as wide as the first,
-    and P of two candidates depends on the others, unlike the paper's. NaN where a comparison (with both orders, either of the two) failed.
+    The last one is the released SPPO code (llm_blender's rank scores, then compute_prob.py): transitive, about twice as
+    wide as the first, and P of two candidates depends on the others, unlike the paper's. NaN where a comparison (with
+    both orders, either of the two) failed.
     """
     logits = np.array(logits, dtype=np.float64)
     np.fill_diagonal(logits, 0.0)
@@ -101,7 +106,8 @@ def relative_rewards(logits: np.ndarray, preference: Preference) -> np.ndarray:
 
 
 def group_of(scores: Scores, tau: float, preference: Preference = "one_order") -> Group:
-    """Rewards, win rates and preferences from raw scores. Points r give s_ij = (r_i - r_j) / tau; tau 0: the better one wins for sure.
+    """Rewards, win rates and preferences from raw scores. Points r give s_ij = (r_i - r_j) / tau; tau 0: the better one
+    wins for sure.
 
     A comparison that failed is no tie: it is left out of the means.
     """
@@ -166,7 +172,8 @@ def random_pair(group: Group, rules: Rules) -> Choices:
 
 
 def length_matched(group: Group, rules: Rules) -> Choices:
-    """The pair with the widest difference of reward among pairs of about the same length, so that length is nothing to learn."""
+    """The pair with the widest difference of reward among pairs of about the same length, so that length is nothing to
+    learn."""
     pairs = _unequal_pairs(group)
     if isinstance(pairs, str):
         return pairs

@@ -1,8 +1,8 @@
 """Stages - the `pairrm` scorer: PairRM compares every ordered pair of a prompt's candidates; raw logits, both orders.
 
-The logits are those of llm-blender 0.0.2 (docs/scoring.md has the figures), with three deviations: (1) the tokens left to a candidate
-follow from its own prompt, as with batch_size=1, so the batch changes nothing; (2) a text that spells out a marker or control token is
-blanked there; (3) identical completions are never compared: they tie.
+The logits are those of llm-blender 0.0.2 (docs/scoring.md has the figures), with three deviations: (1) the tokens left
+to a candidate follow from its own prompt, as with batch_size=1, so the batch changes nothing; (2) a text that spells
+out a marker or control token is blanked there; (3) identical completions are never compared: they tie.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from stages.scoring.pairrm_model import PairRanker
 
 CPU_TOKENS, CPU_CELLS = 1024, 2**17
-"""Limits of a batch on a CPU: what its cache holds. A long row by itself is the fastest; short ones run together to hide the cost of
-the calls, and no more of them, since larger batches hold more padding."""
+"""Limits of a batch on a CPU: what its cache holds. A long row by itself is the fastest; short ones run together to
+hide the cost of the calls, and no more of them, since larger batches hold more padding."""
 
 
 class Pair(NamedTuple):
@@ -91,7 +91,7 @@ class PairRM(ModelScorer):
 
     def _pairs(self, ranker: PairRanker, number: int, item: Candidates) -> Iterator[Pair]:
         """Every ordered pair of a prompt's candidates."""
-        source = ranker.tokenizer.source(prompt_text(item.prompt))
+        source = ranker.tokenizer.source(prompt_text(item.prompt["messages"]))
         texts = [ranker.tokenizer.candidate(row["completion"], len(source)) for row in item.generations]
         for i, first in enumerate(texts):
             for j, second in enumerate(texts):

@@ -1,4 +1,5 @@
-"""Stages - scorers with one forward per candidate: chat reward models (`reward_model`) and prompt-answer encoders (`pair_encoder`).
+"""Stages - scorers with one forward per candidate: chat reward models (`reward_model`) and prompt-answer encoders
+(`pair_encoder`).
 
 A text that is too long loses the beginning of its prompt, never the end of its answer: that is what is being judged.
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from data_contracts.errors import ConfigError, ContractError
+from data_contracts.prompts import Message, PromptRow
 from stages.models.lazy import torch
 from stages.models.policy import batches_by_budget, pick_device, pin_threads
 from stages.models.tokens import context_length
@@ -27,7 +29,7 @@ from stages.scoring.pairrm_tokens import Limits, blank, load_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Message]
 UNLIMITED = 1_000_000
 """Tokenizers without a limit of their own say an astronomic number."""
 
@@ -42,7 +44,8 @@ class ClassifierConfig(ModelScorerConfig):
 
 
 class PointScorer(ModelScorer):
-    """Base of scorers by one network: it loads, batches and accounts; a subclass turns texts into ids and ids into numbers."""
+    """Base of scorers by one network: it loads, batches and accounts; a subclass turns texts into ids and ids into
+    numbers."""
 
     TEXT_ONLY = True
 
@@ -77,7 +80,8 @@ class PointScorer(ModelScorer):
         self.services.used(self.directory, sum(map(len, rows)))
         if not np.isfinite(points).all():
             raise ContractError(
-                f"the scorer {self.config.name} gives NaN or infinity: its weights are damaged, or {self.config.dtype} is too narrow"
+                f"the scorer {self.config.name} gives NaN or infinity: its weights are damaged, or {self.config.dtype} "
+                "is too narrow"
             )
         return [Scores.of_points(part) for part in by_prompt(points.tolist(), batch)]
 
@@ -90,10 +94,10 @@ def longest_input(config: Any, directory: Path, tokenizer_limit: int | None) -> 
     return min(limits, default=2048)
 
 
-def chat(messages: Messages, answer: str) -> list[dict[str, str]]:
+def chat(messages: Messages, answer: str) -> list[Message]:
     """The conversation that a chat reward model reads."""
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return [*turns, {"role": "assistant", "content": answer}]
+    turns = [Message(role=message["role"], content=message["content"]) for message in messages]
+    return [*turns, Message(role="assistant", content=answer)]
 
 
 def keep_the_end(ids: list[int], limit: int, first: int | None) -> list[int]:
@@ -133,7 +137,8 @@ def load_classifier(directory: Path, config: ClassifierConfig, device: str) -> A
     )
     if missing := sorted(loading_info["missing_keys"]):
         raise ConfigError(
-            f"{directory} lacks {len(missing)} tensors of a sequence classifier, e.g. {missing[:3]}: it is no reward model"
+            f"{directory} lacks {len(missing)} tensors of a sequence classifier, e.g. {missing[:3]}: "
+            "it is no reward model"
         )
     if config.output >= model.config.num_labels:
         raise ConfigError(
@@ -146,7 +151,7 @@ class ClassifierScorer(PointScorer):
     """Base of scorers by a transformers sequence classifier; its raw output is the score."""
 
     @classmethod
-    def check_prompts(cls, config: ClassifierConfig, prompts: Sequence[dict[str, Any]]) -> None:
+    def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:
         directory = local_directory(config.model, config.name)
         if directory is not None:
             settings = json.loads((directory / "config.json").read_text())
@@ -155,7 +160,8 @@ class ClassifierScorer(PointScorer):
 
 class RewardModel(ClassifierScorer):
     class Config(ClassifierConfig):
-        """Any `AutoModelForSequenceClassification` trained on chats, e.g. Skywork-Reward; the score is its raw output."""
+        """Any `AutoModelForSequenceClassification` trained on chats, e.g. Skywork-Reward; the score is its raw
+        output."""
 
         name: Literal["reward_model"] = "reward_model"
 
@@ -165,7 +171,8 @@ class RewardModel(ClassifierScorer):
         self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                f"the reward model {directory} has no chat template; for a prompt-answer encoder use {{name: pair_encoder}}"
+                f"the reward model {directory} has no chat template; "
+                f"for a prompt-answer encoder use {{name: pair_encoder}}"
             )
         self.network = load_classifier(directory, self.config, pick_device(self.device))
         self.longest = longest_input(self.config, directory, self.tokenizer.model_max_length)
@@ -229,7 +236,7 @@ class PairEncoder(ClassifierScorer):
     def encode(self, messages: Messages, answer: str) -> list[int]:
         room = self.longest - 3
         answer_ids = self._ids(answer)[-room:]
-        prompt_ids = self._ids(prompt_text({"messages": messages}))
+        prompt_ids = self._ids(prompt_text(messages))
         prompt_ids = prompt_ids[max(0, len(prompt_ids) - (room - len(answer_ids))) :]
         return [self.cls, *prompt_ids, self.sep, *answer_ids, self.sep]
 

@@ -1,7 +1,8 @@
-"""Stages - a judge's server of our own: `vllm serve` of a model directory while the stage needs it. Standard library only.
+"""Stages - a judge's server of our own: `vllm serve` of a model directory while the stage needs it. Standard library
+only.
 
-It listens on 127.0.0.1 at a free port; the first request that is not in the cache starts it. It runs under stages/running/supervise.py, so
-it ends with this process, however that ends. vLLM itself stays out of this process.
+It listens on 127.0.0.1 at a free port; the first request that is not in the cache starts it. It runs under
+stages/running/supervise.py, so it ends with this process, however that ends. vLLM itself stays out of this process.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class ServerRuntime(Runtime):
     python: str | None = None
     """Interpreter that has vLLM; None: the stage's own."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of `vllm serve`, e.g. {max_model_len: 8192, tensor_parallel_size: 2, gpu_memory_utilization: 0.6}; true for a
-    switch."""
+    """More arguments of `vllm serve`, e.g. {max_model_len: 8192, tensor_parallel_size: 2, gpu_memory_utilization: 0.6};
+    true for a switch."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache on a CPU."""
     start_seconds: float = Field(900.0, gt=0)
@@ -64,8 +65,12 @@ class Served:
             self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "stages.running.supervise", *supervisor_options(), *self.command(port)],
-                stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
             self._wait(f"http://127.0.0.1:{port}/health")
         return self.url
 
@@ -110,11 +115,13 @@ class Served:
             if time.monotonic() > end:
                 self.close()
                 raise TransientError(
-                    f"the judge {self.name} did not answer within {self.runtime.start_seconds:g} s: raise scorer.server.start_seconds"
+                    f"the judge {self.name} did not answer within {self.runtime.start_seconds:g} s: "
+                    "raise scorer.server.start_seconds"
                 )
 
     def check(self, error: type[Exception] = TransientError, patience: float = 0.0) -> None:
-        """Raise `error`, with the end of its output, if the server has ended by itself. `patience`: seconds in which it may still end."""
+        """Raise `error`, with the end of its output, if the server has ended by itself. `patience`: seconds in which it
+        may still end."""
         if self.process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -122,7 +129,8 @@ class Served:
             output = self._read_output()
             self.close()
             raise error(
-                f"the judge's server (`vllm serve {self.model}`) ended with code {code}. Its last words:\n{output[-1500:]}"
+                f"the judge's server (`vllm serve {self.model}`) ended with code {code}. "
+                f"Its last words:\n{output[-1500:]}"
             )
 
     def _read_output(self) -> str:

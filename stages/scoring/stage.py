@@ -1,4 +1,5 @@
-"""Stage - prompts + generations -> scored_pairs: score every candidate, keep the raw scores, derive the rows to train on."""
+"""Stage - prompts + generations -> scored_pairs: score every candidate, keep the raw scores, derive the rows to train
+on."""
 
 from __future__ import annotations
 
@@ -6,14 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, ContractError
+from data_contracts.prompts import PromptRow
+from data_contracts.rows import GenerationRow
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.job import Job
 from stages.models.logps import Pass
@@ -48,15 +52,16 @@ class ScoringConfig(BaseConfig):
     scorer: Annotated[Named, SCORERS] | None = None
     """By name, with its settings; docs/scoring.md lists them all. None: for pairings that need no score."""
     pairing: Annotated[str, PAIRINGS] | None = None
-    """best_vs_worst: of the K candidates; each: every candidate by itself; truth_vs_generation: the prompt's `response` over candidate 0
-    (SPIN); truth: the `response` alone (SFT); given: the prompt's `chosen` over its `rejected`; random_pair: any unequal two, drawn by
-    `seed`; length_matched: the widest difference among candidates of about the same length; all_pairs: every unequal two, K(K-1)/2 rows.
-    None: the method's own."""
+    """best_vs_worst: of the K candidates; each: every candidate by itself; truth_vs_generation: the prompt's `response`
+    over candidate 0 (SPIN); truth: the `response` alone (SFT); given: the prompt's `chosen` over its `rejected`;
+    random_pair: any unequal two, drawn by `seed`; length_matched: the widest difference among candidates of about the
+    same length; all_pairs: every unequal two, K(K-1)/2 rows. None: the method's own."""
     preference: Preference = "both_orders"
-    """Of a pair scorer's raw logits L, P(i beats j) = sigmoid of: both_orders, (L_ij - L_ji) / 2; one_order, L_ij; sppo_release, the
-    difference of aggregated scores as in SPPO's released code."""
+    """Of a pair scorer's raw logits L, P(i beats j) = sigmoid of: both_orders, (L_ij - L_ji) / 2; one_order, L_ij;
+    sppo_release, the difference of aggregated scores as in SPPO's released code."""
     min_preference: float | None = Field(None, ge=0, le=1)
-    """Only pairs whose chosen candidate beats the rejected one with at least this probability; None: all. 0.5 leaves out cycles."""
+    """Only pairs whose chosen candidate beats the rejected one with at least this probability; None: all. 0.5 leaves
+    out cycles."""
     max_length_ratio: float = Field(1.25, ge=1)
     """length_matched: the longer of the two has at most so many times the tokens of the shorter."""
     seed: int = 0
@@ -66,7 +71,8 @@ class ScoringConfig(BaseConfig):
     max_drop_rate: float = Field(0.9, ge=0, le=1)
     """The stage fails if a larger share of the prompts gives no row."""
     template: Template = "chat"
-    """How prompts without generations become tokens; the sampler's template. Set for you from the run's `sampling.template`."""
+    """How prompts without generations become tokens; the sampler's template. Set for you from the run's
+    `sampling.template`."""
     max_response_tokens: int = Field(1024, ge=1)
     """A longer given response is cut, and then carries no EOS."""
     runtime: ScoringRuntime = ScoringRuntime()
@@ -79,7 +85,7 @@ def run(job: Job) -> None:
     config: ScoringConfig = job.config
     name = config.pairing or "best_vs_worst"
     needs = PAIRINGS.get(name)
-    prompts = read_shards(job.path("prompts"), "prompts").to_pylist()
+    prompts = cast(list[PromptRow], read_shards(job.path("prompts"), "prompts").to_pylist())
     groups = _generations(job, prompts, name) if needs.candidates else {}
     maker = RowMaker(config, GivenTexts(job) if needs.texts else None)
     scoring = _Scoring(job, prompts, groups) if config.scorer is not None and groups else None
@@ -108,13 +114,14 @@ def run(job: Job) -> None:
         _summarise(job, len(prompts))
 
 
-def _generations(job: Job, prompts: list[dict[str, Any]], pairing_name: str) -> dict[str, list[dict[str, Any]]]:
-    """Candidates by prompt id, in order. Raises: ContractError for a prompt without one, or a candidate without its prompt."""
+def _generations(job: Job, prompts: list[PromptRow], pairing_name: str) -> dict[str, list[GenerationRow]]:
+    """Candidates by prompt id, in order. Raises: ContractError for a prompt without one, or a candidate without its
+    prompt."""
     if "generations" not in job.inputs:
         raise ConfigError(f"pairing {pairing_name} compares generations: give the input `generations`")
     key = job.inputs["generations"].key
-    groups: dict[str, list[dict[str, Any]]] = {prompt["prompt_id"]: [] for prompt in prompts}
-    for row in read_shards(job.path("generations"), "generations").to_pylist():
+    groups: dict[str, list[GenerationRow]] = {prompt["prompt_id"]: [] for prompt in prompts}
+    for row in cast(list[GenerationRow], read_shards(job.path("generations"), "generations").to_pylist()):
         if row["prompt_id"] not in groups:
             raise ContractError(
                 f"generations {key}: prompt {row['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}"
@@ -128,7 +135,7 @@ def _generations(job: Job, prompts: list[dict[str, Any]], pairing_name: str) -> 
 class _Scoring:
     """The stage's scorer; it is made at the first shard that needs it."""
 
-    def __init__(self, job: Job, prompts: list[dict[str, Any]], groups: dict[str, list[dict[str, Any]]]):
+    def __init__(self, job: Job, prompts: list[PromptRow], groups: dict[str, list[GenerationRow]]):
         self.job, self.config = job, job.config.scorer
         kind = scorer_class(self.config)
         kind.check_prompts(self.config, prompts)
@@ -138,7 +145,7 @@ class _Scoring:
             self.progress = _Comparisons(job, [len(groups[prompt["prompt_id"]]) for prompt in prompts])
         self.scorer: Scorer | None = None
 
-    def of(self, prompts: Sequence[dict[str, Any]], candidates: list[list[dict[str, Any]]], shard: int) -> list[Scores]:
+    def of(self, prompts: Sequence[PromptRow], candidates: list[list[GenerationRow]], shard: int) -> list[Scores]:
         """The scores of one shard's candidates, prompt by prompt."""
         if self.scorer is None:
             with loading():
@@ -216,12 +223,13 @@ class _StartLogps:
     def __init__(self, job: Job):
         if "start" not in job.inputs:
             raise ConfigError(
-                f"the scorer {job.config.scorer.name} has a fluency floor and needs the start model: give the input `start`"
+                f"the scorer {job.config.scorer.name} has a fluency floor and needs the start model: "
+                "give the input `start`"
             )
         self.job, runtime = job, job.config.runtime
         self.start = Pass(job.store_root, job.inputs["start"], "bfloat16", runtime.device, runtime.batch_tokens)
 
-    def of(self, groups: list[list[dict[str, Any]]]) -> list[list[float]]:
+    def of(self, groups: list[list[GenerationRow]]) -> list[list[float]]:
         """The mean of each candidate, prompt by prompt, in nats."""
         rows = [row for group in groups for row in group]
         prompts, responses = [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows]
@@ -231,7 +239,7 @@ class _StartLogps:
         return [[next(means) for _ in group] for group in groups]
 
 
-def _score_row(prompt: dict[str, Any], scores: Scores) -> dict[str, Any]:
+def _score_row(prompt: PromptRow, scores: Scores) -> dict[str, Any]:
     """A row of `scores`; a candidate that could not be scored is null there."""
     points, logits = scores.scores, scores.preference_logits
     return {
@@ -249,14 +257,14 @@ def _summarise(job: Job, num_prompts: int) -> None:
     dropped = read_shards(job.out, "dropped", "dropped")
     drop_rate = dropped.num_rows / num_prompts
     reasons = Counter(dropped["reason"].to_pylist())
-    spoilt = Counter(reason for row in raw["reasons"].to_pylist() for reason in row if reason)
+    spoilt = Counter(reason for row in raw["reasons"].to_pylist() for reason in row or () if reason)
     job.metrics |= {"pairs": pairs.num_rows, "drop_rate": drop_rate}
     job.metrics |= {f"dropped/{reason}": count for reason, count in reasons.items()}
     job.metrics |= {f"spoilt/{reason}": count for reason, count in spoilt.items()}
     job.metrics |= _rates(job.out) | _point_metrics(raw) | _comparison_metrics(raw)
     if pairs.num_rows:
         for side in ("chosen", "rejected"):
-            lengths = pairs[f"{side}_ids"].combine_chunks().value_lengths().to_numpy()
+            lengths = pc.list_value_length(pairs[f"{side}_ids"]).to_numpy()
             job.metrics[f"mean_tokens/{side}"] = float(lengths.mean())
             job.metrics[f"win_rate/{side}"] = float(np.mean(pairs[f"win_rate_{side}"].to_numpy()))
     if drop_rate > job.config.max_drop_rate or not pairs.num_rows:

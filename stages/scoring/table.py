@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 
 class Table(Generic[T]):
-    """Entries of one kind by name. Another package adds one by an entry point in the group `selfplay.<family>` that names the entry.
+    """Entries of one kind by name. Another package adds one by an entry point in the group `selfplay.<family>` that
+    names the entry.
 
     The type of a setting that names an entry is `Annotated[str, TABLE]`.
     """
@@ -30,7 +31,8 @@ class Table(Generic[T]):
         return list(dict.fromkeys([*self.entries, *sorted(point.name for point in self._entry_points())]))
 
     def get(self, name: str) -> T:
-        """Raises: ConfigError for an unknown name (with the nearest known one), and for an entry point that does not load."""
+        """Raises: ConfigError for an unknown name (with the nearest known one), and for an entry point that does not
+        load."""
         if name in self.entries:
             return self.entries[name]
         for point in self._entry_points():
@@ -49,7 +51,8 @@ class Table(Generic[T]):
             entry = point.load()
         except Exception as error:  # code of another package may fail in any way
             raise ConfigError(
-                f"{self.family} {point.name!r} is registered as {point.value!r}, which does not load: {type(error).__name__}: {error}"
+                f"{self.family} {point.name!r} is registered as {point.value!r}, which does not load: "
+                f"{type(error).__name__}: {error}"
             ) from error
         if not isinstance(entry, self.kind):
             raise ConfigError(f"{self.family} {point.name!r} ({point.value}) is no {self.kind.__name__}")

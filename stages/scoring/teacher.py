@@ -1,4 +1,5 @@
-"""Stages - the `teacher_logp` scorer: how likely a stronger model finds a completion. Its passes are kept in the log-prob store: each is paid once."""
+"""Stages - the `teacher_logp` scorer: how likely a stronger model finds a completion. Its passes are kept in the
+log-prob store: each is paid once."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_contracts.checkpoint import external_model, has_chat_template
+from data_contracts.rows import GenerationRow
 from stages.models.logps import Pass
 from stages.models.tokens import Template, encode_prompt, load_tokenizer
 from stages.scoring.base import Candidates, Scores, by_prompt
@@ -86,8 +88,9 @@ class TeacherLogp(ModelScorer):
         return {"teacher/misses": self.teacher.logps.misses, "teacher/hits": self.teacher.logps.hits}
 
 
-def _response(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+def _response(tokenizer: Any, row: GenerationRow) -> list[int]:
     """A completion as the teacher's tokens, with its EOS if the completion ended by itself."""
-    ids = list(tokenizer(row["completion"], add_special_tokens=False).input_ids)
-    ended = row["finish_reason"] == "stop" and tokenizer.eos_token_id is not None
-    return [*ids, tokenizer.eos_token_id] if ended else ids
+    ids: list[int] = list(tokenizer(row["completion"], add_special_tokens=False).input_ids)
+    if row["finish_reason"] == "stop" and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return ids

@@ -1,19 +1,20 @@
 """Stages - the `checks` scorer: the fraction of a prompt's verifiable instructions that a completion satisfies.
 
-A policy that is paid for format alone learns to pay in gibberish. Two floors stop that trade: a completion that the *start* model finds
-too unlikely, or that repeats itself, scores 0.
+A policy that is paid for format alone learns to pay in gibberish. Two floors stop that trade: a completion that the
+*start* model finds too unlikely, or that repeats itself, scores 0.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from data_contracts.errors import ConfigError
+from data_contracts.prompts import PromptRow
 from stages.registry import Named
 from stages.scoring.base import Candidates, Scorer, Scores
 from stages.scoring.checks import grade, repetition, validate_checks
@@ -25,7 +26,8 @@ class Checks(Scorer):
 
         name: Literal["checks"] = "checks"
         min_start_logp: float | None = Field(None, lt=0)
-        """Fluency floor: mean log-prob per token under the start model, in nats; below it the score is 0. -3 to -2 is usual."""
+        """Fluency floor: mean log-prob per token under the start model, in nats; below it the score is 0. -3 to -2 is
+        usual."""
         max_repetition: float | None = Field(None, ge=0, le=1)
         """A completion that repeats more of its word 3-grams than this scores 0."""
 
@@ -34,7 +36,7 @@ class Checks(Scorer):
         return config.min_start_logp is not None
 
     @classmethod
-    def check_prompts(cls, config: Config, prompts: Sequence[dict[str, Any]]) -> None:
+    def check_prompts(cls, config: Config, prompts: Sequence[PromptRow]) -> None:
         for prompt in prompts:
             checks = json.loads(prompt["checks"])
             try:

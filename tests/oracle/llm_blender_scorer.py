@@ -1,7 +1,8 @@
-"""Test oracle: the scorer `llm_blender` asks llm-blender 0.0.2 itself, one pair at a time, to check the native `pairrm` against.
+"""Test oracle: the scorer `llm_blender` asks llm-blender 0.0.2 itself, one pair at a time, to check the native `pairrm`
+against.
 
-It needs transformers 4, so it runs in the environment that setup.sh makes. tests/stages/scoring/test_score_stage.py registers it as any
-package outside of this one would: by an entry point in the group selfplay.scorers.
+It needs transformers 4, so it runs in the environment that setup.sh makes. tests/stages/scoring/test_score_stage.py
+registers it as any package outside of this one would: by an entry point in the group selfplay.scorers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LLMBlender(ModelScorer):
         return [self._score(item) for item in batch]
 
     def _score(self, item: Candidates) -> Scores:
-        source, texts = prompt_text(item.prompt), [row["completion"] for row in item.generations]
+        source, texts = prompt_text(item.prompt["messages"]), [row["completion"] for row in item.generations]
         logits = np.zeros((len(texts), len(texts)))
         for i, first in enumerate(texts):
             for j, second in enumerate(texts):

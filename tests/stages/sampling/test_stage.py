@@ -1,4 +1,5 @@
-"""The sample stage around its samplers: limits are checked by name, rows keep the token contract, a broken sampler is caught.
+"""The sample stage around its samplers: limits are checked by name, rows keep the token contract, a broken sampler is
+caught.
 
 Strategy: the canned sampler on the tiny model, in this process; samplers that lie are three lines of our own.
 """

@@ -1,6 +1,8 @@
-"""The transformers sampler: exact log-probs, the distribution that was asked for, and a candidate that depends on its seed alone.
+"""The transformers sampler: exact log-probs, the distribution that was asked for, and a candidate that depends on its
+seed alone.
 
-Strategy: the tiny model in float32; greedy decoding is compared with transformers' own, draws with probabilities worked out by hand.
+Strategy: the tiny model in float32; greedy decoding is compared with transformers' own, draws with probabilities worked
+out by hand.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
-"""The vLLM sampler, as the command that a task runs: its log-probs are the policy's, its candidates do not depend on the shards.
+"""The vLLM sampler, as the command that a task runs: its log-probs are the policy's, its candidates do not depend on
+the shards.
 
-Strategy: the stage twice, in two stores, with other shards and threads; the log-probs it reports against a plain forward of the same ids.
-Slow to start (10-20 s each), so everything is asked of these two runs.
+Strategy: the stage twice, in two stores, with other shards and threads; the log-probs it reports against a plain
+forward of the same ids. Slow to start (10-20 s each), so everything is asked of these two runs.
 """
 
 import importlib.util

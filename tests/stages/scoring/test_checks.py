@@ -198,8 +198,8 @@ def test_every_check_stays_within_bounds_on_strange_text():
         "- a\n" * 500,
     ]
     for name, check in CHECKS.items():
-        wanted = check.argument.wanted
-        value = None if wanted == "no value" else values.get(wanted, ["(x", "y)"])
+        expected = check.argument.expected
+        value = None if expected == "no value" else values.get(expected, ["(x", "y)"])
         validate_checks([{"name": name, "value": value}])
         for text in texts:
             assert 0 <= grade(text, [{"name": name, "value": value}]).score <= 1
@@ -209,8 +209,8 @@ def test_every_check_stays_within_bounds_on_strange_text():
     ("specs", "message"),
     [
         ([], "at least one check"),
-        ([{"name": "max_word", "value": 3}], r"Unknown check 'max_word'.*Did you mean 'max_words'\?"),
-        ([{"name": "sonnet"}], "Unknown check 'sonnet'; known: min_words"),
+        ([{"name": "max_word", "value": 3}], r"unknown checks 'max_word'.*Did you mean 'max_words'\?"),
+        ([{"name": "sonnet"}], "unknown checks 'sonnet'; known: min_words"),
         ([{"name": "max_words"}], "'max_words' wants a whole number above 0; got None"),
         ([{"name": "max_words", "value": "3"}], "got '3'"),
         ([{"name": "max_words", "value": True}], "got True"),
@@ -235,7 +235,7 @@ def test_a_wrong_request_is_refused_with_what_was_wanted(specs, message):
 
 
 def test_every_check_says_what_it_does():
-    assert all(check.doc and check.argument.wanted for check in CHECKS.values())
+    assert all(check.doc and check.argument.expected for check in CHECKS.values())
 
 
 @pytest.mark.parametrize(

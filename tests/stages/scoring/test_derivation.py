@@ -1,7 +1,8 @@
-"""Raw logits -> preferences -> rows: the three readings of a pair scorer's matrix, the pairings beside best_vs_worst, the scorer's own statistics.
+"""Raw logits -> preferences -> rows: the three readings of a pair scorer's matrix, the pairings beside best_vs_worst,
+the scorer's own statistics.
 
-Strategy: small matrices by hand; the released SPPO computation written out again, as compute_prob.py does it; and answers of six real
-models (beside the project), with their real lengths.
+Strategy: small matrices by hand; the released SPPO computation written out again, as compute_prob.py does it; and
+answers of six real models (beside the project), with their real lengths.
 """
 
 import json
@@ -59,7 +60,8 @@ def test_one_order_takes_each_pair_as_it_was_asked():
 
 
 def test_sppo_release_is_what_the_released_code_computes():
-    # rank.py: scores of llm_blender's rank(); compute_prob.py: prb[i][j] = exp(s_i) / (exp(s_i) + exp(s_j)), rows averaged with the diagonal.
+    # rank.py: scores of llm_blender's rank(); compute_prob.py: prb[i][j] = exp(s_i) / (exp(s_i) + exp(s_j)), rows
+    # averaged with the diagonal.
     scores = [sum(LOGITS[i][j] - LOGITS[j][i] for j in range(3)) / 3 for i in range(3)]
     prb = np.array([[math.exp(a) / (math.exp(a) + math.exp(b)) for b in scores] for a in scores])
     found = group(LOGITS, "sppo_release")
@@ -177,7 +179,8 @@ def real_answers(shared):
 
 
 def test_answers_of_six_real_models_go_through_pairing(real_answers):
-    """Scored by length in words, as a stand-in: real texts, real ties, real spread of lengths, and a few answers that are missing."""
+    """Scored by length in words, as a stand-in: real texts, real ties, real spread of lengths, and a few answers that
+    are missing."""
     kept = dict.fromkeys(SCORED, 0)
     rates = []
     for row in real_answers:

@@ -1,7 +1,8 @@
-"""The LLM judge against servers that behave, ramble, hang, break and lie: what is read, what is refused, what is asked again.
+"""The LLM judge against servers that behave, ramble, hang, break and lie: what is read, what is refused, what is asked
+again.
 
-Strategy: a real HTTP server on 127.0.0.1 whose answer a test supplies as a function of the request; the judge talks to it as to any
-endpoint.
+Strategy: a real HTTP server on 127.0.0.1 whose answer a test supplies as a function of the request; the judge talks to
+it as to any endpoint.
 """
 
 import json

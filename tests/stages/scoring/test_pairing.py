@@ -1,7 +1,7 @@
 """Scores -> rows: who is chosen, who is rejected, how sure that is, and when there is no pair.
 
-Strategy: three or four candidates with round scores; win rates are worked out by hand, with tau = 1 / log 3 one point of difference is a
-probability of 3/4.
+Strategy: three or four candidates with round scores; win rates are worked out by hand, with tau = 1 / log 3 one point
+of difference is a probability of 3/4.
 """
 
 import math

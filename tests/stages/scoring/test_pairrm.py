@@ -1,7 +1,8 @@
 """Native PairRM against llm-blender itself, and the properties that its scores must have.
 
-Strategy: tiny checkpoints with weights from numpy (tests/assets/pairrm_tiny.py), in both released layouts. What llm-blender 0.0.2 said of
-them on transformers 4.57.6 is frozen in tests/assets/pairrm_golden.json (make_pairrm_golden.py writes it). Properties need no oracle.
+Strategy: tiny checkpoints with weights from numpy (tests/assets/pairrm_tiny.py), in both released layouts. What
+llm-blender 0.0.2 said of them on transformers 4.57.6 is frozen in tests/assets/pairrm_golden.json
+(make_pairrm_golden.py writes it). Properties need no oracle.
 """
 
 # ruff: noqa: RUF001 - full-width letters and signs are part of the cases
@@ -164,7 +165,8 @@ def test_the_two_orders_are_both_asked(scoring, scorers):
 
 
 def test_a_tokenizer_file_of_transformers_4_gives_the_same_ids(checkpoints, tmp_path):
-    """tokenizer.json with the markers added, as PairRM-hf carries it; and one that lost its NFKC map, beside spm.model."""
+    """tokenizer.json with the markers added, as PairRM-hf carries it; and one that lost its NFKC map, beside
+    spm.model."""
     from tokenizers import AddedToken
 
     plain = _tokenizer(checkpoints["hf"])
@@ -269,7 +271,8 @@ def test_the_released_weights_give_the_published_logits(scoring, repository):
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("lengths", [(1,), (7, 7), (40, 33, 2), (130,)])
 def test_the_encoder_is_that_of_transformers(scorers, lengths, onednn):
-    """Hidden states of some tokens of each row; both ways to multiply, one row and several, with and without padding."""
+    """Hidden states of some tokens of each row; both ways to multiply, one row and several, with and without
+    padding."""
     import torch
 
     from stages.scoring.deberta import Encoder, covers

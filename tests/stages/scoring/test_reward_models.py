@@ -1,6 +1,7 @@
 """Reward models, pair encoders, ArmoRM and the teacher's log-probs, on tiny random weights.
 
-Strategy: each score is computed once more in the plainest way - one text, no padding, one forward, formulas written out - and compared.
+Strategy: each score is computed once more in the plainest way - one text, no padding, one forward, formulas written out
+- and compared.
 """
 
 # ruff: noqa: RUF001 - full-width letters and signs are part of the cases

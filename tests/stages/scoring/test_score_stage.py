@@ -1,6 +1,7 @@
 """The score stage around a pair scorer: what it writes, what it asks, what it does after a kill.
 
-Strategy: a plug-in-like scorer that counts what it is asked, put in the place of PairRM's loading; the stage and the store are real.
+Strategy: a plug-in-like scorer that counts what it is asked, put in the place of PairRM's loading; the stage and the
+store are real.
 """
 
 import json

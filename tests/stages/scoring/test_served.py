@@ -1,7 +1,7 @@
 """A judge that the stage serves itself: when it is started, what its name says, and that nothing of it survives.
 
-Strategy: the interpreter that is to run vLLM is a script that answers as `vllm serve` does. With vLLM itself it is a slow test of
-tests/flows/test_scoring_loop.py.
+Strategy: the interpreter that is to run vLLM is a script that answers as `vllm serve` does. With vLLM itself it is a
+slow test of tests/flows/test_scoring_loop.py.
 """
 
 import os
@@ -39,7 +39,8 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), 
 
 @pytest.fixture
 def serve(tmp_path, tiny_model, monkeypatch):
-    """serve(extra=lines of the fake server, **settings) -> settings of a judge; its starts are lines of tmp_path/starts."""
+    """serve(extra=lines of the fake server, **settings) -> settings of a judge; its starts are lines of
+    tmp_path/starts."""
     marker = f"SELFPLAY_TEST=served-{os.getpid()}-{tmp_path.name}"
     monkeypatch.setenv(*marker.split("="))
 
