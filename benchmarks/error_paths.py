@@ -1,8 +1,11 @@
-"""python -m benchmarks.error_paths [--keep DIRECTORY] [-- PYTEST ARGUMENTS]: how much of what raises or handles an error do the tests run?
+"""Benchmark - error paths: how much of what raises or handles an error do the tests run?
 
-Runs the test suite under coverage.py, with every process that it starts, and prints for data_contracts/ and tasks/ the share of error paths that were
-run and the place of each that was not. An error path is a `raise`, or a statement in an `except` block. What a killed process ran is not known, so
-the figure is at worst too low.
+    python -m benchmarks.error_paths [--keep DIRECTORY] [-- PYTEST ARGUMENTS]
+    python -m benchmarks.error_paths --smoke
+
+Runs the test suite under coverage.py, with every process that it starts. Prints the error paths of data_contracts/ and
+tasks/ that were not run, and the share that was. An error path is a `raise`, or a statement in an `except` block.
+Coverage of a killed process is lost, so the share is at worst too low. `--smoke` runs one small test file.
 """
 
 from __future__ import annotations
@@ -17,8 +20,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks._smoke import add_smoke
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("data_contracts", "tasks")
+WHOLE_SUITE = ["-n", "2", "--dist", "loadfile"]
+SMOKE = ["-q", "-p", "no:cacheprovider", "tests/data_contracts/test_identity.py"]
 SETTINGS = """
 [run]
 source = {rooms}
@@ -30,7 +37,7 @@ sigterm = true
 
 
 def error_paths(source: str) -> list[int]:
-    """The first line of every `raise`, and of every statement in an `except` block."""
+    """Line numbers of every `raise`, and of every statement in an `except` block."""
     nodes = list(ast.walk(ast.parse(source)))
     handled = [inner for node in nodes if isinstance(node, ast.ExceptHandler) for inner in ast.walk(node)]
     raised = [node for node in nodes if isinstance(node, ast.Raise)]
@@ -38,7 +45,10 @@ def error_paths(source: str) -> list[int]:
 
 
 def report(executed: dict[str, set[int]]) -> str:
-    """A line per error path that was not run, and the share of those that were, room by room."""
+    """A line per error path that was not run, then the share of those that were, per package.
+
+    executed: the lines that were run, by file name relative to the checkout.
+    """
     lines, totals = [], []
     for room in ROOMS:
         count = run = 0
@@ -51,32 +61,39 @@ def report(executed: dict[str, set[int]]) -> str:
             count, run = count + len(numbers), run + len(numbers) - len(missed)
         totals.append((room, run, count))
     totals.append(("together", sum(run for _, run, _ in totals), sum(count for _, _, count in totals)))
-    return "\n".join(
-        ["not run:", *lines, ""] + [f"{room}: {run} of {count} ({run / count:.1%})" for room, run, count in totals]
-    )
+    shares = [f"{room}: {run} of {count} ({run / count:.1%})" for room, run, count in totals]
+    return "\n".join(["not run:", *lines, "", *shares])
+
+
+def measure(directory: Path, pytest_arguments: list[str]) -> tuple[int, dict[str, set[int]]]:
+    """pytest's exit code, and the lines that it ran by file name; coverage's files go to `directory`."""
+    settings = directory / "coveragerc"
+    settings.write_text(SETTINGS.format(rooms=",".join(ROOMS), directory=directory), encoding="utf-8")
+    coverage = [sys.executable, "-m", "coverage"]
+    command = [*coverage, "run", f"--rcfile={settings}", "-m", "pytest", *pytest_arguments]
+    tests = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
+    result = directory / "lines.json"
+    for words in (["combine", "--append", "-q"], ["json", "-q", "-o", str(result)]):
+        subprocess.run([*coverage, *words, f"--rcfile={settings}"], cwd=ROOT, check=True)
+    files = json.loads(result.read_text(encoding="utf-8"))["files"]
+    return tests.returncode, {name: set(file["executed_lines"]) for name, file in files.items()}
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.error_paths")
     parser.add_argument("--keep", type=Path, help="keep coverage's files here, to add a second run to them")
-    parser.add_argument("pytest", nargs="*", help="what to give pytest (default: -n 2 --dist loadfile)")
+    parser.add_argument("pytest", nargs="*", help=f"arguments for pytest (default: {' '.join(WHOLE_SUITE)})")
+    add_smoke(parser)
     options = parser.parse_args(arguments)
+    pytest_arguments = options.pytest or WHOLE_SUITE
+    if options.smoke:
+        pytest_arguments = SMOKE
     directory = (options.keep or Path(tempfile.mkdtemp(prefix="error-paths-"))).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        settings = directory / "coveragerc"
-        settings.write_text(SETTINGS.format(rooms=",".join(ROOMS), directory=directory), encoding="utf-8")
-        coverage = [sys.executable, "-m", "coverage"]
-        words = options.pytest or ["-n", "2", "--dist", "loadfile"]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        tests = subprocess.run(
-            [*coverage, "run", f"--rcfile={settings}", "-m", "pytest", *words], cwd=ROOT, env=environment, check=False
-        )
-        for words in (["combine", "--append", "-q"], ["json", "-q", "-o", str(directory / "lines.json")]):
-            subprocess.run([*coverage, *words, f"--rcfile={settings}"], cwd=ROOT, check=True)
-        files = json.loads((directory / "lines.json").read_text(encoding="utf-8"))["files"]
-        print(report({name: set(found["executed_lines"]) for name, found in files.items()}))
-        return tests.returncode
+        code, executed = measure(directory, pytest_arguments)
+        print(report(executed))
+        return code
     finally:
         if options.keep is None:
             shutil.rmtree(directory, ignore_errors=True)

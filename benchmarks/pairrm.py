@@ -1,17 +1,20 @@
-"""Pairs per second of the native PairRM against llm-blender 0.0.2, on the same checkpoints, texts and machine, in one run.
+"""Benchmark - PairRM: pairs per second of the native scorer against llm-blender 0.0.2, at equal scores.
 
     make oracle                                                once: llm-blender's own environment
-    .venv/bin/python benchmarks/pairrm.py [--size tiny mid] [--prompts 6] [--tokens 512 | --like ANSWERS.jsonl] [--device cpu]
+    python -m benchmarks.pairrm [--size tiny mid] [--prompts 6] [--tokens 512 | --like ANSWERS.jsonl] [--device cpu]
+    python -m benchmarks.pairrm --smoke
 
-llm-blender runs as SPPO runs it: `rank`, batch_size=1, K candidates, float32 here on both sides (and with --dtype float16 as well, which is
-its own choice on a GPU). The logits of both are compared in the same run; it fails if they differ. The checkpoints are random
-(tests/assets/pairrm_tiny.py), `large` has the size of the released one. Texts are 8 to --tokens words, or as long as the instructions and
-outputs of a file of {"instruction": ..., "outputs": {model: text}} lines. `rank` compares each of the K (K - 1) ordered pairs by a forward of its
-own, without padding, and so do we compare each of them.
+llm-blender runs as SPPO runs it: `rank`, batch_size=1, K candidates. Both sides use float32; `--dtype float16` is
+llm-blender's own choice on a GPU. The logits of both are compared in the same run; it fails if they differ. The
+checkpoints are random (tests/assets/pairrm_tiny.py); `large` has the size of the released one. Texts have 8 to --tokens
+words, or the lengths of the instructions and outputs of a file of {"instruction": ..., "outputs": {model: text}} lines.
+`rank` compares each of the K (K - 1) ordered pairs by a forward of its own, without padding, and so does the native
+scorer.
 
-Both sides get the same number of threads and a warm-up; the time is that of scoring, without loading. The two run one after the other,
-twice over, and the better time of each counts. On a CPU it is the processor's time, which other work on the machine does not stretch; with
-one thread that is the time on a machine of one's own.
+Both sides get the same number of threads and a warm-up; the time is that of scoring, without loading. The two run one
+after the other, twice over, and the better time of each counts. On a CPU it is CPU time, which other work on the
+machine does not stretch; with one thread that is the time on a quiet machine. `--smoke` compares with llm-blender's
+scores in tests/assets/pairrm_golden.json and times one side.
 """
 
 from __future__ import annotations
@@ -25,13 +28,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {"float32": 1e-4, "float16": 0.05}
 
 
-def tiny():
+def checkpoints() -> ModuleType:
+    """tests/assets/pairrm_tiny.py, which writes the random checkpoints."""
     spec = importlib.util.spec_from_file_location("pairrm_tiny", ROOT / "tests" / "assets" / "pairrm_tiny.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,24 +45,24 @@ def tiny():
 
 
 def texts(count: int, candidates: int, longest: int) -> list[dict]:
-    """Prompts and answers of words; lengths spread as those of real answers, seeded."""
-    draw, words = random.Random(0), tiny().WORDS
+    """Prompts and answers of random words; lengths spread as those of real answers."""
+    chance, words = random.Random(0), checkpoints().WORDS
 
-    def text(low, high):
-        length = round(2 ** draw.uniform(low.bit_length() - 1, high.bit_length() - 1))
-        return " ".join(draw.choice(words) for _ in range(length))
+    def text(low: int, high: int) -> str:
+        length = round(2 ** chance.uniform(low.bit_length() - 1, high.bit_length() - 1))
+        return " ".join(chance.choice(words) for _ in range(length))
 
     return [{"prompt": text(8, 128), "candidates": [text(8, longest) for _ in range(candidates)]} for _ in range(count)]
 
 
 def texts_like(path: Path, count: int, candidates: int) -> list[dict]:
-    """Words as many as the real texts have tokens (1.3 to a word): the vocabulary of these checkpoints would take English apart."""
-    draw = random.Random(0)
+    """As many words as the real texts have tokens (1.3 to a word): the tiny vocabulary would take English apart."""
+    chance, words = random.Random(0), checkpoints().WORDS
 
     def like(text: str) -> str:
-        return " ".join(draw.choice(tiny().WORDS) for _ in range(round(1.3 * len(text.split()))))
+        return " ".join(chance.choice(words) for _ in range(round(1.3 * len(text.split()))))
 
-    rows = draw.sample([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], count)
+    rows = chance.sample([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], count)
     return [
         {
             "prompt": like(row["instruction"]),
@@ -66,8 +72,16 @@ def texts_like(path: Path, count: int, candidates: int) -> list[dict]:
     ]
 
 
+def golden_texts() -> tuple[list[dict], list[list[float]]]:
+    """Two of the frozen cases, and llm-blender's scores of them."""
+    frozen = json.loads((ROOT / "tests" / "assets" / "pairrm_golden.json").read_text(encoding="utf-8"))["cases"]
+    cases = checkpoints().cases()
+    names = ("plain", "punctuation")
+    return [cases[name] for name in names], [frozen[name]["scores"] for name in names]
+
+
 def oracle(request: dict) -> dict:
-    """In llm-blender's environment."""
+    """CPU seconds and scores of llm-blender; runs in its own environment."""
     import llm_blender
     import numpy as np
     import torch
@@ -75,23 +89,31 @@ def oracle(request: dict) -> dict:
     torch.set_num_threads(request["threads"])
     blender = llm_blender.Blender()
     blender.loadranker(request["ranker"], device=request["device"], fp16=request["dtype"] == "float16")
-    inputs, candidates = (
-        [case["prompt"] for case in request["cases"]],
-        [case["candidates"] for case in request["cases"]],
-    )
+    inputs = [case["prompt"] for case in request["cases"]]
+    candidates = [case["candidates"] for case in request["cases"]]
     blender.rank(inputs[:1], candidates[:1], batch_size=1, disable_tqdm=True)
-    clock = time.process_time if request["device"] == "cpu" else time.perf_counter
-    begin = clock()
+    clock = clock_of(request["device"])
+    began = clock()
     scores = blender.rank(inputs, candidates, return_scores=True, batch_size=1, disable_tqdm=True)
-    return {"seconds": clock() - begin, "scores": np.asarray(scores, dtype=float).tolist()}
+    return {"seconds": clock() - began, "scores": np.asarray(scores, dtype=float).tolist()}
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """CPU time on a CPU, else the time on the wall."""
+    if device == "cpu":
+        return time.process_time
+    return time.perf_counter
 
 
 def native(request: dict) -> dict:
+    """CPU seconds and scores of the project's own PairRM."""
+    import torch
+
     import stages.scoring.pairrm as pairrm
     from stages.scoring import SCORERS
     from stages.scoring.base import Candidates, Services, open_scorer
 
-    pairrm.pin_threads = lambda count: __import__("torch").set_num_threads(request["threads"])
+    pairrm.pin_threads = lambda count: torch.set_num_threads(request["threads"])
     config = SCORERS.config({"name": "pairrm", "model": {"path": request["ranker"]}, "dtype": request["dtype"]})
     scorer = open_scorer(config, request["device"], Services(batch_tokens=request["batch_tokens"]))
     batch = [
@@ -103,15 +125,16 @@ def native(request: dict) -> dict:
         for case in request["cases"]
     ]
     scorer.score(batch[:1])
-    clock = time.process_time if request["device"] == "cpu" else time.perf_counter
-    begin = clock()
-    found = scorer.score(batch)
-    seconds = clock() - begin
-    logits = [item.preference_logits for item in found]
+    clock = clock_of(request["device"])
+    began = clock()
+    results = scorer.score(batch)
+    seconds = clock() - began
+    logits = [result.preference_logits for result in results]
     return {"seconds": seconds, "scores": [(matrix - matrix.T).mean(axis=1).tolist() for matrix in logits]}
 
 
 def in_process(python: str, side: str, request: dict, work: Path) -> dict:
+    """What a side returns, run by an interpreter in a process of its own. Exits if it fails."""
     (work / "request.json").write_text(json.dumps(request))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -125,8 +148,8 @@ def in_process(python: str, side: str, request: dict, work: Path) -> dict:
     return json.loads((work / f"{side}.json").read_text())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pairrm")
     parser.add_argument("--size", nargs="+", default=["tiny", "mid"], choices=["tiny", "mid", "large"])
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--candidates", type=int, default=5)
@@ -138,42 +161,64 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--oracle", default=str(ROOT / ".venv-oracle" / "bin" / "python"))
-    parser.add_argument("--side", choices=["oracle", "native"], help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help="the frozen scores stand in for llm-blender")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.size, options.repeats = ["tiny"], 1
+    return options
+
+
+def measure(size: str, cases: list[dict], frozen: list[list[float]], options: argparse.Namespace) -> list[list[dict]]:
+    """[llm-blender's result, ours] of each repetition on a random checkpoint. Frozen scores come without seconds."""
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        request = {"ranker": str(checkpoints().build(work / size, size)["ranker"]), "cases": cases}
+        request |= {name: getattr(options, name) for name in ("device", "dtype", "threads", "batch_tokens")}
+        runs = []
+        for _ in range(options.repeats):
+            blender = {"seconds": float("nan"), "scores": frozen}
+            if not frozen:
+                blender = in_process(options.oracle, "oracle", request, work)
+            runs.append([blender, in_process(sys.executable, "native", request, work)])
+        return runs
+
+
+def report(size: str, runs: list[list[dict]], pairs: int, options: argparse.Namespace) -> None:
+    """Print both rates. Exits if the scores differ."""
+    blender, ours = (min(run[side]["seconds"] for run in runs) for side in (0, 1))
+    rows = zip(runs[0][0]["scores"], runs[0][1]["scores"], strict=True)
+    gap = max(abs(a - b) for expected, scores in rows for a, b in zip(expected, scores, strict=True))
+    ratios = ", ".join(f"{first['seconds'] / second['seconds']:.2f}" for first, second in runs)
+    print(
+        f"{size:6} {options.device} {options.dtype}: llm-blender {pairs / blender:8.1f} pairs/s, "
+        f"native {pairs / ours:8.1f} pairs/s, "
+        f"{blender / ours:5.2f} times as fast ({ratios}); largest difference of a score {gap:.1e} over {pairs} pairs"
+    )
+    if gap > TOLERANCE[options.dtype]:
+        raise SystemExit(f"the scores differ by {gap:.2e}: the comparison is void")
+
+
+SIDES = {"oracle": oracle, "native": native}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     if options.side:
         request = json.loads((options.work / "request.json").read_text())
-        (options.work / f"{options.side}.json").write_text(json.dumps(globals()[options.side](request)))
+        (options.work / f"{options.side}.json").write_text(json.dumps(SIDES[options.side](request)))
         return
-    cases = (
-        texts_like(options.like, options.prompts, options.candidates)
-        if options.like
-        else texts(options.prompts, options.candidates, options.tokens)
-    )
+    frozen: list[list[float]] = []
+    if options.smoke:
+        cases, frozen = golden_texts()
+    elif options.like:
+        cases = texts_like(options.like, options.prompts, options.candidates)
+    else:
+        cases = texts(options.prompts, options.candidates, options.tokens)
+    pairs = sum(len(case["candidates"]) * (len(case["candidates"]) - 1) for case in cases)
     for size in options.size:
-        with tempfile.TemporaryDirectory() as work:
-            paths = tiny().build(Path(work) / size, size)
-            request = {
-                "ranker": str(paths["ranker"]), "cases": cases, "device": options.device, "dtype": options.dtype, "threads": options.threads, "batch_tokens": options.batch_tokens,
-            }  # fmt: skip
-            runs = [
-                (
-                    in_process(options.oracle, "oracle", request, Path(work)),
-                    in_process(sys.executable, "native", request, Path(work)),
-                )
-                for _ in range(options.repeats)
-            ]
-        old, new = (min(run[side]["seconds"] for run in runs) for side in (0, 1))
-        rows = zip(runs[0][0]["scores"], runs[0][1]["scores"], strict=True)
-        worst = max(abs(a - b) for left, right in rows for a, b in zip(left, right, strict=True))
-        each = ", ".join(f"{left['seconds'] / right['seconds']:.2f}" for left, right in runs)
-        pairs = options.prompts * options.candidates * (options.candidates - 1)
-        print(
-            f"{size:6} {options.device} {options.dtype}: llm-blender {pairs / old:8.1f} pairs/s, native {pairs / new:8.1f} pairs/s, "
-            f"{old / new:5.2f} times as fast ({each}); largest difference of a score {worst:.1e} over {pairs} pairs"
-        )
-        if worst > TOLERANCE[options.dtype]:
-            raise SystemExit(f"the scores differ by {worst:.2e}: the comparison is void")
+        report(size, measure(size, cases, frozen, options), pairs, options)
 
 
 if __name__ == "__main__":

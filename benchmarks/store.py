@@ -1,10 +1,12 @@
-"""What a row costs from 10 thousand to a million of them: writing, signing, verifying, the log-prob store, and the trainer's reading.
+"""Benchmark - rows: what a row costs from 10 thousand to a million of them.
 
     python -m benchmarks.store [--rows 10000 100000 1000000] [--json out.json]
+    python -m benchmarks.store --smoke
 
-Every size runs in a process of its own, on one thread; no model is loaded, the passes' scorer returns zeros. A row is a pair with 48 prompt
-tokens and two responses of 8 to 32, with weights and reference log-probs, in shards of 256. Processor's time per row (the disk's is shown
-apart, on the wall), and the process's peak resident set.
+Every size runs in a process of its own, on one thread; no model is loaded, the log-prob passes' scorer returns zeros. A
+row is a pair with 48 prompt tokens and two responses of 8 to 32, with weights and reference log-probs, in shards of
+256. CPU time per row (the time on the wall, which includes the disk, is shown apart), and the process's peak resident
+set. The phases:
 
     write     rows -> Parquet shards, flushed
     sign      digests of all files, and the record
@@ -25,7 +27,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks._smoke import add_smoke
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data_contracts.shards import ShardRows
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SHARD = 256
@@ -34,143 +45,152 @@ PHASES = ("write", "sign", "verify", "logps", "check", "train")
 
 
 def shards(count: int) -> Iterator[tuple[int, list[dict]]]:
+    """(index, rows of weighted_pairs) of each shard; random, but the same for the same count."""
     import numpy as np
 
     from data_contracts.shards import SCHEMAS
 
     empty = dict.fromkeys(SCHEMAS["weighted_pairs"].names)
     for index in range(0, count, SHARD):
-        draw = np.random.default_rng([0, index])
+        chance = np.random.default_rng([0, index])
         rows = []
         for number in range(index, min(count, index + SHARD)):
             row = empty | {
                 "pair_id": f"p{number:07d}/0-1",
                 "prompt_id": f"p{number:07d}",
-                "prompt_ids": draw.integers(0, 49152, 48),
+                "prompt_ids": chance.integers(0, 49152, 48),
             }
             row |= {"win_rate_chosen": 1.0, "win_rate_rejected": 0.0, "chosen_candidate": 0, "rejected_candidate": 1}
             for side in ("chosen", "rejected"):
-                length = draw.integers(8, 33)
-                row[f"{side}_ids"] = draw.integers(0, 49152, length)
-                row[f"{side}_weights"] = draw.random(length, dtype=np.float32)
-                row[f"{side}_reference_logps"] = -draw.random(length, dtype=np.float32)
+                length = chance.integers(8, 33)
+                row[f"{side}_ids"] = chance.integers(0, 49152, length)
+                row[f"{side}_weights"] = chance.random(length, dtype=np.float32)
+                row[f"{side}_reference_logps"] = -chance.random(length, dtype=np.float32)
             rows.append(row)
         yield index // SHARD, rows
 
 
+class Clock:
+    """CPU and wall seconds, added up per phase."""
+
+    def __init__(self) -> None:
+        self.cpu = dict.fromkeys(PHASES, 0.0)
+        self.wall = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        yield
+        self.cpu[name] += time.process_time() - cpu
+        self.wall[name] += time.perf_counter() - wall
+
+
 def measure(count: int, directory: Path) -> dict:
-    import numpy as np
+    """Seconds per phase for `count` rows, and the process's peak memory; artifacts go to `directory`."""
     import torch  # noqa: F401 - its import is not a phase's cost
 
-    from data_contracts.artifact import ArtifactRecord, ArtifactRef
+    from data_contracts.artifact import ArtifactRecord
     from data_contracts.shards import ShardRows, shard_path, to_table, write_shard
     from data_contracts.store import Store
     from stages.methods import METHODS
-    from stages.models.logps import Pass
     from stages.training.batches import collate_rows, micro_batches, plan_steps, row_length
     from stages.training.stage import check_rows
 
-    store = Store(directory)
-    out = store.directory("weighted_pairs", "0" * 64)
-    cpu, wall = {}, {}
-
-    def phase(name: str, began: tuple[float, float]) -> None:
-        cpu[name] = cpu.get(name, 0.0) + time.process_time() - began[0]
-        wall[name] = wall.get(name, 0.0) + time.perf_counter() - began[1]
-
-    now = lambda: (time.process_time(), time.perf_counter())  # noqa: E731
+    store, clock, key = Store(directory), Clock(), "0" * 64
+    out = store.directory("weighted_pairs", key)
     for index, rows in shards(count):
-        began = now()
-        write_shard(shard_path(out, index), to_table(rows, "weighted_pairs"))
-        phase("write", began)
-    began = now()
-    record = store.sign(ArtifactRecord(kind="weighted_pairs", key="0" * 64, stage="weigh", version="1", config={}, inputs={}, content="", files=[], rows=count))  # fmt: skip
-    phase("sign", began)
-    began = now()
-    assert store.problems(record, deep=True) == []
-    phase("verify", began)
+        with clock.phase("write"):
+            write_shard(shard_path(out, index), to_table(rows, "weighted_pairs"))
+    record = ArtifactRecord(
+        kind="weighted_pairs",
+        key=key,
+        stage="weigh",
+        version="1",
+        config={},
+        inputs={},
+        content="",
+        files=[],
+        rows=count,
+    )
+    with clock.phase("sign"):
+        record = store.sign(record)
+    with clock.phase("verify"):
+        assert store.problems(record, deep=True) == []
+    rows = ShardRows([out], "weighted_pairs")
+    with clock.phase("logps"):
+        score_all(rows, count, directory)
+    with clock.phase("check"):
+        check_rows(rows, METHODS.config("dpo"))
+    sides = ("chosen", "rejected")
+    with clock.phase("train"):
+        for step in plan_steps(count, 64, 1, 0):
+            step_rows = rows.pick(step.rows)
+            lengths = [row_length(row, sides, True) for row in step_rows]
+            for batch in micro_batches(lengths, 4096, 0, 1, True):
+                collate_rows([step_rows[i] for i in batch], sides, True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"rows": count, "cpu": clock.cpu, "wall": clock.wall, "peak_mib": peak}
+
+
+def score_all(rows: ShardRows, count: int, directory: Path) -> None:
+    """Fill the log-prob store with both responses of every row, then read them back."""
+    import numpy as np
+
+    from data_contracts.artifact import ArtifactRef
+    from stages.models.logps import Pass
+
+    def zeros(_, prompts, responses, __) -> list[np.ndarray]:
+        return [np.zeros(len(response), np.float32) for response in responses]
+
     model = ArtifactRef(kind="checkpoint", key="external", path=str(directory), content="0" * 64)
     (directory / "config.json").write_text("{}")
-    one = Pass(
-        directory,
-        model,
-        "float32",
-        "cpu",
-        4096,
-        score=lambda _, prompts, responses, __: [np.zeros(len(r), np.float32) for r in responses],
-    )
-    one._load = lambda: None
-    rows = ShardRows([out], "weighted_pairs")
-    began = now()
-    chunks = [(start, min(count, start + SHARD)) for start in range(0, count, SHARD)]
-    for read in (False, True):
-        for start, end in chunks:
-            part = rows[start:end]
+    logps = Pass(directory, model, "float32", "cpu", 4096, score=zeros)
+    logps._load = lambda: None
+    for work in (logps.fill, logps.get):
+        for start in range(0, count, SHARD):
+            part = rows[start : min(count, start + SHARD)]
             prompts = [row["prompt_ids"] for row in part] * 2
             responses = [row[f"{side}_ids"] for side in ("chosen", "rejected") for row in part]
-            one.get(prompts, responses) if read else one.fill(prompts, responses)
-    phase("logps", began)
-    assert one.misses == 2 * count
-    del one
-    began = now()
-    check_rows(rows, METHODS.config("dpo"))
-    phase("check", began)
-    began = now()
-    sides = ("chosen", "rejected")
-    for step in plan_steps(count, 64, 1, 0):
-        picked = rows.pick(step.rows)
-        for batch in micro_batches([row_length(row, sides, True) for row in picked], 4096, 0, 1, True):
-            collate_rows([picked[i] for i in batch], sides, True)
-    phase("train", began)
-    return {
-        "rows": count,
-        "cpu": cpu,
-        "wall": wall,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+            work(prompts, responses)
+    assert logps.misses == 2 * count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument(
-        "--directory", type=Path, help="where the artifacts are made; default: the system's temporary directory"
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one, options.directory)))
-        return
-    results = []
-    for count in options.rows:
-        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-            command = [sys.executable, "-m", "benchmarks.store", "--one", str(count), "--directory", directory]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        result = results[-1]
-        print(
-            count,
-            {name: round(value, 1) for name, value in result["cpu"].items()},
-            round(result["peak_mib"]),
-            flush=True,
-        )
-    print(
-        "\n| rows | "
-        + " | ".join(f"{name}, us/row" for name in PHASES)
-        + " | all, us/row | of the first size | on the wall, us/row | peak MiB |"
-    )
+def show(results: list[dict]) -> None:
+    """Print a line per size."""
+    phases = " | ".join(f"{name}, us/row" for name in PHASES)
+    print(f"\n| rows | {phases} | all, us/row | of the first size | on the wall, us/row | peak MiB |")
     print("|---|" + "---|" * (len(PHASES) + 4))
     first = sum(results[0]["cpu"].values()) / results[0]["rows"]
     for result in results:
-        each = [1e6 * result["cpu"][name] / result["rows"] for name in PHASES]
-        wall = 1e6 * sum(result["wall"].values()) / result["rows"]
-        cells = [f"{value:.1f}" for value in (*each, sum(each))] + [
-            f"{sum(each) / first / 1e6:.2f}",
-            f"{wall:.1f}",
-            f"{result['peak_mib']:.0f}",
-        ]
-        print(f"| {result['rows']} | " + " | ".join(cells) + " |")
+        count = result["rows"]
+        phases = [1e6 * result["cpu"][name] / count for name in PHASES]
+        cells = [f"{value:.1f}" for value in (*phases, sum(phases))]
+        cells += [f"{sum(phases) / first / 1e6:.2f}", f"{1e6 * sum(result['wall'].values()) / count:.1f}"]
+        print(f"| {count} | " + " | ".join([*cells, f"{result['peak_mib']:.0f}"]) + " |")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.store")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--directory", type=Path, help="where the artifacts are made; default: the temporary directory")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    add_smoke(parser)
+    options = parser.parse_args(arguments)
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.directory)))
+        return
+    if options.smoke:
+        options.rows = [300]
+    results = []
+    for count in options.rows:
+        with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+            command = [sys.executable, "-m", "benchmarks.store", "--measure", str(count), "--directory", directory]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        results.append(result)
+        print(count, {name: round(seconds, 1) for name, seconds in result["cpu"].items()}, flush=True)
+    show(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

@@ -1,11 +1,13 @@
-"""Benchmark - does the teacher's weight help? SWIFT, SPIN and SWIFT's ablations on the same shards, several seeds, with intervals.
+"""Benchmark - does the teacher's weight help? SWIFT, SPIN and ablations on the same shards.
 
-    python -m benchmarks.swift_weights --student MODEL --teacher MODEL --stories STORIES.jsonl --out docs/swift_weights.md
+    python -m benchmarks.swift_weights --student MODEL --teacher MODEL --stories STORIES.jsonl --out
+    docs/swift_weights.md python -m benchmarks.swift_weights --smoke
 
-A small story writer learns from stories' endings by self-play, two iterations per run. Everything that does not depend on the variant (prompts,
-the first iteration's generations, the teacher's pass over the ground truths) is built once and shared through the store. Two measures on
-held-out stories: how likely the policy finds the true endings (nats per token), and how likely the teacher finds the policy's endings
-(nats per character, since the two models cut text differently). Intervals: paired bootstrap over stories and seeds against the start model.
+A small story writer learns from stories' endings by self-play, two iterations per run. Everything that does not depend
+on the variant (prompts, the first iteration's generations, the teacher's pass over the ground truths) is built once and
+shared through the store. Two measures on held-out stories: how likely the policy finds the true endings (nats per
+token), and how likely the teacher finds the policy's endings (nats per character, since the two models cut text
+differently). Intervals: paired bootstrap over stories and seeds against the start model.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import argparse
 import json
 import os
 import re
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,11 +25,12 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", 
 
 import numpy as np
 
-import flows.preflight
 import stages.training.engine
+from benchmarks._smoke import add_smoke, parse, tiny_model, write_stories
 from data_contracts.checkpoint import external_model
 from data_contracts.store import Store
-from flows.config import RunConfig
+from flows.config import RunConfig, SamplingConfig
+from flows.preflight import Checked
 from flows.self_play import SelfPlay
 from stages.evaluation.intervals import paired_bootstrap
 from stages.models.logps import Pass
@@ -46,21 +51,27 @@ VARIANTS = {
 }
 
 
+Measures = tuple[dict[str, float], dict[str, float]]
+"""By prompt id: nats per token of the true ending under the policy; nats per character of the policy's ending under
+the teacher."""
+
+
 def stories(path: Path, count: int) -> list[dict]:
-    """Prompt: a story's first two sentences; response: the next three. Only stories that are long enough."""
+    """Rows of prompts. Prompt: a story's first two sentences; response: the next three. Leaves out shorter stories."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         data = json.loads(line)
-        text = data if isinstance(data, str) else data.get("text") or data.get("story")
+        text = data
+        if isinstance(data, dict):
+            text = data.get("text") or data["story"]
         sentences = re.split(r"(?<=[.!?\"])\s+", " ".join(text.split()))
         if len(sentences) < 5:
             continue
-        prompt, response = " ".join(sentences[:2]), " " + " ".join(sentences[2:5])
         row = {
             "prompt_id": f"story-{number:04d}",
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [{"role": "user", "content": " ".join(sentences[:2])}],
             "checks": "[]",
-            "response": response,
+            "response": " " + " ".join(sentences[2:5]),
         }
         rows.append(row | {"chosen": None, "rejected": None, "source": "stories"})
         if len(rows) == count:
@@ -69,12 +80,19 @@ def stories(path: Path, count: int) -> list[dict]:
 
 
 def config_of(options: argparse.Namespace, variant: dict, seed: int) -> RunConfig:
+    """The run of a variant and seed; the same but for these two."""
     base = {
-        "name": "swift-weights", "policy": {"path": options.student}, "models": {"teacher": {"path": options.teacher}}, "seed": seed, "iterations": 2,
-        "prompts": {"train": "-", "heldout": "-", "reuse": True},
-        "sampling": {"backend": {"name": "transformers", "dtype": "float32"}, "template": "plain", "num_candidates": 1, "max_prompt_tokens": 256, "max_new_tokens": 96},
-        "training": {"learning_rate": options.learning_rate, "epochs": 2, "batch_size": 8, "dtype": "float32", "runtime": {"batch_tokens": 4096}},
-        "scoring": {"max_response_tokens": 96},
+        "name": "swift-weights", "policy": {"path": options.student}, "models": {"teacher": {"path": options.teacher}},
+        "seed": seed, "iterations": options.iterations, "prompts": {"train": "-", "heldout": "-", "reuse": True},
+        "sampling": {
+            "backend": {"name": "transformers", "dtype": "float32"}, "template": "plain", "num_candidates": 1,
+            "max_prompt_tokens": options.prompt_tokens, "max_new_tokens": options.new_tokens,
+        },
+        "training": {
+            "learning_rate": options.learning_rate, "epochs": 2, "batch_size": 8, "dtype": "float32",
+            "runtime": {"batch_tokens": 4096},
+        },
+        "scoring": {"max_response_tokens": options.new_tokens},
         "evaluation": {"scorer": {"name": "length"}},
     }  # fmt: skip
     return RunConfig.model_validate(base | variant)
@@ -84,106 +102,122 @@ class Judge:
     """Both measures of a policy on the held-out stories."""
 
     def __init__(self, store: Store, teacher: str, rows: list[dict]):
-        self.rows, self.teacher = rows, Pass(store.root, external_model(Path(teacher)), "bfloat16", "cpu", 8192)
+        self.rows = rows
+        self.teacher = Pass(store.root, external_model(Path(teacher)), "bfloat16", "cpu", 8192)
         self.teacher_tokens = load_tokenizer(teacher)
 
-    def measure(self, policy: str, sampling, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    def measure(self, policy: str, sampling: SamplingConfig, seed: int) -> Measures:
         tokenizer = load_tokenizer(policy)
+        ids = [row["prompt_id"] for row in self.rows]
         prompts = [encode_prompt(tokenizer, row["messages"], "plain") for row in self.rows]
-        truths = [
-            encode_response(tokenizer, row["response"])[:-1] for row in self.rows
-        ]  # cut stories: their end is no ending
+        # Without the end token: the stories are cut, their end is no ending.
+        truths = [encode_response(tokenizer, row["response"])[:-1] for row in self.rows]
         model = load_causal_lm(policy, "float32", "cpu").eval()
-        likely = {
-            row["prompt_id"]: float(logps.mean())
-            for row, logps in zip(self.rows, score_responses(model, prompts, truths, 8192), strict=True)
-        }
+        means = [float(logps.mean()) for logps in score_responses(model, prompts, truths, 8192)]
         sampler = Transformers(sampling.backend, sampling, policy, stop_ids(policy, tokenizer), "cpu")
-        asked = [
-            Prompt(row["prompt_id"], ids, candidate_seeds(seed + 1000, row["prompt_id"], 1))
-            for row, ids in zip(self.rows, prompts, strict=True)
+        requests = [
+            Prompt(name, prompt, candidate_seeds(seed + 1000, name, 1))
+            for name, prompt in zip(ids, prompts, strict=True)
         ]
-        texts = [tokenizer.decode(group[0].token_ids, skip_special_tokens=True) for group in sampler.generate(asked)]
+        texts = [tokenizer.decode(group[0].token_ids, skip_special_tokens=True) for group in sampler.generate(requests)]
         before = [self.teacher_tokens(row["messages"][0]["content"]).input_ids for row in self.rows]
         after = [self.teacher_tokens(text or " ").input_ids for text in texts]
         self.teacher.fill(before, after)
-        scores = [
-            float(logps.sum()) / max(1, len(text))
-            for logps, text in zip(self.teacher.get(before, after), texts, strict=True)
-        ]
-        return likely, {row["prompt_id"]: score for row, score in zip(self.rows, scores, strict=True)}
+        sums = [float(logps.sum()) for logps in self.teacher.get(before, after)]
+        scores = [total / max(1, len(text)) for total, text in zip(sums, texts, strict=True)]
+        return dict(zip(ids, means, strict=True)), dict(zip(ids, scores, strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("--student", "--teacher", "--stories", "--out", "--store"):
-        parser.add_argument(
-            name, required=name not in ("--out", "--store"), default="store" if name == "--store" else None
-        )
-    parser.add_argument("--train", type=int, default=96)
-    parser.add_argument("--heldout", type=int, default=96)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
-    options = parser.parse_args()
-    began = time.monotonic()
-    stages.training.engine.Engine.close = lambda self: None
-    store = Store(options.store)
+def play_variant(config: RunConfig, train: list[dict], heldout: list[dict], store: Store) -> str:
+    """Play a run in this process, without Prefect; returns the path of its last checkpoint."""
+    models = {}
+    if "teacher" in config.roles:
+        models["teacher"] = external_model(Path(config.models.teacher.path))
+    checked = Checked(train, heldout[:1], config.evaluation)
+    start = external_model(Path(config.policy.path))
+    loop = SelfPlay(config, checked, start, models, HandsInProcess(), History())
+    return loop.play(Place(str(store.root), config.name)).path
+
+
+def measure_variants(options: argparse.Namespace, store: Store) -> dict[str, list[Measures]]:
+    """Variant -> measures of each seed; "start" is the start model."""
     rows = stories(Path(options.stories), options.train + options.heldout)
     train, heldout = rows[: options.train], rows[options.train :]
-    judge, start = Judge(store, options.teacher, heldout), external_model(Path(options.student))
+    began, judge = time.monotonic(), Judge(store, options.teacher, heldout)
     sampling = config_of(options, VARIANTS["SPIN"], 0).sampling
-    measured: dict[str, list] = {
-        "start": [judge.measure(options.student, sampling, seed) for seed in range(options.seeds)]
-    }
-    for name, variant in VARIANTS.items():
-        for seed in range(options.seeds):
-            config = config_of(options, variant, seed)
-            models = {"teacher": external_model(Path(options.teacher))} if "teacher" in config.roles else {}
-            checked = flows.preflight.Checked(train, heldout[:1], config.evaluation)
-            loop = SelfPlay(config, checked, start, models, HandsInProcess(), History())
-            final = loop.play(Place(str(store.root), config.name))
-            measured.setdefault(name, []).append(judge.measure(final.path, sampling, seed))
-            print(
-                name,
-                seed,
-                [round(float(np.mean(list(m.values()))), 4) for m in measured[name][-1]],
-                f"{time.monotonic() - began:.0f} s",
-                flush=True,
-            )
-    table = render(measured, options)
-    print(table)
-    if options.out:
-        Path(options.out).write_text(table)
+    seeds = range(options.seeds)
+    measures = {"start": [judge.measure(options.student, sampling, seed) for seed in seeds]}
+    for name in options.variants:
+        measures[name] = []
+        for seed in seeds:
+            final = play_variant(config_of(options, VARIANTS[name], seed), train, heldout, store)
+            measures[name].append(judge.measure(final, sampling, seed))
+            means = [round(float(np.mean(list(measure.values()))), 4) for measure in measures[name][-1]]
+            print(name, seed, means, f"{time.monotonic() - began:.0f} s", flush=True)
+    return measures
 
 
-def render(measured: dict[str, list], options: argparse.Namespace) -> str:
+def by_story_and_seed(runs: list[Measures], column: int) -> dict[str, float]:
+    """One of the two measures over all seeds."""
+    return {f"{seed}/{name}": value for seed, run_ in enumerate(runs) for name, value in run_[column].items()}
+
+
+def render(measures: dict[str, list[Measures]], options: argparse.Namespace) -> str:
+    """The page docs/swift_weights.md, without its discussion."""
     lines = [
         "# Does the teacher's weight help? SWIFT, SPIN and SWIFT's ablations on the same shards", "",
-        f"Student {Path(options.student).name}, teacher {Path(options.teacher).name}; {options.train} stories to train on, {options.heldout} held out, {options.seeds} seeds, two iterations, "
-        f"RMSprop, learning rate {options.learning_rate:g}, batch 8, two epochs. Change against the start model with its 95 % interval (paired bootstrap over stories and seeds). "
+        f"Student {Path(options.student).name}, teacher {Path(options.teacher).name}; {options.train} stories to train "
+        f"on, {options.heldout} held out, {options.seeds} seeds, {options.iterations} iterations, RMSprop, learning "
+        f"rate {options.learning_rate:g}, batch 8, two epochs. Change against the start model with its 95 % interval "
+        "(paired bootstrap over stories and seeds). "
         "Made by `python -m benchmarks.swift_weights`.", "",
-        "| variant | true endings under the policy, nats per token | policy's endings under the teacher, nats per character |", "|---|---|---|",
+        "| variant | true endings under the policy, nats per token "
+        "| policy's endings under the teacher, nats per character |", "|---|---|---|",
     ]  # fmt: skip
-    base = [
-        [{f"{seed}/{key}": value for seed, run_ in enumerate(measured["start"]) for key, value in run_[column].items()}]
-        for column in (0, 1)
-    ]
-    means = [float(np.mean(list(base[column][0].values()))) for column in (0, 1)]
+    base = [by_story_and_seed(measures["start"], column) for column in (0, 1)]
+    means = [float(np.mean(list(values.values()))) for values in base]
     lines.append(f"| start | {means[0]:.4f} | {means[1]:.4f} |")
-    for name in VARIANTS:
-        cells = []
-        for column in (0, 1):
-            after = {
-                f"{seed}/{key}": value
-                for seed, run_ in enumerate(measured[name])
-                for key, value in run_[column].items()
-            }
-            gain = paired_bootstrap(base[column][0], after)
-            cells.append(f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
+    for name in options.variants:
+        gains = [paired_bootstrap(base[column], by_story_and_seed(measures[name], column)) for column in (0, 1)]
+        cells = [f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]" for gain in gains]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swift_weights")
+    parser.add_argument("--student")
+    parser.add_argument("--teacher")
+    parser.add_argument("--stories")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--store", default="store")
+    parser.add_argument("--train", type=int, default=96)
+    parser.add_argument("--heldout", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    add_smoke(parser)
+    options = parse(parser, arguments, required=("student", "teacher", "stories"))
+    # DeepSpeed keeps the first process group for ever; the trainings of this process share it.
+    stages.training.engine.Engine.close = lambda self: None
+    with tempfile.TemporaryDirectory() as directory:
+        if options.smoke:
+            root = Path(directory)
+            options.student, options.teacher = tiny_model(root / "student"), tiny_model(root / "teacher", seed=1)
+            options.stories, options.store = write_stories(root / "stories.jsonl", 10), str(root / "store")
+            options.train, options.heldout, options.seeds, options.iterations = 6, 4, 1, 1
+            options.prompt_tokens, options.new_tokens = 160, 8
+            options.variants = ["SWIFT (teacher)", "SPIN"]
+        text = render(measure_variants(options, Store(options.store)), options)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
 if __name__ == "__main__":
     main()
-    os._exit(0)
+    sys.stdout.flush()
+    os._exit(0)  # DeepSpeed's end prints warnings

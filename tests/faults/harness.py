@@ -174,9 +174,13 @@ def contents(out: str) -> dict[str, str]:
 
 
 def prepare(
-    root: Path, build_model: Callable[[Path], Path], publish: Callable[[Store], Any], two_ranks: bool = False
+    root: Path,
+    build_model: Callable[[Path], Path],
+    publish: Callable[[Store], Any],
+    two_ranks: bool = False,
+    stages: Sequence[str] = tuple(STEPS),
 ) -> dict[str, Scene]:
-    """Build every stage once, undisturbed, and keep the store before and after each."""
+    """Build each of the stages once, undisturbed, and keep the store before and after it."""
     root.mkdir(parents=True, exist_ok=True)
     model = build_model(root / "model")
     store = Store(root / "store")
@@ -184,7 +188,7 @@ def prepare(
     external_model(model, store.root / "digests")
     steps: list[list[Any]] = []
     scenes = {}
-    table = dict(STEPS)
+    table = {name: STEPS[name] for name in stages}
     if two_ranks:
         stage, config, inputs = table["train"]
         table[TWO_RANKS] = (
