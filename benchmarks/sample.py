@@ -70,7 +70,14 @@ class Bench:
         sampler = engine(self.config.backend, self.config, options.model, self.stops, sampling.pick_device("auto"))
         self.start_seconds = time.perf_counter() - began
         self.sampler = sampler
-        SAMPLERS.get = lambda name: lambda *_: sampler  # the stage takes the engine that runs already
+
+        class Running(engine):
+            """The stage takes the engine that runs already."""
+
+            def __new__(cls, *_):
+                return sampler
+
+        SAMPLERS.get = lambda name: Running
         self.policy = external_model(Path(options.model))
         self.prompts = [{"prompt_token_ids": encode_prompt(tokenizer, row["messages"], "chat")} for row in self.rows]
 

@@ -5,7 +5,7 @@
 # (a path file behind its own packages): a quarter of a gigabyte instead of three. The environment serves
 #   the test that compares the native scorer with llm-blender:   make test-all ARGS="-k llm_blender_itself"
 #   the golden numbers of the other tests, made again:           .venv-oracle/bin/python tests/assets/make_pairrm_golden.py
-#   the comparison of speed:                                     .venv/bin/python benchmarks/pairrm.py
+#   the comparison of speed:                                     .venv/bin/python -m benchmarks.pairrm
 set -eu
 cd "$(dirname "$0")/../.."
 target=${1:-.venv-oracle}
