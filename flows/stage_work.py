@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import flow, get_run_logger
 
-from tasks.execution.remote import do
+from tasks.execution.remote import run_request
 
 
 @flow(name="stage-work", persist_result=False)
@@ -18,4 +18,4 @@ def stage_work(request: str, token: str, rank: int = 0) -> None:
         token: Proof that the store of this node is that of the run.
         rank: Number of this node among those that work together.
     """
-    do(Path(request), token, rank, get_run_logger().info)
+    run_request(Path(request), token, rank, get_run_logger().info)

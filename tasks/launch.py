@@ -1,4 +1,4 @@
-"""Tasks - run one stage as a process tree of its own: stream its output, follow its progress, leave nothing behind."""
+"""Tasks - run one stage as a process tree: stream its output, follow its progress, leave no process behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 import stages
 from data_contracts.errors import BY_NAME, StageError, TransientError
@@ -24,14 +24,16 @@ from stages.running.supervise import processes_with, signal_all, supervisor_opti
 
 CHECKOUT = Path(stages.__file__).resolve().parent.parent
 LINES_PER_SECOND = 10
-"""What a log server gets at most; the file gets everything (20,000 lines cost Prefect's server 50 s)."""
+"""At most this many reach Prefect (20,000 lines cost its server 50 s); the log file gets all."""
 NOISE = re.compile(r"\d+%\||it/s\]|s/it\]|^@|^\s*$|Warning: |^\S*W\d{4} |^  ")
-"""Progress bars, warnings of libraries and their quoted source lines: in the file, not in the UI."""
+"""Progress bars, warnings of libraries and their quoted source lines: in the log file, not in the UI."""
 GRACE_SECONDS = 10.0
+"""Time that a stage gets to end by itself after SIGTERM."""
+POLL_SECONDS = 0.2
 
 
 class Progress:
-    """The last `@progress` line of a stage."""
+    """How far a stage is, as its last `@progress` line tells."""
 
     def __init__(self) -> None:
         self.done, self.total, self.unit = 0, 0, ""
@@ -41,10 +43,71 @@ class Progress:
         return 100.0 * self.done / self.total if self.total else 0.0
 
 
-class StageProcess:
-    """`python -m stages ARGUMENTS` and its tree, started; the caller looks at it until it has ended, and always calls `end`.
+class _Output:
+    """A stage's output. A thread copies it to the log file; `forward` hands it to the run's log."""
 
-    `inherit`: file descriptors (a lock) that the tree keeps open.
+    def __init__(self, stream: IO[str], log_file: Path, log: Callable[[str], None]):
+        self.stream, self.log_file, self.log = stream, log_file, log
+        self.lines: SimpleQueue[str] = SimpleQueue()
+        """Not forwarded yet."""
+        self.tail: deque[str] = deque(maxlen=30)
+        """The last lines without noise."""
+        self.error: dict[str, Any] = {}
+        """`type` and `message` of the error that the stage reported."""
+        self.progress = Progress()
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+        self.thread.start()
+
+    def _copy(self) -> None:
+        # A full disk costs the file, never the reading: a stage whose pipe nobody empties stands still for ever.
+        file = None
+        with self.stream:
+            for line in self.stream:
+                self.lines.put(line.rstrip("\n"))
+                with suppress(OSError):
+                    file = file or open(self.log_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+                    file.write(line)
+            with suppress(OSError):
+                if file:
+                    file.close()
+
+    def forward(self, seconds: float) -> None:
+        """Read the new lines and log some of them, as many as LINES_PER_SECOND allows in `seconds`."""
+        budget, held_back = max(1, int(LINES_PER_SECOND * seconds)), 0
+        while True:
+            try:
+                line = self.lines.get_nowait()
+            except Empty:
+                break
+            if line.startswith("@progress "):
+                vars(self.progress).update(_message(line, {"done", "total", "unit"}))
+            elif line.startswith("@error "):
+                self.error.update(_message(line, {"type", "message"}))
+            elif not NOISE.search(line):
+                self.tail.append(line)
+                if budget > 0:
+                    self.log(line)
+                    budget -= 1
+                else:
+                    held_back += 1
+        if held_back:
+            self.log(f"... {held_back} more lines in the log file")
+
+
+def _message(line: str, fields: set[str]) -> dict[str, Any]:
+    """The JSON in a stage's `@` line; {} if another process of its tree wrote into the middle of it."""
+    try:
+        message = json.loads(line.partition(" ")[2])
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) and message.keys() == fields else {}
+
+
+class StageProcess:
+    """`python -m stages ARGUMENTS` and its process tree, started.
+
+    Call `wait` until it returns True, and `end` in any case.
+    inherit: file descriptors (a lock) that the tree keeps open.
     """
 
     def __init__(
@@ -58,59 +121,81 @@ class StageProcess:
         inherit: Sequence[int] = (),
         timeout: float | None = None,
     ):
-        self.stage, self.log_file, self.log, self.timeout = arguments[0], log_file, log, timeout
-        self.marker = f"SELFPLAY_TREE={uuid.uuid4().hex}"
-        command = [
-            sys.executable,
-            "-m",
-            "stages.running.supervise",
-            *supervisor_options(GRACE_SECONDS),
-            python or sys.executable,
-            "-m",
-            "stages",
-            *arguments,
-        ]
-        environment = (
-            os.environ
-            | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path(), "SELFPLAY_TREE": self.marker.partition("=")[2]}
-            | (env or {})
-        )
-        self.lines: SimpleQueue[str] = SimpleQueue()
+        self.stage, self.log_file, self.timeout = arguments[0], log_file, timeout
+        tree = uuid.uuid4().hex
+        self.marker = f"SELFPLAY_TREE={tree}"
+        supervisor = [sys.executable, "-m", "stages.running.supervise", *supervisor_options(GRACE_SECONDS)]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path(), "SELFPLAY_TREE": tree}
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            start_new_session=True, env=environment, pass_fds=tuple(inherit),
-        )  # fmt: skip
-        self.tail: deque[str] = deque(maxlen=30)
-        self.reported: dict[str, Any] = {}
-        self.progress = Progress()
-        self.pump = threading.Thread(target=_pump, args=(self.process.stdout, log_file, self.lines), daemon=True)
-        self.pump.start()
+            [*supervisor, python or sys.executable, "-m", "stages", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env=environment | (env or {}),
+            pass_fds=tuple(inherit),
+        )
+        assert self.process.stdout is not None
+        self.output = _Output(self.process.stdout, log_file, log)
 
-    def look(self, patience: float) -> bool:
-        """Wait so many seconds for the end, hand on what was said; whether it has ended. Raises: StageError if it ran too long."""
+    def wait(self, patience: float) -> bool:
+        """Wait up to `patience` seconds and forward new output. Returns True once the process has exited.
+
+        Raises: StageError if it ran longer than its timeout.
+        """
         try:
             self.process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             ended = False
         else:
             ended = True
-            self.pump.join(5)
-        _drain(self.lines, self.tail, self.reported, self.progress, self.log)
+            self.output.thread.join(5)
+        self.output.forward(POLL_SECONDS)
         if not ended and self.timeout is not None and time.monotonic() - self.began > self.timeout:
             raise StageError(
-                f"the stage {self.stage} ran longer than runtime.timeout_seconds = {self.timeout:g}; log: {self.log_file}"
+                f"the stage {self.stage} ran longer than runtime.timeout_seconds = {self.timeout:g}; "
+                f"log: {self.log_file}"
             )
         return ended
 
     def end(self) -> None:
-        """Nothing of the tree is left."""
-        _end(self.process, self.marker)
+        """End every process of the tree."""
+        end_tree(self.process, self.marker)
 
     def check(self) -> None:
-        """Raises: what `run_stage` raises, if it has failed."""
-        if code := self.process.returncode:
-            _raise(code, self.reported, self.tail, self.stage, self.log_file)
+        """Raises: what `run_stage` raises, if the stage has failed."""
+        code, error = self.process.returncode, self.output.error
+        if not code:
+            return
+        if error:
+            kind = BY_NAME.get(error["type"], StageError)
+            raise kind(f"{error['message']} [stage {self.stage}, log: {self.log_file}]")
+        last = "\n".join(self.output.tail)
+        number = code - 128 if code > 0 else -code
+        if 0 < number < signal.NSIG:  # 255, or 247 of the deepspeed launcher, is no signal
+            raise TransientError(
+                f"the stage {self.stage} was killed by signal {number} ({signal.strsignal(number)}; 9 is often the "
+                f"out-of-memory killer); log: {self.log_file}\n{last}"
+            )
+        raise StageError(
+            f"the stage {self.stage} ended with exit code {code}; log: {self.log_file}; its last lines:\n{last}"
+        )
+
+
+def end_tree(process: subprocess.Popen[str], marker: str) -> None:
+    """End a supervisor, which ends its tree; then whatever else inherited the marker (NAME=value in the environment)."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE_SECONDS + 7)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    # Only a supervisor that was itself killed leaves processes.
+    signal_all(processes_with(marker), signal.SIGKILL)
 
 
 def run_stage(
@@ -121,93 +206,23 @@ def run_stage(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     **options: Any,
 ) -> None:
-    """`python -m stages ARGUMENTS`, blocking; options as of StageProcess. The whole tree ends with it: on success, on any exception raised
-    here (a cancel, Ctrl-C, a timeout), and when this process itself is killed.
+    """Run `python -m stages ARGUMENTS` to its end; options as of StageProcess.
 
-    Raises: the pipeline error that the stage reported; TransientError if it was killed; StageError if it died otherwise or ran too long.
+    Its whole tree ends with it: on success, on an exception raised here (a cancel, Ctrl-C, a timeout), and when this
+    process is killed.
+    Raises: the pipeline error that the stage reported; TransientError if it was killed; StageError if it died otherwise
+    or ran too long.
     """
     stage = StageProcess(arguments, log_file=log_file, log=log, **options)
     try:
-        while not stage.look(0.2):
-            on_progress(stage.progress)
-        on_progress(stage.progress)
+        while not stage.wait(POLL_SECONDS):
+            on_progress(stage.output.progress)
+        on_progress(stage.output.progress)
     finally:
         stage.end()
     stage.check()
 
 
 def python_path() -> str:
-    """This checkout first: the packages are the same in whatever interpreter runs the stage."""
+    """PYTHONPATH for a stage, this checkout first: its packages serve whatever interpreter runs the stage."""
     return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-
-
-def _pump(stream: Any, log_file: Path, lines: SimpleQueue[str]) -> None:
-    # A full disk costs the file, never the reading: a stage whose pipe nobody empties stands still for ever.
-    file = None
-    with stream:
-        for line in stream:
-            lines.put(line.rstrip("\n"))
-            with suppress(OSError):
-                file = file or open(log_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-                file.write(line)
-        with suppress(OSError):
-            if file:
-                file.close()
-
-
-def _drain(
-    lines: SimpleQueue[str], tail: deque[str], reported: dict[str, Any], progress: Progress, log: Callable[[str], None]
-) -> None:
-    """Hand on what the stage said since the last look; Prefect is only ever called from the thread that runs the task."""
-    allowed, held = max(1, int(LINES_PER_SECOND * 0.2)), 0
-    while True:
-        try:
-            line = lines.get_nowait()
-        except Empty:
-            break
-        if line.startswith("@progress "):
-            progress.__dict__.update(_message(line, {"done", "total", "unit"}))
-        elif line.startswith("@error "):
-            reported.update(_message(line, {"type", "message"}))
-        elif not NOISE.search(line):
-            tail.append(line)
-            if allowed > 0:
-                log(line)
-                allowed -= 1
-            else:
-                held += 1
-    if held:
-        log(f"... {held} more lines in the log file")
-
-
-def _message(line: str, fields: set[str]) -> dict[str, Any]:
-    """What a stage tells us in a line of JSON; nothing, if another process of its tree wrote into the middle of it."""
-    try:
-        message = json.loads(line.partition(" ")[2])
-    except ValueError:
-        return {}
-    return message if isinstance(message, dict) and message.keys() == fields else {}
-
-
-def _end(process: subprocess.Popen, marker: str) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)  # the supervisor ends its whole tree
-        try:
-            process.wait(GRACE_SECONDS + 7)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    # Only a supervisor that was itself killed leaves anything: found by what every process of the tree inherited.
-    signal_all(processes_with(marker), signal.SIGKILL)
-
-
-def _raise(code: int, reported: dict[str, Any], tail: deque[str], stage: str, log_file: Path) -> None:
-    if reported:
-        raise BY_NAME.get(reported["type"], StageError)(f"{reported['message']} [stage {stage}, log: {log_file}]")
-    last = "\n".join(tail)
-    number = code - 128 if code > 0 else -code
-    if 0 < number < signal.NSIG:  # 255, or 247 of the deepspeed launcher, is no signal
-        raise TransientError(
-            f"the stage {stage} was killed by signal {number} ({signal.strsignal(number)}; 9 is often the out-of-memory killer); log: {log_file}\n{last}"
-        )
-    raise StageError(f"the stage {stage} ended with exit code {code}; log: {log_file}; its last lines:\n{last}")

@@ -1,6 +1,7 @@
-"""Tasks - mirror a run into MLflow: parent run per flow run, child run per iteration.
+"""Tasks - mirror a run into MLflow: a parent run per flow run, a child run per iteration.
 
-The records in the store are the truth; this is a copy for plots and comparisons. MLflow being away, slow or broken costs one log line.
+The records in the store are the truth; this is a copy for plots and comparisons. An MLflow that is away, slow or broken
+costs one log line.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def import_client() -> Any:
 
 
 class Tracker:
-    """Best effort. After the first failure it says so and does nothing more."""
+    """One run's mirror. Best effort: after the first failure it logs one line and does nothing more."""
 
     def __init__(self, store: Store, run: str, log: Callable[[str], None], uri: str | None = None):
         self.store, self.run, self.log, self.working = store, run, log, True
@@ -48,16 +49,17 @@ class Tracker:
         self.children: dict[int, str] = {}
         self._try(self._open, run)
 
-    def _try(self, do: Callable[..., None], *arguments: Any) -> None:
+    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
         if not self.working:
             return
         try:
-            do(*arguments)
+            action(*arguments)
         except Exception as error:  # MLflow raises whatever its transport raises; none of it may end a run
             self.working = False
-            said = without_password(str(error).partition("\n")[0])
+            message = without_password(str(error).partition("\n")[0])
             self.log(
-                f"MLflow at {without_password(self.uri)} does not work ({type(error).__name__}: {said:.200}): this run is not mirrored there; nothing else is lost"
+                f"MLflow at {without_password(self.uri)} does not work ({type(error).__name__}: {message:.200}): "
+                "this run is not mirrored there; nothing else is lost"
             )
 
     def _open(self, run: str) -> None:
@@ -66,44 +68,45 @@ class Tracker:
         with self.store.lock_apart("mlflow"):
             self.client = mlflow_client(tracking_uri=self.uri, registry_uri=self.uri)
             experiment = self.client.get_experiment_by_name("self-play")
-            if experiment is None:
-                location = (self.store.root / "mlflow-artifacts").as_uri() if self.uri.startswith("sqlite") else None
-                identity = self.client.create_experiment("self-play", artifact_location=location)
+            if experiment is not None:
+                self.experiment = experiment.experiment_id
             else:
-                identity = experiment.experiment_id
-        self.experiment = identity
-        self.parent = self.client.create_run(identity, run_name=run).info.run_id
+                location = None
+                if self.uri.startswith("sqlite"):
+                    location = (self.store.root / "mlflow-artifacts").as_uri()
+                self.experiment = self.client.create_experiment("self-play", artifact_location=location)
+        self.parent = self.client.create_run(self.experiment, run_name=run).info.run_id
 
     def parameters(self, values: dict[str, Any]) -> None:
-        self._try(
-            lambda: self.client.log_batch(
-                self.parent, params=[_param(name, value) for name, value in flatten(values).items()]
-            )
-        )
+        """The run's settings, nested sections by dotted names."""
+        self._try(self._parameters, values)
 
-    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None:
-        """Metrics, seconds and digest of one artifact, into the iteration's child run; a training's curve too."""
-        self._try(self._stage, iteration, record, cached, shown_as)
+    def _parameters(self, values: dict[str, Any]) -> None:
+        params = [_param(name, value) for name, value in flatten(values).items()]
+        self.client.log_batch(self.parent, params=params)
 
-    def _stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None:
+    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
+        """Metrics, seconds, costs and digest of one artifact, into the iteration's child run; a training's curve too.
+
+        stage_name: the name under which the run shows the artifact.
+        """
+        self._try(self._stage, iteration, record, cached, stage_name)
+
+    def _stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
         child = self._child(iteration)
-        metrics = [_metric(f"{shown_as}/{name}", value) for name, value in record.metrics.items()]
-        metrics += [_metric(f"{shown_as}/seconds/{name}", value) for name, value in record.seconds.items()]
-        metrics += [_metric(f"{shown_as}/cost/{name}", value) for name, value in record.cost.items()]
-        metrics += [_metric(f"{shown_as}/cached", float(cached))]
-        curve = self.store.directory(record.kind, record.key) / "metrics.jsonl"
-        for line in curve.read_text().splitlines() if curve.is_file() else []:
-            values = json.loads(line)
-            metrics += [
-                _metric(f"curve/{name}", value, int(values["step"])) for name, value in values.items() if name != "step"
-            ]
-        tags = {f"artifact.{shown_as}": f"{record.kind}/{record.key}", f"digest.{shown_as}": record.content}
+        metrics = [_metric(f"{stage_name}/{name}", value) for name, value in record.metrics.items()]
+        metrics += [_metric(f"{stage_name}/seconds/{name}", value) for name, value in record.seconds.items()]
+        metrics += [_metric(f"{stage_name}/cost/{name}", value) for name, value in record.cost.items()]
+        metrics += [_metric(f"{stage_name}/cached", float(cached))]
+        metrics += _curve(self.store.directory(record.kind, record.key) / "metrics.jsonl")
+        tags = {f"artifact.{stage_name}": f"{record.kind}/{record.key}", f"digest.{stage_name}": record.content}
         for start in range(0, len(metrics), 900):  # MLflow takes 1000 in one call
             self.client.log_batch(child, metrics=metrics[start : start + 900])
         for name, value in tags.items():
             self.client.set_tag(child, name, value)
 
     def _child(self, iteration: int) -> str:
+        """The MLflow id of the iteration's run, made at its first use."""
         if iteration not in self.children:
             run = self.client.create_run(
                 self.experiment,
@@ -115,14 +118,17 @@ class Tracker:
 
     def summary(self, iteration: int, values: dict[str, float]) -> None:
         """Headline numbers in the parent run, with the iteration as step: one curve per run."""
-        self._try(
-            lambda: self.client.log_batch(
-                self.parent, metrics=[_metric(name, value, iteration) for name, value in values.items()]
-            )
-        )
+        self._try(self._summary, iteration, values)
+
+    def _summary(self, iteration: int, values: dict[str, float]) -> None:
+        metrics = [_metric(name, value, iteration) for name, value in values.items()]
+        self.client.log_batch(self.parent, metrics=metrics)
 
     def register(self, policies: Mapping[str, ArtifactRef]) -> None:
-        """Alias -> checkpoint: versions of the registered model that has the run's name, one per content, however often the run is repeated."""
+        """Set the aliases of the registered model that has the run's name.
+
+        policies: alias -> checkpoint. Each content becomes one version, however often the run is repeated.
+        """
         self._try(self._register, policies)
 
     def _register(self, policies: Mapping[str, ArtifactRef]) -> None:
@@ -133,16 +139,18 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = {
-            one.tags.get("digest"): one.version for one in self.client.search_model_versions(f"name='{self.run}'")
-        }
+        registered = self.client.search_model_versions(f"name='{self.run}'")
+        versions = {version.tags.get("digest"): version.version for version in registered}
         for alias, ref in policies.items():
             if ref.content not in versions:
                 versions[ref.content] = self._new_version(ref)
             self.client.set_registered_model_alias(self.run, alias, versions[ref.content])
 
     def _new_version(self, ref: ArtifactRef) -> str:
-        """The checkpoint where it lies, nothing is copied. A server takes no path of this machine: there it is a tag, and the source is the run."""
+        """Register a checkpoint; returns its version. Nothing is copied: the source is the checkpoint's directory.
+
+        A server takes no path of this machine; there the path is a tag, and the source is the run.
+        """
         from mlflow.exceptions import MlflowException
 
         tags = {"artifact": f"{ref.kind}/{ref.key}", "digest": ref.content, "path": ref.path}
@@ -156,16 +164,13 @@ class Tracker:
         return self.client.create_model_version(self.run, source=source, run_id=self.parent, tags=tags).version
 
     def finish(self, report: Path | None, status: str = "FINISHED") -> None:
+        """Upload the report and its plots, if there is one, and end all runs of this mirror."""
         self._try(self._finish, report, status)
 
     def _finish(self, report: Path | None, status: str) -> None:
         if report is not None:
-            for path in (
-                report,
-                report.with_suffix(".html"),
-                report.with_name("gate.json"),
-                report.with_name("tournament.json"),
-            ):
+            others = [report.with_suffix(".html"), report.with_name("gate.json"), report.with_name("tournament.json")]
+            for path in (report, *others):
                 if path.is_file():
                     self.client.log_artifact(self.parent, str(path))
             if (plots := report.with_name("plots")).is_dir():
@@ -175,8 +180,20 @@ class Tracker:
 
 
 def without_password(text: str) -> str:
-    """user:password@ in an address, as user:***@."""
+    """The text with user:password@ in its addresses replaced by user:***@."""
     return re.sub(r"(?<=://)([^/@\s:]*):[^/@\s]*@", r"\1:***@", text)
+
+
+def _curve(path: Path) -> list[Any]:
+    """The metrics of every step of a training; none for a stage that writes no such file."""
+    if not path.is_file():
+        return []
+    metrics = []
+    for line in path.read_text().splitlines():
+        values = json.loads(line)
+        step = int(values.pop("step"))
+        metrics += [_metric(f"curve/{name}", value, step) for name, value in values.items()]
+    return metrics
 
 
 def _metric(name: str, value: float, step: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""Tasks - what an execution engine is: it starts a piece of work somewhere, says whether it has ended and how, and can end it."""
+"""Tasks - the interface of an execution engine: start a piece of work, see whether and how it ended, end it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,44 @@ class Work(NamedTuple):
     """One process tree: `python -m stages ARGUMENTS`, on each of `nodes` machines."""
 
     name: str
-    """For people: sample-3f9c1a7b-w2."""
+    """Shown to people, e.g. sample-3f9c1a7b-w2."""
     arguments: tuple[str, ...]
+    """Of `python -m stages`."""
     log_file: Path
+    """Receives the output; the directory is shared by all nodes."""
     env: dict[str, str]
+    """Environment variables beside the inherited ones."""
     python: str | None = None
+    """Interpreter; None: this process's own."""
     gpus: int = 0
     """On each node."""
     nodes: int = 1
     timeout: float | None = None
+    """Seconds after which the work is ended; None: never."""
 
 
 class Handle(Protocol):
-    def has_ended(self) -> bool: ...
+    """A piece of work that was started."""
+
+    def has_ended(self) -> bool:
+        """Whether the work is over. Returns at once. Raises: TransientError if it has waited too long for its start."""
+        ...
 
     def error(self) -> Exception | None:
-        """Why it failed; None if it did not. Asked after it has ended."""
+        """Why the work failed, or None if it succeeded. Call it only after `has_ended` returned True."""
+        ...
 
     def cancel(self) -> None:
-        """End it, if it has not ended. Never raises."""
+        """End the work unless it has ended, and free what it holds. Never raises."""
+        ...
 
 
 class Executor(Protocol):
-    def start(self, work: Work) -> Handle: ...
+    """An engine: processes of this machine, a Prefect work pool, Ray or Slurm."""
+
+    def start(self, work: Work) -> Handle:
+        """Start a piece of work. Raises: ConfigError if the engine can never run it."""
+        ...
 
 
 def perform(
@@ -44,15 +59,18 @@ def perform(
     pause: float = 0.2,
     again: Callable[[Work, Exception], bool] = lambda work, error: False,
 ) -> list[Exception | None]:
-    """Do all of it at once; one error or None per piece. What fails is started again if `again` says so. Whatever is raised here (a cancel)
-    ends them all."""
+    """Run all works side by side; returns one error or None per work.
+
+    tick: called once per round, e.g. to report progress. pause: seconds between two rounds. again: whether a failed
+    work is started once more. An exception raised here (a cancel, Ctrl-C) ends all works.
+    """
     errors: list[Exception | None] = [None] * len(works)
     running: dict[int, Handle] = {}
     try:
         for number, work in enumerate(works):
             running[number] = executor.start(work)
         while running:
-            for number, handle in list(running.items()):  # all are looked at each time: what they said is handed on
+            for number, handle in list(running.items()):  # has_ended also forwards a local work's output
                 if not handle.has_ended():
                     continue
                 errors[number] = error = handle.error()

@@ -12,7 +12,11 @@ from tasks.execution.config import ExecutionConfig
 def executor_for(
     execution: ExecutionConfig, store: Store, log: Callable[[str], None], inherit: Sequence[int]
 ) -> Executor:
-    """The engine of a profile. Raises: ConfigError if it is not installed or cannot be reached."""
+    """The engine of the run's profile.
+
+    log: takes lines for people. inherit: file descriptors (locks) that local processes keep open.
+    Raises: ConfigError if the engine is not installed or cannot be reached.
+    """
     profile = execution.profile
     if profile == "local":
         from tasks.execution.local import Local

@@ -1,4 +1,4 @@
-"""Tasks - which GPUs of this machine a piece of work may use: one lock file per GPU, held while it runs."""
+"""Tasks - share the GPUs of this machine between pieces of work: one lock file per GPU, held while the work runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from data_contracts.errors import ConfigError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def gpus_here() -> list[str]:
-    """The GPUs that this process may see: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
     if VISIBLE in os.environ:
         return [name.strip() for name in os.environ[VISIBLE].split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
     try:
@@ -34,49 +34,54 @@ def gpus_here() -> list[str]:
 
 
 def lock_directory() -> Path:
+    """The directory of this user's GPU locks on this machine."""
     return Path(tempfile.gettempdir()) / f"selfplay-gpus-{os.getuid()}"
 
 
 @contextmanager
 def some_gpus(count: int, log: Callable[[str], None], poll: float = 1.0) -> Iterator[dict[str, str]]:
-    """Environment that shows `count` GPUs which no other work of this user on this machine has; waits for them. Nothing for 0.
+    """Hold `count` GPUs that no other work of this user on this machine has; yields the environment that names them.
 
+    Waits until they are free, looking every `poll` seconds. Yields {} for 0.
     Raises: ConfigError if the machine has fewer.
     """
     if count == 0:
         yield {}
         return
-    here = gpus_here()
-    if len(here) < count:
-        seen = f" ({VISIBLE}={os.environ[VISIBLE]})" if VISIBLE in os.environ else ""
+    names = visible_gpus()
+    if len(names) < count:
+        setting = f" ({VISIBLE}={os.environ[VISIBLE]})" if VISIBLE in os.environ else ""
         raise ConfigError(
-            f"{count} GPUs are asked for, and {os.uname().nodename} shows {len(here)}{seen}: lower execution.gpus, "
-            "sampling.backend.runtime.tensor_parallel_size or training.runtime.num_processes, or send the work to a larger node"
+            f"{count} GPUs are asked for, and {os.uname().nodename} shows {len(names)}{setting}: lower execution.gpus, "
+            "sampling.backend.runtime.tensor_parallel_size or training.runtime.num_processes, or send the work to a "
+            "larger node"
         )
-    with ExitStack() as held:
-        taken = _take(here, count, held, log, poll)
-        yield {VISIBLE: ",".join(taken)}
+    with ExitStack() as locks:
+        yield {VISIBLE: ",".join(_lock(names, count, locks, log, poll))}
 
 
-def _take(here: list[str], count: int, held: ExitStack, log: Callable[[str], None], poll: float) -> list[str]:
-    """All or nothing, so that two that want several each do not wait for each other for ever."""
+def _lock(names: list[str], count: int, locks: ExitStack, log: Callable[[str], None], poll: float) -> list[str]:
+    """Lock `count` of the GPUs, for as long as `locks` is open; returns their names.
+
+    All or none are taken: two works that each want several would otherwise wait for each other for ever.
+    """
     directory = lock_directory()
     directory.mkdir(mode=0o700, exist_ok=True)
-    told = False
+    announced = False
     while True:
-        with ExitStack() as trying:
-            taken = []
-            for name in here:
-                file = trying.enter_context(open(directory / name.replace("/", "_"), "a"))
+        with ExitStack() as attempt:
+            taken: list[str] = []
+            for name in names:
+                file = attempt.enter_context(open(directory / name.replace("/", "_"), "a"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
                 taken.append(name)
                 if len(taken) == count:
-                    held.push(trying.pop_all())
+                    locks.push(attempt.pop_all())
                     return taken
-        if not told:
-            log(f"waiting for {count} of the GPUs {','.join(here)}: other work has them")
-            told = True
+        if not announced:
+            log(f"waiting for {count} of the GPUs {','.join(names)}: other work has them")
+            announced = True
         time.sleep(poll)

@@ -1,4 +1,4 @@
-"""Tasks - the engine of a laptop: processes of this machine, children of the run."""
+"""Tasks - the engine `local`: processes of this machine, children of the run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from contextlib import ExitStack
 
 from data_contracts.errors import ConfigError
 from tasks.execution.base import Work
-from tasks.execution.gpus import gpus_here, some_gpus
+from tasks.execution.gpus import some_gpus, visible_gpus
 from tasks.launch import StageProcess
 
 
 class Local:
+    """Raises nothing at its start: this machine is always there."""
+
     def __init__(self, log: Callable[[str], None], inherit: Sequence[int]):
         self.log, self.inherit = log, inherit
         self.handles: list[LocalHandle] = []
@@ -19,22 +21,25 @@ class Local:
     def start(self, work: Work) -> LocalHandle:
         if work.nodes > 1:
             raise ConfigError(
-                f"{work.name} asks for {work.nodes} nodes, and the profile local has one machine: set execution.profile to process-pool, "
-                "kubernetes, ray or slurm, or start the other nodes by hand (docs/cluster.md)"
+                f"{work.name} asks for {work.nodes} nodes, and the profile local has one machine: set "
+                "execution.profile to process-pool, kubernetes, ray or slurm, or start the other nodes by hand "
+                "(docs/cluster.md)"
             )
-        # Work that waited here for the GPUs of work started before it would wait for ever: nobody would look at that one.
-        wanted = work.gpus + sum(handle.gpus for handle in self.handles if not handle.is_over)
-        if wanted > len(gpus_here()):
+        # `start` blocks until GPUs are free. Those of works started before it never would be: `perform` polls only
+        # afterwards.
+        needed = work.gpus + sum(handle.gpus for handle in self.handles if not handle.is_over)
+        if needed > len(visible_gpus()):
             raise ConfigError(
-                f"the workers of {work.name.rpartition('-w')[0] or work.name} ask for {wanted} GPUs or more at once, and this machine shows "
-                f"{len(gpus_here())}: lower execution.workers or execution.gpus, or choose a profile with more machines"
+                f"the workers of {work.name.rpartition('-w')[0] or work.name} ask for {needed} GPUs or more at once, "
+                f"and this machine shows {len(visible_gpus())}: lower execution.workers or execution.gpus, or choose a "
+                "profile with more machines"
             )
         self.handles.append(LocalHandle(work, self.log, self.inherit))
         return self.handles[-1]
 
 
 class LocalHandle:
-    """A stage process that is looked at now and then."""
+    """A stage's process tree, with its GPUs."""
 
     def __init__(self, work: Work, log: Callable[[str], None], inherit: Sequence[int]):
         self.failure: Exception | None = None
@@ -51,15 +56,15 @@ class LocalHandle:
                 timeout=work.timeout,
             )
             stack.callback(self.stage.end)
-            self.open = stack.pop_all()
+            self.resources = stack.pop_all()
 
     def has_ended(self) -> bool:
         if self.is_over:
             return True
         try:
-            if not self.stage.look(0):
+            if not self.stage.wait(0):
                 return False
-        except Exception as error:  # too long: it is ended like any other
+        except Exception as error:  # it ran too long, and is ended like any other
             self.failure = error
         self.cancel()
         return True
@@ -74,4 +79,4 @@ class LocalHandle:
 
     def cancel(self) -> None:
         self.is_over = True
-        self.open.close()
+        self.resources.close()

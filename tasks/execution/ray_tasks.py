@@ -1,4 +1,4 @@
-"""Tasks - the engine Ray: a task with `num_gpus` per worker, on a cluster that exists. The one file that imports ray."""
+"""Tasks - the engine Ray: one task per piece of work and node, on a running cluster. The only file that imports ray."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from data_contracts.errors import ConfigError, TransientError
 from data_contracts.store import Store
 from tasks.execution.base import Work
 from tasks.execution.config import ExecutionConfig
-from tasks.execution.remote import Request, at_fault, do
+from tasks.execution.remote import Request, at_fault, run_request
 from tasks.launch import python_path
 
 
 class RayTasks:
+    """A Ray cluster. Raises: ConfigError if ray is not installed, or the cluster cannot be reached."""
+
     def __init__(self, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
         try:
             import ray
@@ -33,11 +35,12 @@ class RayTasks:
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(
-                    f"no Ray cluster at {execution.address!r} ({str(error).splitlines()[0]}): start one with `ray start --head`"
+                    f"no Ray cluster at {execution.address!r} ({str(error).splitlines()[0]}): start one with "
+                    "`ray start --head`"
                 ) from None
 
     def start(self, work: Work) -> RayHandle:
-        """Raises: ConfigError if no node has so many GPUs."""
+        """Start a piece of work. Raises: ConfigError if no node has so many GPUs, or the cluster too few nodes."""
         largest = max((node["Resources"].get("GPU", 0) for node in self.ray.nodes() if node["Alive"]), default=0)
         if work.gpus > largest:
             raise ConfigError(
@@ -50,27 +53,25 @@ class RayTasks:
 
 
 class RayHandle:
+    """One piece of work: a task for each of its nodes."""
+
     def __init__(self, ray: Any, work: Work, store: Store):
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self.ray, self.request = ray, Request(work, store.root)
-        self.group = (
-            placement_group([{"CPU": 1, "GPU": work.gpus}] * work.nodes, strategy="STRICT_SPREAD")
-            if work.nodes > 1
-            else None
-        )
-        # max_retries 0: what a lost task means is decided by whoever asked.
+        self.group = None
+        if work.nodes > 1:
+            self.group = placement_group([{"CPU": 1, "GPU": work.gpus}] * work.nodes, strategy="STRICT_SPREAD")
+        # max_retries=0: the run decides whether a lost task is tried again.
         remote = ray.remote(num_cpus=1, num_gpus=work.gpus, max_retries=0)(_run)
         self.tasks = []
         for rank in range(work.nodes):
-            # SPREAD: workers beside each other on one node would leave the others' memory and network idle.
-            place = "SPREAD" if self.group is None else PlacementGroupSchedulingStrategy(self.group, rank)
-            self.tasks.append(
-                remote.options(name=work.name, scheduling_strategy=place).remote(
-                    str(self.request.path), self.request.token, rank
-                )
-            )
+            strategy: Any = "SPREAD"  # workers on the same node would leave the others' memory and network idle
+            if self.group is not None:
+                strategy = PlacementGroupSchedulingStrategy(self.group, rank)
+            task = remote.options(name=work.name, scheduling_strategy=strategy)
+            self.tasks.append(task.remote(str(self.request.path), self.request.token, rank))
 
     def has_ended(self) -> bool:
         ready, waiting = self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0)
@@ -79,6 +80,7 @@ class RayHandle:
         return self.request.is_settled(not waiting, any(self._failure(task) is not None for task in ready))
 
     def _failure(self, task: Any) -> Exception | None:
+        """The exception that a finished task raised, or None."""
         try:
             self.ray.get(task, timeout=0)
         except self.ray.exceptions.RayTaskError as error:
@@ -106,5 +108,5 @@ class RayHandle:
 
 
 def _run(path: str, token: str, rank: int) -> None:
-    """On a node of the cluster; CUDA_VISIBLE_DEVICES is set by Ray."""
-    do(Path(path), token, rank)
+    """Run a request on a node of the cluster; Ray sets CUDA_VISIBLE_DEVICES."""
+    run_request(Path(path), token, rank)

@@ -1,8 +1,7 @@
-"""Tasks - the engine Slurm: one sbatch job per piece of work, with the nodes and GPUs it asks for."""
+"""Tasks - the engine Slurm: one sbatch job per piece of work, with the nodes and GPUs that it needs."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from tasks.execution.config import ExecutionConfig
 from tasks.execution.remote import VISIBLE_WITHIN_SECONDS, Request, at_fault
 from tasks.launch import CHECKOUT
 
-OVER = (
+FINAL = (
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -29,12 +28,13 @@ OVER = (
     "BOOT_FAIL",
     "DEADLINE",
 )
+"""Job states that do not change any more."""
 LOOK_EVERY_SECONDS = 2.0
-"""What a slurmctld shared by many bears."""
+"""Polling interval that a shared slurmctld tolerates."""
 
 
 def script(work: Work, execution: ExecutionConfig, request: Path, token: str) -> str:
-    """The batch script: the directives, the environment, and one task on each node."""
+    """The batch script: directives, environment, and one task on each node that runs the request."""
     options = [
         f"--job-name={work.name}",
         f"--nodes={work.nodes}",
@@ -43,7 +43,8 @@ def script(work: Work, execution: ExecutionConfig, request: Path, token: str) ->
     ]
     options += [f"--gpus-per-node={work.gpus}"] * bool(work.gpus)
     options += [f"--time={round(work.timeout / 60) + 5}"] if work.timeout else []
-    # A job that is cut off is looked at by the run, and begun again from its shards or its last checkpoint; not by Slurm behind its back.
+    # --no-requeue: the run decides what a job that was cut off means, and starts it again from its shards or last
+    # checkpoint.
     options += ["--no-requeue", *execution.sbatch]
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "set -euo pipefail"]
     lines += [execution.setup] if execution.setup else []
@@ -52,7 +53,8 @@ def script(work: Work, execution: ExecutionConfig, request: Path, token: str) ->
         f"cd {shlex.quote(str(CHECKOUT))}",
     ]
     if work.nodes > 1:
-        # The first node's name is the ranks' meeting point; the port follows from the job, so that two jobs on a node do not meet.
+        # The first node's name is the ranks' meeting point; the port follows from the job, so that two jobs on a node
+        # do not meet.
         lines += [
             'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             "export MASTER_ADDR",
@@ -64,6 +66,8 @@ def script(work: Work, execution: ExecutionConfig, request: Path, token: str) ->
 
 
 class Slurm:
+    """The Slurm of this machine. Raises: ConfigError if it has no sbatch."""
+
     def __init__(self, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
         if shutil.which("sbatch") is None:
             raise ConfigError("there is no sbatch on this machine; start the run on a login or submit node")
@@ -74,21 +78,20 @@ class Slurm:
 
 
 class SlurmHandle:
-    """A job that is asked after now and then."""
+    """One job."""
 
     def __init__(self, work: Work, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
         self.work, self.execution, self.request = work, execution, Request(work, store.root)
         self.state, self.next_look, self.began = "", 0.0, time.monotonic()
         path = self.request.path.with_name("job.sh")
         path.write_text(script(work, execution, self.request.path, self.request.token))
-        self.job = (
-            _ask(["sbatch", "--parsable", str(path)], f"Slurm takes no job for {work.name}").split(";")[0].strip()
-        )
+        answer = _submit(path, work.name)
+        self.job = answer.split(";")[0].strip()
         log(f"{work.name} is Slurm job {self.job}")
 
     def has_ended(self) -> bool:
-        if self.state in OVER or time.monotonic() < self.next_look:
-            return self.state in OVER
+        if self.state in FINAL or time.monotonic() < self.next_look:
+            return self.state in FINAL
         self.next_look = time.monotonic() + LOOK_EVERY_SECONDS
         for rank in range(self.work.nodes):
             self.request.check_clock(rank)
@@ -99,36 +102,35 @@ class SlurmHandle:
             check=False,
         )
         if done.returncode == 0:
-            self.state = done.stdout.strip() or "COMPLETED"  # forgotten by Slurm some minutes after its end
+            self.state = done.stdout.strip() or "COMPLETED"  # Slurm forgets a job some minutes after its end
         elif "Invalid job id" in done.stderr:
             self.state = "COMPLETED"
         if self.state == "PENDING" and time.monotonic() - self.began > self.execution.start_timeout_seconds:
             raise TransientError(
-                f"Slurm job {self.job} ({self.work.name}) has waited {self.execution.start_timeout_seconds:.0f} s for its place: "
-                "see `squeue --start`, or raise execution.start_timeout_seconds"
+                f"Slurm job {self.job} ({self.work.name}) has waited {self.execution.start_timeout_seconds:.0f} s for "
+                "its place: see `squeue --start`, or raise execution.start_timeout_seconds"
             )
-        return self.state in OVER
+        return self.state in FINAL
 
     def error(self) -> Exception | None:
-        end = time.monotonic() + (VISIBLE_WITHIN_SECONDS if self.state == "COMPLETED" else 5.0)
-        while (
-            self.request.read("outcome") is None and time.monotonic() < end
-        ):  # the file system of the other node is not as quick as Slurm
+        # The node's file system may be slower than Slurm; a job that was killed has no outcome.
+        patience = VISIBLE_WITHIN_SECONDS if self.state == "COMPLETED" else 5.0
+        end = time.monotonic() + patience
+        while self.request.read("outcome") is None and time.monotonic() < end:
             time.sleep(0.2)
-        if self.request.read("outcome") is None and (refused := _refusal(self.request.directory)):
-            return ConfigError(refused)
-        return at_fault(
-            self.request.error(rank, f"Slurm job {self.job} is {self.state}") for rank in range(self.work.nodes)
-        )
+        if self.request.read("outcome") is None and (refusal := _refusal(self.request.directory)):
+            return ConfigError(refusal)
+        engine = f"Slurm job {self.job} is {self.state}"
+        return at_fault(self.request.error(rank, engine) for rank in range(self.work.nodes))
 
     def cancel(self) -> None:
-        if self.state not in OVER:
+        if self.state not in FINAL:
             subprocess.run(["scancel", self.job], capture_output=True, check=False)
         self.request.remove()
 
 
 def _refusal(directory: Path) -> str | None:
-    """What the node said that could not even read the request, if its output can be seen from here."""
+    """The ConfigError of a node that could not read the request, if its output is visible here."""
     for path in directory.glob("slurm-*.log"):
         for line in path.read_text(errors="replace").splitlines():
             if line.startswith("ConfigError: "):
@@ -136,11 +138,12 @@ def _refusal(directory: Path) -> str | None:
     return None
 
 
-def _ask(command: list[str], what: str) -> str:
-    """Raises: ConfigError with Slurm's own words."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+def _submit(path: Path, name: str) -> str:
+    """sbatch's answer to a script. Raises: ConfigError with Slurm's own words."""
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(
-            f"{what}: {done.stderr.strip()}. Check execution.sbatch and execution.gpus against `sinfo -o '%P %D %G'`"
+            f"Slurm takes no job for {name}: {done.stderr.strip()}. Check execution.sbatch and execution.gpus against "
+            "`sinfo -o '%P %D %G'`"
         )
     return done.stdout

@@ -20,7 +20,7 @@ from stages.sampling.stage import SamplingConfig
 from stages.stage import STAGES
 from tasks.build import build
 from tasks.execution.config import ExecutionConfig
-from tasks.execution.gpus import gpus_here, some_gpus
+from tasks.execution.gpus import some_gpus, visible_gpus
 
 NUM_PROMPTS = 10
 
@@ -157,7 +157,7 @@ def test_an_unknown_stage_is_refused():
 def test_two_that_want_gpus_never_share_one(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,GPU-7f")
     monkeypatch.setattr("tasks.execution.gpus.lock_directory", lambda: tmp_path / "locks")
-    assert gpus_here() == ["0", "1", "GPU-7f"]
+    assert visible_gpus() == ["0", "1", "GPU-7f"]
     with some_gpus(2, print) as first:
         assert first == {"CUDA_VISIBLE_DEVICES": "0,1"}
         with some_gpus(1, print) as second:

@@ -24,7 +24,7 @@ from stages.sampling.stage import SamplingConfig
 from tasks.build import build
 from tasks.execution.base import Work, perform
 from tasks.execution.config import ExecutionConfig
-from tasks.execution.remote import Request, check_cuda, do
+from tasks.execution.remote import Request, check_cuda, run_request
 from tasks.execution.slurm import Slurm, script
 from tests.conftest import pretend_slurm
 
@@ -237,10 +237,10 @@ def test_a_store_that_the_node_does_not_see_is_refused(tmp_path):
         ConfigError,
         match=r"does not see .*request.json, which the run has just written: the store is not shared.*SELFPLAY_STORE",
     ):
-        do(tmp_path / "request.json", "t0ken", grace=0.1)
+        run_request(tmp_path / "request.json", "t0ken", grace=0.1)
     (tmp_path / "request.json").write_text('{"token": "of another store"}')
     with pytest.raises(ConfigError, match="not shared"):
-        do(tmp_path / "request.json", "t0ken", grace=0.1)
+        run_request(tmp_path / "request.json", "t0ken", grace=0.1)
 
 
 def test_a_clock_that_is_wrong_is_refused(store, tmp_path):

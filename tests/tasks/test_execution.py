@@ -21,7 +21,7 @@ from tasks.execution.base import Work
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.local import Local
 from tasks.execution.ray_tasks import RayHandle, RayTasks
-from tasks.execution.remote import Request, check_cuda, do, main
+from tasks.execution.remote import Request, check_cuda, main, run_request
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_process_that_ignores_its_end_is_killed(monkeypatch):
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        tasks.launch._end(process, "SELFPLAY_TREE=of-nobody")
+        tasks.launch.end_tree(process, "SELFPLAY_TREE=of-nobody")
     assert process.returncode == -9
 
 
@@ -141,7 +141,7 @@ def test_an_error_that_nobody_expected_is_worth_another_try(store, work, monkeyp
     monkeypatch.setattr("tasks.execution.remote.run_stage", fail)
     request = Request(work(), store.root)
     with pytest.raises(MemoryError):
-        do(request.path, request.token)
+        run_request(request.path, request.token)
     found = request.error(0, "gone")
     assert isinstance(found, TransientError) and "MemoryError: none left [on " in str(found)
 

@@ -56,9 +56,9 @@ def mirrored(tmp_path_factory):
         }
     )
     signed = record(store)
-    tracker.stage(1, signed, cached=False, shown_as="train")
-    tracker.stage(1, record(store, "b" * 16, "generations", metrics={"tokens": 99}), cached=True, shown_as="sample")
-    tracker.stage(2, record(store, "c" * 16), cached=False, shown_as="train")
+    tracker.stage(1, signed, cached=False, stage_name="train")
+    tracker.stage(1, record(store, "b" * 16, "generations", metrics={"tokens": 99}), cached=True, stage_name="sample")
+    tracker.stage(2, record(store, "c" * 16), cached=False, stage_name="train")
     for iteration, score in enumerate((0.1, 0.3)):
         tracker.summary(iteration, {"heldout_score": score})
     report = store.root / "report.md"
@@ -193,7 +193,7 @@ def test_a_server_that_does_not_answer_costs_one_warning_and_some_seconds(store)
     logged, began = [], time.monotonic()
     tracker = Tracker(store, "quickstart", logged.append, uri="http://127.0.0.1:9")
     tracker.parameters({"iterations": 2})
-    tracker.stage(1, record(store), cached=False, shown_as="train")
+    tracker.stage(1, record(store), cached=False, stage_name="train")
     tracker.summary(1, {"heldout_score": 0.5})
     tracker.finish(None)
     assert time.monotonic() - began < 30
@@ -225,7 +225,7 @@ def test_a_server_that_goes_away_midway_costs_one_warning(store, monkeypatch, wo
 
     monkeypatch.setattr(tracker, "_stage", gone)
     for _ in range(3):
-        tracker.stage(1, signed, cached=False, shown_as="train")
+        tracker.stage(1, signed, cached=False, stage_name="train")
     assert len(logged) == 1 and f"ConnectionError: {words[:4]})" in logged[0]
 
 
@@ -253,7 +253,7 @@ def test_a_run_that_failed_is_marked_so_on_the_server_that_the_environment_names
     tracker = Tracker(store, "quickstart", logged.append)
     # MLflow refuses neither; a diverged training must not end the mirror of the run.
     tracker.stage(
-        1, record(store, metrics={"loss": float("inf"), "nothing": float("nan")}), cached=False, shown_as="train"
+        1, record(store, metrics={"loss": float("inf"), "nothing": float("nan")}), cached=False, stage_name="train"
     )
     tracker.finish(None, "FAILED")
     assert logged == [] and not (store.root / "mlflow.db").exists()
