@@ -23,7 +23,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import check_model_directory, digests_kept_in, external_model
@@ -35,6 +35,9 @@ from stages.execute import LOCK_HELD, execute, execute_share
 from stages.running.claims import WORKER
 from stages.running.rendezvous import node_rank
 from stages.stage import STAGES
+
+if TYPE_CHECKING:
+    from stages.methods.base import Method
 
 
 def main(arguments: list[str]) -> int:
@@ -102,32 +105,43 @@ def _input(value: Any, store: Store) -> ArtifactRef:
 
 
 def print_methods() -> int:
+    """Print what can be trained: each method with its equation and its needs. A broken plug-in costs its own line only."""
     from stages.methods import METHODS
-    from stages.weighting.weights import WEIGHTS
 
     for name in METHODS.names():
-        method = METHODS.get(name)
-        line = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0].removeprefix("Method - ")
-        models = set(WEIGHTS.get(method.WEIGHTS or "ones").NEEDS) - {"reference", "importance"} | (
-            {"teacher"} if "teacher_logits" in method.NEEDS else set()
-        )
-        needs = [_pairings(method), *sorted(model.removesuffix("_unshifted") + " model" for model in models)]
-        live = method.NEEDS & {"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"}
-        needs += ["the reference in memory while training"] if live else []
-        print(f"{name:16} {line}\n{'':16} {method.SOURCE}\n{'':16} needs {'; '.join(needs)}")
+        try:
+            lines = _described(METHODS.get(name))
+        except Exception as error:  # code of another package may fail in any way
+            lines = [f"cannot be used: {error}"]
+        print("\n".join([f"{name:16} {lines[0]}", *(f"{'':16} {line}" for line in lines[1:])]))
     return 0
 
 
-def _pairings(method: Any) -> str:
-    """What the rows of a method can be made of, and the pairings that make them; its own first."""
+def _described(method: type[Method]) -> list[str]:
+    """The idea of a method, its source, and what it needs at the default settings; one line each."""
+    from stages.weighting.weights import WEIGHTS
+
+    doc = vars(method).get("__doc__") or sys.modules[method.__module__].__doc__ or ""
+    idea = doc.strip().partition("\n")[0].removeprefix("Method - ")
+    models = WEIGHTS.get(method.WEIGHTS or "ones").NEEDS - {"reference", "importance"}
+    if "teacher_logits" in method.NEEDS:
+        models |= {"teacher"}
+    needs = [_pairings(method), *sorted(model.removesuffix("_unshifted") + " model" for model in models)]
+    if method.NEEDS & {"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"}:
+        needs.append("the reference in memory while training")
+    return [line for line in (idea, method.SOURCE, f"needs {'; '.join(needs)}") if line]
+
+
+def _pairings(method: type[Method]) -> str:
+    """What the rows of a method can be made of, and the pairings that make them; its default pairing first."""
     from stages.scoring.pairing import PAIRINGS
 
-    single = method.sides(method.Config()) == ("chosen",)
-    groups: dict[str, list[str]] = {PAIRINGS.get(method.PAIRING).made_of: [method.PAIRING]}
+    is_single = method.SIDES == ("chosen",)
+    groups = {PAIRINGS.get(method.PAIRING).made_of: [method.PAIRING]}
     for name in PAIRINGS.names():
-        if name != method.PAIRING and PAIRINGS.get(name).is_single == single:
+        if name != method.PAIRING and PAIRINGS.get(name).is_single == is_single:
             groups.setdefault(PAIRINGS.get(name).made_of, []).append(name)
-    return ", or ".join(f"{need} (pairing {', '.join(names)})" for need, names in groups.items())
+    return ", or ".join(f"{source} (pairing {', '.join(names)})" for source, names in groups.items())
 
 
 if __name__ == "__main__":

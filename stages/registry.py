@@ -10,7 +10,7 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -90,12 +90,13 @@ class Registry(Generic[P]):
                 f"{self.family} {name!r} is registered as {target!r}, which does not load: "
                 f"{type(error).__name__}: {error}. See where: python -c 'import {module}'"
             ) from error
-        settings = getattr(plugin, "Config", None)
-        if not (isinstance(settings, type) and issubclass(settings, Named)):
+        if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
+            raise ConfigError(f"{self.family} {name!r} ({target}) is not derived from the base class of {self.family}")
+        if not issubclass(getattr(plugin, "Config", object), Named):
             raise ConfigError(
                 f"{self.family} {name!r} ({target}) has no class `Config` derived from stages.registry.Named"
             )
-        return plugin
+        return cast("type[P]", plugin)
 
     def config(self, value: Any) -> Named:
         """The settings that `{"name": ..., setting: ...}` or a bare name stands for, as the plug-in's own `Config`."""

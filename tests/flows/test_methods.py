@@ -6,6 +6,7 @@ policy and reference are one model, so the first loss is a constant that the pap
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from stages.methods import METHODS
 from stages.weighting.weights import WEIGHTS
+from tests.stages.methods.outside_package import write_package
 
 ROOT = Path(__file__).resolve().parents[2]
 TWINS = sorted(
@@ -69,6 +71,10 @@ def played(tmp_path_factory, make_model, tiny_model):
         {"id": f"method {name}", "config": plain, "set": base | {"method": {"name": name}, "mix_previous": False}}
         for name in METHODS.names()
     ]
+    cases += [
+        {"id": "outside method", "config": plain, "set": base | {"method": "slack", "mix_previous": False}},
+        {"id": "outside weights", "config": plain, "set": base | {"weighting.weights": "first_tokens"}},
+    ]
     for case in cases:
         if case["id"] == "method kd":  # its teacher must share the vocabulary
             case["set"] |= {"models.teacher": {"path": str(same)}}
@@ -96,18 +102,11 @@ def played(tmp_path_factory, make_model, tiny_model):
         str(work / "request.json"),
         str(work / "out.jsonl"),
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=1100, check=False
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(write_package(work / "site"))])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1100, check=False)
     results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
     assert len(results) == len(cases), done.stderr[-3000:]
     return results
-
-
-def _environment():
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def result_of(played, name):
@@ -134,6 +133,14 @@ def test_every_weight_provider_fills_the_rows(played, name):
         assert (
             weigh["weights/chosen/min"] >= math.exp(-0.5) - 1e-4 and weigh["weights/chosen/max"] <= math.exp(1.5) + 1e-4
         )
+
+
+def test_a_method_of_another_package_trains_and_a_provider_of_another_package_weighs(played):
+    """Both are the code blocks of stages/methods/README.md."""
+    (iteration,) = result_of(played, "outside method")["iterations"]
+    assert iteration["train"]["first_loss"] == pytest.approx(1.0, abs=1e-4)  # max(0, 1 - h) at policy = reference
+    (iteration,) = result_of(played, "outside weights")["iterations"]
+    assert (iteration["weigh"]["weights/chosen/min"], iteration["weigh"]["weights/chosen/max"]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("name", EXTRA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_contracts.errors import ConfigError
+from data_contracts.errors import ConfigError, ContractError
 from stages.methods import METHODS
-from stages.methods.base import NEEDS, Method
+from stages.methods.base import NEEDS, Method, Pairs, Responses
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import NEEDS as WEIGHT_NEEDS
 from stages.weighting.weights.base import WeightProvider
@@ -85,35 +86,21 @@ def test_a_wrong_setting_is_named():
         METHODS.get("tis-dpo")
 
 
-PLUGIN = """
-from typing import Literal
-from stages.methods.base import Method, MethodConfig, PairLoss, hinge, preference_margin
-
-class Slack(Method):
-    VERSION = "1"
-    SOURCE = "an outside package"
-    class Config(MethodConfig):
-        name: Literal["slack"] = "slack"
-        beta: float = 1.0
-    @staticmethod
-    def pair_loss(config, pairs):
-        margin, metrics = preference_margin(pairs, config.beta)
-        return PairLoss(hinge(margin), metrics)
-"""
+@pytest.mark.parametrize("table", [METHODS, WEIGHTS], ids=["methods", "weights"])
+def test_the_hooks_of_a_plug_in_take_its_own_config(table):
+    for name in table.table:
+        for hook, function in vars(table.get(name)).items():
+            if isinstance(function, staticmethod | classmethod):
+                annotation = inspect.signature(function.__func__).parameters["config"].annotation
+                assert annotation == "Config", f"{name}.{hook} takes a {annotation}"
 
 
-def test_an_outside_package_adds_a_method_by_an_entry_point(tmp_path, monkeypatch):
-    (tmp_path / "outside_method.py").write_text(PLUGIN)
-    metadata = tmp_path / "outside_method-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-method\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(
-        "[selfplay.methods]\nslack = outside_method:Slack\nbroken = outside_method:Missing\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "slack" in METHODS.names()
-    config = METHODS.config({"name": "slack", "beta": 2.0})
-    assert config.model_dump() == {"name": "slack", "beta": 2.0}
-    assert METHODS.get("slack").needs(config) == {"reference"}
-    with pytest.raises(ConfigError, match="does not load"):
-        METHODS.get("broken")
+def test_a_loss_that_reads_what_was_not_supplied_names_the_need():
+    side = Responses.unpadded([[-1.0]], reference_logps=[[-1.0]])
+    tdpo, dpo = METHODS.get("tdpo"), METHODS.get("dpo")
+    with pytest.raises(ContractError, match="put 'kl_reference_policy' into NEEDS"):
+        tdpo.pair_loss(tdpo.Config(), Pairs(side, side))
+    with pytest.raises(ContractError, match="put 'reference' into NEEDS"):
+        dpo.pair_loss(dpo.Config(), Pairs(side, side._replace(reference_logps=None)))
+    with pytest.raises(ContractError, match="compares two responses, and these rows have one"):
+        dpo.pair_loss(dpo.Config(), Pairs(side))
