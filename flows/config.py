@@ -87,7 +87,7 @@ class RunConfig(Config):
     policy: ModelRef
     """The start model; each iteration's checkpoint is the next policy."""
     iterations: int = Field(3, ge=1, le=1000)
-    seed: int = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seeds sampling, prompt parts and training order."""
     prompts: PromptsConfig
     method: Annotated[Named, METHODS]
@@ -96,7 +96,7 @@ class RunConfig(Config):
     scoring: ScoringConfig
     weighting: WeightingConfig = WeightingConfig()
     training: TrainingConfig = TrainingConfig()
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Peak rate of each iteration; the last one goes on. Empty: training.learning_rate for all."""
     models: ModelsConfig = ModelsConfig()
     auxiliary: TrainingConfig | None = None

@@ -63,6 +63,7 @@ def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
     check_disjoint(train, heldout, run.prompts.duplicate_similarity)
     _check_amount(run, train)
     _check_gpus(run)
+    _check_processes(run)
     tournament = run.tournament
     needs = PAIRINGS.get(run.pairing)
     scorers = []
@@ -121,6 +122,18 @@ def _check_gpus(run: RunConfig) -> None:
                 f"(execution.gpus_per_node): lower execution.gpus.{stage}, sampling.backend.runtime.tensor_parallel_size or "
                 "training.runtime.num_processes, or set execution.gpus_per_node"
             )
+
+
+def _check_processes(run: RunConfig) -> None:
+    """Refuse more training processes than this machine has processors, where they would run on them."""
+    processes, cores = run.training.runtime.num_processes, len(os.sched_getaffinity(0))
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    on_cpu = run.training.runtime.device == "cpu" or not has_gpu
+    if run.execution.profile == "local" and on_cpu and processes > cores:
+        raise ConfigError(
+            f"training.runtime.num_processes is {processes}, and this machine has {cores} processors and trains on them: "
+            f"set it to at most {cores}"
+        )
 
 
 def _check_models(run: RunConfig, policy: Path) -> None:

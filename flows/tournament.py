@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config
 from data_contracts.identity import fingerprint
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
-from data_contracts.store import Store
+from data_contracts.store import NAME_PART, Store
 from stages.methods.preferences import preference_matrix
 from stages.registry import Named
 from stages.scoring import SCORERS
@@ -35,6 +35,14 @@ class TournamentConfig(Config):
     """Who compares: a pair scorer (pairrm, llm_judge) in both orders, or a score, of which the higher one wins."""
     baselines: dict[str, ModelRef] = Field(default_factory=dict)
     """Other models by name; they answer the held-out prompts as the policies do."""
+
+    @field_validator("baselines")
+    @classmethod
+    def _names_are_no_paths(cls, baselines: dict[str, ModelRef]) -> dict[str, ModelRef]:
+        for name in baselines:
+            if not NAME_PART.fullmatch(name):
+                raise ValueError(f"{name!r} names files of the run: letters, digits, dots, dashes and underscores only")
+        return baselines
 
 
 class Standing(NamedTuple):

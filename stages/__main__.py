@@ -33,6 +33,7 @@ from data_contracts.files import disk_errors_explained
 from data_contracts.store import Store
 from stages.execute import LOCK_HELD, execute, execute_share
 from stages.running.claims import WORKER
+from stages.running.loopback import bypass_proxies_on_loopback
 from stages.running.rendezvous import node_rank
 from stages.stage import STAGES
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
+    bypass_proxies_on_loopback()
     if arguments == ["methods"]:
         return print_methods()
     if len(arguments) != 2 or arguments[0] not in STAGES:

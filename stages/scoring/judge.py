@@ -22,7 +22,7 @@ from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data_contracts.errors import TransientError
 from data_contracts.identity import canonical_json, digest_text
@@ -116,6 +116,14 @@ class LLMJudge(Scorer):
         server: ServerRuntime = ServerRuntime()
         """How `serve` is served."""
         runtime: EndpointRuntime = EndpointRuntime()
+
+        @model_validator(mode="after")
+        def _samples_differ(self) -> LLMJudge.Config:
+            if self.samples > 1 and self.temperature == 0:
+                raise ValueError(
+                    f"samples is {self.samples} and temperature 0: every judgement would be the same; set a temperature, or samples to 1"
+                )
+            return self
 
         @field_validator("prompt")
         @classmethod

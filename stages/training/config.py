@@ -43,13 +43,13 @@ class TrainingConfig(Config):
     """The loss, by name, with its settings. Set for you from the run's `method`."""
     learning_rate: float = Field(5e-7, gt=0)
     """Peak rate."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, le=10_000)
     batch_size: int = Field(64, ge=1)
     """Pairs per optimizer step, over all ranks and micro-batches."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    schedule_epochs: int | None = Field(None, ge=1)
+    schedule_epochs: int | None = Field(None, ge=1, le=10_000)
     """Epochs that the schedule spans, if more than are run (SPPO's paper: 18, of which the first). None: `epochs`."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Part of the steps in which the rate rises from 0."""

@@ -56,6 +56,9 @@ def environment(**more: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # As on every company network; nothing listens there, and nothing on 127.0.0.1 may ask it.
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
     }
     return kept | quiet | {"MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200"} | more
 

@@ -4,6 +4,7 @@ Strategy: one small run as a mapping; each test changes what it is about. No mod
 """
 
 import copy
+import re
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError
 from flows.config import RunConfig, load_run, parse_assignment
+from flows.preflight import preflight
 from stages.stage import STAGES
 
 RUN = {
@@ -269,3 +271,30 @@ def test_another_name_takes_the_settings_of_the_plug_in_before_away(order):
     run = load_run("deploy/runs/quickstart.yaml", overrides)
     assert run.method.name == "dpo" and run.method.beta == 0.3 and run.name == "mine"
     assert load_run("deploy/runs/quickstart.yaml", {"method.name": "sppo"}).method.eta == 20  # the same name keeps them
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"seed": 2**63}, "seed: Input should be less than"),
+        ({"seed": True}, "seed: Input should be a valid integer"),
+        ({"learning_rates": [1e-4, 0]}, "learning_rates.1: Input should be greater than 0"),
+        ({"learning_rates": [-1e-4]}, "learning_rates.0: Input should be greater than 0"),
+        ({"training": {"epochs": 10**9}}, "training.epochs: Input should be less than or equal to 10000"),
+        ({"tournament": {"scorer": "length", "baselines": {"a/b": {"path": "/m"}}}}, "'a/b' names files of the run"),
+        (
+            {"evaluation": {"scorer": {"name": "llm_judge", "model": "m", "samples": 5}}},
+            "samples is 5 and temperature 0: every judgement would be the same",
+        ),
+    ],
+)
+def test_a_number_that_no_run_can_use_is_refused_at_once(make_run, settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_run(make_run("refused", **settings))
+
+
+def test_more_ranks_than_processors_are_refused_where_training_runs_on_them(make_run, store):
+    run = load_run(make_run("ranks", training={"runtime": {"num_processes": 1000, "device": "cpu"}}))
+    with pytest.raises(ConfigError, match=r"num_processes is 1000, and this machine has \d+ processors"):
+        preflight(run, store)
