@@ -200,10 +200,9 @@ def training_memory(
             width * other.parameters + rows.responses * other.vocabulary * LOGITS_FORWARD for other in others
         ),
     }
-    # The model is loaded in float32 and cut up afterwards; a float32 copy of the start weights waits on the host.
-    device["start-up"] = max(0, 4 * weights - sum(device.values()))
-    host = {"float32 weights": ranks_per_node * 4 * weights, "offloaded optimizer": ranks_per_node * offloaded}
-    return device, host
+    # Loading needs no more than this: weights go to the device in the training's dtype, under ZeRO 3 cut up module by
+    # module, and the float32 masters are read tensor by tensor from mapped files, whose pages the ranks share.
+    return device, {"offloaded optimizer": ranks_per_node * offloaded}
 
 
 def pass_memory(shape: Shape, dtype: str, rows: Rows) -> dict[str, int]:

@@ -164,7 +164,13 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, trust_remote_code=False
+            directory,
+            dtype=getattr(torch, dtype),
+            # A GPU reads the memory-mapped files tensor by tensor: the host never holds the whole model.
+            device_map=None if torch.device(device).type == "cpu" else {"": device},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

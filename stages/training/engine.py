@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from stages.models.lazy import torch
-from stages.models.policy import load_causal_lm
 from stages.models.tokens import load_tokenizer, stop_ids
 from stages.training.resume import forget, seal, sealed
+from stages.training.weights import StoredWeights, load_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import ModuleType
 
     from torch import Tensor
@@ -52,8 +52,11 @@ class Engine:
             torch.cuda.set_device(self.torch_device)
         torch.manual_seed(config.seed)
         self.stop_ids = stop_ids(model, load_tokenizer(model))
-        policy = load_causal_lm(model, "float32", str(self.torch_device))
+        settings = _settings(config)
+        policy = load_policy(model, config.dtype, str(self.torch_device), settings)
         policy.train()
+        stored = StoredWeights(model, policy)
+        masters = [] if config.dtype == "float32" or stored.are_bfloat16() else list(stored.masters())
         if config.runtime.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = _optimizer(config, policy.parameters())
@@ -64,29 +67,26 @@ class Engine:
             num_warmup_steps=round(config.warmup_ratio * planned),
             num_training_steps=planned,
         )
-        exact = [parameter.detach().cpu() for parameter in policy.parameters()] if config.dtype == "bfloat16" else None
         self.engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, lr_scheduler=schedule, config=_settings(config)
+            model=policy, optimizer=optimizer, lr_scheduler=schedule, config=settings
         )
-        if exact is not None:
-            self._start_from(exact)
-        del policy, exact
+        self._set_masters(masters)
+        del policy, stored, masters
         _return_memory()
 
-    def _start_from(self, exact: list[Tensor]) -> None:
-        """Set the float32 master weights to the policy's weights.
+    def _set_masters(self, masters: list[tuple[Parameter, Callable[[], Tensor]]]) -> None:
+        """Set the float32 master weights to the policy's stored weights.
 
-        DeepSpeed makes them from a model that it has already rounded to bf16: the small updates of the iteration
-        before would be lost.
+        DeepSpeed makes them from a model in bf16: the small updates of the iteration before would be lost.
         """
         from deepspeed.utils import safe_set_full_fp32_param
 
         copies = _float32_copies(self.engine.optimizer)
-        for parameter, value in zip(self.engine.module.parameters(), exact, strict=True):
+        for parameter, read in masters:
             if parameter in copies:
-                copies[parameter].data.copy_(value)
+                copies[parameter].data.copy_(read())
             else:
-                safe_set_full_fp32_param(parameter, value.to(self.torch_device))
+                safe_set_full_fp32_param(parameter, read().to(device=self.torch_device, dtype=torch.float32))
 
     @property
     def model(self) -> torch.nn.Module:

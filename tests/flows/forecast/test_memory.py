@@ -11,7 +11,7 @@ import pytest
 from data_contracts.checkpoint import ModelRef
 from data_contracts.errors import ConfigError
 from flows.config import load_run, parse_assignment
-from flows.forecast.memory import GIB, KNOWN, activations, kv_cache_per_token, model_shape, rows_of, shape_of
+from flows.forecast.memory import GIB, KNOWN, Shape, activations, kv_cache_per_token, model_shape, rows_of, shape_of
 from flows.forecast.plan import hardware, main, plan, refuse_what_cannot_fit, stage_memory
 
 LLAMA = {
@@ -152,6 +152,27 @@ def test_zero_cuts_what_it_says(tmp_path):
     parameters = KNOWN["mistralai/Mistral-7B-Instruct-v0.2"].parameters
     # Unsharded bf16 RMSprop: 2 weights + 2 gradients + 4 masters + 4 state + 4 float32 gradient = 16 bytes a parameter.
     assert sum(parts[0][name] for name in ("weights", "gradients", "optimizer")) == 16 * parameters
+
+
+LLAMA_70B = Shape(70_553_706_496, 80, 8192, 28_672, 64, 8, 128, 128_256, 8192)
+THRIFTY = {"zero_stage": 3, "offload_optimizer": True, "gradient_checkpointing": True, "batch_tokens": 4096}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "host", "shape"),
+    [(4, 24, 192, KNOWN["mistralai/Mistral-7B-Instruct-v0.2"]), (8, 80, 1024, LLAMA_70B)],
+    ids=["7 B on 4 x 24", "70 B on 8 x 80"],
+)
+def test_no_rank_ever_holds_the_whole_model(gpus, gib, host, shape):
+    settings = {f"training.runtime.{name}": value for name, value in (THRIFTY | {"num_processes": gpus}).items()}
+    hardware = {"gpus_per_node": gpus, "gpu_memory_gib": gib, "host_memory_gib": host}
+    run = load_run("deploy/runs/sppo.yaml", settings | {f"execution.{name}": value for name, value in hardware.items()})
+    need = stage_memory(run, {"policy": shape, "scorer": KNOWN["llm-blender/PairRM-hf"]}, gpus)["train"]
+    assert need.device_bytes < gib * GIB and sum(need.host.values()) < 0.95 * host * GIB
+    # The weights of a rank while it loads: its part of them, in bf16.
+    assert (
+        need.device["weights"] == pytest.approx(2 * shape.parameters / gpus, rel=1e-6) and "start-up" not in need.device
+    )
 
 
 def test_a_worker_larger_than_every_node_is_refused():
