@@ -6,7 +6,7 @@
     verify [KEY ...]       read every byte again
     ledger RUN [--csv]     what a run cost
 
-KEY is a key, the start of one, or kind/key. Exit codes: 0; 2 the request is wrong; 4 `verify` found damage.
+KEY is a key, the start of one, or kind/key. Exit codes: 0; 2: the request is wrong; 4: `verify` found damage.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def show(store: Store, key: str) -> None:
 
 
 def explain(store: Store, key: str) -> None:
-    """Print why this artifact is not another one: the fields in which its recipe differs from the most similar artifact's."""
+    """Print why an artifact is not another one: the fields in which it differs from the most similar artifact."""
     record = store.resolve(key)
     siblings = [other for other in store.records(record.kind) if other.key != record.key]
     if not siblings:
@@ -87,7 +87,10 @@ def explain(store: Store, key: str) -> None:
 
 
 def verify(store: Store, keys: Sequence[str]) -> None:
-    """Read every byte again, compare it with what was signed, and print a line per problem. Raises: ArtifactError if there is one."""
+    """Read every byte again, compare it with what was signed, and print a line per problem.
+
+    Raises: ArtifactError if there is a problem.
+    """
     records = [store.resolve(key) for key in keys]
     directories = [store.directory(record.kind, record.key) for record in records]
     if not directories:
@@ -116,7 +119,7 @@ def verify(store: Store, keys: Sequence[str]) -> None:
 
 
 def ledger(store: Store, run: str, as_csv: bool = False) -> None:
-    """Print what a run cost: each artifact, iteration and stage, everything, and the time that no stage accounts for."""
+    """Print what a run cost: each artifact, iteration and stage, the sum, and the time that no stage explains."""
     account = ledgers.read_account(store, run)
     rows = ledgers.cost_rows(account)
     if as_csv:

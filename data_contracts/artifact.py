@@ -1,4 +1,4 @@
-"""Contracts - what a finished artifact says about itself (`record.json`), and the small reference that travels between tasks."""
+"""Contracts - what a finished artifact says about itself (`record.json`), and the reference that tasks pass on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FileDigest(_FrozenModel):
 
 
 class ArtifactRef(_FrozenModel):
-    """Where an artifact lies and what it holds: a few hundred bytes, which tasks return and stages receive, never the data."""
+    """Where an artifact lies and what it holds: a few hundred bytes, passed between tasks instead of the data."""
 
     kind: str
     key: str
@@ -71,7 +71,8 @@ class ArtifactRecord(_FrozenModel):
     seconds: dict[str, float] = Field(default_factory=dict)
     """All tries together: wall = start_up + waiting + busy. Also last_try, and what a stage adds."""
     cost: dict[str, float] = Field(default_factory=dict)
-    """tokens_in, tokens_out, flops, peak_rss_bytes, peak_gpu_bytes, gpus, cpu_seconds (last try), cache_hits, cache_misses."""
+    """tokens_in, tokens_out, flops, peak_rss_bytes, peak_gpu_bytes, gpus, cache_hits, cache_misses; cpu_seconds of the
+    last try."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Who built it, when and on what: commit, host, python, runtime settings, number of starts."""
     format: int = Field(RECORD_FORMAT, ge=1)

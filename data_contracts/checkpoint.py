@@ -73,7 +73,8 @@ def weight_files(directory: Path) -> list[Path]:
 def check_model_directory(directory: Path | str, chat_template: bool = True) -> None:
     """Check that the directory holds all that an engine reads; no tensor is read.
 
-    Engines hide what is missing: they replace a missing tokenizer by an invented one, missing tensors by random numbers.
+    Engines hide what is missing: they replace a missing tokenizer by an invented one, missing tensors by random
+    numbers.
     Raises: ConfigError naming what is missing.
     """
     directory = Path(directory)
@@ -138,7 +139,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def _safetensors_size(path: Path, size: int) -> int:
-    """Return the size that the header promises: 8 bytes of length, the header, and the tensors up to the last offset."""
+    """Return the size that the header promises: 8 bytes of length, the header, the tensors up to the last offset."""
     with open(path, "rb") as file:
         (header_size,) = struct.unpack("<Q", file.read(8))
         if header_size >= size:
@@ -179,8 +180,8 @@ def external_model(directory: Path, cache: Path | None = None) -> ArtifactRef:
 def digests_kept_in(store: Store) -> Generator[None]:
     """Let `model_content` remember the digests of large files in `store`, once that exists.
 
-    Settings that name a model enter a key by the model's content, and settings know no store: whoever computes a key says
-    which store.
+    Settings that name a model enter a key by the model's content, and settings know no store: whoever computes a key
+    says which store.
     """
     token = _STORE.set(store)
     try:

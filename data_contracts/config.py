@@ -21,8 +21,8 @@ Model = TypeVar("Model", bound=BaseModel)
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 
-    # For type checkers, which do not read model_config: every settings class is frozen, so that a subclass may narrow a field
-    # (`name: Literal["dpo"]`); and without field specifiers `= Field(1, ge=0)` counts as the default it is.
+    # For type checkers, which do not read model_config: every settings class is frozen, so that a subclass may narrow a
+    # field (`name: Literal["dpo"]`); and without field specifiers `= Field(1, ge=0)` counts as the default it is.
     @dataclass_transform(frozen_default=True, kw_only_default=True)
     class FrozenModel(ModelMetaclass): ...
 
@@ -31,13 +31,13 @@ else:
 
 
 class Config(BaseModel, metaclass=FrozenModel):
-    """Settings that are frozen and refuse unknown keys. The docstring under a field becomes its description in forms."""
+    """Settings that are frozen and refuse unknown keys. The docstring below a field describes it in forms."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[dict[str, Any]] = {}
-    """Fields that were added later, with the value that means "as before". A field at that value is left out of the identity,
-    so that old artifacts are still found."""
+    """Fields that were added later, with the value that means "as before". A field at that value is left out of the
+    identity, so that old artifacts are still found."""
 
     def identity(self) -> dict[str, Any]:
         """Return the part that names an artifact: every field except `Runtime` fields and neutral ones.
@@ -95,7 +95,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def parse(model: type[Model], data: Any, where: str) -> Model:
     """Return `data` as a `model`.
 
-    Raises: ConfigError that begins with `where` (the file or option that `data` came from) and has one line per problem.
+    Raises: ConfigError that names `where` (the file or option that `data` came from) and has one line per problem.
     """
     try:
         return model.model_validate(data)

@@ -1,8 +1,8 @@
 """Contracts - the error tree: whose mistake it was, and whether another try can help.
 
-Every class takes one message only, so that it survives pickling between processes. A message says what is wrong, where, what
-was found, what was expected and what to do next. A command ends with the `exit_code` of its error; 2 is reserved for "the
-request is wrong, nothing was written".
+Every class takes one message only, so that it survives pickling between processes. A message says what is wrong, where,
+what was found, what was expected and what to do next. A command ends with the `exit_code` of its error; 2 is reserved
+for "the request is wrong, nothing was written".
 """
 
 from __future__ import annotations
@@ -56,6 +56,6 @@ BY_NAME: dict[str, type[PipelineError]] = {
 
 
 def print_error(error: PipelineError) -> int:
-    """Print one message on stderr, as every command does when it ends with an error of ours, and return the exit code."""
+    """Print an error on stderr, as every command does when an error of ours ends it, and return the exit code."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return error.exit_code

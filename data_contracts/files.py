@@ -1,7 +1,7 @@
 """Contracts - files: replaced in one step, measured in bytes, and recognised as litter when their writer died.
 
-A file is first written under a temporary name that holds its writer's host and process id, then renamed. So no reader ever
-sees half a file, and `is_abandoned` recognises what a dead writer left behind, in any directory and whatever it holds.
+A file is first written under a temporary name that holds its writer's host and process id, then renamed. So no reader
+ever sees half a file, and `is_abandoned` recognises what a dead writer left behind, in any directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEMPORARY = re.compile(r"\..+\.tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)")
 ABANDONED_ELSEWHERE_SECONDS = 86400.0
 """Age from which the temporary file of another host counts as abandoned: its processes cannot be seen from here."""
 ABANDONED_WORK_SECONDS = 3600.0
-"""Age from which the temporary directory of a dead process counts as abandoned: another machine may still do the work in it."""
+"""Age from which the temporary directory of a dead process counts as abandoned: another machine may work in it."""
 
 DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ESTALE}
@@ -93,8 +93,8 @@ def is_abandoned(path: Path) -> bool:
     """Return whether `path` is the temporary file or directory of a writer that died.
 
     A file of another host is judged by its age. A temporary directory is a piece of work that was requested of another
-    machine: it is abandoned an hour after it was last changed if the process that requested it is dead; the directory of
-    another host never is.
+    machine: it is abandoned an hour after it was last changed if the process that requested it is dead; the directory
+    of another host never is.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match is None:

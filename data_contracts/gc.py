@@ -1,4 +1,6 @@
-"""python -m data_contracts.gc --keep-runs N [--dry-run | --yes] [--store DIR]: set aside what none of the last N runs needs.
+"""python -m data_contracts.gc --keep-runs N [--dry-run | --yes] [--store DIR]: set aside what no recent run needs.
+
+The last N runs keep all that they need; the rest is set aside.
 
 Kept:
 - every artifact that a link of a kept run leads to, and the inputs that its record names, all the way back;
@@ -7,11 +9,11 @@ Kept:
 - anything younger than an hour;
 - reports (runs/<run>/report.md, .html) and whatever other rooms keep in directories of their own.
 
-Artifacts are compared by kind and key, never by path: a store reached through links, `..` or another mount point is the same
-store. Without --yes no artifact is deleted: it moves to <store>/set_aside, from where it can be moved back. With --yes it is
-deleted, with all that earlier calls set aside.
+Artifacts are compared by kind and key, never by path: a store reached through links, `..` or another mount point is the
+same store. Without --yes no artifact is deleted: it moves to <store>/set_aside, from where it can be moved back. With
+--yes it is deleted, with all that earlier calls set aside.
 
-Exit codes: 0; 2 the request is wrong, or a run that is to be kept reaches no artifact of this store.
+Exit codes: 0; 2: the request is wrong, or a run that is to be kept reaches no artifact of this store.
 """
 
 from __future__ import annotations
@@ -61,28 +63,28 @@ def gc(
 
     dry_run: change nothing, only return what would be set aside
     delete: delete instead, with everything that earlier calls set aside
-    Raises: ConfigError for a negative number of runs, and when nothing can be called unneeded because a run that is to be
-    kept reaches no artifact.
+    Raises: ConfigError for a negative number of runs, and for a run that is to be kept but reaches no artifact: then
+    nothing can be called unneeded.
     """
     if keep_runs < 0:
         raise ConfigError(f"--keep-runs is {keep_runs}: it must be 0 or more")
     for name in store.artifact_names():
         _inputs(store, name)  # a record of a newer program is refused here, before anything moves
     runs = sorted(_runs_with_links(store), key=_newest_link_time, reverse=True)
-    kept = _kept_by_runs(store, runs[:keep_runs], keep_runs)
-    in_use = {name for name in store.artifact_names() if _is_in_use(store, name, kept, young_seconds)}
-    kept |= _with_inputs(store, in_use)
+    kept_names = _kept_by_runs(store, runs[:keep_runs], keep_runs)
+    in_use = {name for name in store.artifact_names() if _is_in_use(store, name, kept_names, young_seconds)}
+    kept_names |= _with_inputs(store, in_use)
     removals: list[Removal] = []
     for name in store.artifact_names():
         path = store.directory(*name)
-        if name not in kept:
+        if name not in kept_names:
             removals += _remove_artifact(store, name, dry_run, delete)
         elif (path / RECORD).is_file() and (path / "resume").is_dir():
             removals.append(_remove(path / "resume", "state to resume a training from that is finished", dry_run))
     for run in runs[keep_runs:]:
         for step in sorted(path for path in run.iterdir() if path.is_dir()):
             removals.append(_remove(step, f"links of the run {run.name}", dry_run))
-    for path in _unneeded_logps(store, kept, young_seconds):
+    for path in _unneeded_logps(store, kept_names, young_seconds):
         removals.append(_remove(path, "log-probs of a model that no kept artifact names", dry_run))
     if not dry_run:
         if delete:
@@ -100,7 +102,7 @@ def _kept_by_runs(store: Store, runs: list[Path], keep_runs: int) -> set[Name]:
 
     Raises: ConfigError for a run that reaches nothing: then the links are at fault, not the artifacts.
     """
-    existing, kept = set(store.artifact_names()), set[Name]()
+    existing, kept_names = set(store.artifact_names()), set[Name]()
     for run in runs:
         targets = {name for link in _links(run) if (name := _target(link)) is not None}
         if existing and not targets & existing:
@@ -108,13 +110,13 @@ def _kept_by_runs(store: Store, runs: list[Path], keep_runs: int) -> set[Name]:
                 f"the run {run.name} is to be kept, and none of its links leads to an artifact of {store.root}: "
                 f"nothing is removed. Look at {run}; if that run is not needed any more, remove its directory"
             )
-        kept |= _with_inputs(store, targets)
+        kept_names |= _with_inputs(store, targets)
     if keep_runs and existing and not runs:
         raise ConfigError(
             f"no run of {store.root} has links to artifacts, so --keep-runs {keep_runs} would keep none of "
             f"{len(existing)}: nothing is removed. `--keep-runs 0` says that none is needed"
         )
-    return kept
+    return kept_names
 
 
 def _runs_with_links(store: Store) -> list[Path]:
@@ -166,7 +168,7 @@ def _inputs(store: Store, name: Name) -> list[Name]:
     return [(kind, key.partition("/")[0]) for kind, key in names if key != EXTERNAL]
 
 
-def _is_in_use(store: Store, name: Name, kept: set[Name], young_seconds: float) -> bool:
+def _is_in_use(store: Store, name: Name, kept_names: set[Name], young_seconds: float) -> bool:
     """Return whether an artifact is being built, is young, or is unfinished work whose inputs are kept."""
     with store.try_lock(*name) as owner:
         if owner is not None:
@@ -178,13 +180,13 @@ def _is_in_use(store: Store, name: Name, kept: set[Name], young_seconds: float) 
     if (directory / RECORD).is_file():
         return False
     inputs = _inputs(store, name)
-    return bool(inputs) and age < WAITING_SECONDS and set(inputs) <= kept
+    return bool(inputs) and age < WAITING_SECONDS and set(inputs) <= kept_names
 
 
-def _unneeded_logps(store: Store, kept: set[Name], young_seconds: float) -> list[Path]:
+def _unneeded_logps(store: Store, kept_names: set[Name], young_seconds: float) -> list[Path]:
     """Return the log-prob directories of models that are neither a kept checkpoint nor an input of a kept artifact."""
     models: set[str] = set()
-    for name in kept:
+    for name in kept_names:
         with suppress(ArtifactError):
             record = store.load(*name)
             if record is not None:
@@ -228,7 +230,7 @@ def _delete_set_aside(store: Store) -> None:
 
 
 def _remove_idle_locks(store: Store) -> None:
-    """Delete the lock files of artifacts that no longer exist. A process that opened one meanwhile notices (locks.hold)."""
+    """Delete the lock files of artifacts that no longer exist. A process that has opened one notices (locks.hold)."""
     for kind, key in store.lock_names():
         if store.directory(kind, key).is_dir():
             continue

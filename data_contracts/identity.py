@@ -2,8 +2,8 @@
 
     key = sha256(canonical_json({stage, version, config without runtime, inputs: {name: content digest}}))[:16]
 
-The key is a hash of the inputs, not of the output, because sampling on a GPU is not bit-reproducible. Inputs enter by the
-digest of their *content*, so an artifact that was made again with equal bytes keeps everything downstream.
+The key is a hash of the inputs, not of the output, because sampling on a GPU is not bit-reproducible. Inputs enter by
+the digest of their *content*, so an artifact that was made again with equal bytes keeps everything downstream.
 """
 
 from __future__ import annotations

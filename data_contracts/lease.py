@@ -1,14 +1,15 @@
 """Contracts - a lease with a fence: who may build an artifact, where the kernel's locks do not reach from host to host.
 
-    <root>/locks/<kind>-<key>.lease-00000007      {"owner": ..., "beat": 42, "released": false}; the highest number counts
+    <root>/locks/<kind>-<key>.lease-00000007    {"owner": ..., "beat": 42, "released": false}; the highest number counts
 
 flock is the lock of one host. A shared filesystem may not carry it to the other hosts: NFS mounted with `nolock` or
 `local_lock=flock`, most FUSE mounts. Set SELFPLAY_LOCKS=lease there.
 
 A process holds the lease when it created the file with the highest number, the *token*, by an exclusive create. It then
-rewrites the file several times per lease time. A process that waits reads the file: when the content has not changed for a
-whole lease time, by the reader's own clock, the owner counts as dead. Two clocks are never compared. An owner that stood
-still and was taken for dead finds a token above its own and may neither write a shard nor sign a record: `check_fence`.
+rewrites the file several times per lease time. A process that waits reads the file: when the content has not changed
+for a whole lease time, by the reader's own clock, the owner counts as dead. Two clocks are never compared. An owner
+that stood still and was taken for dead finds a token above its own and may neither write a shard nor sign a record:
+`check_fence`.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ class Lease:
     def _take(self, token: int) -> bool:
         """Create the lease file numbered `token`; return whether that made the lease ours.
 
-        The exclusive create decides among the processes that try. A number below a newer lease's gives no right: it is free
-        only because the newer owner removed the older files.
+        The exclusive create decides among the processes that try. A number below a newer lease's gives no right: it is
+        free only because the newer owner removed the older files.
         """
         try:
             os.close(os.open(self._path(token), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -205,7 +206,7 @@ def highest_token(locks: Path, name: str) -> int:
 
 
 def inherited_environment(name: str) -> dict[str, str]:
-    """Return the variables that the processes which build `name` for this one must inherit, so that the fence holds them."""
+    """Return the variables that the processes which build `name` must inherit, so that the fence stops them too."""
     return {FENCE: f"{name}:{HELD[name]}"} if name in HELD else {}
 
 

@@ -1,10 +1,10 @@
-"""Contracts - the ledger of a run: what each stage cost, what was found instead of built, and the time that no stage explains.
+"""Contracts - the ledger of a run: what each stage cost, what was found instead of built, and what no stage explains.
 
-    <root>/runs/<run>/ledger.jsonl      one line per event: a session begins, a stage starts, a stage is built, the session ends
+    <root>/runs/<run>/ledger.jsonl     one line per event: a session begins, a stage starts, is built, the session ends
 
 Costs are in the records; a line only says which artifact, when, and whether it was found. A session is one process that
-played the run: a run that was killed and started again has several. What no stage accounts for (the flow's own imports, the
-server, reports) is `other`.
+played the run: a run that was killed and started again has several. What no stage accounts for (the flow's own imports,
+the server, reports) is `other`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Account(NamedTuple):
 
 
 def read_account(store: Store, run: str) -> Account:
-    """Return what the ledger of a run says. Raises: ConfigError for a run that has no ledger, or one without a whole line."""
+    """Return what the ledger of a run says. Raises: ConfigError if the run has none, or one without a whole line."""
     runs = store.runs_with(FILE)
     if run not in runs:
         raise ConfigError(
@@ -197,13 +197,16 @@ def _session(name: str, lines: list[Line], entries: list[Entry]) -> Session:
 
 
 def cost_rows(account: Account) -> list[CostRow]:
-    """Return one row per artifact, in the order of the run: what it cost, if any session of this run built it, else what it saved."""
+    """Return one row per artifact, in the order of the run.
+
+    The row says what the artifact cost if any session of this run built it, else what finding it saved.
+    """
     entries: dict[tuple[str, str], Entry] = {}
     for entry in account.entries:
         position = (entry.step, entry.shown_as)
         earlier = entries.get(position)
-        # A later session finds what an earlier one built: it was paid for, once. Another key at the same position means that
-        # the config was changed.
+        # A later session finds what an earlier one built: it was paid for, once. Another key at the same position means
+        # that the config was changed.
         if earlier is None or earlier.key != entry.key or earlier.cached:
             entries[position] = entry
     return [
@@ -288,7 +291,7 @@ def session_lines(account: Account) -> list[str]:
 
 
 def estimate_lines(store: Store, run: str) -> list[str]:
-    """Return lines that set the last prediction of `selfplay estimate` beside what was measured; [] without a prediction.
+    """Return lines that set the last prediction of `selfplay estimate` beside what was measured; [] without one.
 
     Compared are the artifacts that the estimate had to predict and that this run has built since.
     """

@@ -4,8 +4,8 @@
     <root>/locks/<kind>-<key>@<host>       the same under leases (lease.py), for the processes of one host
     <root>/locks/.<name>                   a lock that belongs to no artifact
 
-flock belongs to the open file: the kernel drops it when the last process that has the file open is gone, however it died. A
-process tree that inherits the descriptor keeps others out for as long as any of its processes lives.
+flock belongs to the open file: the kernel drops it when the last process that has the file open is gone, however it
+died. A process tree that inherits the descriptor keeps others out for as long as any of its processes lives.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     <url>/artifacts/<kind>/<key>/<content>/part-00000.parquet ...     the files, under the digest of their content
     <url>/artifacts/<kind>/<key>/record.json                          put last: names the content that counts
 
-The promise is that of the store: whoever finds the record finds every file it lists, whole. An object store shows an object
-only when all of it has arrived, and a put replaces an object in one step. Files lie under the digest of their content, so two
-machines that put different builds of one key never mix them: the later record wins as a whole. Fetched files are checked by
-their digests before the record is written here. An object store has no locks: two machines without a common file system may
-build one artifact twice, never half.
+The promise is that of the store: whoever finds the record finds every file it lists, whole. An object store shows an
+object only when all of it has arrived, and a put replaces an object in one step. Files lie under the digest of their
+content, so two machines that put different builds of one key never mix them: the later record wins as a whole. Fetched
+files are checked by their digests before the record is written here. An object store has no locks: two machines without
+a common file system may build one artifact twice, never half.
 
 python -m data_contracts.mirror push|fetch|evict URL [--store DIR] [--keep-gib N] [KIND/KEY ...]
 """
@@ -32,8 +32,8 @@ from data_contracts.identity import digest_file
 from data_contracts.store import Store
 
 MIRROR = "SELFPLAY_MIRROR"
-"""Environment variable: the URL, e.g. s3://bucket/selfplay?endpoint_override=objects:9000&scheme=http. Credentials are those
-of the AWS tools: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."""
+"""Environment variable: the URL, e.g. s3://bucket/selfplay?endpoint_override=objects:9000&scheme=http. Credentials are
+those of the AWS tools: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."""
 CHUNK_BYTES = 1 << 24
 
 
@@ -82,7 +82,7 @@ class Mirror:
         return True
 
     def fetch(self, store: Store, kind: str, key: str) -> ArtifactRecord | None:
-        """Bring an artifact into the store, in place of unfinished work. Returns: its record, None if it is not in the mirror.
+        """Bring an artifact into the store, in place of unfinished work; return its record, None if there is none.
 
         The caller holds the artifact's lock.
         Raises: ArtifactError if a file has other content than was signed; the record is not written then.
@@ -154,7 +154,7 @@ def mirror_from_environment() -> Mirror | None:
 
 
 def evict(store: Store, mirror: Mirror, keep_bytes: int) -> list[ArtifactRecord]:
-    """Delete the artifacts that were unused for longest until the store holds at most `keep_bytes`, and return their records.
+    """Delete the artifacts unused for longest until the store holds at most `keep_bytes`; return their records.
 
     Only what the mirror has, with the same content, is deleted.
     """

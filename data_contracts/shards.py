@@ -144,7 +144,7 @@ def shard_path(directory: Path, index: int, prefix: str = "part") -> Path:
 
 
 def seal_path(path: Path) -> Path:
-    """Return where the digest lies that a shard was written with. The file is hidden, so it is no data of the artifact."""
+    """Return where the digest of a shard lies. The file is hidden, so it is no data of the artifact."""
     return path.with_name(f".{path.name}.sha256")
 
 
@@ -184,12 +184,13 @@ def write_shard(path: Path, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
         digest = digest_file(Path(file.name))
-    # Parquet's own checksums leave out page headers and footer. A seal that a crash cut, or kept from being made, is no seal.
+    # Parquet's own checksums leave out page headers and footer. A seal that a crash cut short
+    # is not looked at.
     seal_path(path).write_text(digest)
 
 
 def read_shard(path: Path, kind: str) -> pa.Table:
-    """Return a shard. Raises: ArtifactError if it cannot be read, ContractError if its columns are not those of `kind`."""
+    """Return a shard. Raises: ArtifactError if it cannot be read, ContractError if its columns are of another kind."""
     seal = seal_path(path)
     try:
         digest = seal.read_text(errors="replace") if seal.is_file() else ""
@@ -247,8 +248,8 @@ JOINED_BYTES = 2**27
 class ShardRows(Sequence[Row]):
     """The rows of artifacts, one after the other, as dicts that are made on access: columns take a tenth of the memory.
 
-    Shards are joined as they are read, 128 MiB at a time. Thousands of small buffers take twice the memory, and rows that lie
-    in many tables cost ten times as much as rows that lie in few.
+    Shards are joined as they are read, 128 MiB at a time. Thousands of small buffers take twice the memory, and rows
+    that lie in many tables cost ten times as much as rows that lie in few.
     """
 
     def __init__(self, directories: Iterable[Path | str], kind: str):
@@ -303,7 +304,7 @@ class ShardRows(Sequence[Row]):
 
 
 def _join(tables: list[pa.Table]) -> pa.Table:
-    """Return one table of one chunk per column. `tables` is emptied on the way, so that no column is held twice for long."""
+    """Return one table of one chunk per column; empties `tables` on the way, to hold no column twice for long."""
     schema = tables[0].schema
     columns: list[pa.Array[Any]] = []
     for name in schema.names:

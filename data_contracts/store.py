@@ -4,12 +4,12 @@
     <root>/runs/<run>/iter_02/<stage>      -> the artifact, for people; deletable
     <root>/locks/                             who builds what: locks.py
     <root>/logps/<model content>-.../         log-probs by model: shards of the kind token_logps
-    <root>/set_aside/<date>-<kind>-<key>/     moved out of the way, the reason in set_aside.json; moved back, it counts again
+    <root>/set_aside/<date>-<kind>-<key>/     moved out of the way: set_aside.py
 
 A directory without `record.json` is unfinished work: its whole shards are kept and the next build continues after them.
 
-Other rooms may keep directories of their own below the root. They need no entry in a list: `Store.abandoned` recognises what
-a dead writer left in them by its name (files.py), `lock_apart` gives them a lock, and `gc` deletes nothing of theirs.
+Other rooms may keep directories of their own below the root. They need no entry in a list: `Store.abandoned` recognises
+what a dead writer left in them by its name (files.py), `lock_apart` gives them a lock, and `gc` leaves them alone.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from data_contracts.set_aside import REASON, SET_ASIDE, set_aside, set_files_asi
 from data_contracts.words import format_bytes
 
 QUICK_BYTES = 64 << 20
-"""Files up to this size are read whole when an artifact is looked up (at most some 50 ms each). Of larger files only the size
-is compared; `verify` reads them."""
+"""Files up to this size are read whole when an artifact is looked up (at most some 50 ms each). Of larger files only
+the size is compared; `verify` reads them."""
 MAX_BYTES, MIN_FREE_BYTES = "SELFPLAY_STORE_MAX_BYTES", "SELFPLAY_STORE_MIN_FREE_BYTES"
 """Environment variables: budget of the store, and what must stay free on its disk."""
 DEFAULT_MIN_FREE = 256 << 20
@@ -63,7 +63,7 @@ def content_digest(files: list[FileDigest]) -> str:
 
 
 def data_files(directory: Path) -> list[Path]:
-    """Return the files that make up an artifact, sorted: no records, logs, hidden or temporary files, nothing of `resume/`."""
+    """Return the data files of an artifact, sorted: no records, logs, hidden or temporary files, and no `resume/`."""
     return sorted(
         path
         for path in directory.rglob("*")
@@ -74,7 +74,7 @@ def data_files(directory: Path) -> list[Path]:
 
 
 def check_name(name: str) -> str:
-    """Return a kind, key, run or step that is one part of a path. Raises: ConfigError for a name that would lead elsewhere."""
+    """Return a kind, key, run or step that is one part of a path. Raises: ConfigError for one that leads elsewhere."""
     if not NAME_PART.fullmatch(name):
         raise ConfigError(
             f"{name!r:.80} cannot name something in the store: "
@@ -96,7 +96,8 @@ class Store:
     """A directory of artifacts. Opening one writes nothing."""
 
     def __init__(self, root: Path | str | None = None):
-        # Resolved here and nowhere else: links of runs are relative, and `..` behind a link leads elsewhere than it reads.
+        # Resolved here and nowhere else: links of runs are relative, and `..` behind a link leads elsewhere than it
+        # reads.
         self.root = Path(root or os.environ.get("SELFPLAY_STORE") or "store").resolve()
 
     # --- the directory itself
@@ -120,7 +121,7 @@ class Store:
             ) from None
 
     def check_room(self) -> None:
-        """Raises: ArtifactError if the store exceeds its budget or its disk is nearly full: before a build, not inside one."""
+        """Raises: ArtifactError if the store exceeds its budget or its disk is nearly full. Asked before each build."""
         budget = bytes_from_environment(MAX_BYTES, None)
         min_free = bytes_from_environment(MIN_FREE_BYTES, DEFAULT_MIN_FREE)
         if budget is not None and (used := bytes_below(self.root)) >= budget:
@@ -140,7 +141,7 @@ class Store:
         return next(path for path in (self.root, *self.root.parents) if path.exists())
 
     def abandoned(self, in_artifacts: bool) -> Iterator[Path]:
-        """Yield the temporary files and directories of dead writers, wherever below the root; those set aside are left out."""
+        """Yield the temporary files and directories of dead writers below the root, except those set aside."""
         left_out = {SET_ASIDE} if in_artifacts else {SET_ASIDE, ARTIFACTS}
         if not self.root.is_dir():
             return
@@ -153,7 +154,7 @@ class Store:
                         yield path
 
     def sweep(self) -> int:
-        """Delete what dead writers left outside of artifacts (a build tidies its own) and return how many paths that were."""
+        """Delete what dead writers left outside of artifacts (a build tidies its own); return the number of paths."""
         num_deleted = 0
         for path in self.abandoned(in_artifacts=False):
             if is_directory(path):
@@ -212,9 +213,9 @@ class Store:
     def set_damaged_aside(self, kind: str, key: str, why: str) -> Path:
         """Set a damaged artifact aside and leave unfinished work in its place; return where the artifact lies now.
 
-        The unfinished work has the whole shards (as links to the same bytes), so that the next build makes only what is missing: a damaged
-        shard is made again with the files of the same number beside it, and so is every file that is no shard. Nothing is deleted. The
-        caller holds the artifact's lock.
+        The unfinished work has the whole shards (as links to the same bytes), so that the next build makes only what is
+        missing: a damaged shard is made again with the files of the same number beside it, and so is every file that is
+        no shard. Nothing is deleted. The caller holds the artifact's lock.
         """
         directory = self.directory(kind, key)
         try:
@@ -236,10 +237,11 @@ class Store:
         return aside
 
     def repair(self, record: ArtifactRecord) -> list[str]:
-        """Replace an artifact's damaged files by equal files of its inputs, if all can be; return a sentence each, [] if not.
+        """Replace an artifact's damaged files by equal files of its inputs, if all can be; return a sentence each, []
+        if not.
 
-        A checkpoint shares its tokenizer and chat template with the policy it was trained from. The odd files are set aside. The caller holds
-        the artifact's lock.
+        A checkpoint shares its tokenizer and chat template with the policy it was trained from. The odd files are set
+        aside. The caller holds the artifact's lock.
         """
         directory = self.directory(record.kind, record.key)
         signed = {file.name: file for file in record.files}
@@ -299,7 +301,10 @@ class Store:
         return [(kind, key) for kind, key in names if NAME_PART.fullmatch(kind) and NAME_PART.fullmatch(key)]
 
     def records(self, kind: str | None = None, start: str = "") -> Iterator[ArtifactRecord]:
-        """Yield every signed artifact whose key begins with `start`, oldest first. A damaged record is left out; `verify` names it."""
+        """Yield every signed artifact whose key begins with `start`, oldest first.
+
+        A damaged record is left out; `verify` names it.
+        """
         pattern = f"{escape(kind) if kind else '*'}/{escape(start)}*/{RECORD}"
         for path in sorted((self.root / ARTIFACTS).glob(pattern), key=lambda path: path.stat().st_mtime):
             try:
@@ -310,7 +315,10 @@ class Store:
                 yield record
 
     def resolve(self, text: str) -> ArtifactRecord:
-        """Return the artifact that `text` names: a key, the start of one, or kind/key. Raises: ConfigError if none or several."""
+        """Return the artifact that `text` names: a key, the start of one, or kind/key.
+
+        Raises: ConfigError if no artifact, or several, have such a key.
+        """
         kind, _, start = text.rpartition("/")
         # A text with several slashes is a path, of something that is not there.
         matches = [] if "/" in kind else list(self.records(kind or None, start))
@@ -353,7 +361,7 @@ class Store:
         return locks.hold(self.root / "locks", f".{check_name(name)}", _ignore_owner, poll=0.5)
 
     def lock_path(self, kind: str, key: str) -> Path:
-        """Return the file that is locked while an artifact is built (under leases it has one file per host beside it)."""
+        """Return the file that is locked while an artifact is built; under leases there is one per host instead."""
         return self.root / "locks" / f"{kind}-{key}"
 
     def lock_names(self) -> list[tuple[str, str]]:

@@ -32,23 +32,23 @@ def modules_of(room: str) -> list[str]:
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
     """(top-level package, inside a function?) of each import statement and each import by name in a file."""
-    found = []
+    imports = []
 
     def visit(node: ast.AST, inside: bool) -> None:
         inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         if isinstance(node, ast.Import):
-            found.extend((alias.name.split(".")[0], inside) for alias in node.names)
+            imports.extend((alias.name.split(".")[0], inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.append((node.module.split(".")[0], inside))
+            imports.append((node.module.split(".")[0], inside))
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if called in BY_NAME and isinstance(node.args[0].value, str):
-                found.append((node.args[0].value.split(".")[0], inside))
+                imports.append((node.args[0].value.split(".")[0], inside))
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
 
     visit(ast.parse(path.read_text()), False)
-    return found
+    return imports
 
 
 def test_imports_go_downward_only():

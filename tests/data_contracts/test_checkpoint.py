@@ -1,6 +1,7 @@
 """A model directory: refused before anything loads if a part is missing, addressed by its bytes and by nothing else.
 
-Strategy: copies of the tiny model with one thing taken away; safetensors headers written by hand where the real thing would be big.
+Strategy: copies of the tiny model with one file taken away; safetensors headers written by hand where a real file would
+be big.
 """
 
 import json
@@ -135,10 +136,10 @@ def test_a_model_has_one_source(data, message):
 
 
 def test_the_address_is_the_content_wherever_it_lies(model, tiny_model, tmp_path):
-    here, there = external_model(tiny_model), external_model(model)
-    assert here.content == there.content and here.path != there.path
+    original, copy = external_model(tiny_model), external_model(model)
+    assert original.content == copy.content and original.path != copy.path
     os.symlink(tiny_model, tmp_path / "link")
-    assert external_model(tmp_path / "link") == here
+    assert external_model(tmp_path / "link") == original
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m data_contracts`: what it prints is enough to find an artifact, to know why it was built again, and to trust it.
+"""`python -m data_contracts`: its output is enough to find an artifact, to know why it was built again, and to trust it.
 
 Strategy: a store of four small artifacts; the command is called as a function, and once as a process for its exit code.
 """
@@ -35,8 +35,9 @@ def make(
     directory.mkdir(parents=True)
     (directory / "part-00000.parquet").write_text("twelve bytes")
     record = ArtifactRecord(
-        kind="generations", key=key, stage="sample", version=version, config=config, inputs=inputs, content="", files=[], rows=12,
-        metrics={"finished_rate": 0.123456789}, facts={"versions": {"torch": "2.13"}}, seconds={"wall": 3.25}, provenance={"time": time, "host": "here"},
+        kind="generations", key=key, stage="sample", version=version, config=config, inputs=inputs, content="",
+        files=[], rows=12, metrics={"finished_rate": 0.123456789}, facts={"versions": {"torch": "2.13"}},
+        seconds={"wall": 3.25}, provenance={"time": time, "host": "here"},
     )  # fmt: skip
     store.sign(record)
     return key
@@ -77,8 +78,11 @@ def test_show_prints_settings_inputs_metrics_and_files(store, command):
     code, out, _ = command("show", key[:6])
     assert code == 0 and out.startswith(f"generations {key}  (stage sample, version 1)\n")
     flat = " ".join(out.split())
-    for text in ("temperature 0.7", "backend.dtype 'float32'", "stop [1, 2]", "policy checkpoint/external with content abababababababab (/models/tiny)",
-                 "finished_rate 0.123457", "versions.torch '2.13'", "wall 3.25", "part-00000.parquet 12 ", "12 rows"):  # fmt: skip
+    for text in (
+        "temperature 0.7", "backend.dtype 'float32'", "stop [1, 2]", "finished_rate 0.123457", "versions.torch '2.13'",
+        "policy checkpoint/external with content abababababababab (/models/tiny)", "wall 3.25",
+        "part-00000.parquet 12 ", "12 rows",
+    ):  # fmt: skip
         assert text in flat
 
 
@@ -103,10 +107,10 @@ def test_explain_names_the_field_in_which_the_nearest_sibling_differs(store, com
 
 
 def test_explain_sees_nested_settings_added_ones_versions_and_inputs(store, command, make_prompts):
-    one, two = make_prompts(store, 1), make_prompts(store, 2)
-    make(store, COLD, prompts=one)
+    old, new_prompts = make_prompts(store, 1), make_prompts(store, 2)
+    make(store, COLD, prompts=old)
     new = COLD | {"backend": {"name": "vllm", "dtype": "bfloat16"}, "top_p": 0.9, "tasks": [{"path": "x"}]}
-    key = make(store, new, version="2", policy="cd" * 32, prompts=two)
+    key = make(store, new, version="2", policy="cd" * 32, prompts=new_prompts)
     out = command("explain", key)[1]
     assert "in 7 fields:" not in out and "in 6 fields:" in out
     for line in (
@@ -114,9 +118,11 @@ def test_explain_sees_nested_settings_added_ones_versions_and_inputs(store, comm
         "  config.backend.dtype is 'bfloat16', not 'float32'",
         "  config.top_p is 0.9, not absent",
         "  config.tasks.0.path is 'x', not absent",
-        f"  input prompts is prompts/{two.key} with content {two.content[:16]}, not prompts/{one.key} with content {one.content[:16]}",
-        f"  input policy is checkpoint/external with content {'cd' * 8} (/models/tiny), not checkpoint/external with content {'ab' * 8} (/models/tiny)",
-        f"  (why prompts differs: python -m data_contracts explain prompts/{two.key})",
+        f"  input prompts is prompts/{new_prompts.key} with content {new_prompts.content[:16]}, "
+        f"not prompts/{old.key} with content {old.content[:16]}",
+        f"  input policy is checkpoint/external with content {'cd' * 8} (/models/tiny), "
+        f"not checkpoint/external with content {'ab' * 8} (/models/tiny)",
+        f"  (why prompts differs: python -m data_contracts explain prompts/{new_prompts.key})",
     ):
         assert line in out.splitlines()
 

@@ -1,4 +1,4 @@
-"""Whatever a file holds, its reader gives the thing or one of the pipeline's own errors: never another exception, never garbage.
+"""Whatever a file holds, its reader returns its content or raises an error of the pipeline: no other exception, no garbage.
 
 Strategy: hypothesis makes up texts and bytes, and spoils good files: a piece cut out, doubled, overwritten.
 """
@@ -29,7 +29,9 @@ from stages.training.resume import sealed
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.sampled_from(["prompt", "messages", "role", "content", "checks"]), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.text(max_size=8) | st.sampled_from(["prompt", "messages", "role", "content", "checks"]), inner, max_size=4
+    ),
     max_leaves=12,
 )  # fmt: skip
 
@@ -44,7 +46,7 @@ def spoilt(draw, good: bytes) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def directory(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
@@ -71,8 +73,8 @@ evaluation: {scorer: {name: length}}
 
 @settings(max_examples=150)
 @given(data=spoilt(RUN))
-def test_run_configs(place, data):
-    path = place / "run.yaml"
+def test_run_configs(directory, data):
+    path = directory / "run.yaml"
     path.write_bytes(data)
     try:
         assert isinstance(load_run(path), RunConfig)
@@ -82,8 +84,8 @@ def test_run_configs(place, data):
 
 @settings(max_examples=200)
 @given(lines=st.lists(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()), max_size=4))
-def test_prompts(place, lines):
-    path = place / "prompts.jsonl"
+def test_prompts(directory, lines):
+    path = directory / "prompts.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
         rows = load_prompts(path)
@@ -109,8 +111,8 @@ def generations() -> bytes:
 
 @settings(max_examples=250)
 @given(data=spoilt(generations()) | st.binary(max_size=100))
-def test_shards(place, data):
-    path = shard_path(place, 0)
+def test_shards(directory, data):
+    path = shard_path(directory, 0)
     path.write_bytes(data)
     try:
         read_shard(path, "generations")
@@ -125,8 +127,8 @@ RECORD_BYTES = ArtifactRecord(
 
 @settings(max_examples=200)
 @given(data=spoilt(RECORD_BYTES) | st.binary(max_size=60))
-def test_records(place, data):
-    store = Store(place / "store")
+def test_records(directory, data):
+    store = Store(directory / "store")
     directory = store.directory("generations", "k")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD).write_bytes(data)
@@ -135,7 +137,7 @@ def test_records(place, data):
         assert (record.kind, record.key) == ("generations", "k")
     except ArtifactError as error:
         assert str(directory) in str(error)
-    assert [one.key for one in store.records()] in ([], ["k"])
+    assert [record.key for record in store.records()] in ([], ["k"])
 
 
 @settings(max_examples=200)
@@ -145,8 +147,8 @@ def test_records(place, data):
         lambda one: one[0].to_bytes(8, "little") + json.dumps(one[1]).encode()
     )
 )
-def test_safetensors(place, data):
-    path = place / "model.safetensors"
+def test_safetensors(directory, data):
+    path = directory / "model.safetensors"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match="model.safetensors"):
         check_safetensors(path)
@@ -165,8 +167,8 @@ def test_safetensors(place, data):
     ),
     data=st.data(),
 )
-def test_model_directories(place, tiny_model, name, data):
-    model = place / "model"
+def test_model_directories(directory, tiny_model, name, data):
+    model = directory / "model"
     if not model.is_dir():
         shutil.copytree(tiny_model, model)
     path = model / name
@@ -192,27 +194,27 @@ HISTORY = b'{"event": "start", "time": 1.5, "pid": 3}\n{"event": "shard", "time"
 
 @settings(max_examples=150)
 @given(data=spoilt(HISTORY) | st.binary(max_size=60))
-def test_what_is_beside_the_data(place, data):
+def test_what_is_beside_the_data(directory, data):
     """The history of a build, a lease, the marker of a checkpoint to resume from: damaged, they say nothing."""
     for name in (".events.jsonl", "latest", "lease"):
-        (place / name).write_bytes(data)
-    assert all(isinstance(event["event"], str) and event["time"] for event in events(place))
-    assert sealed(place) is None
-    assert isinstance(_read_state(place / "lease").owner, LockOwner)
+        (directory / name).write_bytes(data)
+    assert all(isinstance(event["event"], str) and event["time"] for event in events(directory))
+    assert sealed(directory) is None
+    assert isinstance(_read_state(directory / "lease").owner, LockOwner)
 
 
 @settings(max_examples=150)
 @given(value=JSON)
-def test_specs_and_saved_batches(place, value):
+def test_specs_and_saved_batches(directory, value):
     for name in ("spec.json", "batch.json"):
-        (place / name).write_text(json.dumps(value))
+        (directory / name).write_text(json.dumps(value))
     try:
-        spec = read_spec(place / "spec.json")
+        spec = read_spec(directory / "spec.json")
         assert isinstance(spec["inputs"], dict)
     except ConfigError as error:
         assert "spec.json" in str(error)
     with pytest.raises(PipelineError, match="holds no batch"):
-        replay_batch(place)
+        replay_batch(directory)
 
 
 @settings(max_examples=200)

@@ -92,9 +92,9 @@ OF_C = {"prompts/p", "generations/gb", "checkpoint/cb", "checkpoint/cc"}
 def test_what_a_kept_run_came_from_stays_all_the_way_back(store, three_runs, runs, kept):
     assert left(store) == EVERYTHING
     removed = {
-        f"{one.path.parent.name}/{one.path.name}"
-        for one in gc(store, runs, dry_run=True)
-        if one.path.parents[1].name == "artifacts"
+        f"{removal.path.parent.name}/{removal.path.name}"
+        for removal in gc(store, runs, dry_run=True)
+        if removal.path.parents[1].name == "artifacts"
     }
     assert left(store) == EVERYTHING and EVERYTHING - kept == removed
     gc(store, runs)
@@ -235,9 +235,9 @@ def test_a_damaged_record_keeps_nothing_alive_and_stops_nothing(store, three_run
 
 def test_the_command_says_what_and_how_much(store, three_runs, capsys):
     assert main(["--keep-runs", "1", "--dry-run", "--store", str(store.root)]) == 0
-    said = capsys.readouterr().out
-    assert "artifacts/generations/ga  (of no kept run)" in said and "links of the run a" in said
-    assert "would set aside " in said.splitlines()[-1] and "that --keep-runs 1 does not keep" in said
+    output = capsys.readouterr().out
+    assert "artifacts/generations/ga  (of no kept run)" in output and "links of the run a" in output
+    assert "would set aside " in output.splitlines()[-1] and "that --keep-runs 1 does not keep" in output
     done = subprocess.run(
         [sys.executable, "-m", "data_contracts.gc", "--keep-runs", "-1", "--store", str(store.root)],
         cwd=ROOT,

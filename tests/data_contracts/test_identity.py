@@ -1,7 +1,7 @@
 """The key of an artifact: what is in it, what is not, and that it is one key everywhere.
 
-Strategy: a small nested config stands for the stages' own. One key is computed here by hand from the text that is hashed; another process
-with another hash seed computes one again; hypothesis looks for values that do not survive.
+Strategy: a small nested config stands for the stages' own. One key is computed here by hand from the text that is
+hashed; another process with another hash seed computes one again; hypothesis looks for values that do not survive.
 """
 
 import hashlib
@@ -142,13 +142,13 @@ def test_another_process_computes_the_same_key():
         "from data_contracts.identity import fingerprint\n"
         "print(fingerprint('sample', '1', {'stop': ['é', None, True], 'a': {'z': 0.1, 'b': 1e-7}}, {'p': 'x', 'a': 'y'}))"
     )
-    here = fingerprint("sample", "1", {"a": {"b": 1e-7, "z": 0.1}, "stop": ["é", None, True]}, {"a": "y", "p": "x"})
+    expected = fingerprint("sample", "1", {"a": {"b": 1e-7, "z": 0.1}, "stop": ["é", None, True]}, {"a": "y", "p": "x"})
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
         )
-        assert done.stdout.strip() == here
+        assert done.stdout.strip() == expected
 
 
 PLAIN = st.recursive(

@@ -20,8 +20,8 @@ def make_record(store, key, wall, start_up=1.0, **cost):
     (directory / "data.txt").write_text("x" * 50)
     seconds = {"wall": wall, "start_up": start_up, "waiting": 0.0, "busy": wall - start_up}
     return store.sign(
-        ArtifactRecord(kind="generations", key=key, stage="sample", version="1", config={}, inputs={}, content="", files=[], rows=1,
-                       seconds=seconds, cost=COST | cost)
+        ArtifactRecord(kind="generations", key=key, stage="sample", version="1", config={}, inputs={}, content="",
+                       files=[], rows=1, seconds=seconds, cost=COST | cost)
     )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def stage(ledger, clock, record, step, name, seconds, cached=False, waited=0.0):
 
 @pytest.fixture
 def run(store, clock):
-    """One session of 30 s, launched 2 s before: a stage of 10 s, one of 8 s that waited 3 s, the rest spent elsewhere."""
+    """One session of 30 s, launched 2 s before: a stage of 10 s, another of 8 s that waited 3 s, and time between them."""
     ledger = Ledger(store, "demo")
     ledger.begin(launched=clock[0] - 2)
     clock[0] += 4

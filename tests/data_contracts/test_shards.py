@@ -1,4 +1,4 @@
-"""Parquet shards: rows fit the contract or are named, a shard is there whole or not at all, a damaged one is made again alone.
+"""Parquet shards: rows fit the contract or are named, a shard exists whole or not at all, a damaged one is made again.
 
 Strategy: rows of the smallest schema with a per-token column; crashes are an exception in the middle of writing.
 """
@@ -182,16 +182,16 @@ def test_rows_of_several_shards_are_those_of_the_table(tmp_path, monkeypatch, jo
     for index, part in enumerate((rows[:4], rows[4:5], rows[5:])):
         write_shard(shard_path(tmp_path / "a", index), to_table(part, "dropped"))
     write_shard(shard_path(tmp_path / "b", 0), to_table(rows[:2], "dropped"))
-    found, expected = ShardRows([tmp_path / "a", tmp_path / "b"], "dropped"), rows + rows[:2]
+    joined, expected = ShardRows([tmp_path / "a", tmp_path / "b"], "dropped"), rows + rows[:2]
     assert (
-        len(found) == 12
-        and list(found) == expected
-        and [found[i] for i in (0, 4, 11)] == [expected[i] for i in (0, 4, 11)]
+        len(joined) == 12
+        and list(joined) == expected
+        and [joined[i] for i in (0, 4, 11)] == [expected[i] for i in (0, 4, 11)]
     )
-    assert all(found[a:b] == expected[a:b] for a in range(13) for b in range(14))
-    assert found.pick([11, 0, 5, 0]) == [expected[i] for i in (11, 0, 5, 0)] and found.pick([]) == []
+    assert all(joined[a:b] == expected[a:b] for a in range(13) for b in range(14))
+    assert joined.pick([11, 0, 5, 0]) == [expected[i] for i in (11, 0, 5, 0)] and joined.pick([]) == []
     with pytest.raises(IndexError):
-        found[12]
+        joined[12]
     lists = [row(number) for number in range(5)]
     for index in range(5):
         write_shard(shard_path(tmp_path / "c", index), to_table(lists[index : index + 1], "generations"))

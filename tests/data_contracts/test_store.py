@@ -1,7 +1,7 @@
 """The store: an artifact is found when it is finished and intact, by one builder at a time, whatever dies in between.
 
-Strategy: artifacts of one small text file; crashes are real (SIGKILL of a process that holds a lock) or an exception in the one call
-that would have made the change visible.
+Strategy: artifacts of one small text file; crashes are real (SIGKILL of a process that holds a lock) or an exception in
+the one call that would have made the change visible.
 """
 
 import os
@@ -126,10 +126,10 @@ def test_a_crash_while_discarding_leaves_no_signed_ruin(store, monkeypatch):
 
 
 def test_content_depends_on_names_and_bytes_and_not_on_order():
-    one, two = (FileDigest(name=name, size=1, sha256=name * 64) for name in "ab")
-    assert content_digest([one, two]) == content_digest([two, one])
-    assert content_digest([one]) != content_digest([one.model_copy(update={"name": "b"})])
-    assert content_digest([one]) != content_digest([one.model_copy(update={"sha256": "b" * 64})])
+    first, second = (FileDigest(name=name, size=1, sha256=name * 64) for name in "ab")
+    assert content_digest([first, second]) == content_digest([second, first])
+    assert content_digest([first]) != content_digest([first.model_copy(update={"name": "b"})])
+    assert content_digest([first]) != content_digest([first.model_copy(update={"sha256": "b" * 64})])
 
 
 def test_logs_records_hidden_temporary_and_resume_files_are_no_content(store):
@@ -177,17 +177,17 @@ def test_another_artifacts_damaged_record_is_in_nobodys_way(store):
     make(store, "bb11" + "0" * 12)
     (store.directory("generations", "bb11" + "0" * 12) / RECORD).write_text("{")
     assert store.resolve("aa").key.startswith("aa11")
-    assert [found.key[:4] for found in store.records()] == ["aa11"]
+    assert [record.key[:4] for record in store.records()] == ["aa11"]
 
 
 def test_a_run_shows_its_artifacts_by_name(store):
-    one = make(store, "a" * 16, "one").ref(str(store.directory("generations", "a" * 16)))
-    two = make(store, "b" * 16, "two").ref(str(store.directory("generations", "b" * 16)))
-    store.show_in_run("quickstart", "iter_01", "sample", one)
+    first = make(store, "a" * 16, "one").ref(str(store.directory("generations", "a" * 16)))
+    second = make(store, "b" * 16, "two").ref(str(store.directory("generations", "b" * 16)))
+    store.show_in_run("quickstart", "iter_01", "sample", first)
     link = store.root / "runs" / "quickstart" / "iter_01" / "sample"
     assert (link / "data.txt").read_text() == "one"
     assert not os.path.isabs(os.readlink(link))  # the store may be moved
-    store.show_in_run("quickstart", "iter_01", "sample", two)
+    store.show_in_run("quickstart", "iter_01", "sample", second)
     assert (link / "data.txt").read_text() == "two"
     assert [path.name for path in link.parent.iterdir()] == ["sample"]
 
@@ -274,15 +274,15 @@ def is_held(store: Store) -> bool:
 
 def test_a_second_builder_waits_and_is_told_for_whom(store):
     process, _ = hold(store)
-    told = []
+    owners = []
 
     def waiting(owner: LockOwner) -> None:
-        told.append(owner)
+        owners.append(owner)
         process.kill()
 
     try:
         with store.lock("generations", "k", waiting, poll=0.01):
-            assert [owner.pid for owner in told] == [process.pid]
+            assert [owner.pid for owner in owners] == [process.pid]
     finally:
         process.kill()
         process.wait()
