@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -89,13 +89,14 @@ def parse_record(text: bytes | str, where: str) -> ArtifactRecord:
     Raises: NewerRecordError for a record of a later format; ValueError for anything else that is no record.
     """
     try:
-        data = json.loads(text)
+        data: Any = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    version = data.get("format", 1) if isinstance(data, dict) else None
-    if isinstance(version, int) and version > RECORD_FORMAT:
-        raise NewerRecordError(
-            f"{where} was written by a newer version of this program (record format {version}, this one reads "
-            f"{RECORD_FORMAT}). Nothing was changed: update the program, or give this one another store"
-        )
+    if isinstance(data, dict):
+        version = cast(dict[str, Any], data).get("format", 1)
+        if isinstance(version, int) and version > RECORD_FORMAT:
+            raise NewerRecordError(
+                f"{where} was written by a newer version of this program (record format {version}, this one reads "
+                f"{RECORD_FORMAT}). Nothing was changed: update the program, or give this one another store"
+            )
     return ArtifactRecord.model_validate(data)

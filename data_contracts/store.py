@@ -31,14 +31,12 @@ from data_contracts.files import (
     bytes_from_environment,
     is_abandoned,
     is_directory,
-    link_or_copy,
-    open_atomic,
     temporary_beside,
     write_atomic,
 )
 from data_contracts.identity import digest_file
 from data_contracts.lease import LockOwner
-from data_contracts.set_aside import REASON, SET_ASIDE, set_aside, set_files_aside
+from data_contracts.set_aside import SET_ASIDE
 from data_contracts.words import format_bytes
 
 QUICK_BYTES = 64 << 20
@@ -53,7 +51,6 @@ NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 ARTIFACTS = "artifacts"
 RUN_SETTINGS = "run.json"
 """In a run's directory: its resolved settings."""
-SHARD = re.compile(r"[a-z_]+-(\d{5})\.parquet")
 
 
 def content_digest(files: list[FileDigest]) -> str:
@@ -194,9 +191,9 @@ class Store:
 
         deep: compare the content of large files too, not only their size
         """
-        return list(self._damaged_files(record, deep).values())
+        return list(self.damaged_files(record, deep).values())
 
-    def _damaged_files(self, record: ArtifactRecord, deep: bool) -> dict[str, str]:
+    def damaged_files(self, record: ArtifactRecord, deep: bool = False) -> dict[str, str]:
         """Return file name -> what is wrong with that file."""
         directory = self.directory(record.kind, record.key)
         problems: dict[str, str] = {}
@@ -209,59 +206,6 @@ class Store:
             elif (deep or file.size <= QUICK_BYTES) and digest_file(path) != file.sha256:
                 problems[file.name] = f"{file.name} has other content than was signed"
         return problems
-
-    def set_damaged_aside(self, kind: str, key: str, why: str) -> Path:
-        """Set a damaged artifact aside and leave unfinished work in its place; return where the artifact lies now.
-
-        The unfinished work has the whole shards (as links to the same bytes), so that the next build makes only what is
-        missing: a damaged shard is made again with the files of the same number beside it, and so is every file that is
-        no shard. Nothing is deleted. The caller holds the artifact's lock.
-        """
-        directory = self.directory(kind, key)
-        try:
-            record = self.load(kind, key)
-        except NewerRecordError:
-            raise
-        except ArtifactError:
-            record = None
-        damaged_names = list(self._damaged_files(record, deep=True)) if record else []
-        damaged_numbers = {match[1] for name in damaged_names if (match := SHARD.fullmatch(name))}
-        aside = set_aside(self.root, directory, why, by="a build")
-        for path in sorted(aside.rglob("*")):
-            if not path.is_file() or path.is_symlink() or path.name in (RECORD, REASON) or ".tmp-" in path.name:
-                continue
-            is_hidden = any(part.startswith(".") or part == "resume" for part in path.relative_to(aside).parts)
-            match = SHARD.fullmatch(path.name)
-            if is_hidden or path.name in NOT_DATA or (match is not None and match[1] not in damaged_numbers):
-                link_or_copy(path, directory / path.relative_to(aside))
-        return aside
-
-    def repair(self, record: ArtifactRecord) -> list[str]:
-        """Replace an artifact's damaged files by equal files of its inputs, if all can be; return a sentence each, []
-        if not.
-
-        A checkpoint shares its tokenizer and chat template with the policy it was trained from. The odd files are set
-        aside. The caller holds the artifact's lock.
-        """
-        directory = self.directory(record.kind, record.key)
-        signed = {file.name: file for file in record.files}
-        sources: dict[str, Path] = {}
-        for name in self._damaged_files(record, deep=False):
-            for ref in record.inputs.values():
-                source = Path(ref.path) if ref.key == EXTERNAL else self.root / ARTIFACTS / ref.kind / ref.key
-                source /= Path(name).name
-                if source.is_file() and digest_file(source) == signed[name].sha256:
-                    sources[name] = source
-        if set(sources) != set(self._damaged_files(record, deep=False)):
-            return []
-        sentences = [f"{name} was replaced by {source}, which is what was signed" for name, source in sources.items()]
-        if odd := [directory / name for name in sources if (directory / name).exists()]:
-            aside = set_files_aside(self.root, directory, odd, "not what was signed", by="a build")
-            sentences.append(f"what was there lies in {aside}")
-        for name, source in sources.items():
-            with open_atomic(directory / name) as file:
-                file.write(source.read_bytes())
-        return sentences
 
     def find(self, kind: str, key: str) -> ArtifactRef | None:
         """Return the finished, intact artifact, or None. Raises: NewerRecordError."""

@@ -15,6 +15,7 @@ from data_contracts.config import Config
 from data_contracts.errors import ArtifactError, NewerRecordError, StageError
 from data_contracts.files import disk_errors_explained, write_atomic
 from data_contracts.mirror import mirror_from_environment
+from data_contracts.repair import repair_from_inputs, set_damaged_aside
 from data_contracts.store import Store
 from stages.stage import STAGES
 from tasks.execution.config import ExecutionConfig
@@ -86,7 +87,7 @@ def build(
         try:
             run_work(stage_name, config, directory, store, execution, lock, log, on_progress)
         except (ArtifactError, StageError) as error:
-            if damaged := _set_damaged_aside(inputs, store):
+            if damaged := _set_damaged_inputs_aside(inputs, store):
                 raise ArtifactError(
                     f"{error}\nIts input is damaged: {damaged}. Run again: what is damaged is made anew, and nothing else"
                 ) from error
@@ -113,10 +114,10 @@ def _find(store: Store, kind: str, key: str, log: Callable[[str], None]) -> Arti
         record, problems = None, [str(error)]
     if problems:
         what = f"{kind} {key} is damaged ({'; '.join(problems)})"
-        if record is not None and (repairs := store.repair(record)):
+        if record is not None and (repairs := repair_from_inputs(store, record)):
             log(f"{what}: {'; '.join(repairs)}")
             return record
-        aside = store.set_damaged_aside(kind, key, "; ".join(problems))
+        aside = set_damaged_aside(store, kind, key, "; ".join(problems))
         log(f"{what}: it lies in {aside}, nothing of it is deleted; building it again")
         return None
     if record is not None:
@@ -125,7 +126,7 @@ def _find(store: Store, kind: str, key: str, log: Callable[[str], None]) -> Arti
     return record
 
 
-def _set_damaged_aside(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
+def _set_damaged_inputs_aside(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
     """Read every byte of a failed stage's inputs and set damaged ones aside. Returns what was wrong, or ""."""
     damaged = []
     for ref in inputs.values():
@@ -134,6 +135,6 @@ def _set_damaged_aside(inputs: Mapping[str, ArtifactRef], store: Store) -> str:
         with store.lock(ref.kind, ref.key), suppress(ArtifactError):
             record = store.load(ref.kind, ref.key)
             if record is not None and (problems := store.problems(record, deep=True)):
-                store.set_damaged_aside(ref.kind, ref.key, "; ".join(problems))
+                set_damaged_aside(store, ref.kind, ref.key, "; ".join(problems))
                 damaged.append(f"{ref.kind} {ref.key} ({'; '.join(problems)})")
     return ", ".join(damaged)

@@ -1,6 +1,8 @@
-"""Nothing expensive is deleted because something small beside it is odd: it is set aside with the reason, repaired, or left alone.
+"""Nothing expensive is deleted because something small beside it is odd: it is set aside with the reason, repaired, or
+left alone.
 
-Strategy: a checkpoint with large weights and small files, trained from a model directory; a generations artifact of three shards.
+Strategy: a checkpoint with large weights and small files, trained from a model directory; a generations artifact of
+three shards.
 """
 
 import json
@@ -12,6 +14,7 @@ import tasks.build
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
 from data_contracts.errors import ArtifactError, NewerRecordError
 from data_contracts.gc import gc
+from data_contracts.repair import set_damaged_aside
 from data_contracts.set_aside import list_set_aside
 from data_contracts.store import Store
 
@@ -99,7 +102,7 @@ def test_a_newer_programs_record_is_refused_by_name_and_nothing_is_touched(store
     calls = [
         lambda: find(store, "checkpoint"),
         lambda: store.find("checkpoint", KEY),
-        lambda: store.set_damaged_aside("checkpoint", KEY, "odd"),
+        lambda: set_damaged_aside(store, "checkpoint", KEY, "odd"),
         lambda: store.load("checkpoint", KEY),
     ]
     for call in calls:

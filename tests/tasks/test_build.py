@@ -197,7 +197,7 @@ def test_an_input_that_is_gone_is_named(store, tiny, make_prompts, no_launch):
 def test_a_shard_of_another_contract_is_not_taken_for_ones_own(copy, make_artifact):
     store, inputs, directory = copy
     shutil.copyfile(shard_path(store.directory("prompts", inputs["prompts"].key), 0), shard_path(directory, 0))
-    with pytest.raises(ArtifactError, match="it is not what was written"):
+    with pytest.raises(ArtifactError, match="its content is not what was written"):
         read_shards(directory, "generations")
     seal_path(shard_path(directory, 0)).unlink()
     with pytest.raises(ContractError, match="do not fit the contract of generations"):

@@ -16,6 +16,7 @@ from data_contracts.config import read_yaml
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, StageError, TransientError
 from data_contracts.files import disk_errors_explained, is_abandoned
 from data_contracts.prompts import load_prompts
+from data_contracts.repair import set_damaged_aside
 from data_contracts.shards import shard_path, to_table
 from stages.sampling.stage import SamplingConfig
 from tasks.build import build
@@ -80,7 +81,7 @@ def test_a_damaged_record_of_an_input_is_set_back_by_whoever_looks_for_it(store,
     ref = make_prompts(store, 3)
     record = store.directory("prompts", ref.key) / "record.json"
     record.write_text("{")
-    store.set_damaged_aside("prompts", ref.key, "odd")
+    set_damaged_aside(store, "prompts", ref.key, "odd")
     assert (
         not record.exists() and shard_path(store.directory("prompts", ref.key), 0).is_file()
     )  # its shard is sealed by itself
@@ -141,7 +142,7 @@ def test_names_that_no_file_can_have():
 def test_headers_and_settings_of_the_wrong_shape(tmp_path):
     header = json.dumps({"a": {"data_offsets": [0, 1.5]}}).encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ConfigError, match="an offset that is no number"):
+    with pytest.raises(ConfigError, match="an offset is not a whole number"):
         check_safetensors(tmp_path / "m.safetensors")
     assert not has_chat_template(tmp_path)
     for text in ("[]", "{", "{}"):
