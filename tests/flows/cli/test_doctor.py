@@ -7,6 +7,8 @@ and the server's a server that answers as Prefect's API does (its shape is that 
 import datetime
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +17,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from data_contracts.files import process_state
 from data_contracts.lease import Lease, LockOwner
 from data_contracts.store import Store
 from flows.cli import doctor as module
-from flows.cli.doctor import compiler, contents, disk, doctor, gpu, limits, locks, memory, server, versions
+from flows.cli.diagnosis import Finding, environment
+from flows.cli.diagnosis.environment import compiler, gpu, memory, open_files, versions
+from flows.cli.diagnosis.server import HEARTBEAT, is_running_here, server
+from flows.cli.diagnosis.store import artifacts, disk, locks
+from flows.cli.doctor import doctor, summary
 from flows.cli.status import _owner
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,25 +79,29 @@ def test_a_machine_without_a_compiler_memory_shm_or_file_handles(tmp_path, monke
     )
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable:   1000000 kB\n")
-    monkeypatch.setattr(module, "_cgroup_limit", lambda: None)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr(environment, "cgroup_room", lambda: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     (little, shm) = memory(meminfo, tmp_path)
-    assert little.level == "bad" and "976.6 MiB of memory are free" in little.what and "kv_cache_gib" in little.cure
-    assert shm.level == "bad" and "has 1 MiB left" in shm.what and "--shm-size" in shm.cure
-    assert "is not there" in list(memory(meminfo, tmp_path / "none"))[1].what
-    monkeypatch.setattr(module, "_cgroup_limit", lambda: 3 << 30)
+    assert little.level == "bad" and "976.6 MiB of memory are free" in little.message and "kv_cache_gib" in little.cure
+    assert shm.level == "bad" and "has 1 MiB left" in shm.message and "--shm-size" in shm.cure
+    assert "is not there" in list(memory(meminfo, tmp_path / "none"))[1].message
+    monkeypatch.setattr(environment, "cgroup_room", lambda: 3 << 30)
     meminfo.write_text("MemAvailable:   99000000 kB\n")
     assert next(memory(meminfo, tmp_path)).level == "note"
-    assert "ulimit -n 65536" in said(limits(1024))[0][2] and said(limits(65536)) == [] and said(limits(-1)) == []
+    assert (
+        "ulimit -n 65536" in said(open_files(1024))[0][2]
+        and said(open_files(65536)) == []
+        and said(open_files(-1)) == []
+    )
 
 
 def test_the_limit_of_a_container_counts(tmp_path):
-    assert module._cgroup_limit(tmp_path) is None
+    assert environment.cgroup_room(tmp_path) is None
     for name, text in (("memory.max", "1000"), ("memory.current", "400")):
         (tmp_path / name).write_text(text)
-    assert module._cgroup_limit(tmp_path) == 600
+    assert environment.cgroup_room(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max")
-    assert module._cgroup_limit(tmp_path) is None
+    assert environment.cgroup_room(tmp_path) is None
 
 
 def answers(*outputs):
@@ -103,11 +114,11 @@ def test_a_gpu_that_torch_cannot_use():
     card = (0, "GPU 0: H200 (UUID: x)\n", "")
     assert "finds no GPU" in said(gpu(answers((9, "", "driver mismatch"))))[0][1]
     (wrong,) = gpu(answers(card), "2.13.0+cpu")
-    assert "is the build without CUDA" in wrong.what and wrong.cure == "make venv LOCK=gpu"
+    assert "is the build without CUDA" in wrong.message and wrong.cure == "make venv LOCK=gpu"
     (blind,) = gpu(answers(card, (0, "0 12.8\n", "")), "2.13.0")
-    assert "torch 2.13.0 cannot use one: 0 12.8" in blind.what
+    assert "torch 2.13.0 cannot use one: 0 12.8" in blind.message
     (broken,) = gpu(answers(card, (1, "", "Traceback\nImportError: libcuda.so.1")), "2.13.0")
-    assert "ImportError: libcuda.so.1" in broken.what
+    assert "ImportError: libcuda.so.1" in broken.message
     assert said(gpu(answers(card, (0, "1 12.8\n", "")), "2.13.0")) == []
 
     def absent(*_, **__):
@@ -118,15 +129,15 @@ def test_a_gpu_that_torch_cannot_use():
 
 def test_a_disk_nearly_full_and_a_budget_nearly_spent(store, monkeypatch, make_prompts):
     make_prompts(store, 3)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
-    assert [(one.level, "100 MiB left" in one.what, "data_contracts.gc" in one.cure) for one in disk(store)] == [
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
+    assert [(one.level, "100 MiB left" in one.message, "data_contracts.gc" in one.cure) for one in disk(store)] == [
         ("bad", True, True)
     ]
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 30))
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "4K")
     assert [one.level for one in disk(store)] == ["note", "bad"]
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "a bit")
-    assert any("SELFPLAY_STORE_MAX_BYTES is 'a bit'" in one.what for one in doctor(store))
+    assert any("SELFPLAY_STORE_MAX_BYTES is 'a bit'" in one.message for one in doctor(store))
 
 
 def test_a_lock_whose_holder_is_stopped_gone_or_elsewhere(store):
@@ -137,22 +148,22 @@ def test_a_lock_whose_holder_is_stopped_gone_or_elsewhere(store):
     path = store.root / "locks" / "generations-k"
     try:
         assert holder.stdout.readline() == "held\n"
-        assert [(one.level, f"is being built by process {holder.pid}" in one.what) for one in locks(store)] == [
+        assert [(one.level, f"is being built by process {holder.pid}" in one.message) for one in locks(store)] == [
             ("ok", True)
         ]
         os.kill(holder.pid, 19)
-        while module.process_state(holder.pid) != "T":
+        while process_state(holder.pid) != "T":
             time.sleep(0.01)
         assert [(one.level, one.cure) for one in locks(store)] == [("bad", f"kill -CONT {holder.pid}")]
         os.kill(holder.pid, 18)
-        path.write_text(json.dumps({"pid": 4194300, "host": module.socket.gethostname(), "since": "now"}))
+        path.write_text(json.dumps({"pid": 4194300, "host": socket.gethostname(), "since": "now"}))
         assert [
-            (one.level, "left behind when it was killed" in one.what, "fuser -v" in one.cure) for one in locks(store)
+            (one.level, "left behind when it was killed" in one.message, "fuser -v" in one.cure) for one in locks(store)
         ] == [("bad", True, True)]
         path.write_text('{"pid": 7, "host": "elsewhere", "since": "now"}')
         assert [(one.level, one.cure) for one in locks(store)] == [("note", "ssh elsewhere ps -fp 7")]
         path.write_text("{")
-        assert "does not say by whom" in next(locks(store)).what
+        assert "does not say by whom" in next(locks(store)).message
     finally:
         holder.kill()
         holder.wait()
@@ -170,7 +181,7 @@ def test_a_lease_is_told_with_its_holder_on_another_host(store, monkeypatch):
         assert _owner(store, "generations", "k", store.lock_names()) == LockOwner(7, "elsewhere", "now")
         (one,) = locks(store)
         assert (
-            one.what == "generations k is being built by process 7 on elsewhere since now"
+            one.message == "generations k is being built by process 7 on elsewhere since now"
             and one.cure == "ssh elsewhere ps -fp 7"
         )
     finally:
@@ -185,18 +196,18 @@ def test_a_lease_is_told_with_its_holder_on_another_host(store, monkeypatch):
 
 def test_damage_litter_and_interrupted_work(store, make_prompts):
     ref = make_prompts(store, 3)
-    assert list(contents(store)) == []
+    assert list(artifacts(store)) == []
     next(Path(ref.path).glob("part-*")).write_bytes(b"x")
     store.directory("checkpoint", "half").mkdir(parents=True)
     (store.root / "logps" / "m").mkdir(parents=True)
     (store.root / "logps" / "m" / ".part-1.parquet.tmp-4194300").touch()
-    damaged, waiting, litter = contents(store)
-    assert f"prompts {ref.key} is damaged (part-00000.parquet has 1 bytes" in damaged.what and damaged.cure.endswith(
+    damaged, waiting, litter = artifacts(store)
+    assert f"prompts {ref.key} is damaged (part-00000.parquet has 1 bytes" in damaged.message and damaged.cure.endswith(
         f"verify prompts/{ref.key}"
     )
-    assert "1 interrupted build(s)" in waiting.what and "1 temporary file(s)" in litter.what
+    assert "1 interrupted build:" in waiting.message and "1 temporary file of" in litter.message
     (Path(ref.path) / "record.json").write_text("{")
-    assert "record.json is damaged" in next(contents(store)).what
+    assert "record.json is damaged" in next(artifacts(store)).message
 
 
 def run_of(seconds_ago: float, **changes) -> dict:
@@ -224,33 +235,33 @@ GPU = {"name": "gpu", "active_slots": 2}
 
 
 def test_zombie_runs_and_leaked_slots(monkeypatch):
-    monkeypatch.delenv(module.HEARTBEAT, raising=False)
+    monkeypatch.delenv(HEARTBEAT, raising=False)
     url = "http://127.0.0.1:1/api"
-    assert said(server(None, "3")) == [] and said(server(url, "3", api())) == []
-    assert said(server(url, "3", api([run_of(500)], [GPU]))) == []  # two heartbeats missed: wait
-    zombie, leak = server(url, "3", api([run_of(600)], [GPU, {"name": "cpu", "active_slots": 0}]))
-    assert "the flow run tiny (11-22) is Running for Prefect, and nothing has been heard of it for 600 s" in zombie.what
+    assert said(server(None)) == [] and said(server(url, api())) == []
+    assert said(server(url, api([run_of(500)], [GPU]))) == []  # two heartbeats missed: wait
+    zombie, leak = server(url, api([run_of(600)], [GPU, {"name": "cpu", "active_slots": 0}]))
+    assert "the flow run tiny (11-22) is Running for Prefect, and it has been silent for 600 s" in zombie.message
     assert "crash_zombie_runs.yaml" in zombie.cure and leak.cure.startswith("prefect gcl update gpu --active-slots 0")
-    assert said(server(url, "3", api([run_of(600)], [GPU], heartbeat=100))) == []
-    monkeypatch.setenv(module.HEARTBEAT, "30")
-    assert len(said(server(url, "3", api([run_of(600)], heartbeat=100)))) == 1
-    gone = run_of(5, infrastructure_pid=f"{module.socket.gethostname()}:4194300")
-    assert "its process 4194300 on this machine is gone" in next(server(url, "3", api([gone]))).what
-    mine = run_of(5, infrastructure_pid=f"{module.socket.gethostname()}:{os.getpid()}")
-    assert said(server(url, "3", api([mine]))) == []
+    assert said(server(url, api([run_of(600)], [GPU], heartbeat=100))) == []
+    monkeypatch.setenv(HEARTBEAT, "30")
+    assert len(said(server(url, api([run_of(600)], heartbeat=100)))) == 1
+    gone = run_of(5, infrastructure_pid=f"{socket.gethostname()}:4194300")
+    assert "its process 4194300 on this machine is gone" in next(server(url, api([gone]))).message
+    mine = run_of(5, infrastructure_pid=f"{socket.gethostname()}:{os.getpid()}")
+    assert said(server(url, api([mine]))) == []
 
 
 def test_a_run_whose_process_is_here_is_alive_however_silent():
     environment = os.environ | {"PREFECT__FLOW_RUN_ID": "11-22"}
     process = subprocess.Popen(["sleep", "30"], env=environment)
     try:
-        while not module._is_running_here("11-22"):
+        while not is_running_here("11-22"):
             time.sleep(0.01)
-        assert said(server("http://127.0.0.1:1/api", "3", api([run_of(9999)]))) == []
+        assert said(server("http://127.0.0.1:1/api", api([run_of(9999)]))) == []
     finally:
         process.kill()
         process.wait()
-    assert len(said(server("http://127.0.0.1:1/api", "3", api([run_of(9999)])))) == 1
+    assert len(said(server("http://127.0.0.1:1/api", api([run_of(9999)])))) == 1
 
 
 def test_the_command_prints_each_finding_with_its_cure(store, capsys, monkeypatch):
@@ -263,3 +274,13 @@ def test_the_command_prints_each_finding_with_its_cure(store, capsys, monkeypatc
     monkeypatch.setattr(module, "doctor", lambda *_: [])
     assert module.main(["--store", str(store.root)]) == 0 and "nothing is wrong" in capsys.readouterr().out
     assert Store(store.root).root.exists() is False
+
+
+def test_the_last_line_counts_what_blocks_runs():
+    def levels(*names):
+        return summary([Finding(name, "x") for name in names])
+
+    assert levels("bad", "note", "bad", "note", "ok", "note") == "2 problems block runs, 3 notes"
+    assert levels("bad") == "1 problem blocks runs, 0 notes"
+    assert levels("note", "ok") == "nothing blocks runs, 1 note"
+    assert levels() == "nothing is wrong"

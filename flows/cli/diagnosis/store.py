@@ -1,0 +1,95 @@
+"""Flows - what is wrong with a store: its disk, its locks, its artifacts. Reads only."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+
+from data_contracts.artifact import RECORD
+from data_contracts.errors import ArtifactError
+from data_contracts.files import bytes_below, bytes_from_environment, process_state
+from data_contracts.lease import LockOwner
+from data_contracts.store import MAX_BYTES, MIN_FREE_BYTES, Store
+from data_contracts.words import format_bytes, plural
+from flows.cli.diagnosis import Finding
+
+GIB = 1 << 30
+
+
+def disk(store: Store) -> Iterator[Finding]:
+    """A disk that is nearly full, or a store that has nearly reached its limit. Raises: ConfigError if read-only."""
+    store.check_writable()
+    nearest = next(path for path in (store.root, *store.root.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    least = bytes_from_environment(MIN_FREE_BYTES, 256 << 20) or 0
+    cure = f"python -m data_contracts.gc --keep-runs 3 --dry-run --store {store.root}"
+    room = f"the disk of {store.root} has {format_bytes(free)} left"
+    if free < least:
+        yield Finding("bad", f"{room}: nothing is built below {format_bytes(least)}", cure)
+    elif free < 10 * GIB:
+        yield Finding("note", room, cure)
+    budget = bytes_from_environment(MAX_BYTES, None)
+    if budget is not None and (used := bytes_below(store.root)) > 0.9 * budget:
+        yield Finding(
+            "bad" if used >= budget else "note",
+            f"the store takes {format_bytes(used)} of its {format_bytes(budget)} ({MAX_BYTES})",
+            cure,
+        )
+
+
+def locks(store: Store) -> Iterator[Finding]:
+    """Each artifact that is being built, and whether its builder still can."""
+    for kind, key in store.lock_names():
+        with store.try_lock(kind, key) as owner:
+            if owner is not None:
+                yield _lock(store, kind, key, owner)
+
+
+def _lock(store: Store, kind: str, key: str, owner: LockOwner) -> Finding:
+    path = store.lock_path(kind, key)
+    builder = f"{kind} {key} is being built by process {owner.pid}"
+    if not owner.pid:
+        return Finding("note", f"{kind} {key} is locked, and its lock does not say by whom", f"fuser -v {path}")
+    if owner.host != socket.gethostname():
+        message = f"{builder} on {owner.host} since {owner.since}"
+        return Finding("note", message, f"ssh {owner.host} ps -fp {owner.pid}")
+    state = process_state(owner.pid)
+    if not state:
+        message = (
+            f"{kind} {key} is locked by what process {owner.pid} left behind when it was killed: its stage lives on"
+        )
+        return Finding("bad", message, f"fuser -v {path}, then kill the processes")
+    if state in ("T", "t"):
+        message = f"{kind} {key} is locked by process {owner.pid}, which is stopped: whoever wants it waits"
+        return Finding("bad", message, f"kill -CONT {owner.pid}")
+    return Finding("ok", f"{builder} since {owner.since}")
+
+
+def artifacts(store: Store) -> Iterator[Finding]:
+    """Artifacts that do not hold what was signed, builds that were interrupted, temporary files of dead writers."""
+    interrupted = 0
+    for directory in sorted(path for path in (store.root / "artifacts").glob("*/*") if path.is_dir()):
+        kind, key = directory.parent.name, directory.name
+        if not (directory / RECORD).is_file():
+            with store.try_lock(kind, key) as owner:
+                interrupted += owner is None
+            continue
+        try:
+            record = store.load(kind, key)
+            problems = store.problems(record) if record else []
+        except ArtifactError as error:
+            problems = [str(error)]
+        if problems:
+            yield Finding(
+                "note",
+                f"{kind} {key} is damaged ({problems[0]}): the next run that needs it makes what is missing",
+                f"python -m data_contracts verify {kind}/{key}",
+            )
+    if interrupted:
+        message = f"{plural(interrupted, 'interrupted build')}: start the run again and it goes on from there"
+        yield Finding("note", message, f"python -m data_contracts verify --store {store.root}")
+    if litter := sum(1 for _ in store.abandoned(in_artifacts=True)):
+        yield Finding(
+            "note", f"{plural(litter, 'temporary file')} of writers that are gone; the next build removes them"
+        )
