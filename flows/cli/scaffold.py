@@ -1,4 +1,4 @@
-"""Flows - a first run config for a method: what has to be said, and under it, commented, everything that may be."""
+"""Flows - a first run config for a method: what must be set, and as comments every other setting with its default."""
 
 from __future__ import annotations
 
@@ -19,45 +19,42 @@ SET_BY_RUN = {
     "sampling": {"seed"},
     "weighting": {"reference", "old_policy", "teacher_tokens", "drop_identical"},
 }
-"""Fields that the run fills in from its own."""
+"""Fields that the run fills in; a config does not set them."""
 
 
 def commented_config(method: str) -> str:
-    """YAML that runs as it is on a CPU (after `make model`), with each other setting as a comment: `# field: default   # meaning`.
+    """YAML that runs as it is on a CPU (after `make model`).
 
-    Raises: ConfigError for an unknown method.
+    Every setting that is not needed is a comment, `# field: default   # meaning`. Raises: ConfigError for an unknown
+    method.
     """
-    METHODS.get(method)
     chosen = essentials(method)
     run = RunConfig.model_validate(chosen)
-    spec = run.spec
+    file_name = f"{chosen['name']}.yaml"
     lines = [
-        f"# {method}: {spec.SOURCE}",
-        f"#   selfplay run {chosen['name']}.yaml            estimate it first: selfplay estimate {chosen['name']}.yaml",
+        f"# {method}: {run.spec.SOURCE}",
+        f"#   selfplay run {file_name}            estimate it first: selfplay estimate {file_name}",
         "# A commented line shows a default: remove its # to change it.",
         "",
     ]
     for name, field in RunConfig.model_fields.items():
         value = getattr(run, name)
         if name == "method":
-            lines += [
-                "",
-                f"# {field.description}",
-                "method:",
-                f"  name: {method}",
-                *_fields(value, {}, "  ", skip={"name"}),
-            ]
+            head = ["", f"# {field.description}", "method:", f"  name: {method}"]
+            lines += head + _fields(value, {}, "  ", skip={"name"})
         elif isinstance(value, Config) and name != "policy":
-            if name == "evaluation":
-                lines += ["", "# How each iteration is measured."]
-            else:
-                lines += ["", *_title(type(value))]
-            lines += [f"{name}:", *_fields(value, chosen.get(name, {}), "  ", SET_BY_RUN.get(name, set()))]
-            if lines[-1] == f"{name}:" or not chosen.get(name):
-                lines[lines.index(f"{name}:")] = f"# {name}:"
+            lines += _section(name, value, chosen.get(name, {}))
         else:
             lines += _entry(name, value, field.description, name in chosen, "")
     return "\n".join(lines) + "\n"
+
+
+def _section(name: str, section: Config, chosen: dict[str, Any]) -> list[str]:
+    """The lines of a section; its name is a comment too where nothing in it is set."""
+    title = ["# How each iteration is measured."] if name == "evaluation" else _title(type(section))
+    fields = _fields(section, chosen, "  ", SET_BY_RUN.get(name, set()))
+    mark = "" if chosen and fields else "# "
+    return ["", *title, f"{mark}{name}:", *fields]
 
 
 def essentials(method: str) -> dict[str, Any]:
@@ -83,24 +80,30 @@ def essentials(method: str) -> dict[str, Any]:
     else:
         config["sampling"]["num_candidates"] = 1
         config["scoring"] = {"pairing": spec.PAIRING}
-    settings = METHODS.config(method)
-    weights = WEIGHTS.config(spec.WEIGHTS or "ones")
-    needs = {need.removesuffix("_unshifted") for need in WEIGHTS.get(weights.name).needs(weights)} | spec.needs(
-        settings
-    )
     if method == "seqkd":
         config["prompts"]["answers_from_teacher"] = True
-    if needs & {"teacher", "teacher_logits"} or method == "seqkd":
+    if method == "seqkd" or _needs_teacher(method):
         config["models"] = {"teacher": {"path": "models/smollm2-135m-instruct"}}
     return config
 
 
+def _needs_teacher(method: str) -> bool:
+    """Whether the method's loss, or the token weights that it has by default, read a teacher."""
+    spec = METHODS.get(method)
+    weights = WEIGHTS.config(spec.WEIGHTS or "ones")
+    needs = {need.removesuffix("_unshifted") for need in WEIGHTS.get(weights.name).needs(weights)}
+    needs |= spec.needs(METHODS.config(method))
+    return bool(needs & {"teacher", "teacher_logits"})
+
+
 def _title(section: type[Config]) -> list[str]:
+    """The section's docstring as comments."""
     doc = (section.__doc__ or "").strip()
     return [f"# {line.strip()}" for line in doc.splitlines() if line.strip()]
 
 
 def _fields(section: Config, chosen: dict[str, Any], indent: str, skip: set[str]) -> list[str]:
+    """A line for each field of a section, a comment unless it is chosen."""
     lines = []
     for name, field in type(section).model_fields.items():
         if name not in skip:
@@ -115,10 +118,10 @@ def _entry(name: str, value: Any, description: str | None, is_chosen: bool, inde
 
 
 def _text(value: Any) -> str:
+    """A value as YAML on one line."""
     if value is PydanticUndefined or value is None:
         return "null"
-    plain = value.model_dump(mode="json", exclude_defaults=False) if isinstance(value, Config) else value
     if isinstance(value, Config):
-        plain = {key: item for key, item in plain.items() if item is not None}
-    text = yaml.safe_dump(json.loads(json.dumps(plain)), default_flow_style=True, width=10_000).strip()
-    return text.removesuffix("...").strip()
+        value = {key: item for key, item in value.model_dump(mode="json").items() if item is not None}
+    plain = json.loads(json.dumps(value))  # tuples as lists
+    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()

@@ -1,4 +1,4 @@
-"""Flows - a Prefect server for a run started by hand, where none is configured: its UI shows the run while it lasts."""
+"""Flows - a Prefect server for a run that is started by hand, where none is configured; its UI shows the run."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from data_contracts.errors import TransientError
 from stages.running.supervise import supervisor_options
 
 START_SECONDS = 120
+"""For our own server, from its start to its first answer."""
 ANSWER_SECONDS = 10
-"""For a server that somebody else has started, maybe a moment ago."""
+"""For a server that the user has started, maybe a moment ago."""
 RESTARTS = 5
-"""How often a server that dies under a run is started again."""
+"""How often a server that dies during a run is started again."""
 
 
 @contextmanager
 def prefect_server(home: Path) -> Iterator[str]:
-    """The URL of the API: the configured one, or a server of our own on 127.0.0.1 with its database in `home`. Before prefect is imported.
+    """The URL of the API: of the configured server, or of one that is started on 127.0.0.1 with its database in `home`.
 
-    Not Prefect's ephemeral server: that one outlives a killed parent. Ours runs under the supervisor and dies with this process.
-    Raises: TransientError if the server does not answer.
+    Call it before prefect is imported. Prefect's own ephemeral server would outlive a killed parent; this one runs
+    under the supervisor and dies with this process. Raises: TransientError if the server does not answer.
     """
     if url := os.environ.get("PREFECT_API_URL"):
         _check_answers(url)
@@ -41,7 +42,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    own = {
+    os.environ |= {
         "PREFECT_API_URL": url,
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_UI_API_URL": url,
@@ -51,25 +52,29 @@ def prefect_server(home: Path) -> Iterator[str]:
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
         "DO_NOT_TRACK": "1",
     }
-    os.environ.update(own)
     server = _Server(port, home / "server.log")
     try:
-        importlib.import_module("flows.run")  # prefect and mlflow: as long as the server's start, and beside it
-        with suppress(Exception):  # whatever is wrong with MLflow, the tracker says it and the run goes on
-            from tasks.tracking import import_client
-
-            import_client()
-        _wait(server, url)
+        _import_clients()
+        _wait_for_start(server, url)
         yield url
     finally:
-        _send_what_is_left()
+        _drain_prefect_workers()
         server.stop()
 
 
-class _Server:
-    """The server's process, under the supervisor, started again if it dies: it is the run's picture, not the run.
+def _import_clients() -> None:
+    """Import prefect and mlflow while the server starts; both take equally long."""
+    importlib.import_module("flows.run")
+    with suppress(Exception):  # the tracker reports what is wrong with MLflow, and the run goes on
+        from tasks.tracking import import_client
 
-    (Without it every stage would wait over a minute for Prefect's client to give up.)
+        import_client()
+
+
+class _Server:
+    """The server's process, under the supervisor, started again if it dies.
+
+    The run does not need it, but without a server each stage would wait over a minute for Prefect's client to give up.
     """
 
     def __init__(self, port: int, log: Path):
@@ -87,7 +92,7 @@ class _Server:
         self.process = self._start()
         self.is_given_up = False
         self.closing = threading.Event()
-        # The kernel ends what a thread has started when that thread ends: this one lives as long as the run.
+        # The supervisor dies with the thread that started it, so this thread lives as long as the run.
         self.watch = threading.Thread(target=self._watch, daemon=True)
         self.watch.start()
 
@@ -98,6 +103,7 @@ class _Server:
             )
 
     def _watch(self) -> None:
+        """Start the process again whenever it ends, RESTARTS times at most."""
         restarts = 0
         while not self.closing.wait(0.5):
             if self.process.poll() is None:
@@ -109,14 +115,15 @@ class _Server:
             self.process = self._start()
 
     def stop(self) -> None:
+        """End the process and its children."""
         self.closing.set()
         self.watch.join()
         self.process.terminate()
         self.process.wait(15)
 
 
-def _send_what_is_left() -> None:
-    """Prefect's log and event threads would go on asking a stopped server for a minute when this process exits."""
+def _drain_prefect_workers() -> None:
+    """Send what waits in Prefect's log and event threads, which would try a stopped server for a minute at exit."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker
@@ -132,7 +139,7 @@ def _free_port() -> int:
 
 
 def _check_answers(url: str) -> None:
-    """Something answers there: what it says, and with which certificate, is for Prefect's client to judge."""
+    """Wait until the port answers; HTTP and TLS errors are left to Prefect's client. Raises: TransientError."""
     end = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
@@ -146,13 +153,14 @@ def _check_answers(url: str) -> None:
                 return
             if time.monotonic() > end or isinstance(error, ValueError):
                 raise TransientError(
-                    f"the Prefect server at {url} (PREFECT_API_URL) does not answer: {reason}. Start it (prefect server start), or unset "
-                    "PREFECT_API_URL: then the run brings its own"
+                    f"the Prefect server at {url} (PREFECT_API_URL) does not answer: {reason}. Start it (prefect "
+                    "server start), or unset PREFECT_API_URL: then the run starts a server of its own"
                 ) from None
         time.sleep(0.2)
 
 
-def _wait(server: _Server, url: str) -> None:
+def _wait_for_start(server: _Server, url: str) -> None:
+    """Wait for our own server's first answer. Raises: TransientError."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if server.is_given_up:
