@@ -20,6 +20,7 @@ from data_contracts.store import Store
 from stages.job import Job
 from stages.running.claims import Claims, forget
 from stages.running.cost import MemoryWatch, cost_of, loading
+from stages.running.gpus import GPU_EVENT, torch_peaks
 from stages.running.history import events, seconds_of
 from stages.stage import Stage
 
@@ -77,6 +78,8 @@ def execute_share(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], 
         raise
     finally:
         job.event("seconds", what="load", seconds=loading.seconds)
+        if peaks := torch_peaks():
+            job.event(GPU_EVENT, peaks=peaks)
 
 
 def _check_inputs_are_there(stage: Stage, inputs: Mapping[str, ArtifactRef]) -> None:
@@ -99,6 +102,8 @@ def _build(
     with MemoryWatch() as watch:
         stage.load().run(job)
     job.event("seconds", what="load", seconds=loading.seconds)
+    if peaks := torch_peaks():
+        job.event(GPU_EVENT, peaks=peaks)
     job.event("end")
     history = events(out)
     forget(out)

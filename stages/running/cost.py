@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from stages.running.gpus import GpuWatch, gpu_cost
 from stages.running.supervise import descendants
 
 FORWARD, TRAIN = 2, 6
@@ -75,7 +76,8 @@ class MemoryWatch:
     """
 
     def __init__(self) -> None:
-        self.peak_rss_bytes = self.peak_gpu_bytes = self.gpus = 0
+        self.peak_rss_bytes = 0
+        self.gpus = GpuWatch()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -93,8 +95,7 @@ class MemoryWatch:
         while not self._closing.wait(SECONDS_BETWEEN_LOOKS):
             processes = [os.getpid(), *descendants()]
             self.peak_rss_bytes = max(self.peak_rss_bytes, sum(map(_resident, processes)))
-            gpu_bytes, gpus = _gpu_memory(set(processes))
-            self.peak_gpu_bytes, self.gpus = max(self.peak_gpu_bytes, gpu_bytes), max(self.gpus, gpus)
+            self.gpus.look(set(processes))
 
 
 def _resident(process: int) -> int:
@@ -105,36 +106,11 @@ def _resident(process: int) -> int:
         return 0
 
 
-def _gpu_memory(processes: set[int]) -> tuple[int, int]:
-    """(bytes that these processes hold on all GPUs, number of these GPUs), by the driver; (0, 0) without one."""
-    nvml = _nvml()
-    if nvml is None:
-        return 0, 0
-    total = gpus = 0
-    for index in range(nvml.nvmlDeviceGetCount()):
-        users = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
-        sizes = [user.usedGpuMemory or 0 for user in users if user.pid in processes]
-        total, gpus = total + sum(sizes), gpus + bool(sizes)
-    return total, gpus
-
-
-@cache
-def _nvml() -> Any:
-    if not Path("/dev/nvidiactl").exists():
-        return None
-    try:
-        import pynvml  # pyright: ignore[reportMissingImports] - comes with vLLM's CUDA build
-
-        pynvml.nvmlInit()
-    except Exception:  # the driver does not answer: leave the figures out, the stage goes on
-        return None
-    return pynvml
-
-
 def cost_of(events: Iterable[Mapping[str, Any]], watch: MemoryWatch) -> dict[str, float]:
-    """The costs for the record: sums of the `used` events over all tries, and the peaks of this try."""
+    """The costs for the record: sums of the `used` events over all tries, GPUs of all processes, this try's peaks."""
     total: dict[str, float] = dict.fromkeys(SUMMED, 0)
-    for event in events:
+    history = list(events)
+    for event in history:
         if event["event"] == "used":
             for name in SUMMED:
                 total[name] += event.get(name, 0)
@@ -142,7 +118,7 @@ def cost_of(events: Iterable[Mapping[str, Any]], watch: MemoryWatch) -> dict[str
     cost = {name: value for name, value in total.items() if value}
     cost["peak_rss_bytes"] = watch.peak_rss_bytes
     cost["cpu_seconds"] = round(times.user + times.system + times.children_user + times.children_system, 2)
-    cost["gpus"] = watch.gpus
-    if watch.gpus:
-        cost["peak_gpu_bytes"] = watch.peak_gpu_bytes
+    gpu_bytes, cost["gpus"] = gpu_cost(history, watch.gpus.peaks)
+    if gpu_bytes:
+        cost["peak_gpu_bytes"] = gpu_bytes
     return cost

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from data_contracts.shards import ShardRows
 from stages.running.cost import loading
+from stages.running.gpus import report_rank
 from stages.training.bad_step import BadStep, what_is_wrong
 from stages.training.batches import (
     STEPS,
@@ -67,6 +68,8 @@ def train(
         if done % config.runtime.save_every_steps == 0 and done < len(steps):
             engine.save(resume, done)
     engine.export(out / ".export")
+    if engine.world_size > 1:  # a single rank is the stage's own process, which reports for itself
+        report_rank(out)
     engine.close()
     return log.summary(steps[-1].epoch) if log else {}
 

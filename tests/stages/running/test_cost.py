@@ -3,12 +3,16 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from safetensors.torch import save_file
 
 from stages.job import Job
+from stages.running import gpus
 from stages.running.cost import MemoryWatch, cost_of, loading, parameters
+from stages.running.gpus import GPU_EVENT, gpu_cost, report_rank, torch_peaks
 from stages.running.history import events, seconds_of
 from stages.stage import STAGES
 
@@ -66,6 +70,88 @@ def test_tokens_and_flops_add_up_over_tries(tmp_path, tiny_model):
     assert cost["tokens_in"] == 80 and cost["tokens_out"] == 24 and cost["cache_hits"] == 8
     assert cost["flops"] == 2 * (2 * count * 42 + 6 * count * 10)
     assert cost["gpus"] == 0 and "peak_gpu_bytes" not in cost
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """cuda({index: bytes}): torch counts so much on each of this process's GPUs, GPU-0, GPU-1 ..."""
+    import torch
+
+    def pretend(peaks: dict[int, int]):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: peaks.get(index, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
+
+    return pretend
+
+
+def test_gpus_of_all_workers_and_ranks_are_counted_by_torch_itself(tmp_path, cuda):
+    # In a container the driver's process numbers are not ours: every process reports its own.
+    cuda({0: 5 * 2**30})
+    job = Job(STAGES["sample"], None, {}, tmp_path)
+    job.event(GPU_EVENT, peaks=torch_peaks())
+    cuda({1: 3 * 2**30})
+    report_rank(tmp_path)  # another process: a file of its own
+    assert len(list(tmp_path.glob(".events*.jsonl"))) == 2
+    with MemoryWatch() as watch:
+        pass
+    cost = cost_of(events(tmp_path), watch)
+    assert cost["gpus"] == 2 and cost["peak_gpu_bytes"] == 8 * 2**30
+    assert seconds_of(events(tmp_path))["wall"] == 0.0  # a rank's event is no try
+
+
+def test_a_gpu_counts_its_largest_process_and_at_least_what_the_driver_saw():
+    history = [{"event": GPU_EVENT, "peaks": peaks} for peaks in ({"a": 5}, {"a": 7, "b": 1}, {})]
+    assert gpu_cost(history, {}) == (8, 2)
+    assert gpu_cost(history, {"b": 4, "c": 2}) == (13, 3)
+    assert gpu_cost([], {}) == (0, 0)
+
+
+def test_a_process_without_cuda_reports_no_gpu(tmp_path):
+    assert torch_peaks() == {}
+    report_rank(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Nvml:
+    """The driver of two GPUs; the first holds a gigabyte of somebody else's."""
+
+    used: ClassVar[dict[int, int]] = {0: 2**30, 1: 0}
+    nvmlDeviceGetCount = staticmethod(lambda: 2)
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
+    nvmlDeviceGetUUID = staticmethod(lambda index: f"GPU-uuid-{index}")
+    nvmlDeviceGetMemoryInfo = staticmethod(lambda index: SimpleNamespace(used=Nvml.used[index]))
+    nvmlDeviceGetComputeRunningProcesses = staticmethod(
+        lambda index: [SimpleNamespace(pid=70 + index, usedGpuMemory=Nvml.used[index])]
+    )
+
+
+@pytest.mark.parametrize("in_container", [True, False])
+def test_an_engines_child_is_seen_by_the_driver(monkeypatch, in_container):
+    monkeypatch.setattr(gpus, "_nvml", lambda: Nvml)
+    monkeypatch.setattr(Nvml, "used", {0: 2**30, 1: 0})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    watch = gpus.GpuWatch()
+    watch.knows_processes = not in_container
+    watch.look({71})
+    assert watch.peaks == {}
+    Nvml.used[1] = 6 * 2**30
+    watch.look({71})
+    Nvml.used[1] = 0
+    watch.look({71})
+    assert watch.peaks == {"uuid-1": 6 * 2**30}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-uuid-0")
+    assert set(gpus._used_bytes()) == {"uuid-0"}
+
+
+@pytest.mark.gpu
+def test_the_counters_of_a_real_gpu():
+    import torch
+
+    block = torch.ones(2**28, device="cuda")
+    ((uuid, size),) = torch_peaks().items()
+    assert size >= block.numel() * 4 and uuid == str(torch.cuda.get_device_properties(0).uuid)
 
 
 @pytest.mark.parametrize("where", ["here", "in a child"])
