@@ -16,6 +16,8 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRITON_PRINT_AUTOTUNING": "0",
+    # To ask whether there is a GPU must not initialise CUDA: a process that did cannot fork vLLM's engine any more.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }.items():
     os.environ.setdefault(_name, _value)
 

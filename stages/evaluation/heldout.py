@@ -103,6 +103,7 @@ def _start_logps(job: Job, config: EvaluationConfig, generations: Sequence[dict[
     response_ids = [row["token_ids"] for row in generations]
     start.fill(prompt_ids, response_ids)
     start.account(job)
+    start.release()
     return [float(row.mean()) for row in start.get(prompt_ids, response_ids)]
 
 

@@ -6,7 +6,6 @@ never came, or that cannot be read, is counted in `failed_judgments` and enters 
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from data_contracts.files import write_atomic
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge
 from stages.job import Job
+from stages.models.memory import free_device_memory
 from stages.models.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
 from stages.registry import Named
 from stages.sampling import SAMPLERS
@@ -180,7 +180,7 @@ def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
         num_candidates=1,
     )
     stops = stop_ids(model, tokenizer)
-    gc.collect()  # frees the engine of the previous benchmark, if it still holds memory
+    free_device_memory()  # of the previous benchmark's engine
     sampler = SAMPLERS.get(config.backend.name)(config.backend, sampling, model, stops, device)
 
     def generate(conversations: Any, temperatures: Any, limit: int) -> list[str]:

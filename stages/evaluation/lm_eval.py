@@ -59,10 +59,10 @@ def open_transformers(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, Any]) -> Any:
     """A checkpoint in a vLLM engine of this process, as lm-eval's VLLM. settings: more arguments of the engine."""
-    from stages.sampling.vllm import _prepare_environment
+    from stages.sampling.vllm import prepare_environment
 
     _stay_offline()
-    _prepare_environment(device)
+    prepare_environment(device)
     _name_vllms_version()
     from lm_eval.models.vllm_causallms import VLLM
 

@@ -19,6 +19,7 @@ from stages.evaluation.heldout import evaluate_heldout
 from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
 from stages.evaluation.rows import column_names
 from stages.job import Job
+from stages.models.memory import free_device_memory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads
 from stages.models.tokens import load_tokenizer
 from stages.registry import Named
@@ -206,4 +207,6 @@ def _lm_eval_report(job: Job, device: str) -> list[dict[str, Any]]:
         rows += evaluate_suite(
             lm, suite.name, suite.data_root, suite.limit, suite.only, suite.allow_code, config.runtime.sandbox
         )
+    del lm
+    free_device_memory()  # a judge's engine may come next
     return rows

@@ -27,6 +27,7 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ArtifactError, ContractError
 from data_contracts.shards import read_shard, to_table, write_shard
 from data_contracts.store import logps_directory
+from stages.models.memory import free_device_memory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads, score_responses
 from stages.models.tokens import context_length
 
@@ -209,5 +210,6 @@ class Pass:
         self.tokens_read, self.accounted = 0, (self.hits, self.misses)
 
     def release(self) -> None:
-        """Drop the model: the next pass needs the memory."""
+        """Drop the model, and give its memory back: the next pass or engine needs it."""
         self.loaded = None
+        free_device_memory()

@@ -38,7 +38,7 @@ class VLLM(Sampler):
 
     def __init__(self, config: Config, sampling: Any, model: str, stop_ids: list[int], device: str):
         super().__init__(config, sampling, model, stop_ids, device)
-        _prepare_environment(device)
+        prepare_environment(device)
         try:
             from vllm import LLM
         except ImportError as error:
@@ -110,12 +110,15 @@ def _candidate(output: Any, prompt_id: str) -> Candidate:
     return Candidate(ids, logps, output.finish_reason)
 
 
-def _prepare_environment(device: str) -> None:
+def prepare_environment(device: str) -> None:
     """Before `import vllm`. Offline: a model directory is complete, and the hub would be asked for 23 s otherwise."""
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if device == "cpu":
         # In-process engine: one import instead of three, and nothing survives this process. No dynamo: its JIT needs a
         # compiler.
         settings |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+    else:
+        # A forked engine cannot use CUDA once this process has asked for it.
+        settings["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
