@@ -5,6 +5,11 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+import numpy as np
+
+PerToken = list[float] | np.ndarray
+"""One number per token: an array where the row is made, a list where it is read."""
+
 
 class GenerationRow(TypedDict):
     """A row of `generations`: a response that a policy sampled."""
@@ -47,3 +52,34 @@ class ScoredPairRow(TypedDict):
     """Of all K candidates, for methods that compare inside the group; None: nothing was scored."""
     group_win_rates: list[float] | None
     scorer: str
+
+
+class WeightedPairRow(TypedDict):
+    """A row of `weighted_pairs`: what the trainer reads, which loads no model but its own. Per token: [T] numbers."""
+
+    pair_id: str
+    prompt_id: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    chosen_reference_logps: PerToken | None
+    """Nats; None: the method needs none."""
+    chosen_old_logps: PerToken | None
+    """Under the policy that sampled the response; nats. None: the method needs none."""
+    chosen_weights: PerToken
+    rejected_ids: list[int]
+    """Empty for methods on single responses, and then its columns are too."""
+    rejected_reference_logps: PerToken | None
+    rejected_old_logps: PerToken | None
+    rejected_weights: PerToken
+    teacher_prompt_ids: list[int] | None
+    """The prompt as the teacher's tokenizer cuts it; None: not needed."""
+    teacher_ids: list[int] | None
+    """The chosen response as the teacher's tokenizer cuts it; None: not needed."""
+    score_chosen: float | None
+    score_rejected: float | None
+    win_rate_chosen: float
+    win_rate_rejected: float
+    chosen_candidate: int
+    rejected_candidate: int
+    group_scores: list[float] | None
+    group_win_rates: list[float] | None
