@@ -3,12 +3,18 @@
 import pytest
 
 from data_contracts.prompts import PromptRow
-from data_contracts.rows import GenerationRow, ScoredPairRow
+from data_contracts.rows import GenerationRow, ScoredPairRow, WeightedPairRow
 from data_contracts.shards import SCHEMAS
 
 
 @pytest.mark.parametrize(
-    ("row", "kind"), [(PromptRow, "prompts"), (GenerationRow, "generations"), (ScoredPairRow, "scored_pairs")]
+    ("row", "kind"),
+    [
+        (PromptRow, "prompts"),
+        (GenerationRow, "generations"),
+        (ScoredPairRow, "scored_pairs"),
+        (WeightedPairRow, "weighted_pairs"),
+    ],
 )
 def test_the_type_of_a_row_has_the_columns_of_its_kind(row, kind):
     schema = SCHEMAS[kind]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from data_contracts.rows import ScoredPairRow, WeightedPairRow
-from data_contracts.shards import SCHEMAS, to_table
+from data_contracts.rows import ScoredPairRow
+from data_contracts.shards import to_table
 from stages.weighting.rows import TeacherIds, TokenNumbers, is_identical, responses_of, swapped, weighted_pair
 
 
@@ -34,13 +33,6 @@ def scored(**changes) -> ScoredPairRow:
 
 def numbers(*values: float) -> TokenNumbers:
     return TokenNumbers(np.array(values, dtype=np.float32), -np.array(values, dtype=np.float32), None)
-
-
-@pytest.mark.parametrize(
-    ("row", "kind"), [(ScoredPairRow, "scored_pairs"), (WeightedPairRow, "weighted_pairs")], ids=["scored", "weighted"]
-)
-def test_a_row_has_the_columns_of_its_schema(row, kind):
-    assert row.__annotations__.keys() == set(SCHEMAS[kind].names)
 
 
 def test_chosen_responses_come_first_and_empty_ones_are_left_out():
