@@ -62,8 +62,9 @@ class Encoder:
         is_wide = self.config.hidden_size >= ONEDNN_FROM
         self.onednn = is_wide and self.on_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         with torch.inference_mode():
-            embeddings = model.encoder.get_rel_embedding()[: 2 * self.config.position_buckets]
-            self.positions = [self._positions(layer.attention.self, embeddings) for layer in model.encoder.layer]
+            encoder: Any = model.encoder  # its layers' attributes are not typed
+            embeddings = encoder.get_rel_embedding()[: 2 * self.config.position_buckets]
+            self.positions = [self._positions(layer.attention.self, embeddings) for layer in encoder.layer]
 
     def _positions(self, attention: Any, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """K and Q of a layer, Q with the scale of the scores. [A, 2 buckets, H] each."""

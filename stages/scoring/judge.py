@@ -121,7 +121,8 @@ class LLMJudge(Scorer):
         def _samples_differ(self) -> LLMJudge.Config:
             if self.samples > 1 and self.temperature == 0:
                 raise ValueError(
-                    f"samples is {self.samples} and temperature 0: every judgement would be the same; set a temperature, or samples to 1"
+                    f"samples is {self.samples} and temperature 0: every judgement would be the same; "
+                    "set a temperature, or samples to 1"
                 )
             return self
 

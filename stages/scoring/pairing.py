@@ -285,8 +285,8 @@ def pair_statistics(matrices: Sequence[np.ndarray]) -> PairStatistics:
     for logits in matrices:
         upper = np.triu_indices(len(logits), 1)
         forward, backward = logits[upper], logits.T[upper]
-        asked = (forward != 0) | (backward != 0)  # equal texts are never compared: 0 in both orders
-        compared = np.isfinite(forward) & np.isfinite(backward) & asked
+        is_asked = (forward != 0) | (backward != 0)  # equal texts are never compared: 0 in both orders
+        compared = np.isfinite(forward) & np.isfinite(backward) & is_asked
         forward, backward = forward[compared], backward[compared]
         cycles = list(_cycles(logits))
         total += (

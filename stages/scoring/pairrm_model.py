@@ -152,6 +152,6 @@ def _encoder_config(settings: dict[str, Any], vocabulary: int) -> DebertaV2Confi
     from transformers import DebertaV2Config
 
     unused = ("architectures", "auto_map", "transformers_version", "dtype")
-    kept = {name: value for name, value in settings.items() if name not in unused}
+    described = {name: value for name, value in settings.items() if name not in unused}
     fixed = {"vocab_size": vocabulary, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return DebertaV2Config(**kept | fixed)
+    return DebertaV2Config(**described | fixed)
