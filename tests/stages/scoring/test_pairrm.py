@@ -305,3 +305,23 @@ def test_another_deberta_than_v3_goes_through_transformers(scoring, checkpoints,
     fast = matrix(scoring, scoring.scorer(settings), "how can it be", TEXTS[:3])
     monkeypatch.setattr(pairrm_model, "covers", lambda config: False)
     assert np.abs(matrix(scoring, scoring.scorer(settings), "how can it be", TEXTS[:3]) - fast).max() < 2e-6
+
+
+def test_a_digest_is_remembered_in_the_store_of_whoever_computes_the_key(checkpoints, tmp_path, monkeypatch):
+    """Neither the environment's store nor a store that does not exist yet is touched."""
+    from data_contracts.checkpoint import digests_kept_in
+    from data_contracts.store import Store
+    from stages.scoring import SCORERS
+
+    monkeypatch.setenv("SELFPLAY_STORE", str(tmp_path / "environment"))
+    (tmp_path / "environment").mkdir()
+    shutil.copytree(checkpoints["hf"], tmp_path / "model")
+    (tmp_path / "model" / "more.safetensors").write_bytes(b"\1" * (1 << 20))  # large enough to be remembered
+    config = SCORERS.config({"name": "pairrm", "model": {"path": str(tmp_path / "model")}})
+    store = Store(tmp_path / "store")
+    without = config.identity()
+    with digests_kept_in(store):
+        assert config.identity() == without and not store.root.exists()
+        store.root.mkdir()
+        assert config.identity() == without and len(list((store.root / "digests").iterdir())) == 1
+    assert not list((tmp_path / "environment").iterdir())
