@@ -75,7 +75,7 @@ class ArtifactRecord(_FrozenModel):
     last try."""
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Who built it, when and on what: commit, host, python, runtime settings, number of starts."""
-    format: int = Field(RECORD_FORMAT, ge=1)
+    format: int = Field(default=RECORD_FORMAT, ge=1)
     """Version of this class. Raised when an older program could misread a record; it then refuses the record by name."""
 
     def ref(self, path: str) -> ArtifactRef:

@@ -63,7 +63,8 @@ def main(arguments: list[str]) -> int:
             if WORKER in os.environ:
                 execute_share(stage, config, inputs, store, os.environ[WORKER])
                 return 0
-            if getattr(config.runtime, "num_nodes", 1) > 1 and (node := node_rank()):
+            runtime = getattr(config, "runtime", None)
+            if getattr(runtime, "num_nodes", 1) > 1 and (node := node_rank()):
                 stage.load().take_part(config, store.directory(stage.produces, stage.key(config, inputs)), node)
                 return 0
             record = execute(stage, config, inputs, store, launched=_launched())

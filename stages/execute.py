@@ -15,6 +15,7 @@ from data_contracts import lease
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
 from data_contracts.errors import ArtifactError
+from data_contracts.lease import LockOwner
 from data_contracts.shards import count_rows
 from data_contracts.store import Store
 from stages.job import Job
@@ -45,7 +46,7 @@ def execute(
     if os.environ.get(LOCK_HELD) == name and not is_remote:
         return _build(stage, config, inputs, store, key, launched)
 
-    def waiting(owner: str) -> None:
+    def waiting(owner: LockOwner) -> None:
         print(f"{name} is being built by {owner}: waiting", flush=True)
 
     # Far from the launcher, what keeps two builders apart is a lock of the builders' own.

@@ -342,7 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Abort:
         return 130
     except typer.TyperException as error:
-        error.show()
+        if (show := getattr(error, "show", None)) is not None:  # a usage error shows the command's usage too
+            show()
+        else:
+            print(error, file=sys.stderr)
         return error.exit_code
     if code == 130:  # typer turns Ctrl-C into a return value
         print(INTERRUPTED, file=sys.stderr)

@@ -97,6 +97,8 @@ def model_shape(model: ModelRef | Path | str) -> Shape:
 def _cached(model: ModelRef) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
+    if model.hub_id is None:
+        return None
     path = try_to_load_from_cache(model.hub_id, "config.json", revision=model.revision)
     return Path(path).parent if isinstance(path, str) else None
 
@@ -107,7 +109,7 @@ def shape_of(config: dict[str, Any], counted: int | None = None, where: str = "c
     Raises: ConfigError.
     """
 
-    def first(*names: str, default: Any = None) -> Any:
+    def first(*names: str, default: Any = None) -> int:
         value = next((config[name] for name in names if config.get(name) is not None), default)
         if value is None:
             raise ConfigError(
@@ -128,9 +130,9 @@ def shape_of(config: dict[str, Any], counted: int | None = None, where: str = "c
         attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
         layer = attention + (3 if gated else 2) * hidden * intermediate + 2 * hidden
         tied = config.get("tie_word_embeddings", not gated)
-        counted = (
-            layers * layer + (1 if tied else 2) * vocabulary * hidden + (0 if gated else context * hidden) + hidden
-        )
+        embeddings = (1 if tied else 2) * vocabulary * hidden
+        positions = 0 if gated else context * hidden
+        counted = int(layers * layer + embeddings + positions + hidden)
     return Shape(counted, layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, context)
 
 

@@ -36,7 +36,7 @@ from tasks.place import Place
 class RunTracker(Protocol):
     """Mirrors what a run measured."""
 
-    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None: ...
+    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None: ...
 
     def summary(self, iteration: int, values: dict[str, float]) -> None: ...
 
@@ -54,7 +54,7 @@ class Pages(Protocol):
 class Nowhere:
     """A tracker and pages for a report that is only written: MLflow and Prefect heard of it when it was built."""
 
-    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, shown_as: str) -> None:
+    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
         pass
 
     def summary(self, iteration: int, values: dict[str, float]) -> None:
