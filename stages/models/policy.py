@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Return the tensor on a device; on a GPU from pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Batch(NamedTuple):
     """Padded rows of prompt and response."""
 
@@ -35,7 +42,7 @@ class Batch(NamedTuple):
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch._make(tensor.to(device) for tensor in self)
+        return Batch._make(to_device(tensor, device) for tensor in self)
 
 
 class Packed(NamedTuple):
@@ -54,7 +61,7 @@ class Packed(NamedTuple):
 
     def to(self, device: str | torch.device) -> Packed:
         """The same batch on a device."""
-        return Packed._make(tensor.to(device) for tensor in self)
+        return Packed._make(to_device(tensor, device) for tensor in self)
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:

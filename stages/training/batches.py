@@ -7,6 +7,7 @@ by the counts of the step.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,13 +52,62 @@ def kept_steps(total: int, parts: Sequence[float]) -> set[int]:
 
 
 def micro_batches(lengths: list[int], budget: int, rank: int, world_size: int, packed: bool = False) -> list[list[int]]:
-    """Return this rank's micro-batches of a step, as positions in `lengths`; [] where ranks outnumber batches.
+    """Return this rank's micro-batches of a step, as positions in `lengths`; [] where ranks outnumber rows.
 
-    Every rank gets the same number of them: collective operations inside forward and backward must meet.
+    Every rank gets the same number of them: collective operations inside forward and backward must meet. Ranks wait for
+    the slowest, so for several ranks the batches are as equal as the rows allow.
     """
-    batches = batches_by_sum(lengths, budget) if packed else list(batches_by_budget(lengths, budget))
+    if world_size == 1:
+        return batches_by_sum(lengths, budget) if packed else list(batches_by_budget(lengths, budget))
+    deal = deal_packed if packed else deal_padded
+    batches = deal(lengths, budget, world_size)
     batches += [[]] * (-len(batches) % world_size)
     return batches[rank::world_size]
+
+
+def deal_packed(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """Return indices in batches of about equal sums, a multiple of `ranks` of them (or one per row), in the budget.
+
+    The longest row first, each to the batch with the smallest sum: at most 4/3 of the best possible (Graham 1969).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    count = ranks * max(1, -(-sum(lengths) // (budget * ranks)))
+    while True:
+        count = min(count, len(lengths))
+        batches: list[list[int]] = [[] for _ in range(count)]
+        sums = [(0, number) for number in range(count)]
+        for index in order:
+            size, number = heapq.heappop(sums)
+            batches[number].append(index)
+            heapq.heappush(sums, (size + lengths[index], number))
+        if count == len(lengths) or all(size <= budget or len(batches[number]) == 1 for size, number in sums):
+            return batches
+        count += ranks
+
+
+def deal_padded(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """Return indices in batches of about equal padded size, a multiple of `ranks` of them (or one per row).
+
+    Rows of similar length lie side by side; the smallest budget that needs no more batches makes them equal.
+    """
+    fewest = len(list(batches_by_budget(lengths, budget)))
+    target = min(len(lengths), -(-fewest // ranks) * ranks)
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(list(batches_by_budget(lengths, middle))) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    batches = list(batches_by_budget(lengths, low))
+    while len(batches) < target:  # rows of one length fall into fewer batches: cut the largest
+        largest = max(
+            range(len(batches)),
+            key=lambda number: (len(batches[number]) > 1) * len(batches[number]) * lengths[batches[number][0]],
+        )
+        rows = batches[largest]
+        batches[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return batches
 
 
 def row_length(row: WeightedPair, sides: tuple[str, ...], packed: bool = False) -> int:

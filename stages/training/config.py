@@ -30,8 +30,10 @@ class TrainingRuntime(StageRuntime):
     """Compute a prompt once for its responses, without padding, where model and method allow. Moves last bits."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
-    save_every_steps: int = Field(100, ge=1)
-    """How many steps are lost, at most, when training is killed."""
+    save_every_seconds: float = Field(900, ge=0)
+    """Save a checkpoint to resume from after so long: at most this much work is lost when training is killed."""
+    save_every_steps: int | None = Field(None, ge=1)
+    """Save after so many steps too."""
 
 
 class TrainingConfig(Config):

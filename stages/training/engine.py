@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import socket
 import sys
@@ -113,20 +112,24 @@ class Engine:
         if not last:
             self.engine.step()  # not an update: it counts the micro-batch
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> tuple[float, Tensor | float | None]:
         """Clip, update and advance the schedule; returns the learning rate and, where known, the gradient's norm."""
-        state = {"learning_rate": float(self.engine.get_lr()[0])}
+        rate = float(self.engine.get_lr()[0])
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        if norm is not None:
-            state["grad_norm"] = float(norm)
-        return state
+        return rate, self.engine.get_global_grad_norm()
 
-    def total(self, values: list[float]) -> list[float]:
-        """Return the sums over ranks; every rank must give the same number of values."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.torch_device)
-        torch.distributed.all_reduce(tensor)
-        return tensor.tolist()
+    def total(self, values: list[Tensor | float]) -> Tensor:
+        """Return the sums over ranks, float64 on the device; every rank must give the same number of values."""
+        sums = torch.stack(
+            [
+                torch.full((), value, dtype=torch.float64, device=self.torch_device)
+                if isinstance(value, float)
+                else value
+                for value in values
+            ]
+        )
+        torch.distributed.all_reduce(sums)
+        return sums
 
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint to resume from, then remove the one before; a kill in between leaves the old one valid."""
@@ -218,10 +221,11 @@ def _import_deepspeed(device: str) -> ModuleType:
 
 
 def _step_in_parts(self: Any, closure: None = None) -> bool:
-    """Update bf16 weights without ZeRO, through their float32 copies; returns whether the gradient was not finite.
+    """Update bf16 weights without ZeRO, through their float32 copies; returns False: no update is skipped.
 
     The numbers are DeepSpeed's own. Its step makes float32 gradients of all weights at once and reads them twice more;
-    this one takes `PART` weights at a time.
+    this one takes a part of the weights at a time. The norm stays on the device, so that the host need not wait for it:
+    a gradient that is not finite shows in the metrics of the step, and stops the training (bad_step.py).
     """
     pairs = [
         (low, high)
@@ -229,12 +233,12 @@ def _step_in_parts(self: Any, closure: None = None) -> bool:
         for low, high in zip(lows, highs, strict=True)
     ]
     norms = [torch.linalg.vector_norm(low.grad, dtype=torch.float32) for low, _ in pairs if low.grad is not None]
-    self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms)).item()
-    self.overflow = not math.isfinite(self._global_grad_norm)
-    if self.overflow:
-        return self._skip_invalid_grad_norm()
+    self._global_grad_norm = norm = torch.linalg.vector_norm(torch.stack(norms))
+    self.overflow = False
     self._update_scale(False)
-    factor = 1.0 / self.unscale_and_clip_grads(self._global_grad_norm, apply_scale=False)
+    factor = torch.ones((), dtype=torch.float64, device=norm.device)
+    if self.clip_grad > 0.0:
+        factor = 1.0 / ((norm.double() + 1e-6) / self.clip_grad).clamp_min(1.0)
     part: list[tuple[Tensor, Tensor]] = []
     for number, (low, high) in enumerate(pairs):
         high.grad = torch.zeros_like(high) if low.grad is None else low.grad.to(high.dtype).mul_(factor)

@@ -6,9 +6,10 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_contracts.shards import ShardRows
+from stages.models.lazy import torch
 from stages.running.cost import loading
 from stages.running.gpus import report_rank
 from stages.training.bad_step import BadStep, what_is_wrong
@@ -25,6 +26,8 @@ from stages.training.engine import Engine
 from stages.training.streams import Streams
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.training.config import TrainingConfig
 
 METRICS = "metrics.jsonl"
@@ -55,9 +58,12 @@ def train(
     resume, kept = out / "resume", kept_steps(len(steps), config.checkpoints)
     resumed_from = engine.resume(resume)
     log = _Log(out / METRICS, resumed_from) if engine.is_main else None
+    clock = SaveClock(config.runtime.save_every_seconds, config.runtime.save_every_steps)
     for step in steps[resumed_from:]:
-        metrics = one_step(engine, streams, config, step, rows.pick(step.rows))
         done = step.number + 1
+        # The main rank's clock decides for all: the checkpoint is a collective operation.
+        asks = engine.is_main and clock.is_due(done)
+        metrics, is_save_due = one_step(engine, streams, config, step, rows.pick(step.rows), asks)
         if log:
             log.append(metrics)
             report(done, len(steps), metrics)
@@ -65,8 +71,9 @@ def train(
             raise BadStep(problem, step, metrics, resumed_from)
         if done in kept:  # before the state to resume from: after a kill in between, the next try exports it again
             engine.export(out / STEPS / f"{done:06d}")
-        if done % config.runtime.save_every_steps == 0 and done < len(steps):
+        if is_save_due and done < len(steps):
             engine.save(resume, done)
+            clock.saved()
     engine.export(out / ".export")
     if engine.world_size > 1:  # a single rank is the stage's own process, which reports for itself
         report_rank(out)
@@ -74,12 +81,36 @@ def train(
     return log.summary(steps[-1].epoch) if log else {}
 
 
-def one_step(
-    engine: Engine, streams: Streams, config: TrainingConfig, step: OptimizerStep, rows: list[WeightedPair]
-) -> Metrics:
-    """Do one optimizer update and return its metrics: means over the step's rows, but for `tokens`, a sum.
+class SaveClock:
+    """When a checkpoint to resume from is due: after so many seconds since the last one, or every so many steps."""
 
-    The loss is the mean over the rows (and tokens) of the step, however they are cut into micro-batches and dealt.
+    def __init__(self, seconds: float, steps: int | None):
+        self.seconds, self.steps = seconds, steps
+        self.saved()
+
+    def saved(self) -> None:
+        """Start counting the seconds anew."""
+        self.last = time.monotonic()
+
+    def is_due(self, done: int) -> bool:
+        """Whether to save after the step with which `done` steps are done."""
+        by_steps = self.steps is not None and done % self.steps == 0
+        return by_steps or time.monotonic() - self.last >= self.seconds
+
+
+def one_step(
+    engine: Engine,
+    streams: Streams,
+    config: TrainingConfig,
+    step: OptimizerStep,
+    rows: list[WeightedPair],
+    asks_to_save: bool = False,
+) -> tuple[Metrics, bool]:
+    """Do one optimizer update; returns its metrics, and whether any rank asks to save.
+
+    Metrics are means over the step's rows, but for `tokens`, their sum. The loss is the mean over the rows (and tokens)
+    of the step, however they are cut into micro-batches and dealt. All numbers stay on the device until the update is
+    under way, and are read at once: the host packs the next micro-batch while the device works.
     """
     began = time.monotonic()
     partners = rows[1:] + rows[:1]  # whose response a mismatched pair borrows: the step's rows, rotated by one
@@ -88,31 +119,40 @@ def one_step(
     batches = micro_batches(lengths, config.runtime.batch_tokens, engine.rank, engine.world_size, streams.packed)
     constants = _step_constants(engine, streams, rows, partners, batches)
     num_tokens = streams.token_count(rows)
-    sums: Metrics = {"tokens": 0.0}
+    sums: dict[str, Tensor] = {}
     for number, batch_rows in enumerate(batches):
         # A rank without work runs another rank's row at weight 0: collectives inside the model must meet.
         indices = batch_rows or [0]
-        result, batch = streams.loss([rows[i] for i in indices], [partners[i] for i in indices], constants)
+        result = streams.loss([rows[i] for i in indices], [partners[i] for i in indices], constants)
         engine.backward(result.share(len(rows), num_tokens) * bool(batch_rows), last=number == len(batches) - 1)
-        if not batch_rows:
-            result = result._replace(metrics={name: values * 0 for name, values in result.metrics.items()})
-        for name, values in result.metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-        loss = float(result.share(1, num_tokens / len(rows)).detach())
-        sums["loss"] = sums.get("loss", 0.0) + loss * bool(batch_rows)
-        sums["tokens"] += float(batch.response_mask.sum()) * bool(batch_rows)
-    state = engine.step()
+        values = {name: values.double().sum() for name, values in result.metrics.items()}
+        values["loss"] = result.share(1, num_tokens / len(rows)).detach().double()
+        _add(sums, values, is_counted=bool(batch_rows))
+    learning_rate, norm = engine.step()
     names = sorted(sums)
-    totals = dict(zip(names, engine.total([sums[name] for name in names]), strict=True))
-    tokens = totals.pop("tokens")
-    return {
-        "step": step.number + 1,
-        "epoch": step.epoch,
-        **{name: value / len(rows) for name, value in totals.items()},
-        **state,
-        "tokens": tokens,
-        "seconds": time.monotonic() - began,
-    }
+    totals = engine.total([sums[name] for name in names] + [float(asks_to_save)])
+    *means, votes, norm = _read([*(total / len(rows) for total in totals[:-1]), totals[-1], norm])
+    metrics = {"step": step.number + 1, "epoch": step.epoch, **dict(zip(names, means, strict=True))}
+    metrics["learning_rate"] = learning_rate
+    if norm is not None:
+        metrics["grad_norm"] = norm
+    metrics["tokens"] = float(sum(len(row[f"{side}_ids"]) for row in rows for side in streams.sides))
+    metrics["seconds"] = time.monotonic() - began
+    return metrics, bool(votes)
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor], is_counted: bool) -> None:
+    """Add values to sums by name, on the device; a rank without work adds zeros, for the names."""
+    for name, value in values.items():
+        value = value if is_counted else torch.zeros_like(value)
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _read(values: list[Tensor | float | None]) -> list[Any]:
+    """The values as numbers, by one copy from the device; None stays None."""
+    on_device = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers = iter(torch.stack([value.double() for value in on_device]).tolist() if on_device else ())
+    return [next(numbers) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def _step_constants(
@@ -121,15 +161,17 @@ def _step_constants(
     rows: list[WeightedPair],
     partners: list[WeightedPair],
     batches: list[list[int]],
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Means over the whole step that the loss treats as constants (KTO's z0): a pass before the one with gradients."""
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     for batch_rows in batches:
         indices = batch_rows or [0]
-        for name, value in streams.step_values([rows[i] for i in indices], [partners[i] for i in indices]).items():
-            sums[name] = sums.get(name, 0.0) + value * bool(batch_rows)
+        values = streams.step_values([rows[i] for i in indices], [partners[i] for i in indices])
+        _add(sums, values, is_counted=bool(batch_rows))
     names = sorted(sums)
-    totals = engine.total([sums[name] for name in names]) if names else []
+    if not names:
+        return {}
+    totals = engine.total([sums[name] for name in names])
     return {name: total / len(rows) for name, total in zip(names, totals, strict=True)}
 
 

@@ -61,7 +61,7 @@ def replay_batch(path: Path | str) -> bool:
             streams.sample_anchors(batch_rows, step.number)
             print(f"step {failed + 1}, from a policy after {failed} steps; the loss of each row:")
             _print_losses(streams, batch_rows)
-        metrics = one_step(engine, streams, config, step, batch_rows)
+        metrics, _ = one_step(engine, streams, config, step, batch_rows)
         problem = what_is_wrong(metrics, len(batch_rows))
         if problem and step.number < failed:
             print(f"step {step.number + 1} goes wrong already: {problem}")
@@ -74,7 +74,7 @@ def replay_batch(path: Path | str) -> bool:
 def _print_losses(streams: Streams, rows: list[WeightedPair]) -> None:
     for number, row in enumerate(rows):
         partner = rows[(number + 1) % len(rows)]
-        result, _ = streams.loss([row], [partner], streams.step_values([row], [partner]))
+        result = streams.loss([row], [partner], streams.step_values([row], [partner]))
         print(f"  {row['pair_id']}: {float(result.share(1, streams.token_count([row])).detach()):.6g}")
 
 

@@ -17,7 +17,16 @@ from stages.methods.base import AnchorSampling, Method, PairLoss, Pairs, Respons
 from stages.methods.importance import token_importance
 from stages.models.lazy import torch
 from stages.models.numerics import kl_divergence, token_logps
-from stages.models.policy import Batch, Packed, collate, load_causal_lm, packable, response_logits, response_logps
+from stages.models.policy import (
+    Batch,
+    Packed,
+    collate,
+    load_causal_lm,
+    packable,
+    response_logits,
+    response_logps,
+    to_device,
+)
 from stages.training.batches import WeightedPair, collate_rows, column
 
 if TYPE_CHECKING:
@@ -77,29 +86,26 @@ class Streams:
         pairs = self._pairs(rows, batch, torch.zeros(batch.response_ids.shape))
         return float(self.method.token_count(self.method_config, pairs).sum())
 
-    def step_values(self, rows: Sequence[WeightedPair], partners: Sequence[WeightedPair]) -> dict[str, float]:
+    def step_values(self, rows: Sequence[WeightedPair], partners: Sequence[WeightedPair]) -> dict[str, Tensor]:
         """Return the sums over rows of the method's step constants; without gradient."""
         if self.method.step_values is Method.step_values or not rows:
             return {}
         with torch.no_grad():
-            values = self.method.step_values(self.method_config, self.pairs(rows, partners)[0])
-        return {name: float(value.double().sum()) for name, value in values.items()}
+            values = self.method.step_values(self.method_config, self.pairs(rows, partners))
+        return {name: value.double().sum() for name, value in values.items()}
 
     # -- a micro-batch
 
     def loss(
-        self, rows: Sequence[WeightedPair], partners: Sequence[WeightedPair], step_means: dict[str, float]
-    ) -> tuple[PairLoss, Batch | Packed]:
-        """Return the method's loss of a micro-batch, not yet averaged, and the batch."""
-        pairs, batch = self.pairs(rows, partners)
-        logps = pairs.chosen.logps
-        constants = {
-            name: torch.tensor(value, dtype=logps.dtype, device=logps.device) for name, value in step_means.items()
-        }
-        return self.method.pair_loss(self.method_config, pairs._replace(step_means=constants)), batch
+        self, rows: Sequence[WeightedPair], partners: Sequence[WeightedPair], step_means: dict[str, Tensor]
+    ) -> PairLoss:
+        """Return the method's loss of a micro-batch, not yet averaged."""
+        pairs = self.pairs(rows, partners)
+        constants = {name: value.to(pairs.chosen.logps) for name, value in step_means.items()}
+        return self.method.pair_loss(self.method_config, pairs._replace(step_means=constants))
 
-    def pairs(self, rows: Sequence[WeightedPair], partners: Sequence[WeightedPair]) -> tuple[Pairs, Batch | Packed]:
-        """Return everything the method needs, after one forward of the policy, and the batch.
+    def pairs(self, rows: Sequence[WeightedPair], partners: Sequence[WeightedPair]) -> Pairs:
+        """Return everything the method needs, after one forward of the policy.
 
         `partners`: for each row, the row whose chosen response a mismatched pair borrows.
         """
@@ -116,7 +122,7 @@ class Streams:
             pairs = pairs._replace(anchor=self._scored(rows, [self.anchors[row["pair_id"]] for row in rows]))
         if "mismatched" in self.needs:
             pairs = pairs._replace(mismatched=self._mismatched(rows, partners))
-        return pairs, batch
+        return pairs
 
     def _padded(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy's log-probs [N, T], and what methods need that takes padded rows: logits, KL or importance."""
@@ -149,13 +155,13 @@ class Streams:
             columns: dict[str, Any] = {name: value[part] for name, value in (extra or {}).items()}
             for name in ("reference_logps", "old_logps", "weights"):
                 values = column(rows, f"{side}_{name}", length)
-                columns[name] = None if values is None else values.to(logps)
+                columns[name] = None if values is None else to_device(values, logps.device).to(logps.dtype)
             responses.append(Responses(logps=logps[part], mask=batch.response_mask[part], **columns))
 
         def numbers(name: str) -> Tensor | None:
             if rows[0][name] is None:
                 return None
-            return torch.tensor([row[name] for row in rows], dtype=logps.dtype, device=logps.device)
+            return to_device(torch.tensor([row[name] for row in rows], dtype=logps.dtype), logps.device)
 
         pairs = Pairs(
             chosen=responses[0],
@@ -185,7 +191,9 @@ class Streams:
             scores, win_rates = np.array(row["group_scores"]), np.array(row["group_win_rates"])
             for name, group in self.method.row_values(self.method_config, scores, win_rates).items():
                 columns.setdefault(name, []).append(float(group[row["chosen_candidate"]]))
-        return {name: torch.tensor(values, dtype=like.dtype, device=like.device) for name, values in columns.items()}
+        return {
+            name: to_device(torch.tensor(values, dtype=like.dtype), like.device) for name, values in columns.items()
+        }
 
     def _teacher_logits(self, rows: Sequence[WeightedPair]) -> dict[str, Tensor]:
         """The teacher's logits of its own tokens of the chosen responses, and their mask."""

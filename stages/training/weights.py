@@ -83,7 +83,7 @@ class StoredWeights:
             yield parameter, lambda exact=exact: exact.detach()
 
     def _fits(self, name: str, parameter: Parameter) -> bool:
-        """Whether a stored tensor is the parameter's weight: of its shape and, where it is whole, equal once rounded."""
+        """Whether a stored tensor is the parameter's weight: of its shape and, if it is whole, equal once rounded."""
         shape = getattr(parameter, "ds_shape", parameter.shape)  # of a parameter that is cut up
         if list(self.stored[name].get_slice(name).get_shape()) != list(shape):
             return False

@@ -28,6 +28,8 @@ from stages.running.history import events
 from stages.stage import STAGES
 from stages.training.batches import plan_steps
 from stages.training.config import TrainingConfig
+from stages.training.loop import SaveClock
+from stages.training.resume import sealed
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_PAIRS = 22
@@ -74,6 +76,7 @@ VARIANTS = {
     },
     "saved in bf16": {"save_dtype": "bfloat16"},
     "short of its schedule": {"epochs": 1, "schedule_epochs": 2},
+    "saved all the time": {"runtime": {"save_every_seconds": 0}},
     "diverged": {"policy": "broken"},
 }
 
@@ -326,6 +329,27 @@ def test_weights_that_are_nan_stop_the_training_by_the_step_and_its_rows(trained
     error = (trained("diverged").out / "error").read_text()
     assert "ContractError: step 1: loss nan, " in error and "; its rows: p" in error
     assert not trained("diverged").model.exists()
+
+
+# --- checkpoints to resume from
+
+
+def test_a_checkpoint_is_saved_when_its_time_has_come(trained):
+    assert sealed(trained("saved all the time").out / "resume") == "step9"  # after the last step there is the export
+    assert not (trained("base").out / "resume").exists()  # its ten steps took less than a quarter of an hour
+    assert trained("saved all the time").losses == trained("base").losses
+
+
+def test_the_clock_of_checkpoints(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("stages.training.loop.time.monotonic", lambda: now[0])
+    by_time, by_both = SaveClock(900, None), SaveClock(900, 4)
+    now[0] += 899.0
+    assert [done for done in range(1, 9) if by_both.is_due(done)] == [4, 8] and not by_time.is_due(4)
+    now[0] += 1.0
+    assert by_time.is_due(5) and by_both.is_due(5)
+    by_time.saved()
+    assert not by_time.is_due(6)
 
 
 # --- through the command
