@@ -1,15 +1,17 @@
 """python -m stages NAME SPEC.json: build one artifact. `python -m stages methods`: what can be trained.
 
-SPEC.json: {"config": {...}, "inputs": {"prompts": "<key or path>", ...}, "store": "store"}. An input is a key in the store (or the start
-of one) or a model directory. Exit codes: 0 built (or already there), 2 the request is wrong, 3-5 see data_contracts/errors.py.
+SPEC.json: {"config": {...}, "inputs": {"prompts": "<key or path>", ...}, "store": "store"}. An input is a key in the
+store (or the start of one) or a model directory. Exit codes: 0 built (or already there), 2 the request is wrong, 3-5
+see data_contracts/errors.py.
 """
 
 from __future__ import annotations
 
 import os
 
-# Read when the OpenMP runtime loads, so before anything imports torch: threads that spin while they wait make each other slow as soon
-# as the machine has other work (measured: vLLM 65 against 450 tokens/s beside one busy process on 2 cores).
+# Read when the OpenMP runtime loads, so before anything imports torch: threads that spin while they wait make each
+# other slow as soon as the machine has other work (measured: vLLM 65 against 450 tokens/s beside one busy process on 2
+# cores).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 for _name, _value in {
@@ -110,7 +112,7 @@ def _input(value: Any, store: Store) -> ArtifactRef:
 
 
 def print_methods() -> int:
-    """Print what can be trained: each method with its equation and its needs. A broken plug-in costs its own line only."""
+    """Print each method with its equation and its needs. A broken plug-in costs its own line, never the list."""
     from stages.methods import METHODS
 
     for name in METHODS.names():
@@ -153,5 +155,6 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Everything is on disk and signed. Taking engines apart politely costs up to 4 s a stage and can still change the exit code.
+    # Everything is on disk and signed. Taking engines apart politely costs up to 4 s a stage and can still change the
+    # exit code.
     os._exit(code)

@@ -40,10 +40,11 @@ def spanned(*rows: list[tuple[int, int]], ended: bool = False) -> Tokens:
 def components(
     text: str, student: list[tuple[int, int]] = (), teacher: list[tuple[int, int]] = (), segmenter: str = "word"
 ):
-    found = align([text], spanned(list(student)), spanned(list(teacher)), segmenter)
+    alignment = align([text], spanned(list(student)), spanned(list(teacher)), segmenter)
     return [
-        (text[a:b], bool(space)) for a, b, space in zip(found.starts, found.ends, found.is_space, strict=True)
-    ], found
+        (text[a:b], bool(space))
+        for a, b, space in zip(alignment.starts, alignment.ends, alignment.is_space, strict=True)
+    ], alignment
 
 
 # ---- components
@@ -74,9 +75,9 @@ def test_a_token_that_crosses_a_border_merges_what_it_touches():
     assert len(components(text)[0]) == 8
     # The newline-tab pieces of a code tokenizer: ":\n", "\treturn", ";\n", "\tprint"; the last newline alone
     code = [(0, 2), (2, 4), (4, 6), (6, 13), (13, 15), (15, 17), (17, 23), (23, 27), (27, 28)]
-    merged, found = components(text, code)
+    merged, alignment = components(text, code)
     assert len(merged) == 4 and "".join(part for part, _ in merged) == text
-    assert [found.student[i] for i in (0, 2, 6, 8)] == [0, 1, 2, 3]
+    assert [alignment.student[i] for i in (0, 2, 6, 8)] == [0, 1, 2, 3]
     # A token over two whitespace runs only: still [SPACE]
     assert components("a\n b", [(0, 1), (1, 2)], [(0, 1), (1, 3), (3, 4)])[0] == [("a", False), ("\n b", False)]
     assert components("\n\n ", [(0, 3)])[0] == [("\n\n ", True)]
@@ -90,16 +91,16 @@ def test_common_starts_cut_where_both_begin_a_token():
 
 
 def test_zero_width_tokens_belong_where_they_stand():
-    _, found = components("one two", [(0, 0), (0, 3), (3, 3), (3, 7), (7, 7)], [(0, 7)][:0])
-    assert found.student.tolist() == [0, 0, 1, 1, 1]
+    _, alignment = components("one two", [(0, 0), (0, 3), (3, 3), (3, 7), (7, 7)], [(0, 7)][:0])
+    assert alignment.student.tolist() == [0, 0, 1, 1, 1]
     _, empty = components("", [(0, 0)], [])
     assert empty.student.tolist() == [-1]
 
 
 def test_pieces_of_one_character_share_its_component():
     # The first byte of an emoji joined to the space before it, then the other three.
-    _, found = components("a 🍎b", [(0, 1), (1, 3), (2, 3), (2, 3), (3, 4)], [(0, 1), (1, 4)])
-    assert found.student.tolist() == [0, 1, 1, 1, 1] and found.teacher.tolist() == [0, 1]
+    _, alignment = components("a 🍎b", [(0, 1), (1, 3), (2, 3), (2, 3), (3, 4)], [(0, 1), (1, 4)])
+    assert alignment.student.tolist() == [0, 1, 1, 1, 1] and alignment.teacher.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -110,9 +111,9 @@ def test_pieces_of_one_character_share_its_component():
 def test_unusable_spans_leave_their_response_alone(bad):
     texts = ["one two", "one two", "one two"]
     good = [(0, 3), (3, 7)]
-    found = align(texts, spanned(good, bad, good), spanned(good, good, good))
-    assert found.aligned.tolist() == [True, False, True]
-    assert found.student.tolist() == [0, 1, -1, -1, 4, 5]
+    alignment = align(texts, spanned(good, bad, good), spanned(good, good, good))
+    assert alignment.aligned.tolist() == [True, False, True]
+    assert alignment.student.tolist() == [0, 1, -1, -1, 4, 5]
 
 
 def test_tokenizations_without_spans_or_of_other_texts_are_refused():
@@ -127,10 +128,10 @@ def test_tokenizations_without_spans_or_of_other_texts_are_refused():
 def test_empty_components_merge_forwards_and_at_the_end_backwards():
     text = "a b  c d"
     teacher = [(0, 1), (5, 6)]  # scores "a" and "c"
-    _, found = components(text, [(0, 1), (1, 3), (3, 4), (4, 6), (6, 8)], teacher)
-    merged = merge_empty(found, np.ones(2, dtype=bool))
+    _, alignment = components(text, [(0, 1), (1, 3), (3, 4), (4, 6), (6, 8)], teacher)
+    merged = merge_empty(alignment, np.ones(2, dtype=bool))
     assert [text[a:b] for a, b in zip(merged.starts, merged.ends, strict=True)] == ["a", " b  c d"]
-    nothing = merge_empty(found, np.zeros(2, dtype=bool))
+    nothing = merge_empty(alignment, np.zeros(2, dtype=bool))
     assert len(nothing.starts) == 1 and nothing.student.tolist() == [0] * 5
 
 
@@ -162,15 +163,15 @@ def swift(batch: ResponseBatch, **settings):
 
 def slow_weights(batch: ResponseBatch, k=1.0, mu=1.0, L=-0.5, U=1.5, segmenter="word", empty="neutral") -> np.ndarray:
     """Eq. 6 token by token, component by component, for batches whose two tokenizations differ."""
-    found = align(batch.texts, batch.student, batch.teacher, segmenter)
+    alignment = align(batch.texts, batch.student, batch.teacher, segmenter)
     if empty == "merge":
-        found = merge_empty(found, ~np.isnan(batch.teacher_logps))
+        alignment = merge_empty(alignment, ~np.isnan(batch.teacher_logps))
     values = []
     for i, b in enumerate(batch.logps["reference"]):
         partners = [
             a
-            for c, a in zip(found.teacher, batch.teacher_logps, strict=True)
-            if c == found.student[i] and c >= 0 and not np.isnan(a)
+            for c, a in zip(alignment.teacher, batch.teacher_logps, strict=True)
+            if c == alignment.student[i] and c >= 0 and not np.isnan(a)
         ]
         terms = [k * np.exp(mu * min(max(a - b, L), U)) for a in partners]
         values.append(np.mean(terms) if terms else (0.0 if empty == "zero" else k))
@@ -348,25 +349,25 @@ def tokens_of(tokenizer: Tokenizer, texts: list[str], eos: bool = True) -> Token
 def check_batch(texts: list[str], student: Tokens, teacher: Tokens) -> None:
     """Everything that must hold for any text under any two tokenizers."""
     for segmenter in ("word", "common_starts"):
-        found = align(texts, student, teacher, segmenter)
-        assert found.aligned.all()
+        alignment = align(texts, student, teacher, segmenter)
+        assert alignment.aligned.all()
         # Components cover each text, in order, without gap or overlap.
         for row, text in enumerate(texts):
-            mine = np.flatnonzero(found.rows == row)
-            borders = [found.text_starts[row], *found.ends[mine]]
-            assert list(found.starts[mine]) == borders[:-1] and borders[-1] == found.text_starts[row + 1]
+            mine = np.flatnonzero(alignment.rows == row)
+            borders = [alignment.text_starts[row], *alignment.ends[mine]]
+            assert list(alignment.starts[mine]) == borders[:-1] and borders[-1] == alignment.text_starts[row + 1]
             if text:
                 spaces = [
                     text[a:b].isspace()
-                    for a, b in zip(found.starts[mine] - borders[0], found.ends[mine] - borders[0], strict=True)
+                    for a, b in zip(alignment.starts[mine] - borders[0], alignment.ends[mine] - borders[0], strict=True)
                 ]
-                assert spaces == found.is_space[mine].tolist()
+                assert spaces == alignment.is_space[mine].tolist()
         # Every token of a text lies inside exactly one component of its own text.
-        for tokens, owner in ((student, found.student), (teacher, found.teacher)):
-            rows, real = tokens.rows(), ~tokens.is_eos() & (np.diff(found.text_starts)[tokens.rows()] > 0)
-            assert (owner[~real] == -1).all() and (found.rows[owner[real]] == rows[real]).all()
-            starts, ends = (tokens.spans[real, side] + found.text_starts[rows[real]] for side in (0, 1))
-            assert (found.starts[owner[real]] <= starts).all() and (ends <= found.ends[owner[real]]).all()
+        for tokens, owner in ((student, alignment.student), (teacher, alignment.teacher)):
+            rows, real = tokens.rows(), ~tokens.is_eos() & (np.diff(alignment.text_starts)[tokens.rows()] > 0)
+            assert (owner[~real] == -1).all() and (alignment.rows[owner[real]] == rows[real]).all()
+            starts, ends = (tokens.spans[real, side] + alignment.text_starts[rows[real]] for side in (0, 1))
+            assert (alignment.starts[owner[real]] <= starts).all() and (ends <= alignment.ends[owner[real]]).all()
     batch = batch_of(texts, student, teacher, truncate=0.1)
     for empty in ("neutral", "merge"):
         result = swift(batch, empty=empty, k=1.2)
@@ -378,7 +379,7 @@ def check_batch(texts: list[str], student: Tokens, teacher: Tokens) -> None:
 
 def slow_components(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The rule as it is written down: words with at most one leading plain space, then merging until no token crosses a border."""
-    found, at = [], 0
+    alignment, at = [], 0
     while at < len(text):
         run = at
         while run < len(text) and text[run].isspace():
@@ -387,23 +388,23 @@ def slow_components(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, 
         while word < len(text) and not text[word].isspace():
             word += 1
         if run == at:
-            found.append((at, word))
+            alignment.append((at, word))
         elif word == run:  # whitespace up to the end
-            found.append((at, run))
+            alignment.append((at, run))
         elif text[run - 1] == " ":
-            found += [(at, run - 1)] * (run - 1 > at) + [(run - 1, word)]
+            alignment += [(at, run - 1)] * (run - 1 > at) + [(run - 1, word)]
         else:
-            found += [(at, run), (run, word)]
+            alignment += [(at, run), (run, word)]
         at = word
     changed = True
     while changed:
         changed = False
         for start, end in spans:
-            touched = [i for i, (a, b) in enumerate(found) if a < end and start < b and start < end]
+            touched = [i for i, (a, b) in enumerate(alignment) if a < end and start < b and start < end]
             if len(touched) > 1:
-                found[touched[0] : touched[-1] + 1] = [(found[touched[0]][0], found[touched[-1]][1])]
+                alignment[touched[0] : touched[-1] + 1] = [(alignment[touched[0]][0], alignment[touched[-1]][1])]
                 changed = True
-    return found
+    return alignment
 
 
 NASTY = st.text(
@@ -425,22 +426,22 @@ NASTY = st.text(
 def test_any_text_under_tokenizers_made_here(texts, pair):
     student, teacher = (tokens_of(trained(kind), texts) for kind in pair)
     check_batch(texts, student, teacher)
-    found = align(texts, student, teacher)
+    alignment = align(texts, student, teacher)
     for row, text in enumerate(texts):
         spans = [
             tuple(span)
             for tokens in (student, teacher)
             for span in tokens.spans[tokens.starts[row] : tokens.starts[row + 1] - 1]
         ]
-        mine = found.rows == row
-        borders = [(int(a), int(b)) for a, b in zip(found.starts[mine], found.ends[mine], strict=True)]
-        assert [(a - found.text_starts[row], b - found.text_starts[row]) for a, b in borders] == slow_components(
-            text, spans
-        )
+        mine = alignment.rows == row
+        borders = [(int(a), int(b)) for a, b in zip(alignment.starts[mine], alignment.ends[mine], strict=True)]
+        assert [
+            (a - alignment.text_starts[row], b - alignment.text_starts[row]) for a, b in borders
+        ] == slow_components(text, spans)
 
 
 def shared_tokenizers() -> dict[str, Path]:
-    found = {path.stem: path for path in sorted((SHARED / "conformance").glob("tok_*.json"))}
+    alignment = {path.stem: path for path in sorted((SHARED / "conformance").glob("tok_*.json"))}
     for name, path in (
         ("gpt2", SHARED / "data/tokenizers/gpt2/tokenizer.json"),
         ("mistral", SHARED / "data/tokenizers/mistral-7b-v0.1/tokenizer.json"),
@@ -448,8 +449,8 @@ def shared_tokenizers() -> dict[str, Path]:
         ("stories260K", SHARED / "models/stories260K/tokenizer.json"),
     ):
         if path.is_file():
-            found[name] = path
-    return found
+            alignment[name] = path
+    return alignment
 
 
 def nasty_texts(count: int, seed: int) -> list[str]:

@@ -37,8 +37,8 @@ def numbers(*values: float) -> TokenNumbers:
 
 def test_chosen_responses_come_first_and_empty_ones_are_left_out():
     pairs = [scored(), scored(rejected_ids=[]), scored(rejected_ids=[7, 8])]
-    found = [(response.number, response.side, response.ids) for response in responses_of(pairs)]
-    assert found == [
+    listed = [(response.number, response.side, response.ids) for response in responses_of(pairs)]
+    assert listed == [
         (0, "chosen", [3, 4]),
         (1, "chosen", [3, 4]),
         (2, "chosen", [3, 4]),
