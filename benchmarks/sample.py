@@ -33,7 +33,7 @@ from data_contracts.prompts import load_prompts
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from stages.execute import execute
-from stages.models.tokens import encode_prompt, load_tokenizer, stop_ids
+from stages.models.turns import Turns
 from stages.sampling import SAMPLERS
 from stages.sampling import stage as sampling
 from stages.stage import STAGES
@@ -63,11 +63,12 @@ class Bench:
             "backend": {"name": "vllm"}, "num_candidates": options.candidates, "temperature": 0.7, "top_p": 0.9,
             "max_prompt_tokens": 128, "max_new_tokens": options.new_tokens,
         })  # fmt: skip
-        tokenizer = load_tokenizer(options.model)
-        self.stops = stop_ids(options.model, tokenizer)
+        turns = Turns(options.model, self.config)
+        self.stops = turns.stop_ids
         began = time.perf_counter()
         engine = SAMPLERS.get("vllm")
-        sampler = engine(self.config.backend, self.config, options.model, self.stops, sampling.pick_device("auto"))
+        device = sampling.pick_device("auto")
+        sampler = engine(self.config.backend, self.config, options.model, self.stops, device, turns.blank_ids)
         self.start_seconds = time.perf_counter() - began
         self.sampler = sampler
 
@@ -79,7 +80,7 @@ class Bench:
 
         SAMPLERS.get = lambda name: Running
         self.policy = external_model(Path(options.model))
-        self.prompts = [{"prompt_token_ids": encode_prompt(tokenizer, row["messages"], "chat")} for row in self.rows]
+        self.prompts = [{"prompt_token_ids": turns.prompt(row["messages"])} for row in self.rows]
 
     def bare(self, logprobs: int | None = None) -> Run:
         from vllm import SamplingParams

@@ -35,7 +35,7 @@ from flows.self_play import SelfPlay
 from stages.evaluation.intervals import paired_bootstrap
 from stages.models.logps import Pass
 from stages.models.policy import load_causal_lm, score_responses
-from stages.models.tokens import encode_prompt, encode_response, load_tokenizer, stop_ids
+from stages.models.turns import TurnConfig, Turns
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.transformers import Transformers
 from tasks.place import Place
@@ -104,24 +104,25 @@ class Judge:
     def __init__(self, store: Store, teacher: str, rows: list[dict]):
         self.rows = rows
         self.teacher = Pass(store.root, external_model(Path(teacher)), "bfloat16", "cpu", 8192)
-        self.teacher_tokens = load_tokenizer(teacher)
+        self.teacher_turns = Turns(teacher, TurnConfig(template="plain"))
 
     def measure(self, policy: str, sampling: SamplingConfig, seed: int) -> Measures:
-        tokenizer = load_tokenizer(policy)
+        turns = Turns(policy, sampling)
         ids = [row["prompt_id"] for row in self.rows]
-        prompts = [encode_prompt(tokenizer, row["messages"], "plain") for row in self.rows]
+        prompts = [turns.prompt(row["messages"]) for row in self.rows]
         # Without the end token: the stories are cut, their end is no ending.
-        truths = [encode_response(tokenizer, row["response"])[:-1] for row in self.rows]
+        truths = [turns.text.encode(row["response"]) for row in self.rows]
         model = load_causal_lm(policy, "float32", "cpu").eval()
         means = [float(logps.mean()) for logps in score_responses(model, prompts, truths, 8192)]
-        sampler = Transformers(sampling.backend, sampling, policy, stop_ids(policy, tokenizer), "cpu")
+        sampler = Transformers(sampling.backend, sampling, policy, turns.stop_ids, "cpu", turns.blank_ids)
         requests = [
             Prompt(name, prompt, candidate_seeds(seed + 1000, name, 1))
             for name, prompt in zip(ids, prompts, strict=True)
         ]
-        texts = [tokenizer.decode(group[0].token_ids, skip_special_tokens=True) for group in sampler.generate(requests)]
-        before = [self.teacher_tokens(row["messages"][0]["content"]).input_ids for row in self.rows]
-        after = [self.teacher_tokens(text or " ").input_ids for text in texts]
+        answers = [group[0].token_ids for group in sampler.generate(requests)]
+        texts = [turns.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        before = [self.teacher_turns.prompt(row["messages"]) for row in self.rows]
+        after = [self.teacher_turns.text.encode(text or " ") for text in texts]
         self.teacher.fill(before, after)
         sums = [float(logps.sum()) for logps in self.teacher.get(before, after)]
         scores = [total / max(1, len(text)) for total, text in zip(sums, texts, strict=True)]

@@ -47,21 +47,21 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 def pairs_of(options: argparse.Namespace) -> list[dict]:
     """Token ids of prompt, chosen and rejected. Default: the quickstart's prompts, and random responses of 8 to 32."""
-    from stages.models.tokens import encode_prompt, encode_response, load_tokenizer
+    from stages.models.turns import Turns
 
-    tokenizer = load_tokenizer(options.model)
+    turns = Turns(options.model)
     chance, rows = random.Random(0), []
     if options.pairs:
         for item in json.loads(Path(options.pairs).read_text()):
             messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in item["conversations"]]
-            prompt = encode_prompt(tokenizer, messages, "chat")[-options.max_prompt :]
-            sides = [encode_response(tokenizer, item[side]["value"]) for side in ("chosen", "rejected")]
+            prompt = turns.prompt(messages)[-options.max_prompt :]
+            sides = [turns.response(item[side]["value"]) for side in ("chosen", "rejected")]
             rows.append((prompt, *(side[: options.max_response] for side in sides)))
     else:
         for line in (ROOT / "deploy" / "prompts" / "quickstart_train.jsonl").read_text().splitlines():
-            prompt = encode_prompt(tokenizer, json.loads(line)["messages"], "chat")
+            prompt = turns.prompt(json.loads(line)["messages"])
             lengths = [chance.randint(8, 32) for _ in range(2)]
-            rows.append((prompt, *([chance.randrange(100, len(tokenizer)) for _ in range(n)] for n in lengths)))
+            rows.append((prompt, *([chance.randrange(100, len(turns.tokenizer)) for _ in range(n)] for n in lengths)))
     rows = [row for row in rows if row[1] != row[2]]
     chance.shuffle(rows)
     return [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in rows[: options.count]]

@@ -39,7 +39,7 @@ from data_contracts.shards import SCHEMAS, read_shards
 from data_contracts.store import Store
 from stages.execute import execute
 from stages.models.policy import load_causal_lm, pin_threads
-from stages.models.tokens import encode_prompt, encode_response, load_tokenizer
+from stages.models.turns import TurnConfig, Turns
 from stages.stage import STAGES
 from stages.weighting.weights.spans import TokenText, encode_with_spans
 from tests.conftest import _publish
@@ -49,17 +49,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """Of a weight, on average; single ones differ more in bf16."""
 
 
-def pairs_of(rows: list[dict], tokenizer, shift: int) -> list[dict]:
+def pairs_of(rows: list[dict], turns: Turns, shift: int) -> list[dict]:
     """Rows of scored_pairs; the rejected response is that of the story `shift` further on."""
     pairs = []
     for number, row in enumerate(rows):
         other = rows[(number + shift) % len(rows)]
         pair = dict.fromkeys(SCHEMAS["scored_pairs"].names)
         pair |= {"pair_id": f"{number}/{shift}", "prompt_id": row["prompt_id"], "scorer": "none"}
-        pair |= {"prompt_ids": encode_prompt(tokenizer, row["messages"], "plain")}
+        pair |= {"prompt_ids": turns.prompt(row["messages"])}
         pair |= {"chosen": row["response"], "win_rate_chosen": 1.0, "chosen_candidate": -1}
         pair |= {"rejected": other["response"], "win_rate_rejected": 0.0, "rejected_candidate": 0}
-        pair |= {f"{side}_ids": encode_response(tokenizer, pair[side]) for side in ("chosen", "rejected")}
+        pair |= {f"{side}_ids": turns.response(pair[side]) for side in ("chosen", "rejected")}
         pairs.append(pair)
     return pairs
 
@@ -79,7 +79,7 @@ def released(pairs: list[dict], student, teacher, tokenizers, batch: int) -> lis
             teacher_ids, teacher_spans = encode_with_spans(teacher_tokenizer, texts)
             teacher_ids = [[*ids, teacher_tokenizer.eos_token_id] for ids in teacher_ids]
             prompts = [pair["prompt_ids"] for pair in chunk]
-            prompt_texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
+            prompt_texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
             teacher_prompts = [list(teacher_tokenizer(text).input_ids) for text in prompt_texts]
             scores = _scores(student, prompts, [pair[f"{side}_ids"] for pair in chunk])
             teacher_scores = _scores(teacher, teacher_prompts, teacher_ids)
@@ -149,8 +149,10 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         rows = stories(Path(options.stories), options.pairs)
-        self.tokenizers = load_tokenizer(options.student), load_tokenizer(options.teacher)
-        self.pairs = [pairs_of(rows, self.tokenizers[0], shift) for shift in (1, 2)]
+        plain = TurnConfig(template="plain")
+        student, teacher = Turns(options.student, plain), Turns(options.teacher, plain)
+        self.tokenizers = student.tokenizer, teacher.tokenizer
+        self.pairs = [pairs_of(rows, student, shift) for shift in (1, 2)]
         self.policy, self.teacher = external_model(Path(options.student)), external_model(Path(options.teacher))
         # The next iteration's policy: the same weights, known to the store as another model.
         self.next_policy = self.policy.model_copy(update={"content": "f" * 64, "key": "0" * len(self.policy.key)})

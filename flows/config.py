@@ -21,6 +21,7 @@ from stages.evaluation.promotion import GateConfig
 from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
 from stages.methods.base import Method
+from stages.models.turns import TurnConfig
 from stages.registry import Named
 from stages.sampling.stage import SamplingConfig
 from stages.scoring.pairing import PAIRINGS
@@ -250,7 +251,11 @@ class RunConfig(Config):
         return base.model_copy(update={"seed": self.seed})
 
     def scoring_for_pairs(self) -> ScoringConfig:
-        return self.scoring.model_copy(update={"pairing": self.pairing, "template": self.sampling.template})
+        return self.scoring.model_copy(update={"pairing": self.pairing, **self.turn_settings()})
+
+    def turn_settings(self) -> dict[str, Any]:
+        """How conversations become tokens: the sampler's settings are everybody's."""
+        return {name: getattr(self.sampling, name) for name in TurnConfig.model_fields}
 
     def weighting_for_pairs(self) -> WeightingConfig:
         """What the weigh stage must supply, from what the method declares."""
@@ -263,8 +268,16 @@ class RunConfig(Config):
                 "old_policy": "old_policy" in needs,
                 "teacher_tokens": "teacher_logits" in needs,
                 "drop_identical": self.spec.drops_identical(self.method),
+                **(self.turn_settings() if self.writes_prompts_anew else TurnConfig().model_dump()),
             }
         )
+
+    @property
+    def writes_prompts_anew(self) -> bool:
+        """Whether the weigh stage tokenises prompts: for a teacher, or under another system prompt."""
+        needs = WEIGHTS.get(self.weights.name).needs(self.weights) | self.spec.needs(self.method)
+        systems = (self.weighting.positive_system, self.weighting.negative_system)
+        return bool(needs & {"teacher", "teacher_unshifted", "teacher_logits"}) or systems != (None, None)
 
     def training_for(self, iteration: int) -> TrainingConfig:
         update: dict[str, Any] = {"method": self.method, "seed": self.seed}

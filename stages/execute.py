@@ -113,7 +113,7 @@ def _build(
         key=key,
         stage=stage.name,
         version=stage.version,
-        config=config.identity(),
+        config=stage.settings(config, inputs),
         inputs=dict(inputs),
         content="",
         files=[],

@@ -58,7 +58,7 @@ class Stage(NamedTuple):
     consumes: dict[str, str]
     """Input name -> artifact kind; a trailing "?" marks an optional input."""
     target: str
-    """"module" with a `Config` class and `run(job)`."""
+    """"module" with a `Config` class and `run(job)`; and perhaps `key_additions(config, inputs)`, see `settings`."""
     section: str
     """Field of the run config that holds its settings."""
     phase: str
@@ -82,8 +82,19 @@ class Stage(NamedTuple):
             else config
         )
 
+    def settings(self, config: Config, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
+        """The settings that name the artifact: the config's identity, and what the module's `key_additions` gives for
+        these inputs.
+
+        An addition is a version for some inputs only: where a stage has come to read a certain kind of model otherwise,
+        artifacts of all other models stay found.
+        """
+        additions = getattr(self.load(), "key_additions", None)
+        return config.identity() | ({} if additions is None else additions(config, inputs))
+
     def key(self, config: Config, inputs: Mapping[str, ArtifactRef]) -> str:
-        return fingerprint(self.name, self.version, config, {name: ref.content for name, ref in inputs.items()})
+        contents = {name: ref.content for name, ref in inputs.items()}
+        return fingerprint(self.name, self.version, self.settings(config, inputs), contents)
 
     def check_inputs(self, inputs: Mapping[str, ArtifactRef]) -> None:
         """Raises: ConfigError for a missing, unknown or wrong kind of input."""

@@ -1,9 +1,11 @@
-"""python -m tests.conformance PATH [--dtype float32]: every case of a vector file through the code that training and weighting run.
+"""python -m tests.conformance PATH [--dtype float32]: every case of a vector file through the code that training and
+weighting run.
 
-A vector file is {"cases": [{id, kind, call, args, diff, expect}]}: `call` names a formula, `expect` its value and gradients (losses) or
-its result (weights), computed elsewhere. Each loss case becomes one row of a batch of three, with padding that holds noise on both
-sides; each weight case one response among others. Any name of a call that is not in CALLS fails. The last line is
-`N passed, M failed`; the exit code is 1 if a case failed.
+A vector file is {"cases": [{id, kind, call, args, diff, expect}]}: `call` names a formula, `expect` its value and
+gradients (losses) or its result (weights), computed elsewhere. Each loss case becomes one row of a batch of three, with
+padding that holds noise on both sides; each weight case one response among others. Any name of a call that is not in
+CALLS fails. A list of conversations instead (turns.json) is held against the turn contract, with the tokenizers in
+`--tokenizers`. The last line is `N passed, M failed`; the exit code is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from stages.scoring.pairing import best_vs_worst, group_of
 from stages.weighting.weights import WEIGHTS, swift, swift_released, tis_dpo
 from stages.weighting.weights.alignment import align, merge_empty
 from stages.weighting.weights.base import ResponseBatch, Tokens
+from tests.turn_conformance import check_turns
 
 Row = Sequence[float] | torch.Tensor
 DECOYS = (2, 6)
@@ -106,7 +109,7 @@ class Batcher:
         )
 
     def tensor(self, values: Any) -> torch.Tensor:
-        return values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=self.dtype)
+        return values.to(self.dtype) if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=self.dtype)
 
     def column(self, value: float) -> torch.Tensor:
         """A number per row [3]; the decoys get others."""
@@ -620,7 +623,7 @@ def check(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> str | Non
 
 def check_loss(case: dict[str, Any], dtype: torch.dtype) -> str | None:
     exact = dtype == torch.float64
-    args = dict(case["args"])
+    args = with_vocabulary(case["args"])
     for name in case.get("diff") or []:
         args[name] = leaves(args[name], dtype)
     value = LOSSES[case["call"]](Batcher(dtype), args)
@@ -642,8 +645,21 @@ def check_loss(case: dict[str, Any], dtype: torch.dtype) -> str | None:
     return None
 
 
+LOGITS = ("pl_w", "rl_w", "pl_l", "rl_l", "student_logits", "teacher_logits")
+
+
+def with_vocabulary(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, in which logits of a response without tokens (`[]`) are [0, V]: V as in the case's other
+    logits."""
+    size = next((len(args[name][0]) for name in LOGITS if args.get(name)), 1)
+    empty = {name: torch.zeros(0, size) for name in LOGITS if args.get(name) == []}
+    return args | empty
+
+
 def leaves(values: Any, dtype: torch.dtype) -> Any:
     """Differentiable tensors: one per row where the rows are ragged responses, one for a table of logits."""
+    if isinstance(values, torch.Tensor):
+        return values.to(dtype).requires_grad_()
     if values and isinstance(values[0], list) and len({len(row) for row in values}) > 1:
         return [torch.tensor(row, dtype=dtype, requires_grad=True) for row in values]
     return torch.tensor(values, dtype=dtype, requires_grad=True)
@@ -688,9 +704,12 @@ def differs(found: Any, wanted: Any, tolerance: float) -> str | None:
     return None if near else f": {found!r}, expected {wanted!r}"
 
 
-def run(path: Path, dtype: torch.dtype = torch.float64) -> tuple[int, list[str]]:
+def run(path: Path, dtype: torch.dtype = torch.float64, tokenizers: Path | None = None) -> tuple[int, list[str]]:
     """Cases passed, and a line for each that failed."""
-    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(document, list):
+        return check_turns(document, tokenizers or path.resolve().parent.parent / "data" / "tokenizers")
+    cases = document["cases"]
     failures = [f"{case['id']} ({case['call']}): {problem}" for case in cases if (problem := check(case, dtype))]
     return len(cases) - len(failures), failures
 
@@ -699,9 +718,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path)
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument(
+        "--tokenizers", type=Path, help="where the tokenizers of turn rows lie; default ../data/tokenizers"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    passed, failures = run(options.path, getattr(torch, options.dtype))
+    passed, failures = run(options.path, getattr(torch, options.dtype), options.tokenizers)
     for line in failures:
         print(f"FAILED {line}")
     print(f"{passed} passed, {len(failures)} failed")

@@ -20,7 +20,8 @@ from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge
 from stages.job import Job
 from stages.models.memory import free_device_memory
-from stages.models.tokens import context_length, encode_prompt, load_tokenizer, stop_ids
+from stages.models.tokens import context_length
+from stages.models.turns import TurnConfig, Turns, with_room_for_system
 from stages.registry import Named
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds
@@ -167,7 +168,7 @@ def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
 
     Raises: ConfigError, at once or when called, if the model's context is too short.
     """
-    tokenizer, context = load_tokenizer(model), context_length(model) or 4096
+    turns, context = with_room_for_system(Turns(model, TurnConfig())), context_length(model) or 4096
     if config.max_new_tokens >= context:
         raise ConfigError(
             f"{config.path}: max_new_tokens = {config.max_new_tokens} leaves nothing of the model's context of "
@@ -179,14 +180,14 @@ def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
         max_prompt_tokens=context - config.max_new_tokens,
         num_candidates=1,
     )
-    stops = stop_ids(model, tokenizer)
     free_device_memory()  # of the previous benchmark's engine
-    sampler = SAMPLERS.get(config.backend.name)(config.backend, sampling, model, stops, device)
+    sampler_class = SAMPLERS.get(config.backend.name)
+    sampler = sampler_class(config.backend, sampling, model, turns.stop_ids, device, turns.blank_ids)
 
     def generate(conversations: Any, temperatures: Any, limit: int) -> list[str]:
         prompts = []
         for number, conversation in enumerate(conversations):
-            ids = encode_prompt(tokenizer, conversation, "chat")
+            ids = turns.prompt(conversation)
             if len(ids) > sampling.max_prompt_tokens:
                 raise ConfigError(
                     f"conversation {number} of {config.path} has {len(ids)} tokens, and max_new_tokens = "
@@ -200,9 +201,9 @@ def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:
             sampler.sampling = sampling.model_copy(update={"temperature": temperature})
             for i, (candidate,) in zip(chosen, sampler.generate([prompts[i] for i in chosen]), strict=True):
                 ids = candidate.token_ids
-                if ids[-1] in stops:
+                if turns.ended(ids):
                     ids = ids[:-1]
-                texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                texts[i] = turns.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return texts
 
     return generate

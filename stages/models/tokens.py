@@ -1,54 +1,110 @@
-"""Stages - the token contract: how text becomes ids, once, and how that is written down.
+"""Stages - a model's tokenizer, as its tokenizer.json has it, and what its files say of lengths and digests.
 
-Prompt and response are tokenised apart and concatenated, so the seam lies at the same token in every model and every pass. A response
-carries an EOS only if it really ended; from the sampler to the loss it travels as ids and is never decoded and encoded again.
+How conversations become ids, and what ends a response: stages/models/turns.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file, digest_text
 from stages.running.cost import loading
 
-Template = Literal["chat", "plain"]
+SAMPLES = (
+    "We need to add 9 and 6.",
+    "  Two spaces in front,  two inside, a tab\tand two lines.\n\nGood.",
+    "Größe, 你好, λ 🦊 - naïve café?",
+    "def f(x):\n    return x[0] != -1  # it's 3.14",
+)
+"""Texts that a loaded tokenizer must cut, and put together again, as its tokenizer.json does."""
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """Raises: ConfigError if it cannot be loaded. Code that comes with a model is never run."""
+    """The tokenizer of a model directory, cutting text as its tokenizer.json does. Code that comes with a model is
+    never run.
+
+    transformers rebuilds some tokenizers by the name of their class, and a byte-level one that calls itself a Llama
+    tokenizer loses its spaces: where the two disagree, the file itself is loaded.
+    Raises: ConfigError if it cannot be loaded.
+    """
+    path = Path(directory) / "tokenizer.json"
     with loading():
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            if path.is_file():
+                status = path.stat()
+                if not _is_as_file(tokenizer, path, (status.st_ino, status.st_mtime_ns, status.st_size)):
+                    tokenizer = _from_file(tokenizer, path)
+        except ConfigError:
+            raise
         except Exception as error:  # tokenizers raises bare Exception
-            said = (str(error) or type(error).__name__).partition("\n")[0]
+            message = (str(error) or type(error).__name__).partition("\n")[0]
             raise ConfigError(
-                f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {said:.300}): fetch the model again"
+                f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {message:.300}): fetch the model again"
             ) from error
+    text = SAMPLES[0]
+    again = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids, skip_special_tokens=False)
+    if again.split() != text.split() and "".join(again.split()) == "".join(text.split()):
+        raise ConfigError(
+            f"the tokenizer in {directory} loses spaces: {text!r} comes back as {again!r}. Fetch the tokenizer files of the model again"
+        )
+    return tokenizer
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: Template) -> list[int]:
-    """Token ids of a prompt, ready for the response to follow.
+_VERDICTS: dict[tuple[str, tuple[int, int, int]], bool] = {}
 
-    chat: the model's chat template with its generation prompt; plain: the messages' text, with the tokenizer's own BOS if it adds one.
-    The template writes its special tokens itself; adding the tokenizer's on top would double the BOS.
+
+def _is_as_file(tokenizer: Any, path: Path, version: tuple[int, int, int]) -> bool:
+    """Whether the tokenizer cuts `SAMPLES` as the file does and decodes them alike; remembered, for reading a large
+    file takes seconds."""
+    key = (str(path), version)
+    if key not in _VERDICTS:
+        from tokenizers import Tokenizer
+
+        _VERDICTS[key] = _agree(tokenizer, Tokenizer.from_file(str(path)))
+    return _VERDICTS[key]
+
+
+def _agree(tokenizer: Any, backend: Any) -> bool:
+    for text in SAMPLES:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        if list(tokenizer(text, add_special_tokens=False).input_ids) != ids:
+            return False
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if decoded != backend.decode(ids, skip_special_tokens=False):
+            return False
+    return True
+
+
+def _from_file(tokenizer: Any, path: Path) -> Any:
+    """A tokenizer made of the file alone, with the special tokens, template and limits that `tokenizer` was given.
+
+    Raises: ConfigError if even that one cuts text in another way.
     """
-    if template == "plain":
-        return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
-
-def encode_response(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a response that ended: the text's own, then EOS."""
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no EOS token: a finished response cannot be told from a cut one")
-    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    backend = Tokenizer.from_file(str(path))
+    exact = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+        name_or_path=tokenizer.name_or_path,
+        **tokenizer.special_tokens_map,
+    )
+    exact.chat_template = tokenizer.chat_template
+    if not _agree(exact, backend):
+        raise ConfigError(
+            f"transformers cuts text otherwise than {path} says, and so does the file loaded by itself: the ids would be of other tokens "
+            "than the model was trained on. Fetch the tokenizer files again, or save them anew with the library that made the model"
+        )
+    return exact
 
 
 def context_length(directory: str | Path) -> int | None:
@@ -58,14 +114,15 @@ def context_length(directory: str | Path) -> int | None:
     return text.get("max_position_embeddings") or text.get("n_positions")
 
 
-def stop_ids(directory: str | Path, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS and the ones of generation_config.json."""
-    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    path = Path(directory) / "generation_config.json"
-    if path.is_file():
-        named = json.loads(path.read_text()).get("eos_token_id")
-        ids |= set(named if isinstance(named, list) else [named]) - {None}
-    return sorted(ids)
+def vocabulary_size(directory: str | Path) -> int | None:
+    """Rows of the model's embedding, from config.json; None if it does not say. Often more than the tokenizer has
+    tokens: padding."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text())
+    except OSError:
+        return None
+    size = config.get("text_config", config).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def tokenizer_digest(directory: str | Path) -> str:
@@ -74,12 +131,3 @@ def tokenizer_digest(directory: str | Path) -> str:
     if path.is_file():
         return digest_file(path)
     return digest_text(json.dumps(sorted(load_tokenizer(directory).get_vocab().items())))
-
-
-def token_facts(directory: str | Path, tokenizer: Any, template: Template) -> dict[str, str]:
-    """What a record says of the token contract: digests of tokenizer and template, and the template's name."""
-    return {
-        "tokenizer_digest": tokenizer_digest(directory),
-        "template": template,
-        "template_digest": digest_text(tokenizer.chat_template or "") if template == "chat" else "",
-    }

@@ -28,7 +28,7 @@ class Candidate(NamedTuple):
     """One sampled response."""
 
     token_ids: list[int]
-    """With the EOS that ended it, if one did."""
+    """With the stop id that ended it, if one did."""
     token_logps: list[float]
     """log pi(token), before temperature and top_p; nats."""
     finish_reason: str
@@ -41,9 +41,18 @@ class Sampler(Plugin, ABC):
     The stage makes one if a shard is missing, and calls `generate` once per shard.
     """
 
-    def __init__(self, config: Any, sampling: Any, model: str, stop_ids: list[int], device: str):
+    def __init__(
+        self,
+        config: Any,
+        sampling: Any,
+        model: str,
+        stop_ids: list[int],
+        device: str,
+        blank_ids: Sequence[int] = (),
+    ):
         """`config`: an instance of the subclass's own `Config`; `sampling`: temperature, top_p, max_new_tokens and
-        context_tokens; `model`: a directory; `stop_ids`: ids that end a response; `device`: cpu or cuda."""
+        context_tokens; `model`: a directory; `stop_ids`: ids that end a response; `device`: cpu or cuda; `blank_ids`:
+        ids that the model has logits for and the tokenizer no token, never to be drawn."""
         self.config, self.sampling, self.directory, self.stop_ids, self.device = (
             config,
             sampling,
@@ -51,6 +60,7 @@ class Sampler(Plugin, ABC):
             stop_ids,
             device,
         )
+        self.blank_ids = list(blank_ids)
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:

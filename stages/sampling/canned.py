@@ -28,7 +28,8 @@ class Canned(Sampler):
         digest = hashlib.sha256(str(seed).encode()).digest()
         length = 1 + digest[0] % self.sampling.max_new_tokens
         # A stop id belongs where a response ended, and nowhere else.
-        letters = [token for token in range(self.config.vocabulary) if token not in self.stop_ids]
+        never = {*self.stop_ids, *self.blank_ids}
+        letters = [token for token in range(self.config.vocabulary) if token not in never]
         ids = [letters[digest[1 + i % 31] % len(letters)] for i in range(length)]
         finished = length < self.sampling.max_new_tokens and bool(self.stop_ids)
         if finished:

@@ -1,25 +1,69 @@
 """Stages - python -m stages.sampling.check REQUEST.json: do these prompts fit this model? Loads a tokenizer, no model.
 
-REQUEST.json: {"model": directory, "sets": [[sampling config, prompt rows], ...]}. Exit code 2 and one sentence on stdout if not.
+REQUEST.json: {"model": directory, "sets": [[sampling config, prompt rows], ...]}. Exit code 2 and one sentence on
+stdout if not.
+
+A chat template is a program that came with a model: here, in a process of its own, it runs under limits of time and
+memory before any stage runs it.
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_contracts.errors import ConfigError
 from stages.models.tokens import load_tokenizer
+from stages.models.turns import Turns
 from stages.sampling.stage import SamplingConfig, encode_prompts
+
+TEMPLATE_SECONDS = 20
+"""For the few short conversations that a template is asked about; the slowest of the real ones takes 0.1 s."""
+TEMPLATE_BYTES = 4 << 30
+"""What a template may take of memory, beyond what this process has."""
+
+
+@contextmanager
+def limits(model: str) -> Iterator[None]:
+    """Time and memory for a chat template. Raises: ConfigError where it needs more."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(TEMPLATE_SECONDS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, hard))
+        yield
+    except (TimeoutError, MemoryError) as error:
+        limit = f"{TEMPLATE_SECONDS} s" if isinstance(error, TimeoutError) else f"{TEMPLATE_BYTES >> 30} GiB"
+        raise ConfigError(
+            f"the chat template of {model} did not come to an end within {limit}: it has a loop too many. Mend it, or give another one as "
+            "sampling.template {file: x.jinja}"
+        ) from None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def main(path: str) -> int:
     request = json.loads(Path(path).read_text())
     try:
         tokenizer = load_tokenizer(request["model"])
-        for config, rows in request["sets"]:
-            encode_prompts(rows, SamplingConfig.model_validate(config), request["model"], tokenizer)
+        for settings, rows in request["sets"]:
+            config = SamplingConfig.model_validate(settings)
+            with limits(request["model"]):
+                turns = Turns(request["model"], config, tokenizer)
+            encode_prompts(rows, config, turns)
     except ConfigError as error:
         print(error)
         return error.exit_code

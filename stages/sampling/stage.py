@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from data_contracts.config import Config as BaseConfig
+from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
 from stages.job import Job
 from stages.models.policy import pick_device
-from stages.models.tokens import Template, context_length, encode_prompt, load_tokenizer, stop_ids, token_facts
+from stages.models.tokens import context_length
+from stages.models.turns import TurnConfig, Turns, ending_of, unusable
 from stages.registry import Named
 from stages.running.cost import loading
 from stages.sampling import SAMPLERS
-from stages.sampling.base import Prompt, candidate_seeds
+from stages.sampling.base import Candidate, Prompt, candidate_seeds
 from stages.stage import StageRuntime
 
 
@@ -24,7 +27,7 @@ class SamplingRuntime(StageRuntime):
     """How much is lost, at most, when a sampler is killed."""
 
 
-class SamplingConfig(BaseConfig):
+class SamplingConfig(TurnConfig):
     """K candidates of the policy for each prompt. Vetted: K = 5, temperature 1, top_p 1 (SPPO's paper)."""
 
     backend: Annotated[Named, SAMPLERS] = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
@@ -36,11 +39,9 @@ class SamplingConfig(BaseConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus: sample from the smallest set of tokens with this much mass."""
     max_new_tokens: int = Field(512, ge=1)
-    """A response longer than this is cut, and then carries no EOS."""
+    """A response longer than this is cut, and then carries no terminator."""
     max_prompt_tokens: int = Field(512, ge=1)
     """A longer prompt is refused, by name, before anything is sampled."""
-    template: Template = "chat"
-    """chat: the model's chat template; plain: the text as it is."""
     seed: int = 0
     """Every (prompt, k) derives its own seed from this one."""
     runtime: SamplingRuntime = SamplingRuntime()
@@ -53,41 +54,73 @@ class SamplingConfig(BaseConfig):
 Config = SamplingConfig
 
 
-def encode_prompts(rows: list[dict[str, Any]], config: SamplingConfig, model: str, tokenizer: Any) -> list[list[int]]:
-    """Token ids of every prompt. Raises: ConfigError for a prompt that does not fit the limits or the model's context."""
-    context = context_length(model)
+def key_additions(config: SamplingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
+    """Before the turn contract, a model was not stopped where its own template ends a turn, unless its files listed
+    that token."""
+    if "policy" not in inputs:
+        return {}
+    ending = ending_of(inputs["policy"].path, config)
+    return {} if ending.token is None or ending.is_listed else {"terminator": ending.token}
+
+
+class Encoded(NamedTuple):
+    """The prompts of some rows as token ids, in their order; what is dropped is in neither of the first two."""
+
+    rows: list[dict[str, Any]]
+    ids: list[list[int]]
+    dropped: dict[str, str]
+    """prompt_id -> reason."""
+
+
+def encode_prompts(rows: list[dict[str, Any]], config: SamplingConfig, turns: Turns) -> Encoded:
+    """Token ids of every prompt that can be used.
+
+    Raises: ConfigError, naming the row, for a prompt that does not fit the limits or the model's context, that the
+    template refuses, or that spells a control token where the settings refuse that.
+    """
+    context = context_length(turns.directory)
     if context is not None and config.context_tokens > context:
         raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens = {config.context_tokens} exceeds the context of {context} positions of the model in {model}: lower one of them"
+            f"max_prompt_tokens + max_new_tokens = {config.context_tokens} exceeds the context of {context} positions of the model in "
+            f"{turns.directory}: lower one of them"
         )
-    encoded = []
+    usable, encoded, dropped = [], [], {}
     for row in rows:
-        ids = encode_prompt(tokenizer, row["messages"], config.template)
+        if reason := unusable(row, config, turns):
+            dropped[row["prompt_id"]] = reason
+            continue
+        try:
+            ids = turns.prompt(row["messages"])
+        except ConfigError as error:
+            raise ConfigError(f"the prompt {row['prompt_id']!r}: {error}") from None
         if not 0 < len(ids) <= config.max_prompt_tokens:
             raise ConfigError(
                 f"the prompt {row['prompt_id']!r} has {len(ids)} tokens, allowed are 1 to {config.max_prompt_tokens} (sampling.max_prompt_tokens; "
                 f"the model's context is {context}): shorten it or raise the limit"
             )
+        usable.append(row)
         encoded.append(ids)
-    return encoded
+    return Encoded(usable, encoded, dropped)
 
 
 def run(job: Job) -> None:
     config: SamplingConfig = job.config
     model = str(job.path("policy"))
-    rows = read_shards(job.path("prompts"), "prompts").to_pylist()
-    tokenizer = load_tokenizer(model)
+    turns = Turns(model, config)
+    encoded = encode_prompts(read_shards(job.path("prompts"), "prompts").to_pylist(), config, turns)
     prompts = [
         Prompt(row["prompt_id"], ids, candidate_seeds(config.seed, row["prompt_id"], config.num_candidates))
-        for row, ids in zip(rows, encode_prompts(rows, config, model, tokenizer), strict=True)
+        for row, ids in zip(encoded.rows, encoded.ids, strict=True)
     ]
-    stops = stop_ids(model, tokenizer)
+    if not prompts:
+        raise ContractError(f"generations {job.out.name}: every prompt is dropped: {list(encoded.dropped.items())[:3]}")
     device = pick_device(config.runtime.device)
     sampler = None
     for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "generations"):
         if sampler is None:
             with loading():
-                sampler = SAMPLERS.get(config.backend.name)(config.backend, config, model, stops, device)
+                sampler_class = SAMPLERS.get(config.backend.name)
+                sampler = sampler_class(config.backend, config, model, turns.stop_ids, device, turns.blank_ids)
         with job.timed("generate"):
             candidates = sampler.generate(chunk)
         job.write(
@@ -95,31 +128,24 @@ def run(job: Job) -> None:
             [
                 row
                 for prompt, group in zip(chunk, candidates, strict=True)
-                for row in _rows(prompt, group, tokenizer, stops)
+                for row in candidate_rows(prompt, group, turns)
             ],
         )
         job.used(
             model,
             sum(len(prompt.ids) for prompt in chunk),
-            sum(len(one.token_ids) for group in candidates for one in group),
+            sum(len(candidate.token_ids) for group in candidates for candidate in group),
         )
     if not job.is_worker:
-        _summarise(job, model, tokenizer, len(prompts), device)
+        _summarise(job, turns, len(prompts), encoded.dropped, device)
 
 
-def _rows(prompt: Prompt, candidates: list[Any], tokenizer: Any, stops: list[int]) -> list[dict[str, Any]]:
+def candidate_rows(prompt: Prompt, candidates: list[Candidate], turns: Turns) -> list[dict[str, Any]]:
+    """Rows of `generations`. Raises: ContractError for a candidate that a sampler may not return."""
     rows = []
     for k, candidate in enumerate(candidates):
-        where = f"prompt {prompt.prompt_id} candidate {k}"
-        if not 0 < len(candidate.token_ids) == len(candidate.token_logps):
-            raise ContractError(
-                f"{where}: {len(candidate.token_ids)} tokens and {len(candidate.token_logps)} log-probs; each needs one, and there must be one"
-            )
-        ended = candidate.token_ids[-1] in stops
-        if (candidate.finish_reason == "stop") != ended:
-            raise ContractError(
-                f"{where}: finish_reason {candidate.finish_reason!r} but the last token is {candidate.token_ids[-1]} (stop ids {stops})"
-            )
+        if problem := _problem(candidate, turns):
+            raise ContractError(f"prompt {prompt.prompt_id} candidate {k}: {problem}")
         rows.append(
             {
                 "prompt_id": prompt.prompt_id,
@@ -129,15 +155,28 @@ def _rows(prompt: Prompt, candidates: list[Any], tokenizer: Any, stops: list[int
                 "token_logps": candidate.token_logps,
                 "finish_reason": candidate.finish_reason,
                 "seed": prompt.seeds[k],
-                "completion": tokenizer.decode(
-                    candidate.token_ids[:-1] if ended else candidate.token_ids, skip_special_tokens=False
-                ),
+                "completion": turns.read(candidate.token_ids),
             }
         )
     return rows
 
 
-def _summarise(job: Job, model: str, tokenizer: Any, num_prompts: int, device: str) -> None:
+def _problem(candidate: Candidate, turns: Turns) -> str | None:
+    """Why a sampler may not return this candidate; None if it may."""
+    ids = candidate.token_ids
+    if not 0 < len(ids) == len(candidate.token_logps):
+        return f"{len(ids)} tokens and {len(candidate.token_logps)} log-probs; each needs one, and there must be one"
+    if (candidate.finish_reason == "stop") != turns.ended(ids):
+        return f"finish_reason {candidate.finish_reason!r} but the last token is {ids[-1]} (stop ids {turns.stop_ids})"
+    early = [position for position, token in enumerate(ids[:-1]) if token in turns.stop_ids]
+    if early:
+        return f"the stop id {ids[early[0]]} stands at position {early[0]} of {len(ids)}: the sampler went on after the turn's end"
+    if unknown := [token for token in ids if token not in turns.known_ids]:
+        return f"no token of the tokenizer has the id {unknown[0]}: the sampler drew from the embedding's padding"
+    return None
+
+
+def _summarise(job: Job, turns: Turns, num_prompts: int, dropped: dict[str, str], device: str) -> None:
     table = read_shards(job.out, "generations")
     expected = num_prompts * job.config.num_candidates
     if table.num_rows != expected:
@@ -151,4 +190,5 @@ def _summarise(job: Job, model: str, tokenizer: Any, num_prompts: int, device: s
         "mean_tokens": float(lengths.mean()),
         "finished_rate": float((table["finish_reason"].to_numpy(zero_copy_only=False) == "stop").mean()),
     }
-    job.facts |= token_facts(model, tokenizer, job.config.template) | {"device": device}
+    job.metrics |= {f"dropped/{reason}": count for reason, count in Counter(dropped.values()).items()}
+    job.facts |= turns.facts() | {"device": device}

@@ -29,8 +29,16 @@ class Transformers(Sampler):
         """Arithmetic of the sampler."""
         runtime: TransformersRuntime = TransformersRuntime()
 
-    def __init__(self, config: Config, sampling: Any, model: str, stop_ids: list[int], device: str):
-        super().__init__(config, sampling, model, stop_ids, device)
+    def __init__(
+        self,
+        config: Config,
+        sampling: Any,
+        model: str,
+        stop_ids: list[int],
+        device: str,
+        blank_ids: Sequence[int] = (),
+    ):
+        super().__init__(config, sampling, model, stop_ids, device, blank_ids)
         self.model = load_causal_lm(model, config.dtype, device).eval()
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
@@ -73,7 +81,8 @@ class Transformers(Sampler):
                     raise ContractError(
                         "the policy's log-probs are NaN or infinite: its weights are damaged (diverged training?)"
                     )
-                drawn = _draw(scores, generators, self.sampling.temperature, self.sampling.top_p)
+                allowed = scores.index_fill(1, torch.tensor(self.blank_ids), -torch.inf) if self.blank_ids else scores
+                drawn = _draw(allowed, generators, self.sampling.temperature, self.sampling.top_p)
                 for row, token in enumerate(drawn):
                     if not ended[row]:
                         tokens[row].append(token)

@@ -17,6 +17,9 @@ from data_contracts.errors import ConfigError, ContractError
 from stages.registry import Named
 from stages.sampling.base import Candidate, Prompt, Sampler
 
+BLANK_IDS = "selfplay_blank_ids"
+"""Under this name the engine's `additional_config` holds the ids that stages/sampling/vllm_mask.py masks."""
+
 
 class VLLMRuntime(Runtime):
     tensor_parallel_size: int = Field(1, ge=1)
@@ -36,8 +39,16 @@ class VLLM(Sampler):
         """Arithmetic of the sampler. bfloat16 also on CPUs that have it: float32 is ten times slower there."""
         runtime: VLLMRuntime = VLLMRuntime()
 
-    def __init__(self, config: Config, sampling: Any, model: str, stop_ids: list[int], device: str):
-        super().__init__(config, sampling, model, stop_ids, device)
+    def __init__(
+        self,
+        config: Config,
+        sampling: Any,
+        model: str,
+        stop_ids: list[int],
+        device: str,
+        blank_ids: Sequence[int] = (),
+    ):
+        super().__init__(config, sampling, model, stop_ids, device, blank_ids)
         prepare_environment(device)
         try:
             from vllm import LLM
@@ -54,6 +65,11 @@ class VLLM(Sampler):
             "max_model_len": sampling.context_tokens,
             "disable_log_stats": True,
         }
+        if self.blank_ids:
+            arguments |= {
+                "logits_processors": ["stages.sampling.vllm_mask:BlankIds"],
+                "additional_config": {BLANK_IDS: self.blank_ids},
+            }
         if device == "cpu":
             # enable_chunked_prefill=False: a seeded request in a chunked prefill kills the CPU engine ("CPU Generator
             # does not use offset").

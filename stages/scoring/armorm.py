@@ -15,6 +15,7 @@ from pydantic import Field
 from data_contracts.errors import ConfigError
 from stages.models.lazy import torch
 from stages.models.policy import pick_device
+from stages.models.turns import turns_of_reader
 from stages.scoring.base import Candidates, Scores
 from stages.scoring.models import ModelScorerConfig, NamedModel, load_strictly, read_tensors
 from stages.scoring.reward_model import Messages, PointScorer, chat, longest_input, padded
@@ -36,7 +37,7 @@ class ArmoRM(PointScorer):
         """Ids of `<|eot_id|><|start_header_id|>assistant<|end_header_id|>` and two line feeds: where the gate reads."""
 
     def load(self, directory: Path) -> None:
-        from transformers import AutoTokenizer, LlamaConfig
+        from transformers import LlamaConfig
 
         from stages.scoring.armorm_model import ArmoNetwork
 
@@ -48,12 +49,11 @@ class ArmoRM(PointScorer):
         network = ArmoNetwork(LlamaConfig(**settings))
         load_strictly(network, read_tensors(directory), directory)
         self.network = network.to(device=pick_device(self.device), dtype=getattr(torch, self.config.dtype)).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        self.longest = longest_input(self.config, directory, self.tokenizer.model_max_length)
+        self.turns = turns_of_reader(directory)
+        self.longest = longest_input(self.config, directory, self.turns.tokenizer.model_max_length)
 
     def encode(self, messages: Messages, answer: str) -> list[int]:
-        text = self.tokenizer.apply_chat_template(chat(messages, answer), tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)[-self.longest :]
+        return self.turns.conversation(chat(messages, answer))[-self.longest :]
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         return [_with_reasons(scores) for scores in super().score(batch)]

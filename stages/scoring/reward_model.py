@@ -19,12 +19,16 @@ from pydantic import Field
 
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.prompts import Message, PromptRow
+from stages.models import tokens
+from stages.models.data_text import TextEncoder
 from stages.models.lazy import torch
 from stages.models.policy import batches_by_budget, pick_device, pin_threads
 from stages.models.tokens import context_length
+from stages.models.turns import turns_of_reader
+from stages.scoring import pairrm_tokens
 from stages.scoring.base import Candidates, Scores, by_prompt, prompt_text
 from stages.scoring.models import ModelScorer, ModelScorerConfig, local_directory, locate, refuse_remote_code
-from stages.scoring.pairrm_tokens import Limits, blank, load_tokenizer
+from stages.scoring.pairrm_tokens import Limits, blank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,22 +170,18 @@ class RewardModel(ClassifierScorer):
         name: Literal["reward_model"] = "reward_model"
 
     def load(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        if not self.tokenizer.chat_template:
+        self.turns = turns_of_reader(directory)
+        if self.turns.chat is None:
             raise ConfigError(
                 f"the reward model {directory} has no chat template; "
                 f"for a prompt-answer encoder use {{name: pair_encoder}}"
             )
         self.network = load_classifier(directory, self.config, pick_device(self.device))
-        self.longest = longest_input(self.config, directory, self.tokenizer.model_max_length)
+        self.longest = longest_input(self.config, directory, self.turns.tokenizer.model_max_length)
 
     def encode(self, messages: Messages, answer: str) -> list[int]:
-        text = self.tokenizer.apply_chat_template(chat(messages, answer), tokenize=False)
-        # The template writes its own control tokens.
-        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return keep_the_end(ids, self.longest, self.tokenizer.bos_token_id)
+        ids = self.turns.conversation(chat(messages, answer))
+        return keep_the_end(ids, self.longest, self.turns.tokenizer.bos_token_id)
 
     def forward(self, rows: list[list[int]]) -> list[float]:
         config = self.network.config
@@ -211,12 +211,11 @@ class PairEncoder(ClassifierScorer):
         self.is_deberta = self.network.config.model_type == "deberta-v2"
         limit = None
         if self.is_deberta:  # transformers 5 would lose the NFKC map
-            self.tokenizer: Any = load_tokenizer(directory, Limits())
+            self.tokenizer: Any = pairrm_tokens.load_tokenizer(directory, Limits())
             first, last, self.pad = self.tokenizer.cls_id, self.tokenizer.sep_id, self.tokenizer.pad_id
         else:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            self.tokenizer = tokens.load_tokenizer(directory)
+            self.text = TextEncoder(self.tokenizer, self.tokenizer.all_special_tokens)
             first, last, self.pad = (
                 self.tokenizer.cls_token_id,
                 self.tokenizer.sep_token_id,
@@ -231,7 +230,7 @@ class PairEncoder(ClassifierScorer):
     def _ids(self, text: str) -> list[int]:
         if self.is_deberta:
             return self.tokenizer.backend.encode(blank(text), add_special_tokens=False).ids
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self.text.encode(text)
 
     def encode(self, messages: Messages, answer: str) -> list[int]:
         room = self.longest - 3

@@ -8,7 +8,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.prompts import PromptRow
 from data_contracts.rows import GenerationRow, ScoredPairRow
 from stages.job import Job
-from stages.models.tokens import encode_prompt, encode_response, load_tokenizer
+from stages.models.turns import DROPPED, Turns, unusable
 from stages.scoring.base import Scores
 from stages.scoring.pairing import PAIRINGS, Choice, Group, Rules, TextField, group_of
 
@@ -32,17 +32,24 @@ NOTHING = Response([], "", win_rate=0.0)
 
 
 class GivenTexts:
-    """A prompt's own texts as tokens of the policy: tokenised apart from the prompt, with an EOS unless they had to be
-    cut."""
+    """A prompt's own texts as tokens of the policy: tokenised apart from the prompt, with the terminator unless they had
+    to be cut."""
 
     def __init__(self, job: Job):
         if "policy" not in job.inputs:
             raise ConfigError(f"pairing {job.config.pairing} tokenises given responses: give the input `policy`")
-        self.tokenizer, self.config = load_tokenizer(job.path("policy")), job.config
+        self.turns, self.config = Turns(job.path("policy"), job.config), job.config
+
+    def unusable(self, prompt: PromptRow) -> str | None:
+        """Why the row is dropped; None if it is used."""
+        return unusable(prompt, self.config, self.turns)
 
     def prompt(self, prompt: PromptRow) -> list[int]:
-        """The prompt's ids, for rows without generations."""
-        return encode_prompt(self.tokenizer, prompt["messages"], self.config.template)
+        """The prompt's ids, for rows without generations. Raises: ConfigError if the template refuses its messages."""
+        try:
+            return self.turns.prompt(prompt["messages"])
+        except ConfigError as error:
+            raise ConfigError(f"the prompt {prompt['prompt_id']!r}: {error}") from None
 
     def response(self, prompt: PromptRow, field: TextField) -> Response:
         """The text in this field. Raises: ConfigError if the prompt has none."""
@@ -51,7 +58,7 @@ class GivenTexts:
             raise ConfigError(
                 f"pairing {self.config.pairing} needs `{field}` in every prompt; {prompt['prompt_id']!r} has none"
             )
-        ids = encode_response(self.tokenizer, text)[: self.config.max_response_tokens]
+        ids = self.turns.response(text)[: self.config.max_response_tokens]
         return Response(ids, text)
 
 
@@ -67,6 +74,10 @@ class RowMaker:
     def rows(self, prompt: PromptRow, candidates: list[GenerationRow], scores: Scores) -> list[ScoredPairRow] | str:
         """The rows of one prompt, or the reason why it gives none."""
         config, group = self.config, None
+        if self.texts is not None and (reason := self.texts.unusable(prompt)):
+            return reason
+        if self.pairing.candidates and not candidates:
+            return DROPPED
         if scores.scores is not None or scores.preference_logits is not None:
             group = group_of(scores, config.tau, config.preference)
         lengths = tuple(len(row["token_ids"]) for row in candidates)

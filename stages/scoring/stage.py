@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from data_contracts.config import Config as BaseConfig
+from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.prompts import PromptRow
 from data_contracts.rows import GenerationRow
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.job import Job
 from stages.models.logps import Pass
-from stages.models.tokens import Template
+from stages.models.turns import TurnConfig, ending_of
 from stages.registry import Named
 from stages.running.cost import loading
 from stages.running.history import events
@@ -39,10 +39,14 @@ class ScoringRuntime(StageRuntime):
     """Padded tokens per forward of a scorer's model, or of the start model: what bounds its memory."""
 
 
-class ScoringConfig(BaseConfig):
-    """Which responses are preferred over which."""
+class ScoringConfig(TurnConfig):
+    """Which responses are preferred over which.
 
-    NEUTRAL: ClassVar[dict[str, Any]] = {
+    How conversations become tokens (`template` to `special_tokens_in_data`) is the sampler's, and set for you from the
+    run's `sampling`.
+    """
+
+    NEUTRAL: ClassVar[dict[str, Any]] = TurnConfig.NEUTRAL | {
         "preference": "both_orders",
         "min_preference": None,
         "max_length_ratio": 1.25,
@@ -70,15 +74,20 @@ class ScoringConfig(BaseConfig):
     """Scale of points r: P(i beats j) = sigmoid((r_i - r_j) / tau); 0: the better one wins for sure."""
     max_drop_rate: float = Field(0.9, ge=0, le=1)
     """The stage fails if a larger share of the prompts gives no row."""
-    template: Template = "chat"
-    """How prompts without generations become tokens; the sampler's template. Set for you from the run's
-    `sampling.template`."""
     max_response_tokens: int = Field(1024, ge=1)
-    """A longer given response is cut, and then carries no EOS."""
+    """A longer given response is cut, and then carries no terminator."""
     runtime: ScoringRuntime = ScoringRuntime()
 
 
 Config = ScoringConfig
+
+
+def key_additions(config: ScoringConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
+    """Before the turn contract, given texts ended with the EOS, whatever the policy's template ends a turn with."""
+    if "policy" not in inputs or not PAIRINGS.get(config.pairing or "best_vs_worst").texts:
+        return {}
+    ending = ending_of(inputs["policy"].path, config)
+    return {} if ending.token is None else {"terminator": ending.token}
 
 
 def run(job: Job) -> None:
@@ -127,7 +136,8 @@ def _generations(job: Job, prompts: list[PromptRow], pairing_name: str) -> dict[
                 f"generations {key}: prompt {row['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}"
             )
         groups[row["prompt_id"]].append(row)
-    if empty := [prompt_id for prompt_id, rows in groups.items() if not rows]:
+    empty = [prompt_id for prompt_id, rows in groups.items() if not rows]
+    if empty and job.config.special_tokens_in_data != "drop":
         raise ContractError(f"generations {key}: no candidate for the prompt(s) {empty[:3]}")
     return groups
 
@@ -150,12 +160,18 @@ class _Scoring:
         if self.scorer is None:
             with loading():
                 self.scorer = open_scorer(self.config, self.job.config.runtime.device, self._services())
-        start_logps = self.start.of(candidates) if self.start else [None] * len(prompts)
-        batch = [Candidates(*item) for item in zip(prompts, candidates, start_logps, strict=True)]
+        full = [number for number, group in enumerate(candidates) if group]  # the sample stage may have dropped prompts
+        groups = [candidates[number] for number in full]
+        start_logps = self.start.of(groups) if self.start else [None] * len(full)
+        batch = [
+            Candidates(prompts[number], group, logps)
+            for number, group, logps in zip(full, groups, start_logps, strict=True)
+        ]
         began = time.monotonic()
-        scores, sizes = score_once(self.scorer, batch)
+        scores, sizes = score_once(self.scorer, batch) if batch else ([], [])
         self._report(shard, sizes, scores, time.monotonic() - began, self.scorer.metrics())
-        return scores
+        by_number = dict(zip(full, scores, strict=True))
+        return [by_number.get(number, Scores(None, None, [])) for number in range(len(prompts))]
 
     def close(self) -> None:
         if self.scorer is not None:

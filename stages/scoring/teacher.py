@@ -6,14 +6,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data_contracts.checkpoint import external_model, has_chat_template
+from data_contracts.checkpoint import external_model
 from data_contracts.rows import GenerationRow
 from stages.models.logps import Pass
-from stages.models.tokens import Template, encode_prompt, load_tokenizer
+from stages.models.turns import TurnConfig, Turns, turns_of_reader, with_room_for_system
 from stages.scoring.base import Candidates, Scores, by_prompt
 from stages.scoring.models import ModelScorer, ModelScorerConfig, locate
 
@@ -22,8 +22,7 @@ class Teacher(NamedTuple):
     """The loaded teacher."""
 
     logps: Pass
-    tokenizer: Any
-    template: Template
+    turns: Turns
 
 
 class TeacherLogp(ModelScorer):
@@ -34,7 +33,7 @@ class TeacherLogp(ModelScorer):
         dtype: Literal["float32", "bfloat16"] = "bfloat16"
         normalise: bool = True
         """Per token; False: the sum, which prefers short completions."""
-        template: Template | None = None
+        template: Literal["chat", "plain"] | None = None
         """How the teacher reads prompts; None: by its chat template if it has one."""
 
     def __init__(self, config: Config, device: str):
@@ -49,18 +48,19 @@ class TeacherLogp(ModelScorer):
             root = Path(self.scratch.name)
         model = external_model(directory, root / "digests")
         logps = Pass(root, model, self.config.dtype, self.device, self.services.batch_tokens)
-        template: Template = "chat" if has_chat_template(directory) else "plain"
-        return Teacher(logps, load_tokenizer(directory), self.config.template or template)
+        if self.config.template is None:
+            return Teacher(logps, turns_of_reader(directory))
+        return Teacher(logps, with_room_for_system(Turns(directory, TurnConfig(template=self.config.template))))
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         if self.teacher is None:
             self.teacher = self._load()
-        logps, tokenizer, template = self.teacher
+        logps, turns = self.teacher
         prompts, responses = [], []
         for item in batch:
-            prompt = encode_prompt(tokenizer, item.prompt["messages"], template)
+            prompt = turns.prompt(item.prompt["messages"])
             prompts += [prompt] * len(item.generations)
-            responses += [_response(tokenizer, row) for row in item.generations]
+            responses += [_response(turns, row) for row in item.generations]
         full = [number for number, response in enumerate(responses) if response]
         prompts, answers = [prompts[number] for number in full], [responses[number] for number in full]
         logps.fill(prompts, answers)
@@ -88,9 +88,8 @@ class TeacherLogp(ModelScorer):
         return {"teacher/misses": self.teacher.logps.misses, "teacher/hits": self.teacher.logps.hits}
 
 
-def _response(tokenizer: Any, row: GenerationRow) -> list[int]:
-    """A completion as the teacher's tokens, with its EOS if the completion ended by itself."""
-    ids: list[int] = list(tokenizer(row["completion"], add_special_tokens=False).input_ids)
-    if row["finish_reason"] == "stop" and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return ids
+def _response(turns: Turns, row: GenerationRow) -> list[int]:
+    """A completion as the teacher's tokens, with its terminator if the completion ended by itself."""
+    if row["finish_reason"] == "stop":
+        return turns.response(row["completion"])
+    return turns.text.encode(row["completion"])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from stages.models.lazy import torch
-from stages.models.tokens import load_tokenizer, stop_ids
+from stages.models.turns import TurnConfig, turns_or_plain
 from stages.training.resume import forget, seal, sealed
 from stages.training.weights import StoredWeights, load_policy
 
@@ -50,7 +50,7 @@ class Engine:
             self.torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.torch_device)
         torch.manual_seed(config.seed)
-        self.stop_ids = stop_ids(model, load_tokenizer(model))
+        self.stop_ids = turns_or_plain(model, TurnConfig()).stop_ids
         settings = _settings(config)
         policy = load_policy(model, config.dtype, str(self.torch_device), settings)
         policy.train()

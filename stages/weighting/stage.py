@@ -6,18 +6,20 @@ at a time, into the log-prob store; then the rows are put together, shard by sha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from data_contracts.config import Config as BaseConfig
+from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ContractError
 from data_contracts.rows import WeightedPairRow
 from data_contracts.shards import ShardRows, read_shards, shard_path, to_table, write_shard
 from stages.job import Job
+from stages.models.turns import TurnConfig
 from stages.registry import Named
 from stages.running.history import events
 from stages.stage import StageRuntime
@@ -34,8 +36,14 @@ class WeightingRuntime(StageRuntime):
     """Padded tokens per forward."""
 
 
-class WeightingConfig(BaseConfig):
-    """Per-token reference log-probs and per-token weights."""
+class WeightingConfig(TurnConfig):
+    """Per-token reference log-probs and per-token weights.
+
+    How conversations become tokens (`template` to `special_tokens_in_data`) matters where a prompt is written anew: for
+    a teacher, or under another system prompt. It is the sampler's then, and set for you from the run's `sampling`.
+    """
+
+    NEUTRAL: ClassVar[dict[str, Any]] = TurnConfig.NEUTRAL | {"template": "chat"}
 
     weights: Annotated[Named, WEIGHTS] | None = None
     """Weight provider, e.g. {name: swift}. None: the method's own (ones for most)."""
@@ -59,6 +67,14 @@ class WeightingConfig(BaseConfig):
 
 
 Config = WeightingConfig
+
+
+def key_additions(config: WeightingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
+    """Before the turn contract, a teacher read the student's special tokens as text."""
+    settings = config.weights or WEIGHTS.config("ones")
+    needs = WEIGHTS.get(settings.name).needs(settings)
+    has_teacher = config.teacher_tokens or bool(needs & {"teacher", "teacher_unshifted"})
+    return {"teacher_view": 2} if has_teacher else {}
 
 
 def run(job: Job) -> None:

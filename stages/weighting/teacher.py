@@ -1,4 +1,5 @@
-"""Stages - the responses as a teacher sees them: its own tokens of the same text, after its own rendering of the prompt."""
+"""Stages - the responses as a teacher sees them: its own tokens of the same text, after its own rendering of the
+prompt."""
 
 from __future__ import annotations
 
@@ -12,16 +13,22 @@ from data_contracts.shards import read_shards
 from stages.job import Job
 from stages.models.logps import Pass
 from stages.models.policy import batches_by_budget, collate, response_logits
-from stages.models.tokens import encode_prompt, load_tokenizer, stop_ids, tokenizer_digest
+from stages.models.tokens import tokenizer_digest
+from stages.models.turns import TurnConfig, Turns, turns_of_reader, turns_or_plain, with_room_for_system
 from stages.weighting.weights.base import Tokens
-from stages.weighting.weights.spans import TokenText, encode_with_spans
+from stages.weighting.weights.spans import TokenText, check_offsets
 
 SIDES = ("chosen", "rejected")
 Rows = list[dict[str, Any]]
 
 
 class TeacherView:
-    """Student and teacher tokens of the same responses, and the teacher's log-probs of its own."""
+    """Student and teacher tokens of the same responses, and the teacher's log-probs of its own.
+
+    The student's control tokens never reach the teacher: it reads the messages in its own chat template
+    (`teacher_prompt: auto`, where the policy reads a chat), or the text between the student's control tokens (`raw`).
+    Its responses end with its own terminator.
+    """
 
     def __init__(self, job: Job, scored: bool, unshifted: bool):
         for name in ("teacher", "reference" if "reference" in job.inputs else "policy"):
@@ -29,14 +36,19 @@ class TeacherView:
                 raise ConfigError(
                     f"the weights need the model `{name}`: give it as an input of weigh, or as `{name}` of the run"
                 )
-        student = job.path("reference" if "reference" in job.inputs else "policy")
-        self.shared = tokenizer_digest(student) == tokenizer_digest(job.path("teacher"))
-        self.student = load_tokenizer(student)
-        self.teacher = load_tokenizer(job.path("teacher"))
-        self.reader = TokenText(self.student)
-        self.stops = set(stop_ids(student, self.student))
-        self.in_template = getattr(job.config.weights, "teacher_prompt", "raw") == "chat_template"
-        self.messages = _messages(job) if self.in_template else {}
+        student, teacher = job.path("reference" if "reference" in job.inputs else "policy"), job.path("teacher")
+        self.shared = tokenizer_digest(student) == tokenizer_digest(teacher)
+        self.student = turns_or_plain(student, job.config)
+        wanted = getattr(job.config.weights, "teacher_prompt", "raw" if unshifted else "auto")
+        chat = self.student.settings.is_chat if wanted == "auto" else wanted == "chat_template"
+        self.teacher = turns_of_reader(teacher, job.config) if chat else Turns(teacher, TurnConfig(template="plain"))
+        if wanted == "chat_template" and self.teacher.chat is None:
+            raise ConfigError(
+                f"the teacher in {teacher} has no chat template, and weights.teacher_prompt is chat_template: set it to raw or auto"
+            )
+        self.reader = TokenText(self.student.tokenizer)
+        check_offsets(self.teacher.tokenizer)
+        self.messages = {} if self.teacher.chat is None else _messages(job)
         runtime = job.config.runtime
         options = {"kind": "unshifted", "score": score_unshifted} if unshifted else {}
         self.scored = scored
@@ -44,36 +56,42 @@ class TeacherView:
             job.store_root, job.inputs["teacher"], job.config.dtype, runtime.device, runtime.batch_tokens, **options
         )
 
-    def _ended(self, ids: Sequence[int]) -> bool:
-        return ids[-1] in self.stops
-
     def _text(self, ids: Sequence[int]) -> tuple[str, Any]:
-        """Text and spans of a response without its EOS."""
-        return self.reader.read(ids[:-1] if self._ended(ids) else ids)
+        """Text and spans of a response without the token that ended it."""
+        return self.reader.read(ids[:-1] if self.student.ended(ids) else ids)
 
     def _prompt(self, row: dict[str, Any]) -> list[int]:
-        """raw: the very text that the student saw; chat_template: the messages in the teacher's own template."""
-        if self.in_template:
-            return encode_prompt(self.teacher, self.messages[row["prompt_id"]], "chat")
+        if self.teacher.chat is not None:
+            return self.teacher.prompt(self.messages[row["prompt_id"]])
+        text_ids = [number for number in row["prompt_ids"] if number not in self.student.control_ids]
         if self.shared:
-            return row["prompt_ids"]
-        return list(self.teacher(self.student.decode(row["prompt_ids"], skip_special_tokens=False)).input_ids)
+            return [*self.teacher.opening, *text_ids]
+        return self.teacher.plain(
+            self.student.tokenizer.decode(text_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
     def _encode(
         self, sides: list[tuple[dict[str, Any], str]]
     ) -> tuple[list[str], list[Any], list[list[int]], list[Any]]:
         """Texts, student spans, teacher ids and teacher spans of responses."""
-        read = [self._text(row[f"{side}_ids"]) for row, side in sides]
+        responses = [list(row[f"{side}_ids"]) for row, side in sides]
+        read = [self._text(response) for response in responses]
         texts, spans = [text for text, _ in read], [span for _, span in read]
         if self.shared:
-            return texts, spans, [list(row[f"{side}_ids"]) for row, side in sides], spans
-        ids, teacher_spans = encode_with_spans(self.teacher, texts)
-        eos = self.teacher.eos_token_id
+            return texts, spans, [self._shared_response(response) for response in responses], spans
+        ids, teacher_spans = self.teacher.text.encode_with_spans(texts)
         closed = [
-            [*row_ids, eos] if eos is not None and self._ended(row[f"{side}_ids"]) else list(row_ids)
-            for row_ids, (row, side) in zip(ids, sides, strict=True)
+            [*row_ids, self.teacher.terminator] if self.student.ended(response) else list(row_ids)
+            for row_ids, response in zip(ids, responses, strict=True)
         ]
         return texts, spans, closed, teacher_spans
+
+    def _shared_response(self, ids: list[int]) -> list[int]:
+        """The student's own ids, which need not be what the tokenizer makes of their text; the teacher may end its
+        turns otherwise."""
+        if not self.student.ended(ids) or self.teacher.terminator == self.student.terminator:
+            return ids
+        return [*ids[:-1], self.teacher.terminator]
 
     def responses(self, rows: Rows) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and responses in the teacher's tokens, in the order of the weigh stage."""
@@ -89,14 +107,13 @@ class TeacherView:
         """The fields of a ResponseBatch that concern text and teacher."""
         sides = _sides(rows)
         texts, spans, teacher_ids, teacher_spans = self._encode(sides)
-        ended = [self._ended(row[f"{side}_ids"]) for row, side in sides]
-        teacher_ended = [end and (self.shared or self.teacher.eos_token_id is not None) for end in ended]
+        ended = [self.student.ended(row[f"{side}_ids"]) for row, side in sides]
         fields: dict[str, Any] = {
             "ended": ended,
             "texts": texts,
             "student": Tokens.of([row[f"{side}_ids"] for row, side in sides], spans, ended),
         }
-        fields["teacher"] = Tokens.of(teacher_ids, teacher_spans, teacher_ended)
+        fields["teacher"] = Tokens.of(teacher_ids, teacher_spans, ended)
         if self.scored:
             values = self.scores.get([self._prompt(row) for row, _ in sides], teacher_ids)
             fields["teacher_logps"] = np.concatenate(values) if values else np.zeros(0)
@@ -104,15 +121,16 @@ class TeacherView:
 
 
 class SystemPrompts:
-    """The same prompts under another system prompt (TIS-DPO (P)): only the prompt differs, the responses are scored as they are."""
+    """The same prompts under another system prompt (TIS-DPO (P)): only the prompt differs, the responses are scored as
+    they are."""
 
     def __init__(self, job: Job):
         base = job.path("reference" if "reference" in job.inputs else "policy")
-        self.tokenizer, self.messages = load_tokenizer(base), _messages(job)
+        self.turns, self.messages = with_room_for_system(Turns(base, job.config)), _messages(job)
 
     def encode(self, prompt_id: str, system: str) -> list[int]:
         rest = [message for message in self.messages[prompt_id] if message["role"] != "system"]
-        return encode_prompt(self.tokenizer, [{"role": "system", "content": system}, *rest], "chat")
+        return self.turns.prompt([{"role": "system", "content": system}, *rest])
 
 
 def score_unshifted(

@@ -65,9 +65,10 @@ class SwiftWeights(WeightProvider):
         """The EOS: compared with the teacher's (k if it has none), weight k, or weight 0."""
         normalise: Literal["none", "sum100", "mean1"] = "none"
         """Scale each response's weights to sum 100 (the released code), or to mean 1 (keeps DPO's scale)."""
-        teacher_prompt: Literal["raw", "chat_template"] = "raw"
-        """What the teacher sees before the response: the text of the student's prompt, or the messages in its own chat
-        template."""
+        teacher_prompt: Literal["auto", "raw", "chat_template"] = "auto"
+        """What the teacher sees before the response. chat_template: the messages in its own chat template; raw: the
+        text of the student's prompt without the student's control tokens; auto: the first where the policy reads a chat
+        and the teacher has a template, else the second."""
 
     @staticmethod
     def weights(config: Config, batch: ResponseBatch) -> Weights:
@@ -137,10 +138,11 @@ class _Part(NamedTuple):
 
 
 def same_tokens(student: Tokens, teacher: Tokens) -> np.ndarray:
-    """bool [N]: both models see the response as the same token ids."""
+    """bool [N]: both models see the response as the same token ids; what ends it may be another token for each."""
     equal_length = np.diff(student.starts) == np.diff(teacher.starts)
     in_student, in_teacher = equal_length[student.rows()], equal_length[teacher.rows()]
-    differs = student.ids[in_student] != teacher.ids[in_teacher]
+    ends = student.is_eos()[in_student] & teacher.is_eos()[in_teacher]
+    differs = (student.ids[in_student] != teacher.ids[in_teacher]) & ~ends
     differences = np.bincount(student.rows()[in_student][differs], minlength=len(equal_length))
     return equal_length & (differences == 0) & (student.ended == teacher.ended)
 

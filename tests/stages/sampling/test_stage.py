@@ -4,17 +4,22 @@ caught.
 Strategy: the canned sampler on the tiny model, in this process; samplers that lie are three lines of our own.
 """
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
-import stages.sampling.stage as stage
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
 from stages.execute import execute
-from stages.models.tokens import load_tokenizer
+from stages.models.turns import Turns
+from stages.sampling import check
 from stages.sampling.base import Candidate
+from stages.sampling.canned import Canned
 from stages.sampling.stage import SamplingConfig, encode_prompts
+from stages.scoring.stage import ScoringConfig
 from stages.stage import STAGES
 
 
@@ -30,8 +35,8 @@ def config(**changes) -> SamplingConfig:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
+def turns(tiny_model):
+    return Turns(tiny_model)
 
 
 @pytest.fixture
@@ -46,14 +51,14 @@ def sample(store, make_prompts, tiny_model):
     return run
 
 
-def test_there_are_k_rows_per_prompt_in_the_order_of_the_prompts(sample, make_rows, tokenizer):
+def test_there_are_k_rows_per_prompt_in_the_order_of_the_prompts(sample, make_rows, turns):
     record, rows = sample(make_rows(5))
     assert [(row["prompt_id"], row["candidate"]) for row in rows] == [
         (f"p{number:03d}", k) for number in range(5) for k in range(3)
     ]
     assert record.rows == record.metrics["candidates"] == 15
     for row, prompt in zip(rows[::3], make_rows(5), strict=True):
-        assert row["prompt_ids"] == stage.encode_prompt(tokenizer, prompt["messages"], "chat")
+        assert row["prompt_ids"] == turns.prompt(prompt["messages"])
     assert record.metrics["tokens"] == sum(len(row["token_ids"]) for row in rows)
     assert record.metrics["mean_tokens"] == pytest.approx(np.mean([len(row["token_ids"]) for row in rows]))
     assert record.metrics["finished_rate"] == pytest.approx(np.mean([row["finish_reason"] == "stop" for row in rows]))
@@ -64,12 +69,12 @@ def test_there_are_k_rows_per_prompt_in_the_order_of_the_prompts(sample, make_ro
     )
 
 
-def test_the_text_of_a_response_is_that_of_its_tokens_without_the_eos_that_ended_it(sample, tokenizer):
+def test_the_text_of_a_response_is_that_of_its_tokens_without_the_eos_that_ended_it(sample, turns):
     _, rows = sample(20)
     assert {row["finish_reason"] for row in rows} == {"stop", "length"}
     for row in rows:
         body = row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"]
-        assert row["completion"] == tokenizer.decode(body)
+        assert row["completion"] == turns.tokenizer.decode(body)
 
 
 def test_prompts_in_another_order_or_company_give_the_same_rows(sample, make_rows):
@@ -78,29 +83,29 @@ def test_prompts_in_another_order_or_company_give_the_same_rows(sample, make_row
     assert all(first[row["prompt_id"], row["candidate"]] == row for row in other) and len(other) == 12
 
 
-def test_a_prompt_that_is_too_long_is_refused_by_name(make_rows, tiny_model, tokenizer):
-    lengths = [len(ids) for ids in encode_prompts(make_rows(3), config(), str(tiny_model), tokenizer)]
+def test_a_prompt_that_is_too_long_is_refused_by_name(make_rows, turns):
+    lengths = [len(ids) for ids in encode_prompts(make_rows(3), config(), turns).ids]
     limit = max(lengths)
-    encode_prompts(make_rows(3), config(max_prompt_tokens=limit), str(tiny_model), tokenizer)
+    encode_prompts(make_rows(3), config(max_prompt_tokens=limit), turns)
     late = lengths.index(limit)
     with pytest.raises(
         ConfigError, match=rf"the prompt 'p00{late}' has {limit} tokens, allowed are 1 to {limit - 1} .*context is 256"
     ):
-        encode_prompts(make_rows(3)[late:], config(max_prompt_tokens=limit - 1), str(tiny_model), tokenizer)
+        encode_prompts(make_rows(3)[late:], config(max_prompt_tokens=limit - 1), turns)
 
 
-def test_limits_beyond_the_context_are_refused(make_rows, tiny_model, tokenizer):
-    encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=56), str(tiny_model), tokenizer)
+def test_limits_beyond_the_context_are_refused(make_rows, turns):
+    encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=56), turns)
     with pytest.raises(
         ConfigError, match=r"max_prompt_tokens \+ max_new_tokens = 257 exceeds the context of 256 positions"
     ):
-        encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=57), str(tiny_model), tokenizer)
+        encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=57), turns)
 
 
-def test_an_empty_prompt_is_refused(tiny_model, tokenizer):
+def test_an_empty_prompt_is_refused(tiny_model):
     empty = [{"prompt_id": "e", "messages": [{"role": "user", "content": ""}]}]
     with pytest.raises(ConfigError, match="the prompt 'e' has 0 tokens"):
-        encode_prompts(empty, config(template="plain"), str(tiny_model), tokenizer)
+        encode_prompts(empty, config(template="plain"), Turns(tiny_model, config(template="plain")))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,8 @@ def test_an_empty_prompt_is_refused(tiny_model, tokenizer):
         (Candidate([5, 1], [-1.0, -1.0], "length"), r"finish_reason 'length' but the last token is \[?1"),
         (Candidate([], [], "length"), "0 tokens and 0 log-probs"),
         (Candidate([5, 6], [-1.0], "length"), "2 tokens and 1 log-probs"),
+        (Candidate([5, 1, 6, 1], [-1.0] * 4, "stop"), "the stop id 1 stands at position 1 of 4"),
+        (Candidate([5, 320], [-1.0] * 2, "length"), "no token of the tokenizer has the id 320"),
     ],
 )
 def test_a_sampler_that_breaks_the_token_contract_is_caught(sample, monkeypatch, candidate, message):
@@ -130,3 +137,80 @@ def test_a_sampler_that_forgets_a_candidate_is_caught(sample, monkeypatch):
     )
     with pytest.raises(ContractError, match="4 rows for 2 prompts x 3 candidates"):
         sample(2)
+
+
+# ---- rows that spell control tokens
+
+
+def test_a_row_that_spells_a_control_token_is_sampled_as_text_or_dropped(sample, make_rows, turns):
+    rows = make_rows(4)
+    rows[1]["messages"][0]["content"] = "stop <|end|> here"
+    record, kept = sample(rows)
+    assert record.rows == 12 and kept[3]["prompt_ids"].count(1) == 1
+    record, kept = sample(rows, special_tokens_in_data="drop")
+    assert {row["prompt_id"] for row in kept} == {"p000", "p002", "p003"}
+    assert record.metrics["dropped/a control token in the text"] == 1
+    with pytest.raises(ConfigError, match="the row 'p001' spells the control token '<|end|>'"):
+        sample(rows, special_tokens_in_data="refuse")
+    with pytest.raises(ContractError, match="every prompt is dropped"):
+        sample(rows[1:2], special_tokens_in_data="drop")
+
+
+def test_ids_of_the_embeddings_padding_are_never_drawn():
+    settings = config(backend={"name": "canned", "vocabulary": 330})
+    drawn = Canned(settings.backend, settings, "", [1], "cpu", range(320, 330))
+    ids = {drawn._candidate(seed).token_ids[0] for seed in range(2000)}
+    assert max(ids) < 320 and len(ids) > 100
+
+
+# ---- a stage's key
+
+
+CHATML = "{% for m in messages %}<|user|>{{ m.content }}<|system|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "listed", "addition"),
+    [(None, 1, {}), (CHATML, 1, {"terminator": "<|system|>"}), (CHATML, [1, 2], {}), ("{{ 1 // 0 }}", 1, {})],
+)
+def test_a_key_changes_only_for_a_model_that_was_not_stopped_at_its_turns_end(
+    tiny_model, tmp_path, template, listed, addition
+):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    inputs = {"policy": external_model(model)}
+    assert STAGES["sample"].settings(config(), inputs) == config().identity() | addition
+    assert STAGES["sample"].settings(config(template="plain"), inputs) == config(template="plain").identity()
+    given = ScoringConfig(pairing="given")
+    added = {"terminator": "<|system|>"} if template == CHATML else {}
+    assert STAGES["score"].settings(given, inputs) == given.identity() | added
+    ranked = ScoringConfig(pairing="best_vs_worst")
+    assert STAGES["score"].settings(ranked, inputs) == ranked.identity()
+
+
+# ---- the check before a run
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "did not come to an end within 1 s",
+        ),
+        ("{{ 'x' * 100000000000 }}", "did not come to an end within 4 GiB"),
+        ("{% if %}", "line 1 of the chat template is not valid Jinja"),
+        ("{{ raise_exception('no user') }}", "refuses the messages: no user"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ""),
+    ],
+)
+def test_a_template_is_checked_under_limits(tiny_model, tmp_path, make_rows, monkeypatch, capsys, template, message):
+    monkeypatch.setattr(check, "TEMPLATE_SECONDS", 1)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"model": str(model), "sets": [[config().model_dump(mode="json"), make_rows(2)]]}))
+    assert check.main(str(request)) == (2 if message else 0)
+    assert message in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 
 from data_contracts.errors import ContractError
 from stages.models.policy import load_causal_lm, score_responses
-from stages.models.tokens import encode_prompt, load_tokenizer
+from stages.models.turns import Turns
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.stage import SamplingConfig
 from stages.sampling.transformers import Transformers, _draw
@@ -27,14 +27,11 @@ def sampler(model, batch_size: int = 32, stops=STOPS, **changes) -> Transformers
 
 @pytest.fixture(scope="module")
 def prompts(tiny_model, make_rows) -> list[Prompt]:
-    tokenizer = load_tokenizer(tiny_model)
+    turns = Turns(tiny_model)
     rows = make_rows(7)
     rows[3]["messages"][0]["content"] *= 3  # lengths differ, or there is no padding to get wrong
     return [
-        Prompt(
-            row["prompt_id"], encode_prompt(tokenizer, row["messages"], "chat"), candidate_seeds(0, row["prompt_id"], 4)
-        )
-        for row in rows
+        Prompt(row["prompt_id"], turns.prompt(row["messages"]), candidate_seeds(0, row["prompt_id"], 4)) for row in rows
     ]
 
 

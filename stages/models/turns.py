@@ -1,0 +1,416 @@
+"""Stages - the turn contract: what a policy reads before its answer, and what must stand at the answer's end. One place
+for all stages.
+
+    prompt    the template with its generation prompt: exactly the BOS that the template writes
+    response  the answer's tokens, then the terminator: the first special token that the template writes after an
+              assistant turn; the EOS where it writes none, and for plain text
+    stop ids  the terminator, the EOS, and the ids of generation_config.json: the first of them ends a sampled response
+
+Prompt and response are tokenised apart and joined, so the seam lies at the same token in every model and every pass,
+and a prompt is a prefix of prompt and response. Text out of data never becomes a control token
+(stages/models/data_text.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from data_contracts.config import Config
+from data_contracts.errors import ConfigError
+from data_contracts.identity import digest_text
+from data_contracts.prompts import Message
+from stages.models.data_text import TextEncoder
+from stages.models.templates import (
+    ChatTemplate,
+    Messages,
+    compile_template,
+    literals,
+    read_controls,
+    read_json,
+    read_names,
+    read_template,
+)
+from stages.models.tokens import load_tokenizer, tokenizer_digest, vocabulary_size
+
+MARK = "{prompt}"
+DROPPED = "a control token in the text"
+"""Reason of a row that `special_tokens_in_data: drop` leaves out."""
+GIVEN_TEXTS = ("response", "chosen", "rejected")
+"""Fields of a prompt row that hold answers."""
+
+
+class JinjaFile(Config):
+    """A chat template of one's own, in place of the model's."""
+
+    file: str
+    """Path of a Jinja chat template. It is read when the settings are; its text is part of the key, its path is not."""
+    jinja: str = ""
+    """The template. Set for you from `file`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("jinja") or not isinstance(value.get("file"), str):
+            return value
+        try:
+            return value | {"jinja": Path(value["file"]).expanduser().read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the chat template {value['file']} cannot be read: {error}") from None
+
+    @field_validator("jinja")
+    @classmethod
+    def _compiles(cls, source: str) -> str:
+        if not source.strip():
+            raise ValueError("the chat template is empty")
+        try:
+            compile_template(source)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return source
+
+    def identity(self) -> dict[str, Any]:
+        return {"jinja": self.jinja}
+
+
+class PlainLayout(Config):
+    """Plain text around the prompt's, e.g. SWIFT's `{plain: "\\n\\n<Human>:{prompt}\\n\\n<Assistant>:"}`."""
+
+    plain: str
+    """Must hold {prompt} once: the messages' texts, one below the other."""
+
+    @field_validator("plain")
+    @classmethod
+    def _has_one_mark(cls, layout: str) -> str:
+        if layout.count(MARK) != 1:
+            raise ValueError(f"the layout must hold {MARK} exactly once, got {layout.count(MARK)} times")
+        return layout
+
+
+Template = Literal["chat", "plain"] | JinjaFile | PlainLayout
+
+
+class TurnConfig(Config):
+    """How conversations become tokens."""
+
+    NEUTRAL: ClassVar[dict[str, Any]] = {"template_kwargs": {}, "system": "keep", "special_tokens_in_data": "text"}
+
+    template: Template = "chat"
+    """chat: the model's chat template; plain: the text as it is; {file: PATH}: a chat template of yours; {plain:
+    "...{prompt}..."}: text around the prompt."""
+    template_kwargs: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """What the chat template may ask for, e.g. {enable_thinking: false}."""
+    system: Literal["keep", "fold", "refuse"] = "keep"
+    """System messages: as they are (refused if the template has no place for them); in front of the first user turn; or
+    refused."""
+    special_tokens_in_data: Literal["text", "drop", "refuse"] = "text"
+    """Data that spells a control token, e.g. `<|im_end|>`: it is tokenised as the text it is; its row is dropped; or it
+    is refused."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template writes the prompts."""
+        return self.template == "chat" or isinstance(self.template, JinjaFile)
+
+
+class Turns:
+    """One model's tokenizer under the turn contract. Token ids are lists of int throughout.
+
+    Raises: ConfigError if the model has no chat template where one is asked for, or nothing that ends a response.
+    """
+
+    def __init__(self, directory: str | Path, settings: TurnConfig | None = None, tokenizer: Any = None):
+        self.directory, self.settings = Path(directory), settings or TurnConfig()
+        self.tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
+        self.chat = self._chat_template()
+        tokens = self.tokenizer.added_tokens_decoder
+        controls = {token.content for token in tokens.values() if token.special} | set(
+            self.tokenizer.all_special_tokens
+        )
+        if self.chat is not None:
+            controls |= self.chat.role_marks(token.content for token in tokens.values() if not token.special)
+        self.text = TextEncoder(self.tokenizer, controls)
+        self.control_ids = frozenset(self.tokenizer.convert_tokens_to_ids(self.text.controls)) - {None}
+        end = None if self.chat is None else self.chat.end_of_turn(self.text.controls)
+        self.terminator = self._ending(end)
+        self.stop_ids = self._stop_ids()
+        self._check_embedding(tokens)
+
+    def _chat_template(self) -> ChatTemplate | None:
+        if not self.settings.is_chat:
+            return None
+        if isinstance(self.settings.template, JinjaFile):
+            source = self.settings.template.jinja
+        else:
+            source = self.tokenizer.chat_template
+            source = source.get("default") if isinstance(source, dict) else source
+        if not source:
+            raise ConfigError(
+                f"the model in {self.directory} has no chat template, and chat prompts need one: use an instruct model, give "
+                "sampling.template {file: x.jinja}, or set it to plain"
+            )
+        return ChatTemplate(source, self.tokenizer.special_tokens_map | self.settings.template_kwargs)
+
+    def _ending(self, end: str | None) -> int:
+        if end is not None:
+            return self.tokenizer.convert_tokens_to_ids(end)
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ConfigError(
+                f"the tokenizer in {self.directory} has no EOS token, and its template writes no special token after an answer: a finished "
+                "response cannot be told from a cut one. Set `eos_token` in tokenizer_config.json"
+            )
+        return eos
+
+    def _stop_ids(self) -> list[int]:
+        given = read_json(self.directory / "generation_config.json").get("eos_token_id")
+        listed = given if isinstance(given, list) else [given]
+        size = vocabulary_size(self.directory)
+        for value in listed:
+            if value is not None and (type(value) is not int or value < 0 or (size is not None and value >= size)):
+                raise ConfigError(
+                    f"generation_config.json of {self.directory}: eos_token_id is {given!r}, and must be token ids"
+                    + (f" below {size}" if size else "")
+                )
+        ids = {self.terminator, self.tokenizer.eos_token_id, *listed}
+        return sorted(number for number in ids if number is not None)
+
+    def _check_embedding(self, tokens: Mapping[int, Any]) -> None:
+        """A special token beyond the embedding is harmless as long as nothing writes it (Gemma 3 1B has one)."""
+        size = vocabulary_size(self.directory)
+        if size is None:
+            return
+        text = "" if self.chat is None else self.chat.render([{"role": "user", "content": "text"}], True)
+        beyond = [
+            token.content
+            for number, token in tokens.items()
+            if number >= size and (number not in self.control_ids or token.content in text or number in self.stop_ids)
+        ]
+        if beyond:
+            raise ConfigError(
+                f"the tokenizer in {self.directory} has {len(self.tokenizer)} tokens, the model's embedding {size} rows: {beyond[:3]} "
+                "have none. Resize the embedding, or take the tokenizer that belongs to the model"
+            )
+
+    # ---- prompts
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Ids of a conversation, ready for the response to follow. Raises: ConfigError if the template refuses the
+        messages."""
+        messages = self.arranged(messages)
+        contents = [message["content"] for message in messages]
+        if self.chat is not None:
+            return self.text.encode_written(lambda texts: self._render(messages, texts, True), contents)
+        return [*self.opening, *self.text.encode_written(self._laid_out, contents)]
+
+    def conversation(self, messages: Messages) -> list[int]:
+        """Ids of a whole chat, its answers included: what a reward model reads. Raises: ConfigError without a chat
+        template."""
+        if self.chat is None:
+            raise ConfigError(f"a conversation needs a chat template, and {self.directory} is read as plain text")
+        messages = self.arranged(messages)
+        contents = [message["content"] for message in messages]
+        return self.text.encode_written(lambda texts: self._render(messages, texts, False), contents)
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text that begins a context: behind the tokenizer's own BOS, if it writes one."""
+        return [*self._own_opening, *self.text.encode(text)]
+
+    def _render(self, messages: Messages, texts: Sequence[str], add_generation_prompt: bool) -> str:
+        assert self.chat is not None
+        written = [Message(role=message["role"], content=text) for message, text in zip(messages, texts, strict=True)]
+        return self.chat.render(written, add_generation_prompt)
+
+    def _laid_out(self, texts: Sequence[str]) -> str:
+        text = "\n".join(texts)
+        layout = self.settings.template
+        return layout.plain.replace(MARK, text) if isinstance(layout, PlainLayout) else text
+
+    @cached_property
+    def _own_opening(self) -> list[int]:
+        """What the tokenizer puts before a text by itself, e.g. its BOS."""
+        alone = list(self.tokenizer("a", add_special_tokens=False).input_ids)
+        whole = list(self.tokenizer("a").input_ids)
+        starts = [start for start in range(len(whole)) if whole[start : start + len(alone)] == alone]
+        return whole[: starts[0]] if starts else []
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """What stands before a plain prompt: the tokenizer's BOS, unless the layout writes it."""
+        layout, opening = self.settings.template, self._own_opening
+        written = (
+            opening and isinstance(layout, PlainLayout) and layout.plain.startswith(self.tokenizer.decode(opening))
+        )
+        return [] if written else opening
+
+    def arranged(self, messages: Messages) -> Messages:
+        """The messages with their system messages where the settings want them. Raises: ConfigError if there may be
+        none."""
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        if not system:
+            return messages
+        if self.settings.system == "refuse":
+            raise ConfigError(
+                "there is a system message, and sampling.system is refuse: remove it, or set sampling.system to keep or fold"
+            )
+        if self.settings.system == "fold":
+            return folded(messages)
+        if self.chat is not None and not self.takes_system:
+            raise ConfigError(
+                f"there is a system message, and the chat template of {self.directory} has no place for it: set sampling.system to fold (it is "
+                "put in front of the first user turn), or remove it"
+            )
+        return messages
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template writes system messages; plain text always does."""
+        return self.chat is None or self.chat.takes_system()
+
+    # ---- responses
+
+    def response(self, text: str) -> list[int]:
+        """Ids of a given answer that ended: its text's own, then the terminator. One that the text already spells is
+        not repeated."""
+        return [*self.text.encode(self.without_end(text)), self.terminator]
+
+    def without_end(self, text: str) -> str:
+        """The text without the stop tokens that it spells at its end, and the blanks around them."""
+        while (bare := text.rstrip()) and (match := self._spelled_end.search(bare)):
+            text = bare[: match.start()]
+        return text
+
+    @cached_property
+    def _spelled_end(self) -> re.Pattern[str]:
+        ends = self.tokenizer.convert_ids_to_tokens([number for number in self.stop_ids if number in self.control_ids])
+        return re.compile(f"(?:{literals(ends).pattern})$")
+
+    def ended(self, ids: Sequence[int]) -> bool:
+        """Whether a response ended by itself."""
+        return bool(ids) and ids[-1] in self.stop_ids
+
+    def read(self, ids: Sequence[int]) -> str:
+        """The text of a response, without the token that ended it."""
+        return self.tokenizer.decode(ids[:-1] if self.ended(ids) else ids, skip_special_tokens=False)
+
+    def special_in(self, texts: Sequence[str | None]) -> str | None:
+        """The first control token that one of these texts of data spells; a stop token at the end of a text does not
+        count."""
+        spelled = (self.text.special(self.without_end(text)) for text in texts if text)
+        return next((token for token in spelled if token), None)
+
+    # ---- what others need to know
+
+    @cached_property
+    def known_ids(self) -> frozenset[int]:
+        """Ids that a token has."""
+        return frozenset(self.tokenizer.get_vocab().values()) | self.tokenizer.added_tokens_decoder.keys()
+
+    @cached_property
+    def blank_ids(self) -> list[int]:
+        """Ids below the model's vocabulary size that no token has: the padding of its embedding. Never sampled."""
+        size = vocabulary_size(self.directory)
+        if size is None:
+            return []
+        return sorted(set(range(size)) - self.known_ids)
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of the token contract."""
+        template = self.settings.template
+        return {
+            "tokenizer_digest": tokenizer_digest(self.directory),
+            "template": template if isinstance(template, str) else next(iter(template.identity())),
+            "template_digest": "" if self.chat is None else digest_text(self.chat.source),
+            "terminator": self.tokenizer.convert_ids_to_tokens(self.terminator),
+            "stop_ids": self.stop_ids,
+        }
+
+
+class Ending(NamedTuple):
+    """What ends a model's answers, as far as its files say without a tokenizer."""
+
+    token: str | None
+    """Text of the terminator where it is not the EOS; None where it is."""
+    is_listed: bool = False
+    """Whether generation_config.json names it among the EOS ids, so that sampling stopped there ever since."""
+
+
+def ending_of(directory: str | Path, settings: TurnConfig) -> Ending:
+    """How the answers of a model end by its own chat template. No tokenizer is loaded: this is asked whenever a key is
+    computed."""
+    if settings.template != "chat" or not Path(directory).is_dir():
+        return Ending(None)
+    names = ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+    paths = [Path(directory) / name for name in names]
+    versions = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
+    return _ending_of(str(directory), json.dumps(settings.template_kwargs, sort_keys=True), versions)
+
+
+@lru_cache(maxsize=64)
+def _ending_of(directory: str, template_kwargs: str, versions: tuple[int, ...]) -> Ending:
+    source, names, controls = read_template(directory), read_names(directory), read_controls(directory)
+    if source is None:
+        return Ending(None)
+    try:
+        end = ChatTemplate(source, names | json.loads(template_kwargs)).end_of_turn(controls)
+    except ConfigError:  # the stage will refuse it
+        return Ending(None)
+    if end is None or end == names.get("eos_token"):
+        return Ending(None)
+    given = read_json(Path(directory) / "generation_config.json").get("eos_token_id")
+    return Ending(end, controls[end] in (given if isinstance(given, list) else [given]))
+
+
+def unusable(row: Mapping[str, Any], settings: TurnConfig, turns: Turns) -> str | None:
+    """Why a row of prompts is dropped; None if it is used. Raises: ConfigError if the settings refuse such a row."""
+    if settings.special_tokens_in_data == "text":
+        return None
+    texts = [message["content"] for message in row["messages"]]
+    token = turns.special_in([*texts, *(row.get(name) for name in GIVEN_TEXTS)])
+    if token is None:
+        return None
+    if settings.special_tokens_in_data == "refuse":
+        raise ConfigError(
+            f"the row {row['prompt_id']!r} spells the control token {token!r}: remove it, or set sampling.special_tokens_in_data to text (it is "
+            "tokenised as text) or drop"
+        )
+    return DROPPED
+
+
+def folded(messages: Messages) -> Messages:
+    """The messages with all system texts in front of the first user turn, a blank line between."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    rest = [message for message in messages if message["role"] != "system"]
+    for number, message in enumerate(rest):
+        if message["role"] == "user":
+            first = Message(role="user", content=f"{system}\n\n{message['content']}")
+            return [*rest[:number], first, *rest[number + 1 :]]
+    return [Message(role="user", content=system), *rest]
+
+
+def turns_of_reader(directory: str | Path, settings: TurnConfig | None = None) -> Turns:
+    """The turns of a model that reads what the policy reads (a teacher, a reward model): by its own chat template, as
+    plain text if it has none. Of `settings`, only what concerns the data counts."""
+    base = (settings or TurnConfig()).model_copy(update={"template": "chat", "template_kwargs": {}})
+    return with_room_for_system(turns_or_plain(directory, base))
+
+
+def turns_or_plain(directory: str | Path, settings: TurnConfig) -> Turns:
+    """The turns of a model; as plain text where its own chat template is asked for and there is none."""
+    tokenizer = load_tokenizer(directory)
+    if settings.template == "chat" and not tokenizer.chat_template:
+        settings = settings.model_copy(update={"template": "plain"})
+    return Turns(directory, settings, tokenizer)
+
+
+def with_room_for_system(turns: Turns) -> Turns:
+    """The same turns, which fold system messages where the template has no place for them."""
+    if turns.settings.system == "keep" and not turns.takes_system:
+        turns.settings = turns.settings.model_copy(update={"system": "fold"})
+    return turns
