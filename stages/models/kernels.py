@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.models.packing import Grouped, Varlen
+
 NAME = "packed_or_sdpa"
 """The attention's name among transformers' implementations."""
 SHORT = 512
@@ -46,11 +48,11 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: tuple[Tensor, Tensor] | None = None,
+    packing: Grouped | Varlen | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return softmax attention. `packing`: (cells, tokens) of policy.Packed; without it, transformers' own over padded
+    """Return softmax attention. `packing`: the layout of a packed batch; without it, transformers' own over padded
     rows.
 
     Shapes: query [1, H, S, D], key and value with H or fewer heads, attention_mask [G, 1, L, L] bool -> [1, S, H, D].
@@ -59,9 +61,10 @@ def attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    assert attention_mask is not None
-    cells, tokens = packing
-    groups, _, length, _ = attention_mask.shape
+    if isinstance(packing, Varlen):
+        return _varlen_attention(query, key, value, packing, scaling), None
+    mask, cells, tokens = packing
+    groups, _, length, _ = mask.shape
     heads, _, units = query.shape[1:]
 
     def spread(rows: Tensor) -> Tensor:
@@ -71,10 +74,58 @@ def attention(
 
     grouped = (spread(query), spread(key), spread(value))
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and length <= SHORT:
-        out = _products(*grouped, attention_mask, scaling or units**-0.5)
+        out = _products(*grouped, mask, scaling or units**-0.5)
     else:
-        out = functional.scaled_dot_product_attention(*grouped, attn_mask=attention_mask, scale=scaling)
+        out = functional.scaled_dot_product_attention(*grouped, attn_mask=mask, scale=scaling)
     return move(out.transpose(1, 2).reshape(groups * length, heads, units), tokens, cells)[None], None
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Varlen, scale: float | None) -> Tensor:
+    """Flash attention of all responses in one call: [1, H, S, D], keys and values with H or fewer heads -> [1, S, H, D]."""
+    rows = query[0].transpose(0, 1).contiguous()
+    keys, values = (copy_keys(part[0].transpose(0, 1), layout.keys, layout.copies) for part in (key, value))
+    return flash(rows, keys, values, layout, scale)[None]
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, layout: Varlen, scale: float | None) -> Tensor:
+    """Causal attention of sequences of many lengths, aligned at their ends: [S, H, D], twice [K, h, D] -> [S, H, D]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        layout.query_starts,
+        layout.key_starts,
+        layout.longest_query,
+        layout.longest_key,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return cast(Tensor, out)
+
+
+def copy_keys(rows: Tensor, keys: Tensor, copies: Tensor) -> Tensor:
+    """Return rows `keys` of a tensor [S, h, D]; a row may be read more than once. `copies`: see packing.Varlen."""
+    return cast(Tensor, _CopyKeys.apply(rows, keys, copies))
+
+
+class _CopyKeys(torch.autograd.Function):
+    """`copy_keys`; backwards it adds up the copies of each row, each by a plain read."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, keys: Tensor, copies: Tensor) -> Tensor:
+        ctx.save_for_backward(copies)
+        return rows.index_select(0, keys)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (copies,) = ctx.saved_tensors
+        total = gradients[0].index_select(0, copies[0])
+        for copy in copies[1:]:
+            total = total + _read(gradients[0], copy)
+        return total, None, None
 
 
 def move(rows: Tensor, index: Tensor, back: Tensor) -> Tensor:

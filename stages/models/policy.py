@@ -16,19 +16,23 @@ import numpy as np
 
 from stages.models.lazy import torch
 from stages.models.numerics import token_logps
+from stages.models.packing import (
+    GROUP_TOKENS,
+    Grouped,
+    Packed,
+    group_prompts,
+    pack,
+    packable,
+    packable_type,
+    takes_varlen,
+    to_device,
+)
 from stages.running.cost import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedModel
-
-
-def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """Return the tensor on a device; on a GPU from pinned memory, so that the host does not wait for the copy."""
-    if torch.device(device).type == "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Batch(NamedTuple):
@@ -43,25 +47,6 @@ class Batch(NamedTuple):
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on a device."""
         return Batch._make(to_device(tensor, device) for tensor in self)
-
-
-class Packed(NamedTuple):
-    """The same responses without padding, as one row of S tokens, every prompt once (stages/models/kernels.py); n
-    tokens are scored.
-    """
-
-    input_ids: Tensor  # [1, S]
-    attention_mask: Tensor  # [G, 1, L, L] bool: which cell of a group sees which
-    position_ids: Tensor  # [1, S]
-    cells: Tensor  # [G * L] the token in each cell of the groups, -1 for none
-    tokens: Tensor  # [S] the cell of each token
-    sources: Tensor  # [n] the token whose logits predict each scored token, in the order of response_mask
-    response_ids: Tensor  # [N, T]
-    response_mask: Tensor  # [N, T] bool
-
-    def to(self, device: str | torch.device) -> Packed:
-        """The same batch on a device."""
-        return Packed._make(to_device(tensor, device) for tensor in self)
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
@@ -79,85 +64,6 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     input_ids, seen = torch.from_numpy(ids), torch.from_numpy(mask)
     response_ids, response_mask = input_ids[:, longest_prompt:], seen[:, longest_prompt:].bool()
     return Batch(input_ids, seen, torch.from_numpy(positions), response_ids, response_mask)
-
-
-GROUP_TOKENS = 512
-"""Most tokens of a group with more than two responses: attention's cost grows with the square of a group's length."""
-
-
-def group_prompts(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the indices of the responses in groups that share one prompt, in order of appearance."""
-    groups: list[list[int]] = []
-    open_group: dict[tuple[int, ...], tuple[list[int], int]] = {}
-    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        group, size = open_group.get(key := tuple(prompt), ([], len(prompt)))
-        if not group or (len(group) > 1 and size + len(response) > GROUP_TOKENS):
-            groups.append(group := [])
-            size = len(prompt)
-        group.append(index)
-        open_group[key] = (group, size + len(response))
-    return groups
-
-
-def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Packed:
-    """Return the responses as one row of tokens, in which responses to an equal prompt share it. Arguments as for
-    `collate`.
-    """
-    groups = group_prompts(prompts, responses)
-    sizes = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
-    length, longest = max(sizes), max(map(len, responses))
-    ids, positions, sources = [], [], [[]] * len(responses)
-    cells = np.full((len(groups), length), -1, dtype=np.int64)
-    owner = np.full((len(groups), length), -1, dtype=np.int64)  # 0: the prompt; r: its r-th response
-    for row, group in enumerate(groups):
-        prompt, first = prompts[group[0]], len(ids)
-        ids.extend(prompt)
-        positions.extend(range(len(prompt)))
-        owner[row, : len(prompt)] = 0
-        for number, i in enumerate(group, start=1):
-            start = len(ids)
-            ids.extend(responses[i])
-            positions.extend(range(len(prompt), len(prompt) + len(responses[i])))
-            owner[row, start - first : len(ids) - first] = number
-            sources[i] = [first + len(prompt) - 1, *range(start, len(ids) - 1)][: len(responses[i])]
-        cells[row, : len(ids) - first] = range(first, len(ids))
-    response_ids = np.zeros((len(responses), longest), dtype=np.int64)
-    mask = np.zeros(response_ids.shape, dtype=bool)
-    for i, response in enumerate(responses):
-        response_ids[i, : len(response)], mask[i, : len(response)] = response, True
-    flat = cells.reshape(-1)
-    tokens = np.flatnonzero(flat >= 0)
-    owners = torch.from_numpy(owner)
-    sees = torch.ones(length, length, dtype=torch.bool).tril() & (
-        (owners == 0)[:, None, :] | (owners[:, :, None] == owners[:, None, :])
-    )
-    tensors = [
-        torch.tensor([ids]),
-        sees[:, None],
-        torch.tensor([positions]),
-        torch.from_numpy(flat),
-        torch.from_numpy(tokens),
-    ]
-    tensors += [
-        torch.tensor([source for response_sources in sources for source in response_sources]),
-        torch.from_numpy(response_ids),
-        torch.from_numpy(mask),
-    ]
-    return Packed(*tensors)
-
-
-PACKABLE = frozenset({"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "olmo2", "phi3", "smollm3"})
-"""Model types (config.json) for which a test holds packed numbers equal to padded ones; all other types are padded."""
-
-
-def packable(model: Module) -> bool:
-    """Whether `model` takes `Packed` batches. Models with a sliding window do not: the groups' masks leave the window
-    out.
-    """
-    config = getattr(getattr(model, "module", model), "config", None)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return getattr(config, "model_type", None) in PACKABLE and kinds == {"full_attention"} and not window
 
 
 def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
@@ -185,7 +91,7 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - an attribute that torch's Module does not declare
     model.config.use_cache = False
-    if packable(model):
+    if packable_type(model):
         model.set_attn_implementation(register())
     torch.nn.Module.to(model, device)
     return model
@@ -210,17 +116,21 @@ def response_logps(model: Module, batch: Batch | Packed) -> Tensor:
     """Return log pi(y_t | x, y_<t) of every response token, [N, T] float32, 0 outside the mask."""
     if isinstance(batch, Batch):
         return token_logps(response_logits(model, batch), batch.response_ids, batch.response_mask)
+    if isinstance(batch.layout, Grouped):
+        mask = batch.layout.mask
+    else:  # four axes keep transformers from making a mask; flash attention reads none
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     output = model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=mask,
         position_ids=batch.position_ids,
         use_cache=False,
         logits_to_keep=batch.sources,
-        packing=(batch.cells, batch.tokens),
+        packing=batch.layout,
     )
-    ids = batch.response_ids[batch.response_mask]
-    logps = token_logps(output.logits[0], ids, torch.ones_like(ids, dtype=torch.bool))
-    return logps.new_zeros(batch.response_ids.shape).masked_scatter(batch.response_mask, logps)
+    logps = token_logps(output.logits[0], batch.targets, torch.ones_like(batch.targets, dtype=torch.bool))
+    shape = batch.response_ids.shape
+    return logps.new_zeros(shape.numel()).scatter(0, batch.scored, logps).view(shape)
 
 
 def batches_by_budget(lengths: Sequence[int], budget: int, cells: float = math.inf) -> Iterator[list[int]]:
@@ -273,16 +183,20 @@ def score_responses(
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(prompts)
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     device = next(model.parameters()).device
-    if packed := packable(model):
-        groups = group_prompts(prompts, responses)
+    packed, varlen = packable(model, max(lengths, default=0)), takes_varlen(model)
+    if packed:
+        groups = group_prompts(prompts, responses, math.inf if varlen else GROUP_TOKENS)
         sizes = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
         batches = [[i for number in batch for i in groups[number]] for batch in batches_by_sum(sizes, budget)]
     else:
         batches = list(batches_by_budget(lengths, budget))
     with torch.inference_mode():
         for rows in batches:
-            build = pack if packed else collate
-            batch = build([prompts[i] for i in rows], [responses[i] for i in rows]).to(device)
+            row_prompts, row_responses = [prompts[i] for i in rows], [responses[i] for i in rows]
+            if packed:
+                batch = pack(row_prompts, row_responses, varlen).to(device)
+            else:
+                batch = collate(row_prompts, row_responses).to(device)
             logps = response_logps(model, batch).float().cpu().numpy()
             for i, row in zip(rows, logps, strict=True):
                 results[i] = row[: len(responses[i])].copy()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from stages.models.lazy import torch
-from stages.models.policy import Batch, Packed, batches_by_budget, batches_by_sum, collate, pack
+from stages.models.packing import Packed, pack
+from stages.models.policy import Batch, batches_by_budget, batches_by_sum, collate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,11 +121,13 @@ def row_length(row: WeightedPair, sides: tuple[str, ...], packed: bool = False) 
     return len(sides) * (len(row["prompt_ids"]) + max(len(row[f"{side}_ids"]) for side in sides))
 
 
-def collate_rows(rows: Sequence[WeightedPair], sides: tuple[str, ...], packed: bool = False) -> Batch | Packed:
+def collate_rows(
+    rows: Sequence[WeightedPair], sides: tuple[str, ...], packed: bool = False, varlen: bool = False
+) -> Batch | Packed:
     """Return B rows as one batch of B responses per side, the chosen responses first."""
-    build = pack if packed else collate
     prompts = [row["prompt_ids"] for row in rows] * len(sides)
-    return build(prompts, [row[f"{side}_ids"] for side in sides for row in rows])
+    responses = [row[f"{side}_ids"] for side in sides for row in rows]
+    return pack(prompts, responses, varlen) if packed else collate(prompts, responses)
 
 
 def column(rows: Sequence[WeightedPair], name: str, length: int) -> Tensor | None:

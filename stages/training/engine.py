@@ -120,14 +120,12 @@ class Engine:
 
     def total(self, values: list[Tensor | float]) -> Tensor:
         """Return the sums over ranks, float64 on the device; every rank must give the same number of values."""
-        sums = torch.stack(
-            [
-                torch.full((), value, dtype=torch.float64, device=self.torch_device)
-                if isinstance(value, float)
-                else value
-                for value in values
-            ]
-        )
+        device = self.torch_device
+        scalars = []
+        for value in values:
+            is_tensor = isinstance(value, torch.Tensor)
+            scalars.append(value if is_tensor else torch.full((), value, dtype=torch.float64, device=device))
+        sums = torch.stack(scalars)
         torch.distributed.all_reduce(sums)
         return sums
 

@@ -115,8 +115,9 @@ def one_step(
     began = time.monotonic()
     partners = rows[1:] + rows[:1]  # whose response a mismatched pair borrows: the step's rows, rotated by one
     streams.sample_anchors(rows, step.number)
-    lengths = [row_length(row, streams.sides, streams.packed) for row in rows]
-    batches = micro_batches(lengths, config.runtime.batch_tokens, engine.rank, engine.world_size, streams.packed)
+    packed = streams.packs(rows)
+    lengths = [row_length(row, streams.sides, packed) for row in rows]
+    batches = micro_batches(lengths, config.runtime.batch_tokens, engine.rank, engine.world_size, packed)
     constants = _step_constants(engine, streams, rows, partners, batches)
     num_tokens = streams.token_count(rows)
     sums: dict[str, Tensor] = {}

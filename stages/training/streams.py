@@ -17,16 +17,8 @@ from stages.methods.base import AnchorSampling, Method, PairLoss, Pairs, Respons
 from stages.methods.importance import token_importance
 from stages.models.lazy import torch
 from stages.models.numerics import kl_divergence, token_logps
-from stages.models.policy import (
-    Batch,
-    Packed,
-    collate,
-    load_causal_lm,
-    packable,
-    response_logits,
-    response_logps,
-    to_device,
-)
+from stages.models.packing import Packed, packable, takes_varlen, to_device
+from stages.models.policy import Batch, collate, load_causal_lm, response_logits, response_logps
 from stages.training.batches import WeightedPair, collate_rows, column
 
 if TYPE_CHECKING:
@@ -55,7 +47,8 @@ class Streams:
         self.needs, self.sides = self.method.needs(config.method), self.method.sides(config.method)
         self.reference = self._frozen(reference, "reference") if self.needs & LIVE_REFERENCE else None
         self.teacher = self._frozen(teacher, "teacher") if "teacher_logits" in self.needs else None
-        self.packed = config.runtime.packing and not self.needs & PADDED and packable(engine.module)
+        self.packing = config.runtime.packing and not self.needs & PADDED
+        self.varlen = takes_varlen(engine.module)
         self.anchors: dict[str, list[int]] = {}
         """Sampled answers by pair_id."""
         if self.needs & {"importance", "anchor"} and config.runtime.zero_stage == 3:
@@ -73,6 +66,11 @@ class Streams:
             )
         model = load_causal_lm(directory, self.config.dtype, str(self.engine.torch_device)).eval()
         return model.requires_grad_(False)
+
+    def packs(self, rows: Sequence[WeightedPair]) -> bool:
+        """Whether these rows make a packed batch: settings, method and model allow it, and no window hides a token."""
+        longest = max(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in self.sides)
+        return self.packing and packable(self.engine.module, longest)
 
     # -- counts that are known before the first forward of a step
 
@@ -109,7 +107,7 @@ class Streams:
 
         `partners`: for each row, the row whose chosen response a mismatched pair borrows.
         """
-        batch = collate_rows(rows, self.sides, self.packed).to(self.engine.torch_device)
+        batch = collate_rows(rows, self.sides, self.packs(rows), self.varlen).to(self.engine.torch_device)
         extra: dict[str, Tensor] = {}
         if isinstance(batch, Packed):
             logps = response_logps(self.engine.model, batch)

@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 
 import stages.models.kernels
 from stages.models.kernels import TokenLogps
-from stages.models.policy import (
-    PACKABLE,
-    batches_by_sum,
-    collate,
-    group_prompts,
-    load_causal_lm,
-    pack,
-    packable,
-    response_logps,
-    score_responses,
-)
+from stages.models.packing import PACKABLE, Varlen, group_prompts, pack, packable, takes_varlen
+from stages.models.policy import batches_by_sum, collate, load_causal_lm, response_logps, score_responses
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -80,7 +71,7 @@ def gradients(model, batch, weights) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("kind", sorted(PACKABLE))
 def test_log_probs_and_gradients_of_a_packed_batch_are_those_of_padded_rows(kind, tmp_path):
     model = build(kind, tmp_path)
-    assert packable(model)
+    assert packable(model, 23)
     prompts, responses = texts()
     padded, packed = collate(prompts, responses), pack(prompts, responses)
     assert packed.input_ids.numel() < 0.7 * padded.input_ids.numel()
@@ -105,7 +96,7 @@ def test_scores_do_not_depend_on_packing_or_its_budget(tiny_model):
     prompts, responses = texts(3)
     whole = score_responses(model, prompts, responses, 4096)
     model.config.model_type = "unknown"  # padded rows
-    assert not packable(model)
+    assert not packable(model, 23)
     padded = score_responses(model, prompts, responses, 4096)
     model.config.model_type = "llama"
     for budget in (1, 30, 80):
@@ -127,10 +118,96 @@ def test_bf16_attention_is_as_near_to_float32_by_either_way(tiny_model, monkeypa
     assert 0 < gap.mean() < 0.06
 
 
+def test_a_window_hides_nothing_of_rows_that_are_no_longer(tmp_path):
+    model = build("mistral", tmp_path / "window", sliding_window=24)
+    assert packable(model, 23) and packable(model, 24) and not packable(model, 25)
+    prompts, responses = texts()
+    padded, packed = collate(prompts, responses), pack(prompts, responses)
+    with torch.no_grad():
+        assert (response_logps(model, padded) - response_logps(model, packed)).abs().max() < 1e-5
+    # Padded rows still have their window: 8 tokens see another past than 24.
+    narrow = build("mistral", tmp_path / "narrow", sliding_window=8)
+    with torch.no_grad():
+        gap = (response_logps(model, padded) - response_logps(narrow, padded)).abs().max()
+    assert gap > 1e-3 and not packable(narrow, 23)
+
+
 def test_a_model_whose_attention_is_not_plain_is_padded(tmp_path):
-    assert not packable(build("mistral", tmp_path / "window", sliding_window=8))
-    assert not packable(build("gemma2", tmp_path / "gemma", head_dim=16))
-    assert not packable(lambda **_: None)
+    assert not packable(build("gemma2", tmp_path / "gemma", head_dim=16), 8)
+    assert not packable(lambda **_: None, 8)
+
+
+# --- flash attention of variable lengths, without a GPU: a plain kernel in its place
+
+
+def plain_flash(query, key, value, layout, scale):
+    """What flash attention computes: each sequence by itself, its causal mask on the bottom right corner."""
+    heads = query.shape[1] // key.shape[1]
+    out = torch.empty_like(query)
+    for sequence in range(len(layout.query_starts) - 1):
+        queries = slice(*layout.query_starts[sequence : sequence + 2].tolist())
+        keys = slice(*layout.key_starts[sequence : sequence + 2].tolist())
+        asked, seen = queries.stop - queries.start, keys.stop - keys.start
+        assert asked <= layout.longest_query and seen <= layout.longest_key
+        mask = torch.ones(asked, seen, dtype=torch.bool).tril(seen - asked)
+        q, k, v = query[queries].transpose(0, 1), key[keys].transpose(0, 1), value[keys].transpose(0, 1)
+        k, v = k.repeat_interleave(heads, 0), v.repeat_interleave(heads, 0)
+        scores = (q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)).masked_fill(~mask, float("-inf"))
+        out[queries] = (scores.softmax(-1) @ v).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
+def test_variable_length_attention_has_the_numbers_of_padded_rows(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages.models.kernels, "flash", plain_flash)
+    model = build(kind, tmp_path)
+    prompts, responses = texts()
+    padded, packed = collate(prompts, responses), pack(prompts, responses, varlen=True)
+    assert isinstance(packed.layout, Varlen)
+    weights = torch.rand(padded.response_ids.shape, generator=torch.Generator().manual_seed(0))
+    ours, plain = gradients(model, packed, weights), gradients(model, padded, weights)
+    for left, right in zip(ours, plain, strict=True):
+        assert (left - right).norm() <= 1e-5 * right.norm()
+
+
+def test_the_layout_of_variable_lengths_by_hand():
+    layout = pack([[1, 2], [3], [1, 2]], [[4], [5, 6], [7, 8]], varlen=True).layout
+    # Tokens 1 2 4 7 8 and 3 5 6; sequences: 1 2 4; 7 8 after 1 2; 3 5 6.
+    assert layout.query_starts.tolist() == [0, 3, 5, 8] and layout.longest_query == 3
+    assert layout.key_starts.tolist() == [0, 3, 7, 10] and layout.longest_key == 4
+    assert layout.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
+    assert layout.copies.tolist() == [[0, 1, 2, 5, 6, 7, 8, 9], [3, 4, -1, -1, -1, -1, -1, -1]]
+
+
+def test_any_number_of_responses_shares_a_prompt_where_attention_has_no_square(tiny_model):
+    assert len(pack([[1, 2]] * 9, [[5] * 600] * 9, varlen=True).input_ids[0]) == 2 + 9 * 600
+    assert not takes_varlen(load_causal_lm(str(tiny_model), "bfloat16", "cpu"))  # a CPU has no flash attention
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_a_gpus_flash_attention_has_the_numbers_of_padded_rows(kind, tmp_path):
+    exact = build(kind, tmp_path)
+    model = load_causal_lm(str(tmp_path), "bfloat16", "cuda:0")
+    assert takes_varlen(model)
+    prompts, responses = texts()
+    padded = collate(prompts, responses)
+    weights = torch.rand(padded.response_ids.shape, generator=torch.Generator().manual_seed(0))
+    truth = gradients(exact, padded, weights)
+    errors = {}
+    for name, batch in (
+        ("flash", pack(prompts, responses, varlen=True)),
+        ("grouped", pack(prompts, responses)),
+        ("padded", padded),
+    ):
+        values = gradients(model, batch.to("cuda:0"), weights.to("cuda:0"))
+        errors[name] = [
+            float((left.float().cpu() - right).norm() / right.norm()) for left, right in zip(values, truth, strict=True)
+        ]
+    # Each way rounds to bf16 elsewhere: flash may be as far from float32 as padded rows are, and little more.
+    for number in range(2):
+        assert errors["flash"][number] < 1.5 * errors["padded"][number] + 1e-3, errors
+        assert errors["grouped"][number] < 1.5 * errors["padded"][number] + 1e-3, errors
 
 
 def test_an_exported_model_does_not_name_our_attention(tiny_model, tmp_path):
@@ -166,12 +243,12 @@ def test_a_packed_batch_by_hand():
     # Group one: the prompt 1 2 with the responses 4 and 7 8; group two: the prompt 3 with 5 6.
     assert batch.input_ids.tolist() == [[1, 2, 4, 7, 8, 3, 5, 6]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2]]
-    assert batch.cells.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
-    assert batch.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert batch.layout.cells.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
+    assert batch.layout.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert batch.sources.tolist() == [1, 5, 6, 1, 3]  # what predicts 4, 5 6, 7 8
     assert batch.response_ids.tolist() == [[4, 0], [5, 6], [7, 8]]
     assert batch.response_mask.tolist() == [[True, False], [True, True], [True, True]]
-    assert batch.attention_mask[0, 0].int().tolist() == [
+    assert batch.layout.mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
