@@ -83,3 +83,36 @@ class WeightedPairRow(TypedDict):
     rejected_candidate: int
     group_scores: list[float] | None
     group_win_rates: list[float] | None
+
+
+class HeldoutRow(TypedDict):
+    """A row of `heldout`: an answer to a held-out prompt, measured."""
+
+    prompt_id: str
+    candidate: int
+    completion: str
+    score: float | None
+    """None: it could not be scored."""
+    num_tokens: int
+    finished: bool
+    """It ended by itself."""
+    start_logp: float | None
+    """Mean log-prob per token under the start model, in nats: the fluency."""
+
+
+class ReportRow(TypedDict):
+    """A row of `eval_report`: one number about a policy."""
+
+    suite: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    low: float | None
+    """Lower end of the 95 % interval."""
+    high: float | None
+    n: int
+    """Prompts, questions or judgments behind the value."""
+    n_shot: int | None
+    task_version: str
+    """Or the name of the scorer or judge."""

@@ -3,7 +3,7 @@
     zombie runs            a flow run that Prefect calls Running and whose process is gone
     leaked slots           a concurrency limit whose slots nobody holds
     locks                  who builds what; a builder that is on another machine, or stopped
-    damage, litter         artifacts that do not hold what was signed; interrupted builds; temporary files of dead writers
+    damage, litter         artifacts that are not what was signed; interrupted builds; temporary files of dead writers
     versions               packages that cannot live together (fastapi, prefect, vllm), or are not what is declared
     machine                compiler, memory, disk, /dev/shm, open files, the GPU and the build of torch
 

@@ -9,12 +9,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.files import write_atomic
+from data_contracts.rows import HeldoutRow, ReportRow
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import RunConfig
@@ -78,8 +79,8 @@ class History:
         self.config, self.store, self.tracker, self.pages = config, store, tracker, pages
         self.directory = store.run_directory(config.name)
         self.rows: list[dict[str, Any]] = []
-        self.heldout: list[list[dict[str, Any]]] = []
-        self.reports: list[list[dict[str, Any]]] = []
+        self.heldout: list[list[HeldoutRow]] = []
+        self.reports: list[list[ReportRow]] = []
         self.decisions: list[dict[str, Any]] = []
         """Of the promotion gate."""
         self.selections: list[dict[str, Any]] = []
@@ -112,9 +113,9 @@ class History:
         stages = self._built.get(place.iteration, {}) | {"evaluate": report}
         self.tracker.stage(place.iteration, answers.record, answers.cached, "heldout_generations")
         self.tracker.stage(place.iteration, report.record, report.cached, "evaluate")
-        self.reports.append(read_shards(report.ref.path, "eval_report").to_pylist())
+        self.reports.append(cast(list[ReportRow], read_shards(report.ref.path, "eval_report").to_pylist()))
         rows = {row["metric"]: row for row in self.reports[-1] if row["suite"] == "heldout"}
-        self.heldout.append(read_shards(report.ref.path, "heldout", "heldout").to_pylist())
+        self.heldout.append(cast(list[HeldoutRow], read_shards(report.ref.path, "heldout", "heldout").to_pylist()))
         if not self._prompts and "prompts" in report.record.inputs:
             self._prompts = _prompt_texts(report.record.inputs["prompts"])
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
+from data_contracts.rows import ReportRow
 from flows.report import figures
 from flows.report.figures import Figure, Series
 from flows.report.story import SIDES, Story
@@ -67,7 +67,7 @@ def _gain_curve(label: str, gains: Mapping[int, Mapping[str, float]]) -> Series:
 def benchmarks(story: Story) -> tuple[list[Figure], int]:
     """A figure for each of the first MOST_BENCHMARKS benchmarks, and how many more there are."""
     iterations = iterations_of(story)
-    results: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    results: dict[tuple[str, str, str], dict[int, ReportRow]] = {}
     for iteration, report in zip(iterations, story.reports, strict=True):
         for row in report:
             if row["suite"] != "heldout" and row["metric"] != "failed_judgments":
@@ -95,13 +95,13 @@ def training(story: Story) -> list[Figure]:
         marks.append((len(lines) + 1, f"iteration {iteration}"))
         lines += curve
     marks = [marks[i] for i in spread(len(marks), MOST_MARKS)]
-    kept = spread(len(lines), MOST_STEPS)
-    steps = [i + 1 for i in kept]
+    shown = spread(len(lines), MOST_STEPS)
+    steps = [i + 1 for i in shown]
 
     def figure(name: str, caption: str, y_label: str, metrics: dict[str, str], zero: bool = False) -> Iterator[Figure]:
         """The figure of metrics (label -> name), if any step has one of them."""
         curves = [
-            Series(label, steps, [lines[i].get(metric) for i in kept], dots=len(kept) < 60)
+            Series(label, steps, [lines[i].get(metric) for i in shown], dots=len(shown) < 60)
             for label, metric in metrics.items()
             if any(metric in line for line in lines)
         ]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from data_contracts.rows import HeldoutRow, ReportRow
 from flows.report import plots
 from flows.report.figures import Figure
 from flows.report.story import SIDES, Story
@@ -199,7 +200,7 @@ def _benchmarks(story: Story) -> Section:
     return Section("benchmarks", "Benchmarks", figures=shown, hidden_benchmarks=hidden, failures=failed)
 
 
-def _failure(iteration: int, row: Mapping[str, Any]) -> dict[str, Any]:
+def _failure(iteration: int, row: ReportRow) -> dict[str, Any]:
     """A row of the table of failed judgments."""
     return {
         "iteration": iteration,
@@ -262,16 +263,16 @@ def _answers(story: Story) -> list[PromptAnswers]:
     return prompts
 
 
-def _first_answers(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _first_answers(rows: Sequence[HeldoutRow]) -> dict[str, HeldoutRow]:
     """prompt_id -> row of the first answer to it."""
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, HeldoutRow] = {}
     for row in rows:
         answers.setdefault(row["prompt_id"], row)
     return answers
 
 
 def _telling_prompts(
-    names: Sequence[str], by_prompt: Sequence[dict[str, dict[str, Any]]], count: int = 6
+    names: Sequence[str], by_prompt: Sequence[dict[str, HeldoutRow]], count: int = 6
 ) -> list[tuple[str, str]]:
     """(prompt_id, reason) of evenly spaced prompts, then of those whose score rose and fell most."""
     picked = [(names[i], "") for i in spread(len(names), count)]

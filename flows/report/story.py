@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from data_contracts.rows import HeldoutRow, ReportRow
 from flows.tournament import Standing
 
 SIDES = ("chosen", "rejected")
@@ -31,10 +32,8 @@ class Story(NamedTuple):
     headline: str
     rows: list[dict[str, Any]]
     """Rows of the table: rounded values by column name."""
-    reports: list[list[dict[str, Any]]]
-    """Rows of eval_report."""
-    heldout: list[list[dict[str, Any]]]
-    """Rows of heldout."""
+    reports: list[list[ReportRow]]
+    heldout: list[list[HeldoutRow]]
     prompts: dict[str, str]
     """prompt_id -> its text."""
     gains: list[dict[str, Any]]

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_contracts.errors import ConfigError
+from data_contracts.rows import ReportRow
 from stages.evaluation.judging import Judge, JudgeReply, read_rows
 from stages.evaluation.logistic import fit, sigmoid
 from stages.evaluation.rows import report_row
@@ -198,10 +199,10 @@ def annotate(judge: Judge, template: str, rows: Sequence[dict[str, Any]], seed: 
     return [preference(reply, swap) for reply, swap in zip(replies, swapped, strict=True)]
 
 
-def report(rates: WinRates, judge: str) -> list[dict[str, Any]]:
+def report(rates: WinRates, judge: str) -> list[ReportRow]:
     """Rows of eval_report, in percent as the leaderboard prints them. Nothing judged: only the count of failures."""
 
-    def row(metric: str, value: float, n: int, *interval: float) -> dict[str, Any]:
+    def row(metric: str, value: float, n: int, *interval: float) -> ReportRow:
         return report_row("alpaca_eval_2", "alpaca_eval", metric, value, n, *interval, version=judge)
 
     rows = [row("failed_judgments", rates.failed, rates.n + rates.failed)]

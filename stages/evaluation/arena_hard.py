@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 
 from data_contracts.errors import ConfigError
+from data_contracts.rows import ReportRow
 from stages.evaluation.judging import Judge, read_rows
 from stages.evaluation.logistic import fit, sigmoid
 from stages.evaluation.rows import report_row
@@ -149,7 +150,7 @@ def interval(
     return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
 
 
-def report(games: Sequence[Game], judge: str, seed: int = 0) -> list[dict[str, Any]]:
+def report(games: Sequence[Game], judge: str, seed: int = 0) -> list[ReportRow]:
     """Rows of eval_report: both scores of each model, in percent, and how many judgments failed."""
     rows = []
     for metric, control in (("score", False), ("style_controlled_score", True)):

@@ -6,11 +6,13 @@ Answers of one prompt are not independent, so every mean and interval is over pr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
+from data_contracts.prompts import PromptRow
+from data_contracts.rows import GenerationRow, HeldoutRow, ReportRow
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from stages.evaluation.intervals import bootstrap
 from stages.evaluation.rouge import rouge_l
@@ -34,10 +36,10 @@ METRICS = {
 """Column of `heldout` -> metric of eval_report."""
 
 
-def evaluate_heldout(job: Job, device: str) -> list[dict[str, Any]]:
+def evaluate_heldout(job: Job, device: str) -> list[ReportRow]:
     """Write the table `heldout`, one row per answer; return its means as rows of eval_report."""
     config: EvaluationConfig = job.config
-    prompts = read_shards(job.path("prompts"), "prompts").to_pylist()
+    prompts = cast(list[PromptRow], read_shards(job.path("prompts"), "prompts").to_pylist())
     heldout = _heldout_rows(job, config, prompts, device)
     write_shard(shard_path(job.out, 0, "heldout"), to_table(heldout, "heldout"))
     rows = _means(heldout, config.scorer.name)
@@ -57,11 +59,9 @@ def per_prompt(heldout: Sequence[Mapping[str, Any]], column: str) -> dict[str, f
     return {prompt_id: float(np.mean(group)) for prompt_id, group in values.items()}
 
 
-def _heldout_rows(
-    job: Job, config: EvaluationConfig, prompts: Sequence[dict[str, Any]], device: str
-) -> list[dict[str, Any]]:
+def _heldout_rows(job: Job, config: EvaluationConfig, prompts: Sequence[PromptRow], device: str) -> list[HeldoutRow]:
     """Rows of `heldout`: the answers of each prompt together, in the order of its first answer."""
-    generations = read_shards(job.path("generations"), "generations").to_pylist()
+    generations = cast(list[GenerationRow], read_shards(job.path("generations"), "generations").to_pylist())
     if {row["prompt_id"] for row in prompts} != {row["prompt_id"] for row in generations}:
         raise ContractError(
             f"generations {job.inputs['generations'].key} are not of the held-out prompts {job.inputs['prompts'].key}"
@@ -75,7 +75,7 @@ def _heldout_rows(
         Candidates(prompt_of[prompt_id], [generations[i] for i in group], [start_logps[i] for i in group])
         for prompt_id, group in numbers.items()
     ]
-    heldout = []
+    heldout: list[HeldoutRow] = []
     for group, result in zip(numbers.values(), _scores(job, config, prompts, batch, device), strict=True):
         for k, i in enumerate(group):
             row = generations[i]
@@ -96,7 +96,7 @@ def _heldout_rows(
     return heldout
 
 
-def _start_logps(job: Job, config: EvaluationConfig, generations: Sequence[dict[str, Any]]) -> list[float]:
+def _start_logps(job: Job, config: EvaluationConfig, generations: Sequence[GenerationRow]) -> list[float]:
     """Mean log-prob per token of each answer under the start model, in nats."""
     start = Pass(job.store_root, job.inputs["start"], config.dtype, config.runtime.device, config.runtime.batch_tokens)
     prompt_ids = [row["prompt_ids"] for row in generations]
@@ -108,7 +108,7 @@ def _start_logps(job: Job, config: EvaluationConfig, generations: Sequence[dict[
 
 
 def _scores(
-    job: Job, config: EvaluationConfig, prompts: Sequence[dict[str, Any]], batch: Sequence[Candidates], device: str
+    job: Job, config: EvaluationConfig, prompts: Sequence[PromptRow], batch: Sequence[Candidates], device: str
 ) -> Sequence[Scores]:
     """The scores of each prompt's answers.
 
@@ -133,7 +133,7 @@ def _scores(
     return scores
 
 
-def _means(heldout: Sequence[dict[str, Any]], scorer: str) -> list[dict[str, Any]]:
+def _means(heldout: Sequence[HeldoutRow], scorer: str) -> list[ReportRow]:
     """Rows of eval_report for METRICS, and the rate of distinct answers."""
     answers = [row | {"repetition": repetition(row["completion"])} for row in heldout]
     rows = []
@@ -145,13 +145,13 @@ def _means(heldout: Sequence[dict[str, Any]], scorer: str) -> list[dict[str, Any
     return [*rows, report_row("heldout", "heldout", "distinct_rate", distinct, len(answers))]
 
 
-def _mean_row(metric: str, values: Mapping[str, float], scorer: str) -> dict[str, Any]:
+def _mean_row(metric: str, values: Mapping[str, float], scorer: str) -> ReportRow:
     """The mean over prompts of prompt_id -> value, with its interval."""
     interval = bootstrap([values[prompt_id] for prompt_id in sorted(values)])
     return interval_row("heldout", "heldout", metric, interval, len(values), scorer)
 
 
-def _best_of(heldout: Sequence[dict[str, Any]], config: EvaluationConfig) -> list[dict[str, Any]]:
+def _best_of(heldout: Sequence[HeldoutRow], config: EvaluationConfig) -> list[ReportRow]:
     """Rows with the expected score of the best of n answers, for each n. Raises: ConfigError for too few answers."""
     scores: dict[str, list[float | None]] = {}
     for row in heldout:
@@ -169,7 +169,7 @@ def _best_of(heldout: Sequence[dict[str, Any]], config: EvaluationConfig) -> lis
     return rows
 
 
-def _rouge_l(heldout: Sequence[dict[str, Any]], prompts: Sequence[dict[str, Any]], scorer: str) -> dict[str, Any]:
+def _rouge_l(heldout: Sequence[HeldoutRow], prompts: Sequence[PromptRow], scorer: str) -> ReportRow:
     """ROUGE-L against the prompts' responses. Raises: ConfigError if no prompt has one."""
     references = {row["prompt_id"]: row["response"] for row in prompts if row["response"]}
     rows = [

@@ -16,6 +16,7 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError
 from data_contracts.files import write_atomic
+from data_contracts.rows import ReportRow
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge
 from stages.job import Job
@@ -80,7 +81,7 @@ class ArenaHard(Judged):
     """Of the policy's answers."""
 
 
-def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[dict[str, Any]]:
+def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[ReportRow]:
     """Rows of eval_report: the grades, and the win rate against a baseline if one is set."""
     bench = mt_bench.load(config.path, config.limit)
     answers = mt_bench.answer(bench, chat(str(job.path("policy")), config, device))
@@ -97,7 +98,7 @@ def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[dict[str, 
     return rows + mt_bench.report(mt_bench.judge_in_pairs(bench, answers, baseline, judge), config.judge, "outcome")
 
 
-def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[dict[str, Any]]:
+def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[ReportRow]:
     """Rows of eval_report: win rates against the baseline's answers."""
     bench = alpaca_eval.load(config.path, config.limit)
     answers = _answers(job, config, [row["instruction"] for row in bench.rows], config.temperature, device)
@@ -113,7 +114,7 @@ def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[dict
     return alpaca_eval.report(rates, config.judge)
 
 
-def evaluate_arena_hard(job: Job, config: ArenaHard, device: str) -> list[dict[str, Any]]:
+def evaluate_arena_hard(job: Job, config: ArenaHard, device: str) -> list[ReportRow]:
     """Rows of eval_report: scores against the baseline's answers."""
     bench = arena_hard.load(config.path, config.limit)
     answers = _answers(job, config, [row["prompt"] for row in bench.rows], config.temperature, device)
@@ -131,7 +132,7 @@ class Benchmark(NamedTuple):
     """Its shard of eval_report."""
     load: Callable[[str, int | None], Any]
     """(directory, limit) -> the files' contents. Raises: ConfigError."""
-    evaluate: Callable[[Job, Any, str], list[dict[str, Any]]]
+    evaluate: Callable[[Job, Any, str], list[ReportRow]]
     """(job, settings, device) -> rows of eval_report."""
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from data_contracts.errors import ConfigError
+from data_contracts.rows import ReportRow
 from stages.evaluation.rows import report_row
 from stages.evaluation.sandbox import CodeEval
 from stages.evaluation.suites import SUITES, Member
@@ -105,12 +106,12 @@ def _stay_offline() -> None:
 
 def evaluate(
     model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int, limit: int | None
-) -> list[dict[str, Any]]:
+) -> list[ReportRow]:
     """Rows of eval_report for every metric of local tasks, on a model in memory."""
     return evaluate_tasks(open_transformers(model, tokenizer, batch_size), tasks, limit)
 
 
-def evaluate_tasks(lm: Any, tasks: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+def evaluate_tasks(lm: Any, tasks: list[dict[str, Any]], limit: int | None) -> list[ReportRow]:
     """Rows of eval_report for every metric of local tasks. lm: from open_transformers or open_vllm."""
     from lm_eval.tasks import TaskManager
 
@@ -126,7 +127,7 @@ def evaluate_suite(
     only: Sequence[str] = (),
     allow_code: bool = False,
     sandboxed: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[ReportRow]:
     """Rows of eval_report for the metrics that count in a suite.
 
     sandboxed: code that the model wrote runs in a sandbox; False: with limits alone.
@@ -136,14 +137,16 @@ def evaluate_suite(
     members = check_suite(suite, only, allow_code)
     check_packages(suite, members)
     _stay_offline()
-    manager, rows = _official_tasks(), []
+    manager = _official_tasks()
+    rows: list[ReportRow] = []
     with mirrored(data_root), code_run_by(CodeEval(sandboxed)):
         for member in members:
             result = _evaluate(lm, [member.task], manager, limit, member.num_fewshot, member.unsafe)
             names = {*member.metrics, *(_metric_name(key, 1) for key in member.metrics)}
             for row in _rows(result, suite, member.task):
                 if row["metric"] in names:
-                    rows.append(row | {"metric": row["metric"].partition(",")[0]})
+                    row["metric"] = row["metric"].partition(",")[0]
+                    rows.append(row)
     return rows
 
 
@@ -254,7 +257,7 @@ def _evaluate(
     )
 
 
-def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[dict[str, Any]]:
+def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[ReportRow]:
     """Rows of eval_report for a task or a group."""
     numbers = result["results"].get(name) or result.get("groups", {})[name]
     metrics = {key: value for key, value in numbers.items() if "," in key and "_stderr," not in key}
@@ -272,8 +275,7 @@ def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[dict[str, An
         if stderr is not None:
             low, high = value - 1.96 * stderr, value + 1.96 * stderr
         metric = _metric_name(key, filters)
-        row = report_row(suite, name, metric, float(value), count, stderr, low, high, str(version))
-        rows.append(row | {"n_shot": max(shots)})
+        rows.append(report_row(suite, name, metric, float(value), count, stderr, low, high, str(version), max(shots)))
     return rows
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_contracts.errors import ConfigError
+from data_contracts.rows import ReportRow
 from stages.evaluation.intervals import bootstrap
 from stages.evaluation.judging import Judge, read_rows
 from stages.evaluation.rows import interval_row, report_row
@@ -164,8 +165,9 @@ def judge_in_pairs(bench: Bench, answers: Answers, baseline: Answers, judge: Jud
     games = [(question, turn) for question in bench.questions for turn in (1, 2)]
     prompts = []
     for question, turn in games:
-        ours, theirs = answers[question["question_id"]], baseline[question["question_id"]]
-        prompts += [pair_prompt(bench, question, ours, theirs, turn), pair_prompt(bench, question, theirs, ours, turn)]
+        policy_turns, baseline_turns = answers[question["question_id"]], baseline[question["question_id"]]
+        prompts.append(pair_prompt(bench, question, policy_turns, baseline_turns, turn))
+        prompts.append(pair_prompt(bench, question, baseline_turns, policy_turns, turn))
     replies = judge.ask(prompts, **JUDGE_OPTIONS)
     verdicts = [None if reply is None else verdict(reply.text) for reply in replies]
     rows = []
@@ -185,7 +187,7 @@ def _row(question: Mapping[str, Any], turn: int, **result: float | None) -> dict
     return {"question_id": question["question_id"], "category": question["category"], "turn": turn, **result}
 
 
-def report(rows: Sequence[Mapping[str, Any]], judge: str, column: str = "score") -> list[dict[str, Any]]:
+def report(rows: Sequence[Mapping[str, Any]], judge: str, column: str = "score") -> list[ReportRow]:
     """Rows of eval_report: over all judgments, per turn, per category, and how many failed.
 
     Intervals are over questions. rows: of judge_singly (column "score") or of judge_in_pairs (column "outcome").

@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from data_contracts.config import Runtime
+from data_contracts.rows import HeldoutRow, ReportRow
 from stages.evaluation.intervals import Interval
 from stages.evaluation.rows import column_names
 
@@ -84,7 +85,7 @@ class Measurement(NamedTuple):
     """Name -> (value, standard error); larger is better."""
 
     @classmethod
-    def from_rows(cls, heldout: Sequence[Mapping[str, Any]], report: Sequence[Mapping[str, Any]]) -> Measurement:
+    def from_rows(cls, heldout: Sequence[HeldoutRow], report: Sequence[ReportRow]) -> Measurement:
         """Read the rows of `heldout` and `eval_report`.
 
         A benchmark is every number of the report that has a standard error and is not about the held-out prompts.

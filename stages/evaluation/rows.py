@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from data_contracts.rows import ReportRow
 from stages.evaluation.intervals import Interval
 
 
@@ -19,18 +19,29 @@ def report_row(
     low: float | None = None,
     high: float | None = None,
     version: str = "1",
-) -> dict[str, Any]:
+    n_shot: int = 0,
+) -> ReportRow:
     """A row of eval_report. n: prompts or questions behind the number; version: of the task, or the judge's name."""
-    numbers = {"value": float(value), "stderr": stderr, "low": low, "high": high, "n": int(n), "n_shot": 0}
-    return {"suite": suite, "task": task, "metric": metric, **numbers, "task_version": version}
+    return ReportRow(
+        suite=suite,
+        task=task,
+        metric=metric,
+        value=float(value),
+        stderr=stderr,
+        low=low,
+        high=high,
+        n=int(n),
+        n_shot=n_shot,
+        task_version=version,
+    )
 
 
-def interval_row(suite: str, task: str, metric: str, interval: Interval, n: int, version: str = "1") -> dict[str, Any]:
+def interval_row(suite: str, task: str, metric: str, interval: Interval, n: int, version: str = "1") -> ReportRow:
     """A row of eval_report for a mean with its interval."""
     return report_row(suite, task, metric, interval.mean, n, interval.stderr, interval.low, interval.high, version)
 
 
-def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def column_names(rows: Sequence[ReportRow]) -> list[str]:
     """The name of each row's number in a table, all different.
 
     `task/metric`; `suite/task/metric` where several suites have the task; numbered where even that is not enough.

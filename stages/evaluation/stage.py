@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 from pydantic import Field, model_validator
 
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError
+from data_contracts.rows import ReportRow
 from data_contracts.shards import read_shards
 from stages.evaluation import sandbox
 from stages.evaluation.heldout import evaluate_heldout
@@ -138,7 +139,7 @@ class Part(NamedTuple):
 
     name: str
     shard: int
-    evaluate: Callable[[], list[dict[str, Any]]]
+    evaluate: Callable[[], list[ReportRow]]
     beside: tuple[str, ...] = ()
     """Tables that the shard writes beside its report."""
 
@@ -159,7 +160,7 @@ def run(job: Job) -> None:
             with job.timed(part.name):
                 job.write(part.shard, part.evaluate())
         job.progress(done, len(parts), "parts")
-    rows = read_shards(job.out, "eval_report").to_pylist()
+    rows = cast(list[ReportRow], read_shards(job.out, "eval_report").to_pylist())
     for name, row in zip(column_names(rows), rows, strict=True):
         job.metrics[name] = row["value"]
         if row["metric"] == "failed_judgments" and row["value"]:
@@ -178,7 +179,7 @@ def check_sandbox(config: EvaluationConfig) -> None:
         sandbox.check(config.runtime.sandbox)
 
 
-def _lm_eval_report(job: Job, device: str) -> list[dict[str, Any]]:
+def _lm_eval_report(job: Job, device: str) -> list[ReportRow]:
     """Rows of eval_report for the local lm-eval tasks and the suites, with the policy loaded once."""
     from stages.evaluation.lm_eval import (
         check_packages,
@@ -200,7 +201,7 @@ def _lm_eval_report(job: Job, device: str) -> list[dict[str, Any]]:
     else:
         policy = load_causal_lm(str(directory), config.dtype, device).eval()
         lm = open_transformers(policy, load_tokenizer(directory), config.runtime.lm_eval_batch_size)
-    rows = []
+    rows: list[ReportRow] = []
     for task in config.lm_eval:
         rows += evaluate_tasks(lm, [load_task(task.path)], task.limit)
     for suite in config.suites:

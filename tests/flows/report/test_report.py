@@ -1,7 +1,8 @@
 """report.md and report.html from records alone, and the page in a real browser.
 
-Strategy: a store of two iterations is written by hand (weights that vary, a held-out answer that nobody could score, a hostile completion);
-History reads it as it reads a run. The page is then opened by headless Chromium at the width of a phone and of a laptop.
+Strategy: a store of two iterations is written by hand (weights that vary, a held-out answer that nobody could score, a
+hostile completion); History reads it as it reads a run. The page is then opened by headless Chromium at the width of a
+phone and of a laptop.
 """
 
 import json
@@ -31,11 +32,14 @@ from tasks.build import Built
 from tasks.place import Place
 
 HOSTILE = "<script>document.title='broken'</script> & <b>bold</b> https://example.com/x.js\x00"
-FIGURES = "score gain win-rates benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 heat lengths fluency rates dropped seconds"
+FIGURES = (
+    "score gain win-rates benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 "
+    "heat lengths fluency rates dropped seconds"
+)
 
 
 class Silent:
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps the summaries it gets."""
 
     def __init__(self):
         self.summaries = []
@@ -152,8 +156,8 @@ def published(monkeypatch):
 
 
 @pytest.fixture
-def told(store, make_run, tiny_model, make_prompts, make_rows, published):
-    """told(ones=False, scored=True, iterations=2) -> History of a run that is on disk."""
+def history_of(store, make_run, tiny_model, make_prompts, make_rows, published):
+    """history_of(ones=False, scored=True, iterations=2) -> History of a run that is on disk."""
 
     def tell(ones=False, scored=True, iterations=2):
         config = load_run(make_run("paper"))
@@ -206,8 +210,8 @@ def page_of(history) -> str:
     return history.write_report().with_suffix(".html").read_text()
 
 
-def test_the_page_holds_every_figure_and_nothing_from_outside(told):
-    page = page_of(told())
+def test_the_page_holds_every_figure_and_nothing_from_outside(history_of):
+    page = page_of(history_of())
     assert {f"fig-{name}" for name in FIGURES.split()} == set(re.findall(r'id="(fig-[^"]+)"', page))
     assert len(page) < 3_000_000
     assert "<script" not in page
@@ -215,8 +219,8 @@ def test_the_page_holds_every_figure_and_nothing_from_outside(told):
     assert "url(" not in page
 
 
-def test_each_figure_is_a_file_of_its_own_too(told):
-    history = told()
+def test_each_figure_is_a_file_of_its_own_too(history_of):
+    history = history_of()
     folder = history.write_report(plots=True).with_name("plots")
     assert {path.stem for path in folder.iterdir()} == set(FIGURES.split()) - {"heat"}
     for path in folder.iterdir():
@@ -224,12 +228,12 @@ def test_each_figure_is_a_file_of_its_own_too(told):
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(root) > 3
 
 
-def test_two_suites_with_one_task_have_a_column_each(told):
-    assert {"lm-eval/arc/acc": 0.5, "open_llm/arc/acc": 0.3}.items() <= told().rows[-1].items()
+def test_two_suites_with_one_task_have_a_column_each(history_of):
+    assert {"lm-eval/arc/acc": 0.5, "open_llm/arc/acc": 0.3}.items() <= history_of().rows[-1].items()
 
 
-def test_judgments_that_failed_are_counted_and_a_benchmark_without_any_is_unscored(told):
-    history = told()
+def test_judgments_that_failed_are_counted_and_a_benchmark_without_any_is_unscored(history_of):
+    history = history_of()
     page = page_of(history)
     assert "Judgments that failed" in page
     assert "<td>1</td><td>mt_bench</td><td>16</td><td>16</td><td>grader</td><td>unscored</td>" in page
@@ -238,59 +242,59 @@ def test_judgments_that_failed_are_counted_and_a_benchmark_without_any_is_unscor
     assert history.rows[2]["mt_bench/score"] == 7.0
 
 
-def test_what_a_model_wrote_is_text(told):
-    page = page_of(told())
+def test_what_a_model_wrote_is_text(history_of):
+    page = page_of(history_of())
     assert "&lt;script&gt;document.title=" in page
     assert "<b>bold</b>" not in page
 
 
-def test_weights_show_their_histogram_clamps_and_tokens(told):
-    page = page_of(told())
+def test_weights_show_their_histogram_clamps_and_tokens(history_of):
+    page = page_of(history_of())
     assert "at a bound: at_L 12.0%, at_U 3.0%" in page
     assert page.count('class="wm5"') > 2
     assert 'title="0.500"' in page
 
 
-def test_weights_that_are_all_one_are_not_drawn(told):
-    page = page_of(told(ones=True))
+def test_weights_that_are_all_one_are_not_drawn(history_of):
+    page = page_of(history_of(ones=True))
     assert 'id="fig-weights' not in page
     assert 'id="fig-heat"' not in page
 
 
-def test_drop_reasons_add_up(told):
-    page = page_of(told())
+def test_drop_reasons_add_up(history_of):
+    page = page_of(history_of())
     assert "score: repeats itself (14)" in page
     assert "weigh: equal responses (4)" in page
 
 
-def test_answers_that_nobody_could_score_are_counted_and_in_no_mean(told):
-    history = told()
+def test_answers_that_nobody_could_score_are_counted_and_in_no_mean(history_of):
+    history = history_of()
     assert [row["unscored"] for row in history.rows] == [1, 1, 1]
     assert "p3" not in history.measured_at(-1).scores
     assert history.decisions[-1]["unscored"] == 1
     assert "unscored" in page_of(history)
 
 
-def test_a_run_whose_judge_was_away_still_gets_its_report(told):
-    history = told(scored=False)
+def test_a_run_whose_judge_was_away_still_gets_its_report(history_of):
+    history = history_of(scored=False)
     page = page_of(history)
     assert history.rows[-1]["heldout_score"] is None
     assert history.headline().startswith("the held-out answers could not be scored")
-    assert [one["outcome"] for one in history.decisions] == ["keep going", "keep going"]
+    assert [decision["outcome"] for decision in history.decisions] == ["keep going", "keep going"]
     assert "<td>unscored</td>" in page
     assert "| unscored |" in (history.directory / "report.md").read_text()
 
 
-def test_the_gate_is_in_both_reports_and_beside_them(told):
-    history = told()
+def test_the_gate_is_in_both_reports_and_beside_them(history_of):
+    history = history_of()
     assert "<td>promote</td>" in page_of(history)
     assert "iteration 1 against 0: promote" in (history.directory / "report.md").read_text()
     recorded = json.loads((history.directory / "gate.json").read_text())
-    assert [one["best"]["iteration"] for one in recorded] == [1, 2]
+    assert [decision["best"]["iteration"] for decision in recorded] == [1, 2]
 
 
-def test_prefect_gets_tables_with_a_history_and_a_link(told, published):
-    told()
+def test_prefect_gets_tables_with_a_history_and_a_link(history_of, published):
+    history_of()
     kinds = [kind for kind, _ in published]
     assert kinds.count("create_link_artifact") == 3
     assert ("create_table_artifact", "paper-history") in published
@@ -311,20 +315,21 @@ def test_token_pieces_give_the_text_back(tiny_model):
 
 PROBE = """<script>addEventListener('load',()=>{const f=[...document.querySelectorAll('[id^=fig-]')];
 parent.postMessage(JSON.stringify({width:innerWidth,page:document.documentElement.scrollWidth,
-empty:f.filter(e=>{const r=(e.querySelector('svg')||e).getBoundingClientRect();return r.width<200||r.height<60}).map(e=>e.id),
+empty:f.filter(e=>{const r=(e.querySelector('svg')||e).getBoundingClientRect();return r.width<200||r.height<60})
+.map(e=>e.id),
 title:document.title,figures:f.length}),'*')})</script></head>"""
-HOST = """<!doctype html><script>addEventListener('message',e=>{const p=document.createElement('pre');p.id='probe';p.textContent=e.data;
-document.body.append(p)})</script><body><iframe width="%d" height="1600" style="border:0" src="probed.html"></iframe></body>"""
+HOST = """<!doctype html><script>addEventListener('message',e=>{const p=document.createElement('pre');p.id='probe';
+p.textContent=e.data;document.body.append(p)})</script>
+<body><iframe width="%d" height="1600" style="border:0" src="probed.html"></iframe></body>"""
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(told, tmp_path, width):
-    browser = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
+def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(history_of, tmp_path, width):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next((path for path in map(shutil.which, names) if path is not None), None)
     if browser is None:
         pytest.skip("no chromium to open the page with")
-    page = page_of(told())
+    page = page_of(history_of())
     bare = tmp_path / "page.html"
     bare.write_text(page)
     probed = tmp_path / "probed.html"  # the same page, allowed to measure itself
@@ -347,10 +352,10 @@ def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(told,
             command, capture_output=True, text=True, timeout=180, check=True, env=os.environ | {"HOME": str(tmp_path)}
         )
 
-    seen = visit(bare, "a")
-    assert "CONSOLE" not in seen.stderr, seen.stderr
-    found = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', visit(host, "b").stdout)[1]))
-    assert found["figures"] == len(FIGURES.split())
-    assert not found["empty"]
-    assert found["title"] == "paper: self-play report"
-    assert found["page"] <= found["width"] == width
+    visited = visit(bare, "a")
+    assert "CONSOLE" not in visited.stderr, visited.stderr
+    probe = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', visit(host, "b").stdout)[1]))
+    assert probe["figures"] == len(FIGURES.split())
+    assert not probe["empty"]
+    assert probe["title"] == "paper: self-play report"
+    assert probe["page"] <= probe["width"] == width

@@ -50,15 +50,16 @@ def simulated(seed, strength, longer, n=805):
 
 
 def by_scikit_learn(preferences, model, baseline, difficulty, gamed) -> float:
-    """The package's estimator: soft labels as doubled rows with weights, L1 by liblinear, its strength by 5 folds of whole instructions."""
+    """The package's estimator: soft labels as doubled rows with weights, L1 by liblinear, its strength by 5 folds of
+    whole instructions."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
 
     delta = baseline - model
-    own = np.stack([np.tanh(delta / delta.std(ddof=1)), difficulty, np.ones(len(delta))], axis=1)
+    features = np.stack([np.tanh(delta / delta.std(ddof=1)), difficulty, np.ones(len(delta))], axis=1)
     more = np.stack([np.tanh(gamed.scaled_lengths), gamed.difficulty, np.zeros(len(gamed.difficulty))], axis=1)
-    x, y = np.concatenate([more, own]), np.concatenate([gamed.preferences, preferences])
-    weight = np.concatenate([np.full(len(more), 0.1), np.ones(len(own))])
+    x, y = np.concatenate([more, features]), np.concatenate([gamed.preferences, preferences])
+    weight = np.concatenate([np.full(len(more), 0.1), np.ones(len(features))])
     doubled, label, group = np.concatenate([x, x]), np.repeat([1, 0], len(x)), np.tile(np.arange(len(x)), 2)
     mass = np.concatenate([y, 1 - y]) * np.concatenate([weight, weight])
 
@@ -83,12 +84,12 @@ def by_scikit_learn(preferences, model, baseline, difficulty, gamed) -> float:
 @pytest.mark.parametrize(("strength", "longer"), [(0.5, 0.4), (-1.0, -0.2), (-2.5, -0.8)])
 def test_length_controlled_win_rates_are_the_packages_estimators(strength, longer):
     data = simulated(7, strength, longer)
-    ours = win_rates(*data[:4], gamed=data[4]).length_controlled
-    assert ours == pytest.approx(by_scikit_learn(*data), abs=0.1)
+    rate = win_rates(*data[:4], gamed=data[4]).length_controlled
+    assert rate == pytest.approx(by_scikit_learn(*data), abs=0.1)
 
 
 def stand_in():
-    """Two gamed baselines and a difficulty per instruction, in the shape of the package's df_gamed.csv, which is on the hub only."""
+    """Two gamed baselines and a difficulty per instruction, as in df_gamed.csv, which is on the hub only."""
     i = np.arange(805)
     difficulty = 1.2 * np.sin(1.7 * i) + 0.4 * np.sin(0.31 * i)
     scaled = np.concatenate([-1 + 0.6 * np.sin(2.3 * i), 1 + 0.6 * np.sin(2.9 * i)])
@@ -113,11 +114,14 @@ def annotations(shared, name, side):
         for line in (shared / "data" / "alpaca_eval" / f"judgements_{name}.jsonl").read_text().splitlines()
     ]
     index = [row["i"] for row in rows]
-    preference, ours, theirs = np.array([(row["preference"] - 1, row["len_2"], row["len_1"]) for row in rows]).T
-    return (index, preference, ours, theirs) if side == "model" else (index, 1 - preference, theirs, ours)
+    columns = np.array([(row["preference"] - 1, row["len_2"], row["len_1"]) for row in rows]).T
+    preference, model_lengths, baseline_lengths = columns
+    if side == "model":
+        return index, preference, model_lengths, baseline_lengths
+    return index, 1 - preference, baseline_lengths, model_lengths
 
 
-def by_the_package(index, preference, ours, theirs, tmp_path):
+def by_the_package(index, preference, model_lengths, baseline_lengths, tmp_path):
     import pandas as pd
     from alpaca_eval.metrics import glm_winrate
 
@@ -129,8 +133,8 @@ def by_the_package(index, preference, ours, theirs, tmp_path):
     rows = {
         "index": index,
         "preference": preference + 1,
-        "output_1": ["x" * int(n) for n in theirs],
-        "output_2": ["x" * int(n) for n in ours],
+        "output_1": ["x" * int(n) for n in baseline_lengths],
+        "output_2": ["x" * int(n) for n in model_lengths],
     }
     frame = pd.DataFrame(rows | {"generator_1": "a", "generator_2": "b", "annotator": "c"}).set_index("index")
     return tuple(
@@ -143,10 +147,10 @@ def by_the_package(index, preference, ours, theirs, tmp_path):
 
 @pytest.mark.parametrize(("name", "side"), BY_THE_PACKAGE)
 def test_length_controlled_win_rates_of_real_judgements_are_the_packages(shared, name, side):
-    index, *found = annotations(shared, name, side)
+    index, *columns = annotations(shared, name, side)
     gamed = stand_in()
-    with_it = win_rates(*found, gamed.difficulty[index], gamed).length_controlled
-    assert (with_it, win_rates(*found).length_controlled) == pytest.approx(BY_THE_PACKAGE[name, side], abs=0.1)
+    with_it = win_rates(*columns, gamed.difficulty[index], gamed).length_controlled
+    assert (with_it, win_rates(*columns).length_controlled) == pytest.approx(BY_THE_PACKAGE[name, side], abs=0.1)
 
 
 @pytest.mark.parametrize(("name", "side"), BY_THE_PACKAGE)
@@ -178,9 +182,9 @@ def test_a_judge_that_is_away_leaves_only_the_count():
 
 def test_the_official_prompt_becomes_messages_and_answers_are_never_read_as_fields(shared):
     template = (shared / "data" / "alpaca_eval" / "prompt_alpaca_eval_clf.txt").read_text()
-    found = messages(template, "Say {output_2}", "first {instruction}", "second")
-    assert [message["role"] for message in found] == ["system", "user"]
-    body = found[1]["content"]
+    filled = messages(template, "Say {output_2}", "first {instruction}", "second")
+    assert [message["role"] for message in filled] == ["system", "user"]
+    body = filled[1]["content"]
     assert '"instruction": """Say {output_2}""",' in body
     assert '"output": """first {instruction}"""' in body
     assert '"output": """second"""' in body
@@ -229,5 +233,6 @@ def test_annotations_do_not_depend_on_where_an_answer_stands():
     judge = Partial()
     assert annotate(judge, template, rows) == [1.0] * 20
     assert judge.options[0] == {"temperature": 0.0, "max_tokens": 1, "top_logprobs": 5}
-    found = annotate(judge, template, [*rows, {"instruction": "unreachable", "output": "good", "baseline": "bad"}])
-    assert math.isnan(found[-1])
+    rows.append({"instruction": "unreachable", "output": "good", "baseline": "bad"})
+    preferences = annotate(judge, template, rows)
+    assert math.isnan(preferences[-1])

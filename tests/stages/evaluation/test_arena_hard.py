@@ -13,7 +13,7 @@ from stages.evaluation.logistic import fit
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("My final verdict is tie: [[A=B]]", (0.5, 1)),
         ("[[A>>B]]", (1.0, 3)),
@@ -24,8 +24,8 @@ from stages.evaluation.logistic import fit
         ("A is better", None),
     ],
 )
-def test_verdicts(text, found):
-    assert verdict(text) == found
+def test_verdicts(text, expected):
+    assert verdict(text) == expected
 
 
 def test_style_counts_marks_outside_code():
@@ -36,10 +36,10 @@ def test_style_counts_marks_outside_code():
 
 
 def test_style_difference_by_hand():
-    ours = {"length": 30.0, "headers": 2.0, "lists": 0.0, "bold": 0.0}
-    theirs = {"length": 10.0, "headers": 0.0, "lists": 0.0, "bold": 0.0}
+    model = {"length": 30.0, "headers": 2.0, "lists": 0.0, "bold": 0.0}
+    baseline = {"length": 10.0, "headers": 0.0, "lists": 0.0, "bold": 0.0}
     # (30 - 10) / 40; density 2 / 31, then (2/31) / (2/31 + 1) = 2 / 33
-    assert style_difference(ours, theirs) == pytest.approx((0.5, 2 / 33, 0.0, 0.0))
+    assert style_difference(model, baseline) == pytest.approx((0.5, 2 / 33, 0.0, 0.0))
 
 
 def planted(strengths, styles, prompts=3000, seed=0):
@@ -57,11 +57,11 @@ def planted(strengths, styles, prompts=3000, seed=0):
 def test_planted_strengths_and_styles_are_recovered():
     strengths, styles = (-1.0, 0.0, 0.8), (0.7, 0.3, -0.2, 0.0)
     games = planted(strengths, styles)
-    controlled, found = scores(games)
+    controlled, coefficients = scores(games)
     for m, strength in enumerate(strengths):
         assert controlled[f"m{m}"] == pytest.approx(100 / (1 + math.exp(-strength)), abs=2.5)
     spread = np.array([game.style for game in games]).std(axis=0)
-    assert [found[name] for name in ("length", "headers", "lists", "bold")] == pytest.approx(
+    assert [coefficients[name] for name in ("length", "headers", "lists", "bold")] == pytest.approx(
         list(np.array(styles) * spread), abs=0.07
     )
     plain, nothing = scores(games, style_control=False)
@@ -76,10 +76,10 @@ def test_the_fit_is_scikit_learns():
     x = rng.normal(size=(500, 3))
     y = (rng.random(500) < 1 / (1 + np.exp(-x @ np.array([1.0, -0.5, 0.2])))).astype(int)
     w = rng.integers(1, 4, 500).astype(float)
-    theirs = (
+    coefficients = (
         LogisticRegression(C=1e6, fit_intercept=False, tol=1e-10, max_iter=1000).fit(x, y, sample_weight=w).coef_[0]
     )
-    assert fit(x, y, w) == pytest.approx(theirs, abs=1e-5)
+    assert fit(x, y, w) == pytest.approx(coefficients, abs=1e-5)
 
 
 def test_a_model_that_wins_everything_has_a_finite_score():
@@ -114,17 +114,18 @@ def test_two_games_a_prompt_with_the_official_template_and_failures_counted(shar
     with open(shared / "data" / "arena_hard" / "v0.1_question.jsonl") as file:
         questions = [json.loads(line) for line, _ in zip(file, range(3), strict=False)]
     rows = [
-        {"prompt_id": one["uid"], "prompt": one["prompt"], "answer": "mine", "baseline": "theirs"} for one in questions
+        {"prompt_id": question["uid"], "prompt": question["prompt"], "answer": "mine", "baseline": "theirs"}
+        for question in questions
     ]
     rows.append({"prompt_id": "x", "prompt": "broken", "answer": "mine", "baseline": "theirs"})
     games = play(Judge(), config["system_prompt"], config["prompt_template"][0], "m", rows)
     assert len(games) == 8
     # The baseline is A first: [[B>A]] is a win of weight 1; then the model is A: [[A>>B]] is a win of weight 3.
     assert [(game.outcome, game.weight) for game in games[:2]] == [(1.0, 1), (1.0, 3)]
-    found = {(row["task"], row["metric"]): row for row in report(games, "judge")}
-    assert found["arena_hard", "failed_judgments"]["value"] == 2
-    assert found["arena_hard/m", "score"]["value"] == 100
-    assert found["arena_hard/m", "score"]["n"] == 6
+    rows_by_metric = {(row["task"], row["metric"]): row for row in report(games, "judge")}
+    assert rows_by_metric["arena_hard", "failed_judgments"]["value"] == 2
+    assert rows_by_metric["arena_hard/m", "score"]["value"] == 100
+    assert rows_by_metric["arena_hard/m", "score"]["n"] == 6
 
 
 def test_a_judge_that_is_away_gives_only_the_count():

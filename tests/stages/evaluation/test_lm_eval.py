@@ -1,6 +1,7 @@
-"""lm-eval in the loop: our rows against its own command line, official tasks from a mirror, both backends on a real model.
+"""lm-eval in the loop: our rows against its own command line, official tasks from a mirror, both backends.
 
-Strategy: the tiny model answers at chance, which is enough for parity; what the numbers mean is checked once, on SmolLM2 (slow).
+Strategy: the tiny model answers at chance, which is enough for parity; what the numbers mean is checked once, on
+SmolLM2 (slow).
 """
 
 import json
@@ -41,7 +42,7 @@ def run_python(code: str, *arguments: object, timeout: float = 500, **environmen
     return done.stdout
 
 
-OWN_ROWS = """
+LOCAL_ROWS = """
 import json, sys
 from stages.evaluation.lm_eval import evaluate, load_task
 from stages.models.policy import load_causal_lm
@@ -53,7 +54,7 @@ print("ROWS" + json.dumps(rows))
 
 
 def test_our_rows_are_those_of_lm_evals_own_command_line(tiny_model, tmp_path):
-    ours = json.loads(run_python(OWN_ROWS, tiny_model, QUICKSTART).partition("ROWS")[2])
+    rows = json.loads(run_python(LOCAL_ROWS, tiny_model, QUICKSTART).partition("ROWS")[2])
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "task.yaml").write_text(yaml.safe_dump(load_task(str(QUICKSTART))))
     arguments = [
@@ -75,11 +76,11 @@ def test_our_rows_are_those_of_lm_evals_own_command_line(tiny_model, tmp_path):
         tmp_path / "out",
     ]
     printed = run_python("import sys; from lm_eval.__main__ import cli_evaluate; cli_evaluate()", *arguments)
-    theirs = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["quickstart_mc"]
-    assert {row["metric"] for row in ours} == {"acc", "acc_norm"}
-    for row in ours:
-        assert row["value"] == pytest.approx(theirs[f"{row['metric']},none"], abs=1e-12)
-        assert row["stderr"] == pytest.approx(theirs[f"{row['metric']}_stderr,none"], abs=1e-12)
+    reference = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["quickstart_mc"]
+    assert {row["metric"] for row in rows} == {"acc", "acc_norm"}
+    for row in rows:
+        assert row["value"] == pytest.approx(reference[f"{row['metric']},none"], abs=1e-12)
+        assert row["stderr"] == pytest.approx(reference[f"{row['metric']}_stderr,none"], abs=1e-12)
         line = re.search(rf"\|{row['metric']} *\|[^|]*\|([^|]*)\|[^|]*\|([^|]*)\|", printed)
         assert (f"{row['value']:.4f}", f"{row['stderr']:.4f}") == (line[1].strip(), line[2].strip())
         assert (row["suite"], row["task"], row["n"], row["n_shot"], row["task_version"]) == (
@@ -137,14 +138,13 @@ def test_an_official_task_reads_its_data_from_a_mirror(tiny_model, shared, tmp_p
     )
     assert 0 <= row["value"] <= 1
     assert row["stderr"] > 0
-    assert (
-        f"the data of allenai/winogrande is not in data_root: neither {tmp_path}/allenai/winogrande nor {tmp_path}/winogrande"
-        in out
-    )
+    clones = f"neither {tmp_path}/allenai/winogrande nor {tmp_path}/winogrande"
+    assert f"the data of allenai/winogrande is not in data_root: {clones}" in out
 
 
 def test_every_suite_names_tasks_that_lm_eval_has():
-    code = "import json; from lm_eval.tasks import TaskManager; print('NAMES' + json.dumps(sorted(TaskManager().all_tasks)))"
+    code = "import json; from lm_eval.tasks import TaskManager\n"
+    code += "print('NAMES' + json.dumps(sorted(TaskManager().all_tasks)))"
     names = set(json.loads(run_python(code).partition("NAMES")[2]))
     assert {member.task for suite in SUITES.values() for member in suite} <= names
 
@@ -174,8 +174,8 @@ def test_the_stage_writes_the_benchmarks_beside_the_heldout_numbers(
 ):
     prompts = make_prompts(store, 4)
     rows = [
-        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1], "token_logps": [-1.0] * 3,
-         "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
+        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1], 
+         "token_logps": [-1.0] * 3, "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
         for i in range(4)
     ]  # fmt: skip
     inputs = {
@@ -191,31 +191,32 @@ def test_the_stage_writes_the_benchmarks_beside_the_heldout_numbers(
     }
     done = run_stage_command("evaluate", config, inputs, store)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = read_shards(done.stdout.strip().splitlines()[-1], "eval_report").to_pylist()
-    assert {(row["suite"], row["metric"]) for row in found} >= {
+    report = read_shards(done.stdout.strip().splitlines()[-1], "eval_report").to_pylist()
+    assert {(row["suite"], row["metric"]) for row in report} >= {
         ("heldout", "score"),
         ("lm-eval", "acc"),
         ("lm-eval", "acc_norm"),
     }
-    assert {row["n"] for row in found if row["suite"] == "lm-eval"} == {6}
+    assert {row["n"] for row in report if row["suite"] == "lm-eval"} == {6}
 
 
 LOGLIKS = """
 import json, sys
 if __name__ == "__main__":
-    from stages.evaluation import lm_eval as ours
+    from stages.evaluation import lm_eval
     backend, model, task = sys.argv[1:4]
     if backend == "vllm":
-        lm = ours.open_vllm(model, "float32", "cpu", {"max_model_len": 512, "max_num_batched_tokens": 4096})
+        lm = lm_eval.open_vllm(model, "float32", "cpu", {"max_model_len": 512, "max_num_batched_tokens": 4096})
     else:
         from stages.models.policy import load_causal_lm
         from stages.models.tokens import load_tokenizer
-        lm = ours.open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
+        lm = lm_eval.open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
     from lm_eval.tasks import TaskManager
-    result = ours._evaluate(lm, [ours.load_task(task)], TaskManager(include_defaults=False), None)
+    result = lm_eval._evaluate(lm, [lm_eval.load_task(task)], TaskManager(include_defaults=False), None)
     samples = sorted(result["samples"]["arc_easy_100"], key=lambda sample: sample["doc_id"])
-    row = next(row for row in ours._rows(result, "lm-eval", "arc_easy_100") if row["metric"] == "acc")
-    print("FOUND" + json.dumps([row["value"], [resp[0][0] for sample in samples for resp in sample["resps"]]]), flush=True)
+    row = next(row for row in lm_eval._rows(result, "lm-eval", "arc_easy_100") if row["metric"] == "acc")
+    log_probs = [resp[0][0] for sample in samples for resp in sample["resps"]]
+    print("FOUND" + json.dumps([row["value"], log_probs]), flush=True)
     import os
     os._exit(0)
 """
@@ -232,22 +233,29 @@ def smollm2():
 
 @pytest.fixture
 def arc_easy(shared, tmp_path):
-    """A task of one's own: the first 100 questions, scored as the official task scores them."""
+    """A local task: the first 100 questions, scored as the official task scores them."""
     with open(shared / "data" / "multiple_choice" / "arc_easy.jsonl", encoding="utf-8") as file:
         (tmp_path / "test.jsonl").write_text("".join(line for line, _ in zip(file, range(100), strict=False)))
     task = {
-        "task": "arc_easy_100", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "test.jsonl"}}, "test_split": "test",
-        "output_type": "multiple_choice", "num_fewshot": 0, "doc_to_text": "{{query}}\nAnswer:", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "task": "arc_easy_100",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "test.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "num_fewshot": 0,
+        "doc_to_text": "{{query}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
-    }  # fmt: skip
+    }
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
     return tmp_path
 
 
 @pytest.mark.slow
 def test_arc_easy_on_smollm2_is_right_and_equal_on_both_backends(smollm2, arc_easy):
-    found = {
+    results = {
         backend: json.loads(
             run_python(LOGLIKS, backend, smollm2, arc_easy, OMP_NUM_THREADS="2")
             .partition("FOUND")[2]
@@ -255,18 +263,18 @@ def test_arc_easy_on_smollm2_is_right_and_equal_on_both_backends(smollm2, arc_ea
         )
         for backend in ("transformers", "vllm")
     }
-    (accuracy, ours), (other, theirs) = found["transformers"], found["vllm"]
-    assert accuracy == other == pytest.approx(0.46, abs=0.02)
-    assert len(ours) == len(theirs) >= 398
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+    (accuracy, log_probs), (vllm_accuracy, vllm_log_probs) = results["transformers"], results["vllm"]
+    assert accuracy == vllm_accuracy == pytest.approx(0.46, abs=0.02)
+    assert len(log_probs) == len(vllm_log_probs) >= 398
+    assert max(abs(a - b) for a, b in zip(log_probs, vllm_log_probs, strict=True)) < 1e-4
 
 
 @pytest.mark.slow
 def test_the_whole_stage_runs_on_vllm(smollm2, arc_easy, store, make_prompts, make_artifact, run_stage_command):
-    """lm-eval's engine, then the policy's and the start model's answers to MT-Bench: three engines one after the other in one process."""
+    """lm-eval's engine, then the policy's and the start model's answers to MT-Bench: three engines in one process."""
     rows = [
-        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 2], "token_logps": [-1.0] * 3,
-         "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
+        {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 2], 
+         "token_logps": [-1.0] * 3, "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
         for i in range(2)
     ]  # fmt: skip
     inputs = {
@@ -293,10 +301,10 @@ def test_the_whole_stage_runs_on_vllm(smollm2, arc_easy, store, make_prompts, ma
     done = run_stage_command("evaluate", config, inputs, store, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr[-3000:]
     directory = Path(done.stdout.strip().splitlines()[-1])
-    found = {(row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()}
-    accuracy = found["arc_easy_100", "acc"]
+    report = {(row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()}
+    accuracy = report["arc_easy_100", "acc"]
     assert (accuracy["value"], accuracy["n"]) == (pytest.approx(0.46, abs=0.02), 100)
-    assert found["mt_bench_pairs", "failed_judgments"]["n"] == 4
+    assert report["mt_bench_pairs", "failed_judgments"]["n"] == 4
     answers = [
         json.loads(line)["choices"][0]["turns"]
         for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()

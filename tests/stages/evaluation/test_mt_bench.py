@@ -1,6 +1,7 @@
-"""MT-Bench: prompts against the official templates, verdicts as FastChat reads them, failures, and our own question set.
+"""MT-Bench: prompts against the official templates, verdicts as FastChat reads them, failures, and our question set.
 
-Strategy for the prompts: an independent filling by plain text replacement, over the official files, for all 160 judgments of each kind.
+Strategy for the prompts: an independent filling by plain text replacement, over the official files, for all 160
+judgments of each kind.
 """
 
 import json
@@ -46,13 +47,13 @@ def replaced(template: str, fields: dict[str, str]) -> str:
     """Each {field} of the template by its text, from left to right, texts never looked at."""
     out, rest = [], template
     while rest:
-        places = {name: rest.find("{" + name + "}") for name in fields}
-        found = {name: place for name, place in places.items() if place >= 0}
-        if not found:
+        positions = {name: rest.find("{" + name + "}") for name in fields}
+        next_fields = {name: position for name, position in positions.items() if position >= 0}
+        if not next_fields:
             break
-        name = min(found, key=found.get)
-        out += [rest[: found[name]], fields[name]]
-        rest = rest[found[name] + len(name) + 2 :]
+        name = min(next_fields, key=next_fields.get)
+        out += [rest[: next_fields[name]], fields[name]]
+        rest = rest[next_fields[name] + len(name) + 2 :]
     return "".join(out) + rest
 
 
@@ -80,17 +81,17 @@ def test_all_160_judge_prompts_are_the_official_templates_byte_for_byte(official
                     "ref_answer_2": references[question["question_id"]][1],
                 }
             if kind == "single":
-                ours = texts(question)
-                fields |= {"answer": ours[0], "answer_1": ours[0], "answer_2": ours[1]}
-                found = single_prompt(bench, question, ours, turn)
+                answers = texts(question)
+                fields |= {"answer": answers[0], "answer_1": answers[0], "answer_2": answers[1]}
+                messages = single_prompt(bench, question, answers, turn)
             else:
                 a, b = texts(question, "a"), texts(question, "b")
                 fields |= {"answer_a": a[0], "answer_b": b[0]}
                 fields |= {"answer_a_1": a[0], "answer_a_2": a[1], "answer_b_1": b[0], "answer_b_2": b[1]}
-                found = pair_prompt(bench, question, a, b, turn)
-            assert found[0] == {"role": "system", "content": template["system_prompt"]}
-            assert found[1]["role"] == "user"
-            assert found[1]["content"].encode() == replaced(template["prompt_template"], fields).encode()
+                messages = pair_prompt(bench, question, a, b, turn)
+            assert messages[0] == {"role": "system", "content": template["system_prompt"]}
+            assert messages[1]["role"] == "user"
+            assert messages[1]["content"].encode() == replaced(template["prompt_template"], fields).encode()
             checked, with_reference = checked + 1, with_reference + needs
     assert (checked, with_reference) == (160, 60)
 
@@ -131,7 +132,7 @@ def test_answers_are_asked_in_two_rounds_at_the_categories_temperature():
 
 
 class Grader:
-    """Gives every turn 1 an 8, every turn 2 a 6, is away for some questions, and talks instead of grading for others."""
+    """Gives every turn 1 an 8, every turn 2 a 6; is away for some questions, and talks instead of grading others."""
 
     name = "grader"
 
@@ -162,15 +163,15 @@ def test_a_score_is_the_mean_of_the_judgments_that_succeeded():
     bench = load(OWN)
     first, second = (question["question_id"] for question in bench.questions[:2])
     rows = judge_singly(bench, answers_of(bench, "mine"), Grader(away=[f"mine {first} "], chatty=[f"mine {second} "]))
-    found = {(row["task"], row["metric"]): row for row in report(rows, "grader")}
-    failed = found["mt_bench", "failed_judgments"]
+    rows_by_metric = {(row["task"], row["metric"]): row for row in report(rows, "grader")}
+    failed = rows_by_metric["mt_bench", "failed_judgments"]
     assert (failed["value"], failed["n"]) == (4.0, 2 * len(bench.questions))
-    score = found["mt_bench", "score"]
+    score = rows_by_metric["mt_bench", "score"]
     assert (score["value"], score["n"]) == (7.0, 2 * len(bench.questions) - 4)
-    assert found["mt_bench/turn_1", "score"]["value"] == 8.0
-    assert found["mt_bench/turn_2", "score"]["value"] == 6.0
-    assert (f"mt_bench/{bench.questions[0]['category']}", "score") not in found
-    assert {row["task_version"] for row in found.values()} == {"grader"}
+    assert rows_by_metric["mt_bench/turn_1", "score"]["value"] == 8.0
+    assert rows_by_metric["mt_bench/turn_2", "score"]["value"] == 6.0
+    assert (f"mt_bench/{bench.questions[0]['category']}", "score") not in rows_by_metric
+    assert {row["task_version"] for row in rows_by_metric.values()} == {"grader"}
 
 
 def test_a_judge_that_is_away_gives_no_score_at_all():
@@ -198,20 +199,20 @@ class Chooser:
 @pytest.mark.parametrize(
     ("rule", "outcome"),
     [
-        (lambda mine: f"[[{mine}]]", 1.0),  # ours in both orders
-        (lambda mine: "[[B]]" if mine == "A" else "[[A]]", 0.0),
-        (lambda mine: "[[A]]", 0.5),  # always the first: a tie
-        (lambda mine: "[[C]]", 0.5),
-        (lambda mine: "[[A]]" if mine == "A" else "none", None),  # one order failed
+        (lambda letter: f"[[{letter}]]", 1.0),  # the policy in both orders
+        (lambda letter: "[[B]]" if letter == "A" else "[[A]]", 0.0),
+        (lambda letter: "[[A]]", 0.5),  # always the first: a tie
+        (lambda letter: "[[C]]", 0.5),
+        (lambda letter: "[[A]]" if letter == "A" else "none", None),  # one order failed
     ],
 )
 def test_a_pair_is_won_only_in_both_orders(rule, outcome):
     bench = load(OWN)
     rows = judge_in_pairs(bench, answers_of(bench, "mine"), answers_of(bench, "theirs"), Chooser(rule))
     assert {row["outcome"] for row in rows} == {outcome}
-    found = {(row["task"], row["metric"]): row["value"] for row in report(rows, "chooser", "outcome")}
-    assert found.get(("mt_bench_pairs", "win_rate")) == outcome
-    assert found["mt_bench_pairs", "failed_judgments"] == (len(rows) if outcome is None else 0)
+    values = {(row["task"], row["metric"]): row["value"] for row in report(rows, "chooser", "outcome")}
+    assert values.get(("mt_bench_pairs", "win_rate")) == outcome
+    assert values["mt_bench_pairs", "failed_judgments"] == (len(rows) if outcome is None else 0)
 
 
 def test_our_own_set_has_every_category_and_its_references():

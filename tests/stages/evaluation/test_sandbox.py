@@ -1,7 +1,8 @@
-"""Hostile programs, planted, each beside what it would have done to us; and honest ones, which must not notice the sandbox.
+"""Hostile programs, each beside what it does without a sandbox; and honest ones, which must not notice the sandbox.
 
-Strategy: the real sandbox around real programs. `bait` is everything worth stealing or breaking: a secret in the environment, a file, a
-server, a process. Each hostile program is first shown to do its deed without a sandbox, so that no test passes for want of trying.
+Strategy: the real sandbox around real programs. `bait` is everything worth stealing or breaking: a secret in the
+environment, a file, a server, a process. Each hostile program is also run without a sandbox and then succeeds, so that
+no test passes for want of trying.
 """
 
 import gzip
@@ -78,7 +79,8 @@ def _count(server, visits):
 
 
 DEEDS = {
-    "read a secret of the environment": "import os\nassert 'hush' in os.environ.values() or b'hush' in open('/proc/%d/environ' % os.getppid(), 'rb').read()",
+    "read a secret of the environment": "import os\nparent = '/proc/%d/environ' % os.getppid()\n"
+    "assert 'hush' in os.environ.values() or b'hush' in open(parent, 'rb').read()",
     "read a file of ours": "assert open('{directory}/diary.txt').read() == 'hush'",
     "write beside it": "open('{directory}/mark', 'w').write('x')",
     "write into the interpreter": "import json, os\nos.close(os.open(json.__file__, os.O_WRONLY))",
@@ -110,14 +112,14 @@ WRITABLE = (
 )
 DESCRIPTORS = """
 import os
-found = 0
+descriptors = 0
 for number in range(3, 64):
     try:
         os.fstat(number)
-        found += 1
+        descriptors += 1
     except OSError:
         pass
-assert found > 1, "beside the one it answers on"
+assert descriptors > 1, "beside the one it answers on"
 """
 
 
@@ -127,7 +129,8 @@ def test_no_second_way_out():
         "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0",
         "import os\nos.setuid(0)",
         "import os\nos.chroot('/tmp')",
-        "import os\nos.chdir('../../../..')\nassert len(set(os.listdir()) - {'usr', 'bin', 'lib', 'lib64', 'etc', 'dev', 'tmp'}) > 5",
+        "import os\nos.chdir('../../../..')\n"
+        "assert len(set(os.listdir()) - {'usr', 'bin', 'lib', 'lib64', 'etc', 'dev', 'tmp'}) > 5",
         DESCRIPTORS,
         CAPABLE,
         WRITABLE,
@@ -185,8 +188,13 @@ def test_an_endless_loop_a_fork_bomb_and_a_hog_end_and_leave_nothing():
 
 
 ENDS_EARLY = (
-    "import os\nos._exit(0)", "raise SystemExit(0)", "exit()", "import ctypes\nctypes.string_at(0)", "def f(:", "import os\nwhile True: os.write(3, b'+' * 99)",
-)  # fmt: skip
+    "import os\nos._exit(0)",
+    "raise SystemExit(0)",
+    "exit()",
+    "import ctypes\nctypes.string_at(0)",
+    "def f(:",
+    "import os\nwhile True: os.write(3, b'+' * 99)",
+)
 
 
 @pytest.mark.parametrize("program", ENDS_EARLY)
@@ -204,21 +212,25 @@ ORDINARY = """
 import json, os, socket, subprocess, sys, tempfile
 from stages.evaluation.sandbox import check, run
 check()
-with tempfile.TemporaryDirectory() as directory, subprocess.Popen(["sleep", "60"]) as victim, socket.create_server(("127.0.0.1", 0)) as server:
+with (
+    tempfile.TemporaryDirectory() as directory,
+    subprocess.Popen(["sleep", "60"]) as victim,
+    socket.create_server(("127.0.0.1", 0)) as server,
+):
     with open(f"{directory}/diary.txt", "w") as file:
         file.write("hush")
     names = {"directory": directory, "port": server.getsockname()[1], "victim": victim.pid}
-    said = {deed: run(program.format(**names)) for deed, program in json.load(sys.stdin).items()}
+    results = {deed: run(program.format(**names)) for deed, program in json.load(sys.stdin).items()}
     assert victim.poll() is None and os.listdir(directory) == ["diary.txt"]
     victim.kill()
-print(json.dumps(said))
+print(json.dumps(results))
 """
 
 
 def test_an_ordinary_user_is_as_safe_as_root():
-    """Whose files and processes would be the program's own. Root plays one: a user without rights to whom root's own things belong."""
+    """An ordinary user owns the files and processes that the program attacks. Root plays one, in a user namespace."""
     if os.geteuid():
-        pytest.skip("who runs this is one: the other tests say so")
+        pytest.skip("the tests are run by an ordinary user already")
     user = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
     if shutil.which("unshare") is None or subprocess.run([*user, "true"], capture_output=True, check=False).returncode:
         pytest.skip("unshare(1) cannot make a user here")
@@ -236,9 +248,9 @@ def test_an_ordinary_user_is_as_safe_as_root():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said.pop("honest") == "passed"
-    assert not {"passed", "timed out"} & set(said.values()), said
+    results = json.loads(done.stdout)
+    assert results.pop("honest") == "passed"
+    assert not {"passed", "timed out"} & set(results.values()), results
 
 
 def test_without_a_sandbox_there_are_still_limits_and_no_secrets(bait):
@@ -267,13 +279,13 @@ def test_the_metric_that_humaneval_asks_for_is_ours_and_counts_as_the_paper_does
     add = "def add(a, b): return a + b"
     with code_run_by(CodeEval()):
         metric = evaluate.load("code_eval")
-        rates, told = metric.compute(
+        rates, verdicts = metric.compute(
             references=["assert add(2, 3) == 5"] * 2,
             predictions=[[add, "def add(a, b): return a * b"], [add, add]],
             k=[1, 2, 5],
         )
     assert rates == {"pass@1": 0.75, "pass@2": 1.0}  # 1 - C(n - c, k) / C(n, k); no 5 of 2
-    assert [verdict["passed"] for _, verdict in told[0]] == [True, False] and told[0][1][1][
+    assert [verdict["passed"] for _, verdict in verdicts[0]] == [True, False] and verdicts[0][1][1][
         "result"
     ] == "AssertionError"
 
@@ -288,7 +300,7 @@ def test_a_machine_without_namespaces_is_refused_before_a_model_loads(monkeypatc
     monkeypatch.setattr(sandbox, "run", refuse)
     with pytest.raises(
         ConfigError,
-        match=r"sandbox on this machine: unshare \(Operation not permitted\)\. .* set evaluation.runtime.sandbox: false",
+        match=r"on this machine: unshare \(Operation not permitted\)\. .* set evaluation.runtime.sandbox: false",
     ):
         check_sandbox(config)
     with pytest.raises(

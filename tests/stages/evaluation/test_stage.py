@@ -1,4 +1,7 @@
-"""The evaluate stage with a judge: MT-Bench, AlpacaEval 2 and Arena-Hard on the tiny model, with a judge that answers, talks, or is away."""
+"""The evaluate stage on the tiny model, with a judge for MT-Bench, AlpacaEval 2 and Arena-Hard.
+
+The judge answers, answers what cannot be read, or is away.
+"""
 
 import json
 import math
@@ -21,7 +24,7 @@ from stages.scoring.endpoint import Endpoint, EndpointRuntime
 
 @pytest.fixture
 def server():
-    """A judge that gives a grade of 7, says nothing that can be read to the maths question, and prefers what is shown first."""
+    """A judge that grades everything 7, but gives the maths question no grade, and prefers the answer shown first."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,7 +57,10 @@ def server():
     http.server_close()
 
 
-ARENA = "<|User Prompt|>\n{question_1}\n\n<|The Start of Assistant A's Answer|>\n{answer_1}\n<|The Start of Assistant B's Answer|>\n{answer_2}"
+ARENA = (
+    "<|User Prompt|>\n{question_1}\n\n<|The Start of Assistant A's Answer|>\n{answer_1}\n"
+    "<|The Start of Assistant B's Answer|>\n{answer_2}"
+)
 
 
 def lines(path, rows):
@@ -88,8 +94,8 @@ def evaluated(store, tiny_model, make_prompts, make_artifact, run_stage_command)
 
     def run(url, benchmarks, **config):
         rows = [
-            {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1], "token_logps": [-1.0] * 3,
-             "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
+            {"prompt_id": f"p{i:03d}", "candidate": 0, "prompt_ids": [60, 61], "token_ids": [70 + i, 80, 1],
+             "token_logps": [-1.0] * 3, "finish_reason": "stop", "seed": 0, "completion": f"word {i}"}
             for i in range(3)
         ]  # fmt: skip
         inputs = {"prompts": make_prompts(store, 3), "generations": make_artifact(store, "generations", rows)}
@@ -111,42 +117,43 @@ def evaluated(store, tiny_model, make_prompts, make_artifact, run_stage_command)
 
 def test_all_three_benchmarks_are_judged_and_what_could_not_be_read_is_counted(server, evaluated, benches):
     url, requests = server
-    found, directory = evaluated(url, benches)
-    score, failed = found["mt_bench", "score"], found["mt_bench", "failed_judgments"]
+    rows, directory = evaluated(url, benches)
+    score, failed = rows["mt_bench", "score"], rows["mt_bench", "failed_judgments"]
     assert (score["value"], score["n"], score["task_version"]) == (7.0, 14, "grader")
     assert (failed["value"], failed["n"]) == (2.0, 16)
-    # The policy is the start model, and the judge likes the first place: a tie in both orders, asked once where both read the same.
-    assert (found["mt_bench_pairs", "win_rate"]["value"], found["mt_bench_pairs", "win_rate"]["n"]) == (0.5, 16)
-    rate = found["alpaca_eval", "win_rate"]
+    # The policy is the start model, and the judge prefers the first answer: a tie in both orders. Where both orders
+    # read the same they are one request.
+    assert (rows["mt_bench_pairs", "win_rate"]["value"], rows["mt_bench_pairs", "win_rate"]["n"]) == (0.5, 16)
+    rate = rows["alpaca_eval", "win_rate"]
     second = math.exp(-0.1) / (math.exp(-0.1) + math.exp(-2.0))
     shown_first = [is_swapped(text) for text in ("Say hello.", "Count to three.", "Name a tree.", "Please mumble.")]
     assert rate["value"] == pytest.approx(100 * sum(1 - second if first else second for first in shown_first) / 4)
-    assert (rate["n"], found["alpaca_eval", "length_controlled_win_rate"]["n"]) == (4, 4)
+    assert (rate["n"], rows["alpaca_eval", "length_controlled_win_rate"]["n"]) == (4, 4)
     # Game 1 shows the baseline as A, game 2 the policy: one win each, and the mumbled prompt is in no mean.
-    assert (found["arena_hard", "score"]["value"], found["arena_hard", "score"]["n"]) == (50.0, 6)
-    assert found["arena_hard", "style_controlled_score"]["n"] == 6
-    assert (found["arena_hard", "failed_judgments"]["value"], found["arena_hard", "failed_judgments"]["n"]) == (2.0, 8)
-    assert ("heldout", "score") in found
+    assert (rows["arena_hard", "score"]["value"], rows["arena_hard", "score"]["n"]) == (50.0, 6)
+    assert rows["arena_hard", "style_controlled_score"]["n"] == 6
+    assert (rows["arena_hard", "failed_judgments"]["value"], rows["arena_hard", "failed_judgments"]["n"]) == (2.0, 8)
+    assert ("heldout", "score") in rows
     graded = [request for request in requests if request["messages"][-1]["content"] and request["max_tokens"] == 2048]
     assert len(graded) == 16 + 16  # single and, the two orders being one request, in pairs
     assert all(request["temperature"] == 0 for request in requests)
-    kept = [json.loads(line) for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()]
-    assert len(kept) == 8 and all(len(row["choices"][0]["turns"]) == 2 for row in kept)
+    answers = [json.loads(line) for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 8 and all(len(row["choices"][0]["turns"]) == 2 for row in answers)
     assert {path.name for path in directory.glob("*_answers.jsonl")} == {f"{name}_answers.jsonl" for name in benches}
 
 
 def test_a_judge_that_is_away_leaves_the_rest_of_the_report(evaluated, benches):
-    found, _ = evaluated("http://127.0.0.1:9/v1", benches)
-    failed = {task: (row["value"], row["n"]) for (task, metric), row in found.items() if metric == "failed_judgments"}
+    rows, _ = evaluated("http://127.0.0.1:9/v1", benches)
+    failed = {task: (row["value"], row["n"]) for (task, metric), row in rows.items() if metric == "failed_judgments"}
     assert failed == {"mt_bench": (16, 16), "mt_bench_pairs": (16, 16), "alpaca_eval": (4, 4), "arena_hard": (8, 8)}
-    assert {task for task, metric in found if metric != "failed_judgments"} == {"heldout"}
-    assert ("heldout", "score") in found
+    assert {task for task, metric in rows if metric != "failed_judgments"} == {"heldout"}
+    assert ("heldout", "score") in rows
 
 
 def test_heldout_answers_whose_judge_is_away_are_unscored_and_the_stage_ends_well(evaluated):
     judge = {"name": "llm_judge", "model": "m", "runtime": {"base_url": "http://127.0.0.1:9/v1", "retries": 0}}
-    found, directory = evaluated("", {}, scorer=judge)
-    assert ("heldout", "score") not in found and ("heldout", "mean_tokens") in found
+    rows, directory = evaluated("", {}, scorer=judge)
+    assert ("heldout", "score") not in rows and ("heldout", "mean_tokens") in rows
     assert [row["score"] for row in read_shards(directory, "heldout", "heldout").to_pylist()] == [None] * 3
 
 
@@ -166,7 +173,7 @@ def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "text", "said"),
+    ("name", "file", "text", "message"),
     [
         ("alpaca_eval", "more.json", "[]", "must hold exactly one .json or .jsonl file"),
         ("alpaca_eval", "baseline.jsonl", '{"instruction": "x"}', "row 0 has no `instruction` and `output`"),
@@ -183,12 +190,12 @@ def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
         ("mt_bench", None, "none.jsonl", "cannot read .*none.jsonl"),
     ],
 )
-def test_broken_files_are_refused_by_name_before_anything_runs(benches, name, file, text, said):
+def test_broken_files_are_refused_by_name_before_anything_runs(benches, name, file, text, message):
     settings = {"judge": "x"} | benches[name] | ({} if file else {"baseline": text})
     if file:
         Path(settings["path"], file).write_text(text)
     config = EvaluationConfig.model_validate({"scorer": {"name": "length"}, name: settings})
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_files(name, getattr(config, name))
 
 
@@ -209,8 +216,9 @@ def test_best_of_n_and_rouge_are_rows_of_the_heldout_report(
     store, tiny_model, make_prompts, make_artifact, run_stage_command, make_rows
 ):
     rows = [
-        {"prompt_id": f"p{i:03d}", "candidate": k, "prompt_ids": [60, 61], "token_ids": [70, 80, *[90] * k, 1], "token_logps": [-1.0] * (3 + k),
-         "finish_reason": "stop", "seed": k, "completion": make_rows(3)[i]["response"] if k == 0 else "quite another text"}
+        {"prompt_id": f"p{i:03d}", "candidate": k, "prompt_ids": [60, 61], "token_ids": [70, 80, *[90] * k, 1],
+         "token_logps": [-1.0] * (3 + k), "finish_reason": "stop", "seed": k,
+         "completion": make_rows(3)[i]["response"] if k == 0 else "quite another text"}
         for i in range(3) for k in range(3)
     ]  # fmt: skip
     inputs = {"prompts": make_prompts(store, 3), "generations": make_artifact(store, "generations", rows)}
@@ -218,10 +226,11 @@ def test_best_of_n_and_rouge_are_rows_of_the_heldout_report(
     config = {"scorer": {"name": "length", "target_tokens": 3}, "dtype": "float32", "best_of": [1, 3], "rouge_l": True}
     done = run_stage_command("evaluate", config, inputs, store)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {row["metric"]: row for row in read_shards(done.stdout.strip().splitlines()[-1], "eval_report").to_pylist()}
-    assert found["best_of_1"]["value"] == pytest.approx(found["score"]["value"])
-    assert found["best_of_3"]["value"] > found["best_of_1"]["value"]
-    assert found["rouge_l"]["value"] == pytest.approx(1 / 3)
+    report = read_shards(done.stdout.strip().splitlines()[-1], "eval_report").to_pylist()
+    values = {row["metric"]: row["value"] for row in report}
+    assert values["best_of_1"] == pytest.approx(values["score"])
+    assert values["best_of_3"] > values["best_of_1"]
+    assert values["rouge_l"] == pytest.approx(1 / 3)
     refused = run_stage_command("evaluate", config | {"best_of": [4]}, inputs, store)
     assert refused.returncode == 2
     assert "set heldout_sampling.num_candidates" in refused.stderr
@@ -229,10 +238,10 @@ def test_best_of_n_and_rouge_are_rows_of_the_heldout_report(
 
 def test_an_endpoint_gives_the_alternatives_of_the_first_token(server, tmp_path):
     judge = EndpointJudge("grader", Endpoint(EndpointRuntime(base_url=server[0]), tmp_path))
-    asked = [[{"role": "user", "content": "which?"}], [{"role": "user", "content": "which, again?"}]]
-    first, _ = judge.ask(asked, temperature=0.0, max_tokens=1, top_logprobs=5)
+    conversations = [[{"role": "user", "content": "which?"}], [{"role": "user", "content": "which, again?"}]]
+    first, _ = judge.ask(conversations, temperature=0.0, max_tokens=1, top_logprobs=5)
     assert first.top_logprobs == {"M": -0.1, "m": -2.0}
-    assert judge.ask(asked[:1], temperature=0.0, max_tokens=8)[0].top_logprobs is None
+    assert judge.ask(conversations[:1], temperature=0.0, max_tokens=8)[0].top_logprobs is None
 
 
 def test_where_the_judge_answers_enters_no_key_and_who_it_is_does():

@@ -1,7 +1,8 @@
-"""Every task of every suite runs without a hub, on a mirror with a few questions in the official schema (tests/assets/suite_mirror.py).
+"""Every task of every suite runs without a hub, on a mirror with a few questions in the official schema.
 
-Strategy: one process for all suites, one question per task, the tiny model; what is checked is that each task finds its data, its examples
-and its number. What the numbers mean is lm-eval's, and is compared with its command line in test_lm_eval.py.
+The mirror is made by tests/assets/suite_mirror.py. Strategy: one process for all suites, one question per task, the
+tiny model; each task must find its data, its examples and its number. What the numbers mean is lm-eval's, and is
+compared with its command line in test_lm_eval.py.
 """
 
 import json
@@ -21,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[3]
 CODE = """
 import json, os, runpy, sys
 from pathlib import Path
-model, work, wanted = sys.argv[1:4]
+model, work, tasks_of = sys.argv[1:4]
 root = runpy.run_path("tests/assets/suite_mirror.py")["build"](Path(work))
 os.environ["NLTK_DATA"] = str(root / "nltk")
 from stages.evaluation.lm_eval import evaluate_suite, open_transformers
 from stages.models.policy import load_causal_lm
 from stages.models.tokens import load_tokenizer
 lm = open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
-for suite, only in json.loads(wanted).items():
+for suite, only in json.loads(tasks_of).items():
     print("ROWS" + json.dumps(evaluate_suite(lm, suite, str(root), 1, only, allow_code=True)), flush=True)
 """
 
@@ -39,8 +40,8 @@ def runnable(member) -> bool:
 
 @pytest.mark.slow
 def test_every_task_of_every_suite_runs_on_a_mirror_without_a_hub(tiny_model, tmp_path):
-    wanted = {suite: [member.task for member in members if runnable(member)] for suite, members in SUITES.items()}
-    command = [sys.executable, "-c", CODE, str(tiny_model), str(tmp_path / "mirror"), json.dumps(wanted)]
+    tasks_of = {suite: [member.task for member in members if runnable(member)] for suite, members in SUITES.items()}
+    command = [sys.executable, "-c", CODE, str(tiny_model), str(tmp_path / "mirror"), json.dumps(tasks_of)]
     offline = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -52,14 +53,14 @@ def test_every_task_of_every_suite_runs_on_a_mirror_without_a_hub(tiny_model, tm
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [row for line in done.stdout.splitlines() if line.startswith("ROWS") for row in json.loads(line[4:])]
-    found = {(row["suite"], row["task"], row["metric"]): row for row in rows}
+    left_over = {(row["suite"], row["task"], row["metric"]): row for row in rows}
     for suite, members in SUITES.items():
         for member in filter(runnable, members):
             for metric in member.metrics:
-                row = found.pop((suite, member.task, metric.partition(",")[0]))
+                row = left_over.pop((suite, member.task, metric.partition(",")[0]))
                 assert 0 <= row["value"] <= 1 and row["n"] >= 1
                 assert member.num_fewshot is None or row["n_shot"] == member.num_fewshot
-    assert not found, "numbers that the suite does not name"
+    assert not left_over, "numbers that the suite does not name"
     counts = {row["task"]: row["n"] for row in rows}
     assert (counts["mmlu"], counts["leaderboard_bbh"], counts["leaderboard_gpqa"]) == (57, 24, 3)
     if left := sorted({member.task for members in SUITES.values() for member in members if not runnable(member)}):
