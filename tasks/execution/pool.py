@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelling, Crashed
+from prefect.states import Cancelling, Crashed, Pending
 
 from data_contracts.errors import ConfigError, TransientError
 from data_contracts.store import Store
@@ -83,7 +83,7 @@ class PoolHandle:
         with get_client(sync_client=True) as client:
             for rank, run in enumerate(self.runs):
                 self.request.check_clock(rank)
-                self.states[run] = client.read_flow_run(run).state
+                self.states[run] = client.read_flow_run(run).state or Pending()
         waiting = [run for run in self.runs if self.states[run].is_scheduled() or self.states[run].is_pending()]
         execution = self.pool.execution
         if waiting and time.monotonic() - self.began > execution.start_timeout_seconds:

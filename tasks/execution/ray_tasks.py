@@ -1,5 +1,8 @@
 """Tasks - the engine Ray: one task per piece of work and node, on a running cluster. The only file that imports ray."""
 
+# ray is no dependency: it is installed where the profile is used.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
