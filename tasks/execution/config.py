@@ -5,14 +5,23 @@ No engine is imported here.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from data_contracts.config import Runtime
 from stages.stage import STAGES
+from tasks.execution.engines import profiles
 
-Profile = Literal["local", "process-pool", "kubernetes", "ray", "slurm"]
+
+def _known_profile(name: str) -> str:
+    if name not in profiles():
+        raise ValueError(f"no engine is called {name!r}; there are {', '.join(profiles())}")
+    return name
+
+
+Profile = Annotated[str, AfterValidator(_known_profile), WithJsonSchema({"type": "string", "enum": profiles()})]
+"""The name of an engine (engines.py)."""
 
 
 class ExecutionConfig(Runtime):

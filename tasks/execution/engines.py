@@ -1,12 +1,34 @@
-"""Tasks - the execution engine of each profile; an engine's library is imported only when its profile is chosen."""
+"""Tasks - the execution engines by profile; an engine's library is imported only when its profile is chosen."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
+from data_contracts.errors import ConfigError
 from data_contracts.store import Store
-from tasks.execution.base import Executor
-from tasks.execution.config import ExecutionConfig
+
+if TYPE_CHECKING:
+    from tasks.execution.base import Executor
+    from tasks.execution.config import ExecutionConfig
+
+ENGINES = {
+    "local": "tasks.execution.local:Local",
+    "process-pool": "tasks.execution.pool:Pool",
+    "kubernetes": "tasks.execution.pool:Pool",
+    "ray": "tasks.execution.ray_tasks:RayTasks",
+    "slurm": "tasks.execution.slurm:Slurm",
+}
+"""Profile -> "module:Class", called as Class(execution, store, log, inherit). Another package adds one by an entry point in
+the group `selfplay.engines`."""
+
+
+def profiles() -> list[str]:
+    """The names of all engines, those of other packages last."""
+    others = {point.name for point in entry_points(group="selfplay.engines")}
+    return [*ENGINES, *sorted(others - ENGINES.keys())]
 
 
 def executor_for(
@@ -14,22 +36,15 @@ def executor_for(
 ) -> Executor:
     """The engine of the run's profile.
 
-    log: takes lines for people. inherit: file descriptors (locks) that local processes keep open.
+    log: takes lines for people. inherit: file descriptors (locks) that processes on this machine keep open.
     Raises: ConfigError if the engine is not installed or cannot be reached.
     """
-    profile = execution.profile
-    if profile == "local":
-        from tasks.execution.local import Local
-
-        return Local(log, inherit)
-    if profile in ("process-pool", "kubernetes"):
-        from tasks.execution.pool import Pool
-
-        return Pool(execution, store, log)
-    if profile == "ray":
-        from tasks.execution.ray_tasks import RayTasks
-
-        return RayTasks(execution, store, log)
-    from tasks.execution.slurm import Slurm
-
-    return Slurm(execution, store, log)
+    targets = {point.name: point.value for point in entry_points(group="selfplay.engines")} | ENGINES
+    module, _, name = targets[execution.profile].partition(":")
+    try:
+        engine = getattr(importlib.import_module(module), name)
+    except Exception as error:  # another package's module may fail in any way
+        raise ConfigError(
+            f"the engine {execution.profile!r} ({targets[execution.profile]}) does not load: {type(error).__name__}: {error}"
+        ) from error
+    return engine(execution, store, log, inherit)

@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from data_contracts.errors import ConfigError
+from data_contracts.store import Store
 from tasks.execution.base import Work
+from tasks.execution.config import ExecutionConfig
 from tasks.execution.gpus import some_gpus, visible_gpus
 from tasks.launch import StageProcess
 
 
 class Local:
-    """Raises nothing at its start: this machine is always there."""
+    """This machine. inherit: file descriptors (locks) that the processes keep open."""
 
-    def __init__(self, log: Callable[[str], None], inherit: Sequence[int]):
+    def __init__(
+        self, execution: ExecutionConfig, store: Store, log: Callable[[str], None], inherit: Sequence[int] = ()
+    ):
         self.log, self.inherit = log, inherit
         self.handles: list[LocalHandle] = []
 

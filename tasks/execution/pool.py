@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -25,7 +25,9 @@ LOOK_EVERY_SECONDS = 1.0
 class Pool:
     """A work pool. Raises: ConfigError if the server has no such pool, or no deployment of `stage-work` in it."""
 
-    def __init__(self, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
+    def __init__(
+        self, execution: ExecutionConfig, store: Store, log: Callable[[str], None], inherit: Sequence[int] = ()
+    ):
         self.execution, self.store, self.log = execution, store, log
         self.deployment = f"stage-work/{execution.pool}"
         kind = {"process-pool": "process", "kubernetes": "kubernetes"}[execution.profile]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from tasks.launch import python_path
 class RayTasks:
     """A Ray cluster. Raises: ConfigError if ray is not installed, or the cluster cannot be reached."""
 
-    def __init__(self, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
+    def __init__(
+        self, execution: ExecutionConfig, store: Store, log: Callable[[str], None], inherit: Sequence[int] = ()
+    ):
         try:
             import ray
         except ImportError:

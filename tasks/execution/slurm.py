@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_contracts.errors import ConfigError, TransientError
@@ -68,7 +68,9 @@ def script(work: Work, execution: ExecutionConfig, request: Path, token: str) ->
 class Slurm:
     """The Slurm of this machine. Raises: ConfigError if it has no sbatch."""
 
-    def __init__(self, execution: ExecutionConfig, store: Store, log: Callable[[str], None]):
+    def __init__(
+        self, execution: ExecutionConfig, store: Store, log: Callable[[str], None], inherit: Sequence[int] = ()
+    ):
         if shutil.which("sbatch") is None:
             raise ConfigError("there is no sbatch on this machine; start the run on a login or submit node")
         self.execution, self.store, self.log = execution, store, log

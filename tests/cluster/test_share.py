@@ -144,7 +144,8 @@ def test_a_stage_without_shards_has_one_worker():
 
 def test_an_unknown_profile_is_refused_with_those_there_are():
     with pytest.raises(
-        ConfigError, match=r"profile: Input should be 'local', 'process-pool', 'kubernetes', 'ray' or 'slurm'"
+        ConfigError,
+        match=r"profile: .*no engine is called 'mesos'; there are local, process-pool, kubernetes, ray, slurm",
     ):
         parse(ExecutionConfig, {"profile": "mesos"}, "execution")
 

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 
@@ -23,7 +22,8 @@ from data_contracts.store import Store
 from flows.config import load_run
 from flows.forecast.rehearsal import rehearse
 from stages.running.history import events
-from tasks.execution.config import ExecutionConfig, Profile
+from tasks.execution.config import ExecutionConfig
+from tasks.execution.engines import ENGINES
 from tests.conftest import pretend_slurm
 from tests.faults.deployed import cluster as started
 from tests.faults.deployed import wait_for
@@ -242,7 +242,7 @@ def test_what_a_run_here_left_half_done_slurm_finishes(undisturbed, slurm, tools
     assert tools.table_of(store.root, "tiny") == tools.table_of(wanted.root, "tiny")
 
 
-@pytest.mark.parametrize("profile", get_args(Profile))
+@pytest.mark.parametrize("profile", ENGINES)
 def test_keys_are_the_same_under_every_profile(undisturbed, profile):
     """A run that is complete on this machine is complete on any other, on two nodes, with as many workers and GPUs as one likes."""
     elsewhere = {

@@ -15,6 +15,7 @@ import pytest
 import tasks.launch
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError, StageError, TransientError
+from data_contracts.store import Store
 from stages.sampling.stage import SamplingConfig
 from tasks.execution import pool, share
 from tasks.execution.base import Work
@@ -57,17 +58,17 @@ def test_one_machine_is_not_several(work):
     with pytest.raises(
         ConfigError, match="asks for 2 nodes, and the profile local has one machine: set execution.profile"
     ):
-        Local(print, []).start(work(nodes=2))
+        Local(ExecutionConfig(), Store("nowhere"), print).start(work(nodes=2))
 
 
 def test_work_that_takes_too_long_is_ended_like_any_other(work):
-    handle = Local(print, []).start(work("import time; time.sleep(60)", timeout=0.5))
+    handle = Local(ExecutionConfig(), Store("nowhere"), print).start(work("import time; time.sleep(60)", timeout=0.5))
     assert "ran longer than runtime.timeout_seconds = 0.5" in str(ended(handle))
     assert handle.stage.process.poll() is not None
 
 
 def test_work_that_fails_says_why_as_often_as_it_is_asked(work):
-    handle = Local(print, []).start(work("raise SystemExit(5)"))
+    handle = Local(ExecutionConfig(), Store("nowhere"), print).start(work("raise SystemExit(5)"))
     assert isinstance(ended(handle), StageError) and handle.error() is handle.error() and handle.has_ended()
 
 
