@@ -50,16 +50,16 @@ def tiny_model(directory: Path, seed: int = 0) -> str:
 
 def write_stories(path: Path, count: int) -> str:
     """Write `count` stories of six sentences, one JSON string per line; returns the path."""
-    animals, places = ("fox", "dog", "hen", "cat", "frog"), ("pond", "barn", "hill", "road")
+    animals, landmarks = ("fox", "dog", "hen", "cat", "frog"), ("pond", "barn", "hill", "road")
     lines = []
     for number in range(count):
-        animal, place = animals[number % len(animals)], places[number % len(places)]
+        animal, landmark = animals[number % len(animals)], landmarks[number % len(landmarks)]
         sentences = [
-            f"A {animal} lived by the {place}.",
+            f"A {animal} lived by the {landmark}.",
             f"It had {number} friends.",
             "One day it rained.",
             f"The {animal} ran home.",
-            "It was warm there.",
+            "It was warm.",
             "They all slept.",
         ]
         lines.append(json.dumps(" ".join(sentences)))

@@ -1,7 +1,8 @@
 """Every file of benchmarks/ runs: its `--smoke` takes the benchmark's own code path with tiny sizes and a random model.
 
-Strategy: all are started at the first test, two at a time, in processes of their own, since some of them patch what they measure. The
-benchmarks of whole runs share a store (SMOKE_STORE) and come one after the other, so that the tiny run is built once.
+Strategy: all are started at the first test, two at a time, in processes of their own, since some of them patch what
+they measure. The benchmarks of whole runs share a store (SMOKE_STORE) and come one after the other, so that the tiny
+run is built once.
 """
 
 import os

@@ -25,7 +25,7 @@ from typing import Literal
 from stages.sampling.canned import Canned
 
 class Flaky(Canned):
-    """The canned sampler; FLAKY holds {prompt_id: what happens to whoever samples it}: kill, raise, once (killed the first time), slow."""
+    """The canned sampler; FLAKY holds {prompt_id: its trouble}: kill, raise, once (killed the first time), slow."""
     class Config(Canned.Config):
         name: Literal["flaky"] = "flaky"
 
@@ -50,7 +50,7 @@ class Flaky(Canned):
 
 @pytest.fixture
 def flaky(tmp_path, monkeypatch):
-    """flaky({"p003": "kill"}, ...) installs the plug-in's troubles; returns the path of its log, one line per shard that was begun."""
+    """flaky({"p003": "kill"}, ...) installs the plug-in's troubles; returns its log, a line per shard that was begun."""
     plugin = tmp_path / "plugin"
     (plugin / "flaky-1.0.dist-info").mkdir(parents=True)
     (plugin / "flaky_sampler.py").write_text(FLAKY)
@@ -74,7 +74,7 @@ def flaky(tmp_path, monkeypatch):
 
 
 def workers_in_threads(stage: str, config, inputs, store: Store, count: int) -> None:
-    """`count` workers on one artifact, whose lock is held here; they begin at the same moment. flock keeps threads apart as it does processes."""
+    """Start `count` workers on one artifact, whose lock this process holds, at the same moment. flock also separates threads."""
     spec = STAGES[stage]
     key = spec.key(config, inputs)
     store.directory(spec.produces, key).mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def workers_in_threads(stage: str, config, inputs, store: Store, count: int) -> 
 
 @pytest.fixture(scope="session")
 def shared_work():
-    """Here, where a start costs nothing: workers(stage, config, inputs, store, count) and sign(stage, config, inputs, store)."""
+    """In this process: workers(stage, config, inputs, store, count) and sign(stage, config, inputs, store)."""
     return SimpleNamespace(workers=workers_in_threads, sign=lambda stage, *rest: execute(STAGES[stage], *rest))
 
 
@@ -137,7 +137,7 @@ class Nodes:
 
     def start(self, node: int, command: list[str], log: Path, **environment: str) -> subprocess.Popen:
         """A command on a node, in a session of its own; its output goes to `log`."""
-        own = {
+        variables = {
             "SELFPLAY_ADDRESS": self.addresses[node],
             "GLOO_SOCKET_IFNAME": "wire",
             "FLAKY_NODE": str(node),
@@ -145,7 +145,7 @@ class Nodes:
         }
         with open(log, "ab") as out:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.names[node], *command], cwd=ROOT, env=os.environ | own | environment, stdin=subprocess.DEVNULL,
+                ["ip", "netns", "exec", self.names[node], *command], cwd=ROOT, env=os.environ | variables | environment, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
         self.started.append(process)

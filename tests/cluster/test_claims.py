@@ -1,7 +1,7 @@
-"""Claims: every shard is made by one worker, what a dead worker leaves another makes, what fails twice is set aside and named.
+"""Claims: a shard is made by one worker, or by another if that dies; a shard that fails twice is named.
 
-Strategy: workers are forked processes whose "shards" are files; flock, the kernel's release of a dead holder's lock and the order of
-the tries are the real ones. Whole stages are in test_share.py.
+Strategy: workers are forked processes whose "shards" are files; flock, the kernel's release of a dead holder's lock and
+the order of the tries are the real ones. Whole stages are in test_share.py.
 """
 
 import os
@@ -72,23 +72,23 @@ def test_what_a_killed_worker_held_another_makes(tmp_path):
     assert not poison(tmp_path)
 
 
-@pytest.mark.parametrize(("what", "told"), [("raise", "ValueError: cannot make 7 on"), ("kill", "killed on")])
-def test_a_shard_that_fails_twice_is_set_aside_and_named(tmp_path, what, told):
+@pytest.mark.parametrize(("what", "ends"), [("raise", "ValueError: cannot make 7 on"), ("kill", "killed on")])
+def test_a_shard_that_fails_twice_is_set_aside_and_named(tmp_path, what, ends):
     codes = together(tmp_path, 4, {7: what})
     assert sorted(code == 0 for code in codes) == [False, False, True, True]  # two tries, no third
     assert made(tmp_path) == set(range(COUNT)) - {7}
-    (found,) = poison(tmp_path)
-    assert (found.name, found.items, len(found.tries)) == ("part-00007", "row 7", 2)
-    assert all(told in one for one in found.tries)
+    (shard,) = poison(tmp_path)
+    assert (shard.name, shard.items, len(shard.tries)) == ("part-00007", "row 7", 2)
+    assert all(ends in line for line in shard.tries)
     with pytest.raises(StageError, match=r"1 of its shards failed 2 times.*part-00007 \(row 7\).*Mend the cause"):
-        raise_poison("sample", [found])
+        raise_poison("sample", [shard])
 
 
 def test_a_lone_worker_makes_all_but_the_poison(tmp_path):
     assert together(tmp_path, 1, {0: "raise"}) == [1]
     assert together(tmp_path, 1, {0: "raise"}) == [1]
     assert made(tmp_path) == set(range(1, COUNT))  # what failed before comes last
-    assert [found.name for found in poison(tmp_path)] == ["part-00000"]
+    assert [shard.name for shard in poison(tmp_path)] == ["part-00000"]
     assert together(tmp_path, 1, {0: "raise"}) == [0]  # nobody tries it a third time
 
 

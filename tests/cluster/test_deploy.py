@@ -1,7 +1,8 @@
-"""What is deployed: manifests, job template, images, compose file and scripts are what Kubernetes, Prefect, hadolint and bash accept.
+"""Manifests, job template, images, compose file and scripts are what Kubernetes, Prefect, hadolint and bash accept.
 
-Strategy: the real tools where they are installed (in the directory SELFPLAY_TOOLS, or on PATH), else the test is skipped with the tool's name; what
-can be checked without them (the template renders, every file that is named exists, nothing runs as root) always is.
+Strategy: the real tools where they are installed (in the directory SELFPLAY_TOOLS, or on PATH), else the test is
+skipped with the tool's name; what can be checked without them (the template renders, every file that is named exists,
+nothing runs as root) always is.
 """
 
 import json
@@ -20,10 +21,10 @@ VERSION = "1.33.0"
 
 
 def tool(name: str) -> str:
-    found = shutil.which(name, path=f"{os.environ.get('SELFPLAY_TOOLS', '')}:{os.environ['PATH']}")
-    if found is None:
+    program = shutil.which(name, path=f"{os.environ.get('SELFPLAY_TOOLS', '')}:{os.environ['PATH']}")
+    if program is None:
         pytest.skip(f"{name} is not installed (SELFPLAY_TOOLS, PATH)")
-    return found
+    return program
 
 
 def valid(tmp_path: Path, text: str) -> None:
@@ -53,7 +54,7 @@ def rendered_job(**given) -> dict:
             return [filled for item in value if (filled := fill(item)) is not None]
         if isinstance(value, str) and (whole := re.fullmatch(r"{{ (\w+) }}", value)):
             return values[whole[1]]
-        return re.sub(r"{{ (\w+) }}", lambda found: str(values[found[1]]), value) if isinstance(value, str) else value
+        return re.sub(r"{{ (\w+) }}", lambda match: str(values[match[1]]), value) if isinstance(value, str) else value
 
     job = fill(template["job_configuration"]["job_manifest"])
     container = job["spec"]["template"]["spec"]["containers"][0]
@@ -160,7 +161,7 @@ def test_a_script_for_slurm_is_sound(path):
 
 def test_a_chain_of_jobs_goes_on_where_the_one_before_was_cut_off(tmp_path):
     """submit.sh COUNT RUN.yaml: each job but the first waits for the failure of the one before."""
-    log = tmp_path / "asked"
+    log = tmp_path / "commands"
     stub = tmp_path / "sbatch"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nwc -l < {log}\n')
     stub.chmod(0o755)
@@ -180,9 +181,9 @@ def test_a_chain_of_jobs_goes_on_where_the_one_before_was_cut_off(tmp_path):
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stderr
-    asked = log.read_text().splitlines()
-    assert len(asked) == 3
-    assert "--dependency" not in asked[0] and "--partition=gpu" in asked[0]
-    assert "--dependency=afternotok:1" in asked[1] and "--kill-on-invalid-dep=yes" in asked[1]
-    assert "--dependency=afternotok:2" in asked[2]
-    assert all(line.endswith("deploy/slurm/run.sh deploy/runs/sppo-mistral-7b.yaml") for line in asked)
+    commands = log.read_text().splitlines()
+    assert len(commands) == 3
+    assert "--dependency" not in commands[0] and "--partition=gpu" in commands[0]
+    assert "--dependency=afternotok:1" in commands[1] and "--kill-on-invalid-dep=yes" in commands[1]
+    assert "--dependency=afternotok:2" in commands[2]
+    assert all(line.endswith("deploy/slurm/run.sh deploy/runs/sppo-mistral-7b.yaml") for line in commands)

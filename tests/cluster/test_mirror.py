@@ -1,7 +1,8 @@
-"""Artifacts in an object store: the record last, digests checked, nothing mixed, the local store a cache that may be emptied.
+"""Artifacts in an object store: the record last, digests checked, nothing mixed, the local store an emptiable cache.
 
-Strategy: what does not depend on S3 is shown on a directory behind the same interface; the real protocol is spoken to moto's server (slow; skipped where
-`moto_server` is not in SELFPLAY_TOOLS or on PATH, or ends a multipart upload in a way that no AWS SDK understands, as moto 5.2.0 and 5.2.1 do).
+Strategy: what does not depend on S3 is shown on a directory behind the same interface; the real protocol is spoken to
+moto's server (slow; skipped where `moto_server` is not in SELFPLAY_TOOLS or on PATH, or ends a multipart upload in a
+way that no AWS SDK understands, as moto 5.2.0 and 5.2.1 do).
 """
 
 import json
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def moto(tmp_path):
-    """A server that speaks S3, with a bucket: `.url` for a mirror, `.log` of its requests, `.ask(method, path, body)`."""
+    """An S3 server with a bucket: `.url` for a mirror, `.log` of its requests, `.ask(method, path, body)`."""
     command = shutil.which("moto_server", path=f"{os.environ.get('SELFPLAY_TOOLS', '')}:{os.environ['PATH']}")
     if command is None:
         pytest.skip("moto_server is not installed (pip install 'moto[server]>=5.2.2'; SELFPLAY_TOOLS or PATH)")
@@ -71,7 +72,7 @@ def moto(tmp_path):
 
 
 def _multipart(ask) -> str:
-    """What the server says at the end of an upload in parts. An AWS SDK that misses the answer's name asks again until it gives up."""
+    """The server's answer at the end of an upload in parts. An AWS SDK that misses its name asks until it gives up."""
     upload = re.search(r"<UploadId>([^<]+)", ask("POST", "bucket/probe?uploads"))[1]
     tag = ask("PUT", f"bucket/probe?partNumber=1&uploadId={upload}", b"x")
     parts = (
@@ -81,7 +82,7 @@ def _multipart(ask) -> str:
 
 
 @pytest.fixture
-def there(tmp_path) -> str:
+def address(tmp_path) -> str:
     (tmp_path / "objects").mkdir()
     return f"file://{tmp_path}/objects"
 
@@ -111,8 +112,8 @@ def round_trip(url: str, store: Store, record, tmp_path: Path) -> None:
     assert not other.problems(fetched, deep=True)
 
 
-def test_an_artifact_comes_back_as_it_went(store, there, make_prompts, tmp_path):
-    round_trip(there, store, artifact(store, make_prompts), tmp_path)
+def test_an_artifact_comes_back_as_it_went(store, address, make_prompts, tmp_path):
+    round_trip(address, store, artifact(store, make_prompts), tmp_path)
 
 
 BUILD = """
@@ -123,7 +124,8 @@ from stages.sampling.stage import SamplingConfig
 from tasks.build import build
 
 root, prompts, policy = sys.argv[1:]
-config = SamplingConfig.model_validate({"backend": {"name": "canned"}, "max_new_tokens": 4, "max_prompt_tokens": 64, "runtime": {"device": "cpu"}})
+settings = {"backend": {"name": "canned"}, "max_new_tokens": 4, "max_prompt_tokens": 64, "runtime": {"device": "cpu"}}
+config = SamplingConfig.model_validate(settings)
 inputs = {"prompts": ArtifactRef.model_validate_json(prompts), "policy": ArtifactRef.model_validate_json(policy)}
 built = build("sample", config, inputs, Store(root), lambda line: None)
 print(json.dumps([built.cached, built.ref.key, built.ref.content]))
@@ -197,17 +199,17 @@ def test_a_push_killed_in_the_middle_of_an_upload_leaves_nothing_that_can_be_see
     assert other.load("checkpoint", record.key) == record and not other.problems(record, deep=True)
 
 
-def test_files_without_a_record_are_nothing(store, there, make_prompts, tmp_path):
+def test_files_without_a_record_are_nothing(store, address, make_prompts, tmp_path):
     """A push that was killed before its last act."""
-    record, mirror = artifact(store, make_prompts), Mirror(there)
+    record, mirror = artifact(store, make_prompts), Mirror(address)
     mirror.push(store, record)
     (tmp_path / "objects" / "artifacts" / "prompts" / record.key / RECORD).unlink()
     assert mirror.load("prompts", record.key) is None
     assert mirror.push(store, record)  # and once more, whole
 
 
-def test_two_builds_of_one_key_never_mix(store, there, make_prompts, tmp_path):
-    record, mirror = artifact(store, make_prompts), Mirror(there)
+def test_two_builds_of_one_key_never_mix(store, address, make_prompts, tmp_path):
+    record, mirror = artifact(store, make_prompts), Mirror(address)
     mirror.push(store, record)
     other = Store(tmp_path / "other")
     shutil.copytree(store.directory("prompts", record.key), other.directory("prompts", record.key))
@@ -226,9 +228,9 @@ def test_two_builds_of_one_key_never_mix(store, there, make_prompts, tmp_path):
 
 
 def test_what_is_fetched_takes_the_place_of_unfinished_work_that_was_cut_otherwise(
-    store, there, make_prompts, tmp_path
+    store, address, make_prompts, tmp_path
 ):
-    record, mirror = artifact(store, make_prompts, 4), Mirror(there)
+    record, mirror = artifact(store, make_prompts, 4), Mirror(address)
     mirror.push(store, record)
     other = Store(tmp_path / "other")
     directory = other.directory("prompts", record.key)
@@ -241,8 +243,8 @@ def test_what_is_fetched_takes_the_place_of_unfinished_work_that_was_cut_otherwi
     assert (directory / "stage.log").is_file()
 
 
-def test_what_was_damaged_on_the_way_is_not_signed(store, there, make_prompts, tmp_path):
-    record, mirror = artifact(store, make_prompts), Mirror(there)
+def test_what_was_damaged_on_the_way_is_not_signed(store, address, make_prompts, tmp_path):
+    record, mirror = artifact(store, make_prompts), Mirror(address)
     mirror.push(store, record)
     path = tmp_path / "objects" / "artifacts" / "prompts" / record.key / record.content / record.files[0].name
     data = bytearray(path.read_bytes())
@@ -256,8 +258,8 @@ def test_what_was_damaged_on_the_way_is_not_signed(store, there, make_prompts, t
     assert other.load("prompts", record.key) is None
 
 
-def test_only_what_lies_in_the_mirror_is_evicted_oldest_first(store, there, make_prompts):
-    mirror = Mirror(there)
+def test_only_what_lies_in_the_mirror_is_evicted_oldest_first(store, address, make_prompts):
+    mirror = Mirror(address)
     records = [artifact(store, make_prompts, count) for count in (2, 3, 4)]
     for age, record in enumerate(records):
         os.utime(store.directory("prompts", record.key) / RECORD, (1000 + age, 1000 + age))

@@ -1,7 +1,8 @@
-"""The profile process-pool: a Prefect server on PostgreSQL, a worker on each of two machines, shards over both, and a machine that dies.
+"""The profile process-pool: a Prefect server on PostgreSQL, two machines with a worker each, one of which dies.
 
-Strategy: two network namespaces; the first holds PostgreSQL, the server and the run; each holds a worker. The run is `build`, as every flow calls
-it. Refusals (no pool, no deployment, a store that is not shared, a clock that is wrong) are asked of the same server.
+Strategy: two network namespaces; the first holds PostgreSQL, the server and the run; each holds a worker. The run is
+`build`, as every flow calls it. Refusals (no pool, no deployment, a store that is not shared, a clock that is wrong)
+are asked of the same server.
 """
 
 import glob
@@ -34,7 +35,7 @@ from tasks.execution.config import ExecutionConfig
 
 request = json.loads(sys.argv[1])
 store = Store(request["store"])
-inputs = {"prompts": ArtifactRef.model_validate(request["prompts"]), "policy": ArtifactRef.model_validate(request["policy"])}
+inputs = {name: ArtifactRef.model_validate(request[name]) for name in ("prompts", "policy")}
 try:
     built = build("sample", SamplingConfig.model_validate(request["config"]), inputs, store, lambda line: print(line, flush=True),
                   execution=ExecutionConfig.model_validate(request["execution"]))
@@ -95,9 +96,9 @@ class Cluster:
         return self.nodes.start(node, [*PREFECT, *words], self.home / f"prefect-{node}.log", **self.environment)
 
     def start(self) -> None:
-        own = {"PREFECT_API_DATABASE_CONNECTION_URL": self.postgres(), "PREFECT_SERVER_UI_API_URL": self.url}
+        settings = {"PREFECT_API_DATABASE_CONNECTION_URL": self.postgres(), "PREFECT_SERVER_UI_API_URL": self.url}
         server = [*PREFECT, "server", "start", "--host", self.nodes.addresses[0], "--port", "4200"]
-        self.nodes.start(0, server, self.home / "server.log", **self.environment, **own)
+        self.nodes.start(0, server, self.home / "server.log", **self.environment, **settings)
         ask = [sys.executable, "-c", f"import urllib.request as r; r.urlopen('{self.url}/health', timeout=5)"]
         wait_for(lambda: self.nodes.start(0, ask, self.home / "ask.log").wait() == 0, 240, "the server")
         assert self.prefect("work-pool", "create", "selfplay-work", "--type", "process").wait() == 0
@@ -138,11 +139,11 @@ def test_a_machine_that_dies_in_the_middle_of_a_shard_costs_nothing(
     from stages.sampling.stage import SamplingConfig
 
     log = flaky({}, pause="1.0")
-    told = {name: os.environ[name] for name in ("FLAKY", "FLAKY_LOG", "FLAKY_PAUSE", "PYTHONPATH")}
+    variables = {name: os.environ[name] for name in ("FLAKY", "FLAKY_LOG", "FLAKY_PAUSE", "PYTHONPATH")}
     cluster.environment["PYTHONPATH"] = f"{ROOT}:{os.environ['PYTHONPATH']}"
     store, policy = Store(tmp_path / "store"), external_model(tiny_model)
     prompts = make_prompts(store, 16)
-    request = request_for(store, prompts, policy, "flaky", env=told)
+    request = request_for(store, prompts, policy, "flaky", env=variables)
 
     def lines() -> list[dict]:
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

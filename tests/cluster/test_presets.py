@@ -1,4 +1,4 @@
-"""The presets at the papers' sizes: they are read, they fit the hardware they name, and every deployment names a file that is there."""
+"""Presets at the papers' sizes can be read and fit the hardware they name; every deployment names an existing file."""
 
 from pathlib import Path
 

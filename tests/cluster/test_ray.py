@@ -1,7 +1,8 @@
 """The profile ray: sharded sampling and weights on a Ray cluster of two machines.
 
-Strategy: two network namespaces, `ray start --head` in one, a second node in the other; `build` as every flow calls it. Needs an interpreter
-with ray (SELFPLAY_RAY_PYTHON, or this one): it is no dependency of the project, so the test is skipped where it is not.
+Strategy: two network namespaces, `ray start --head` in one, a second node in the other; `build` as every flow calls it.
+Needs an interpreter with ray (SELFPLAY_RAY_PYTHON, or this one): it is no dependency of the project, so the test is
+skipped where it is not.
 """
 
 import importlib.util
@@ -55,10 +56,10 @@ def test_two_machines_share_sampling_and_weights(
     sample["runtime"] = {"prompts_per_shard": 1, "device": "cpu"}
     weigh = {"dtype": "float32", "runtime": {"pairs_per_shard": 1, "device": "cpu"}}
 
-    def stages(here: Store) -> list[tuple[str, Config, dict]]:
-        pairs = make_artifact(here, "scored_pairs", [make_pair(number) for number in range(6)])
+    def stages(store: Store) -> list[tuple[str, Config, dict]]:
+        pairs = make_artifact(store, "scored_pairs", [make_pair(number) for number in range(6)])
         return [
-            ("sample", SamplingConfig.model_validate(sample), {"prompts": make_prompts(here, 12), "policy": policy}),
+            ("sample", SamplingConfig.model_validate(sample), {"prompts": make_prompts(store, 12), "policy": policy}),
             ("weigh", WeightingConfig.model_validate(weigh), {"pairs": pairs, "reference": policy}),
         ]
 

@@ -1,7 +1,7 @@
 """Stages shared by several workers: equal artifacts, failed shards made elsewhere, poison named, GPUs handed out.
 
-Strategy: `build` under the profile local with real processes; a plug-in sampler dies where it is told to. Weigh runs with a real (tiny)
-model, so that the log-prob store is filled by several at once.
+Strategy: `build` under the profile local with real processes; a plug-in sampler dies where it is told to. Weigh runs
+with a real (tiny) model, so that the log-prob store is filled by several at once.
 """
 
 import json

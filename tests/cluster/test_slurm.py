@@ -1,7 +1,8 @@
 """The profile slurm: what is asked of sbatch, and work that really runs through it.
 
-Strategy: the scripts are read by `bash -n` and shellcheck (where it is installed) and by a stub of Slurm's commands that checks the directives as
-sbatch does and runs the job; where slurmctld, slurmd and munge are installed and this is root, the same goes through a real Slurm of one node.
+Strategy: the scripts are read by `bash -n` and shellcheck (where it is installed) and by a stub of Slurm's commands
+that checks the directives as sbatch does and runs the job; where slurmctld, slurmd and munge are installed and this is
+root, the same goes through a real Slurm of one node.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Two machines: training whose ranks meet over a wire, and what happens when they do not.
 
-Strategy: the machines are network namespaces with addresses of their own (root is needed; skipped elsewhere); the file system is shared, as
-the store is on a cluster. The measure is the same training on one machine: metrics.jsonl step by step.
+Strategy: the machines are network namespaces with addresses of their own (root is needed; skipped elsewhere); the file
+system is shared, as the store is on a cluster. The measure is the same training on one machine: metrics.jsonl step by
+step.
 """
 
 import json
@@ -98,9 +99,9 @@ def steps(directory: Path) -> list[dict]:
 def on_both(nodes, path: Path) -> list:
     """The same command on both nodes; the processes, by node."""
     command = [sys.executable, "-m", "stages", "train", str(path)]
-    own = {"SELFPLAY_RENDEZVOUS": "today", "DS_ACCELERATOR": "cpu"}
+    variables = {"SELFPLAY_RENDEZVOUS": "today", "DS_ACCELERATOR": "cpu"}
     return [
-        nodes.start(node, command, path.with_name(f"{node}.log"), SELFPLAY_NODE_RANK=str(node), **own)
+        nodes.start(node, command, path.with_name(f"{node}.log"), SELFPLAY_NODE_RANK=str(node), **variables)
         for node in (0, 1)
     ]
 
@@ -137,7 +138,7 @@ def test_two_nodes_train_like_one_node_with_two_ranks(
     assert record.facts["world_size"] == 2
     from safetensors.torch import load_file
 
-    weights, reference = (load_file(place / "model.safetensors") for place in (directory, alone))
+    weights, reference = (load_file(path / "model.safetensors") for path in (directory, alone))
     for name, tensor in reference.items():
         np.testing.assert_allclose(weights[name].numpy(), tensor.numpy(), rtol=1e-5, atol=1e-7)
 
@@ -147,7 +148,7 @@ def test_two_nodes_train_like_one_node_with_two_ranks(
 def test_a_node_that_dies_in_mid_training_costs_the_steps_since_the_last_checkpoint(
     nodes, tmp_path, make_artifact, tiny_model, zero, dies
 ):
-    """Its plug is pulled; the other one ends by itself; the same command on both goes on, and ends with the very same weights."""
+    """Its plug is pulled; the other one ends by itself; the same command on both ends with the very same weights."""
     config, last = settings(1, 2, zero) | {"epochs": 12}, 36
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()

@@ -1,8 +1,9 @@
-"""Every shell line of README.md, CONTRIBUTING.md, docs and deploy/README.md is run in its order, or skipped for a reason.
+"""Every shell line of README.md, CONTRIBUTING.md, docs and deploy/README.md is run in order, or skipped for a reason.
 
-Strategy: a checkout made of links, in which deploy/runs/quickstart.yaml is the tests' tiny run and the store is a copy of a finished one, so
-that what takes minutes is found built. The lines are typed into one shell per file. Lines that need a GPU, a network, a cluster or
-minutes are in NOT_RUN with the reason and with what is checked instead: words, flags and run configs must at least exist.
+Strategy: a checkout made of links, in which deploy/runs/quickstart.yaml is the tests' tiny run and the store is a copy
+of a finished one, so that what takes minutes is found built. The lines are typed into one shell per file. Lines that
+need a GPU, a network, a cluster or minutes are in NOT_RUN with the reason and with what is checked instead: words,
+flags and run configs must at least exist.
 """
 
 import os
@@ -215,7 +216,7 @@ def test_the_lines_of_a_page_work_in_their_order(page, checkout):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES_WITH_SERVER)
 def test_the_lines_of_a_page_with_a_server_work_in_their_order(page, checkout):
-    """A server and a worker keep running, as in terminals of their own; the rest waits for them. Port 4200 may be taken: another is written."""
+    """A server and a worker keep running, as in terminals of their own. Port 4200 may be taken: another is written."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

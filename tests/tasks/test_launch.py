@@ -1,7 +1,8 @@
 """A stage process: what it says is passed on, what it meant is raised, and nothing of its tree outlives it.
 
-Strategy: the `python` that runs the stage is a script of ours that misbehaves as the test wishes; it leaves the ids of its processes in a
-file, children in sessions of their own among them. The parent that is killed with -9 is a process that called run_stage.
+Strategy: the `python` that runs the stage is a script of ours that misbehaves as the test wishes; it leaves the ids of
+its processes in a file, children in sessions of their own among them. The parent that is killed with -9 is a process
+that called run_stage.
 """
 
 import os

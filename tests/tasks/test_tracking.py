@@ -1,6 +1,7 @@
 """The mirror in MLflow: what is in it, and that it never costs a run more than a line and some seconds.
 
-Strategy: a real sqlite database, read back through MLflow's own client; a server that is not there is a port that nobody listens on.
+Strategy: a real sqlite database, read back through MLflow's own client; a server that is not there is a port that
+nobody listens on.
 """
 
 import json
@@ -131,9 +132,9 @@ def test_best_and_final_are_versions_of_one_model_and_a_repeated_run_adds_none(m
         tracker.finish(None)
     assert logged == []
     versions = client.search_model_versions("name='quickstart'")
-    assert {one.version for one in versions} == {1, 2} and len(versions) == 2
-    found = client.get_model_version_by_alias("quickstart", "best")
-    assert (found.source, found.tags["digest"]) == (Path(best.path).as_uri(), best.content)
+    assert {version.version for version in versions} == {1, 2} and len(versions) == 2
+    registered = client.get_model_version_by_alias("quickstart", "best")
+    assert (registered.source, registered.tags["digest"]) == (Path(best.path).as_uri(), best.content)
     assert client.get_model_version_by_alias("quickstart", "final").tags["artifact"] == f"checkpoint/{'c' * 16}"
     # What the alias names is the checkpoint itself.
     from mlflow.artifacts import download_artifacts
@@ -180,10 +181,10 @@ def test_a_server_that_takes_no_path_of_this_machine_gets_it_as_a_tag(store, tmp
                 tracker.register({"best": signed.ref(str(store.directory("checkpoint", signed.key)))})
                 tracker.finish(None)
             assert logged == []
-            found = tracker.client.get_model_version_by_alias("elsewhere", "best")
-            assert found.tags["path"] == str(store.directory("checkpoint", signed.key)) and found.source.startswith(
-                "mlflow-artifacts:"
-            )
+            registered = tracker.client.get_model_version_by_alias("elsewhere", "best")
+            assert registered.tags["path"] == str(
+                store.directory("checkpoint", signed.key)
+            ) and registered.source.startswith("mlflow-artifacts:")
             assert len(tracker.client.search_model_versions("name='elsewhere'")) == 1
         finally:
             os.killpg(server.pid, signal.SIGTERM)
