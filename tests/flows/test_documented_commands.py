@@ -102,9 +102,9 @@ NOT_RUN = {
     r"python -m benchmarks\.": "minutes, and models; tests/test_benchmarks.py runs each with --smoke",
     r"python -m pytest -m gpu": "needs a GPU",
     r"prefect deployment run self-play/sppo ": "needs a GPU; the deployment must exist",
-    r"(createdb|docker|kubectl|cp -r deploy/kubernetes) ": "needs a database server, an image registry or a cluster",
+    r"(createdb|docker|kubectl) ": "needs a database server, an image registry or a cluster",
     r"export PREFECT_.*(PASSWORD|SERVICE|LEASE)": "settings of a cluster's server",
-    r"prefect .*(--host SERVICE|--pool selfplay-work|selfplay-kubernetes|kubernetes/prefect.yaml)": "needs a cluster",
+    r"prefect .*(--host SERVICE|--pool selfplay-work|process; prefect|selfplay-kubernetes|kubernetes/prefect.yaml)": "needs a cluster",
     r"SELFPLAY_HOME=/(shared|app)\S* .*prefect ": "needs a cluster",
     r"prefect (worker start --pool selfplay|deployment run self-play/sppo-mistral-7b.*)$": "needs a cluster",
 }
