@@ -7,6 +7,7 @@ flags and run configs must at least exist.
 """
 
 import os
+import random
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,9 +219,7 @@ def test_the_lines_of_a_page_work_in_their_order(page, checkout):
 @pytest.mark.parametrize("page", PAGES_WITH_SERVER)
 def test_the_lines_of_a_page_with_a_server_work_in_their_order(page, checkout):
     """A server and a worker keep running, as in terminals of their own. Port 4200 may be taken: another is written."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = checkout.directory / "deploy" / "env.example"
     settings.write_text(re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{port}", settings.read_text()))
     for variable, value in {
@@ -244,6 +244,15 @@ def test_the_lines_of_a_page_with_a_server_work_in_their_order(page, checkout):
     names = set(re.findall(r"^  - name: (\S+)", (ROOT / "prefect.yaml").read_text(), re.MULTILINE))
     code, listing = checkout.type("COLUMNS=300 prefect deployment ls")
     assert code == 0 and {name for name in names if f"/{name} " not in listing} == set(), listing
+
+
+def free_port() -> int:
+    """A port below those that the kernel hands to clients: some seconds pass until the server takes it."""
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for_server(port: int, checkout: Checkout) -> None:
