@@ -22,7 +22,7 @@ from typing import Any
 from data_contracts import ledger as ledgers
 from data_contracts.artifact import EXTERNAL, RECORD, ArtifactRecord, ArtifactRef
 from data_contracts.config import flatten
-from data_contracts.errors import ArtifactError, PipelineError, print_error
+from data_contracts.errors import ArtifactError, NewerRecordError, PipelineError, print_error
 from data_contracts.identity import fingerprint
 from data_contracts.store import ARTIFACTS, Store, content_digest, data_files
 from data_contracts.words import plural
@@ -101,6 +101,9 @@ def verify(store: Store, keys: Sequence[str]) -> None:
         try:
             record = store.load(directory.parent.name, directory.name)
             problems = [] if record is None else _problems(store, record)
+        except NewerRecordError as error:
+            print(f"{name}: not verified: {error}")
+            continue
         except ArtifactError as error:
             record, problems = None, [str(error)]
         if record is None and not problems:

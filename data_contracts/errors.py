@@ -51,7 +51,8 @@ class TransientError(PipelineError, RuntimeError):
 
 
 BY_NAME: dict[str, type[PipelineError]] = {
-    cls.__name__: cls for cls in (ConfigError, ContractError, ArtifactError, StageError, TransientError)
+    cls.__name__: cls
+    for cls in (ConfigError, ContractError, ArtifactError, NewerRecordError, StageError, TransientError)
 }
 
 

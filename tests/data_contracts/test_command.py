@@ -193,6 +193,14 @@ def test_verify_lists_unfinished_work_which_is_no_damage(store, command):
     assert out.startswith(f"generations/{'f' * 16}: unfinished (1 shard, last written 20")
 
 
+def test_verify_leaves_a_record_of_a_newer_program_alone(store, command):
+    key = make(store, COLD)
+    edit(store.directory("generations", key) / RECORD, '"format": 1', '"format": 2')
+    code, out, _ = command("verify")
+    assert code == 0 and out.startswith(f"generations/{key}: not verified: ") and "written by a newer version" in out
+    assert out.endswith("intact: 0 of 0 finished artifacts\n")
+
+
 def test_the_command_uses_the_store_of_the_environment_and_its_exit_code(store):
     key = make(store, COLD)
     flip(shard_path(store.directory("generations", key), 0))
