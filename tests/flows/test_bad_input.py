@@ -140,7 +140,7 @@ def test_a_model_without_a_part_of_it(refuse, tmp_path, tiny_model, missing, mes
             [prompt(1), prompt(2), prompt(3, prompt_id="q1")],
             "train.jsonl line 3: the prompt_id 'q1' was already used in line 1",
         ),
-        ([prompt(1), prompt(2, promt="x")], "train.jsonl line 2 has the unknown field(s) ['promt']"),
+        ([prompt(1), prompt(2, promt="x")], "train.jsonl line 2: has the unknown field(s) ['promt']"),
         ([prompt(1), prompt(2)], "train.jsonl has 2 prompts; 2 iterations of 12 need 24"),
     ],
     ids=["empty", "malformed", "duplicate", "unknown field", "too few"],
