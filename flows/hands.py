@@ -9,10 +9,11 @@ for all three, so they cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config
+from data_contracts.rows import HeldoutRow, ReportRow
 from data_contracts.shards import read_shards
 from flows.gate import Verdict
 from stages.evaluation.intervals import Interval
@@ -83,5 +84,5 @@ def read_answers(answers: ArtifactRef) -> dict[str, str]:
 
 def read_report(report: ArtifactRef) -> Measurement:
     """Scores and token counts by prompt, and benchmark rows, of a finished eval_report."""
-    heldout = read_shards(report.path, "heldout", "heldout").to_pylist()
-    return Measurement.from_rows(heldout, read_shards(report.path, "eval_report").to_pylist())
+    heldout = cast("list[HeldoutRow]", read_shards(report.path, "heldout", "heldout").to_pylist())
+    return Measurement.from_rows(heldout, cast("list[ReportRow]", read_shards(report.path, "eval_report").to_pylist()))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
+import pyarrow.compute as pc
 from pydantic import Field
 
 from data_contracts.artifact import ArtifactRef
@@ -183,7 +184,7 @@ def _summarise(job: Job, turns: Turns, num_prompts: int, dropped: dict[str, str]
         raise ContractError(
             f"generations {job.out.name}: {table.num_rows} rows for {num_prompts} prompts x {job.config.num_candidates} candidates"
         )
-    lengths = table["token_ids"].combine_chunks().value_lengths().to_numpy()
+    lengths = pc.list_value_length(table["token_ids"]).to_numpy()
     job.metrics |= {
         "candidates": expected,
         "tokens": int(lengths.sum()),

@@ -89,6 +89,7 @@ class VLLM(Sampler):
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
 
         # A shard must not depend on which shards this process made before it: a resumed run has made fewer.
         self.engine.reset_prefix_cache()
@@ -102,7 +103,7 @@ class VLLM(Sampler):
             "detokenize": False,
         }
         requests = [
-            ({"prompt_token_ids": prompt.ids}, SamplingParams(seed=seed, **shared))
+            (TokensPrompt(prompt_token_ids=prompt.ids), SamplingParams(seed=seed, **shared))
             for prompt in prompts
             for seed in prompt.seeds
         ]
