@@ -25,7 +25,7 @@ CAPPED = {"gemma2": 50.0, "vaultgemma": 50.0}
 def attention_of(settings: Mapping[str, Any]) -> str | None:
     """The attention that a model must run with, from its config.json; None: transformers' own choice is right."""
     text = settings.get("text_config") or settings
-    if text.get(SOFTCAP, CAPPED.get(text.get("model_type"))) is not None:
+    if text.get(SOFTCAP, CAPPED.get(str(text.get("model_type")))) is not None:
         return "eager"
     if text.get("model_type") == "falcon" and text.get("alibi"):
         return "eager"

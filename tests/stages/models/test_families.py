@@ -1,4 +1,4 @@
-"""Every family that vLLM and transformers both serve: our log-probs and gradients are those of the model's own eager attention.
+"""Every family that vLLM and transformers both serve: our log-probs and gradients are those of its own eager attention.
 
 Strategy: a small random model of each family in float32, loaded as the stages load it. The reference is transformers'
 `eager`, one sequence at a time, without padding; ours are padded batches, and packed ones where the family packs.
@@ -41,6 +41,7 @@ GRANITE = {
     "residual_multiplier": 0.5,
     "embedding_multiplier": 2.0,
 }
+GPT_OSS = {"head_dim": 16, "sliding_window": 6, "rope_parameters": None}
 FAMILIES = {
     ("llama", ""): SIZES,
     ("mistral", ""): SIZES | {"sliding_window": None},
@@ -64,8 +65,8 @@ FAMILIES = {
     ("falcon", ""): FALCON | {"multi_query": True},
     ("falcon", "ALiBi"): FALCON | {"alibi": True, "multi_query": False},
     ("falcon", "grouped queries"): FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
-    ("gpt_oss", "attention sinks"): SIZES | {"head_dim": 16, "sliding_window": 6, "rope_parameters": None} | EXPERTS | TWO_KINDS,
-}  # fmt: skip
+    ("gpt_oss", "attention sinks"): SIZES | GPT_OSS | EXPERTS | TWO_KINDS,
+}
 TOLERANCE = 1e-5
 
 
