@@ -22,7 +22,7 @@ from flows.config import RunConfig
 from stages.evaluation.judged import BENCHMARKS, check_files
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig, check_sandbox
-from stages.models.tokens import tokenizer_digest
+from stages.models.tokens import tokenizer_digest, vocabulary_size
 from stages.scoring.base import scorer_class
 from stages.scoring.pairing import PAIRINGS
 from stages.stage import STAGES
@@ -155,6 +155,21 @@ def _check_models(run: RunConfig, policy: Path) -> None:
             raise ConfigError(
                 f"models.teacher ({directory}) has no tokenizer.json: a tokenizer without character offsets cannot be aligned with the policy's"
             )
+        if role == "teacher":
+            check_vocabularies(run, directory, policy)
+
+
+def check_vocabularies(run: RunConfig, teacher: Path, policy: Path) -> None:
+    """A teacher's logits compare with the policy's one by one. Raises: ConfigError where they cannot."""
+    if getattr(run.method, "common_vocabulary", True):
+        return
+    sizes = vocabulary_size(teacher), vocabulary_size(policy)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"models.teacher ({teacher}) gives logits of {sizes[0]} ids, the policy ({policy}) of {sizes[1]}: "
+            f"{run.method.name} compares them id by id. If the two pad one tokenizer's vocabulary differently, set "
+            "method.common_vocabulary: true (both are cut to the smaller one); else use the method uld"
+        )
 
 
 def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:

@@ -105,6 +105,8 @@ class History:
             self._curves[place.iteration] = _curve(stages["train"].ref)
         chain = [built for name, built in stages.items() if built.record.stage == name and name != "train"]
         self._dropped[place.iteration] = _drop_reasons(built.record for built in chain)
+        for sentence in (sentence for built in chain for sentence in built.record.facts.get("told_apart", ())):
+            self.pages.warn(f"iteration {place.iteration}: {sentence}")
         if "weigh" in stages and "train" in stages and (picture := weight_picture(stages["weigh"], stages["train"])):
             self._weights[place.iteration] = picture
 

@@ -5,12 +5,13 @@ Each part is a shard of its own, so a stage that was interrupted begins with the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 from pydantic import Field, model_validator
 
+from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError
 from data_contracts.rows import ReportRow
@@ -20,6 +21,7 @@ from stages.evaluation.heldout import evaluate_heldout
 from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
 from stages.evaluation.rows import column_names
 from stages.job import Job
+from stages.models.families import attention_addition
 from stages.models.memory import free_device_memory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads
 from stages.models.tokens import load_tokenizer
@@ -132,6 +134,11 @@ class EvaluationConfig(BaseConfig):
 
 
 Config = EvaluationConfig
+
+
+def key_additions(config: EvaluationConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
+    """See `attention_addition`."""
+    return attention_addition(inputs.values())
 
 
 class Part(NamedTuple):

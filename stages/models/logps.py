@@ -27,6 +27,7 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ArtifactError, ContractError
 from data_contracts.shards import read_shard, to_table, write_shard
 from data_contracts.store import logps_directory
+from stages.models.families import attention_in
 from stages.models.memory import free_device_memory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads, score_responses
 from stages.models.tokens import context_length
@@ -73,7 +74,9 @@ class Pass:
         kind: str = "logps",
         score: Score = score_responses,
     ):
-        self.directory = logps_directory(root, model.content, f"{dtype}-{kind}-{VERSION}")
+        # Where a model must run with another attention than transformers' choice, older rows are of that choice.
+        attention = f"{name}-" if (name := attention_in(model.path)) else ""
+        self.directory = logps_directory(root, model.content, f"{dtype}-{kind}-{attention}{VERSION}")
         self.model, self.dtype, self.device, self.budget, self.score = model, dtype, device, budget, score
         self.loaded: Module | None = None
         self.hits, self.misses = 0, 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from stages.models.families import attention_in
 from stages.models.lazy import torch
 from stages.models.numerics import token_logps
 from stages.models.packing import (
@@ -79,6 +80,7 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
+            attn_implementation=attention_in(directory),
             # A GPU reads the memory-mapped files tensor by tensor: the host never holds the whole model.
             device_map=None if torch.device(device).type == "cpu" else {"": device},
             local_files_only=True,

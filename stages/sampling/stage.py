@@ -13,6 +13,7 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shards import read_shards
 from stages.job import Job
+from stages.models.families import attention_addition
 from stages.models.policy import pick_device
 from stages.models.tokens import context_length
 from stages.models.turns import TurnConfig, Turns, ending_of, unusable
@@ -57,11 +58,13 @@ Config = SamplingConfig
 
 def key_additions(config: SamplingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
     """Before the turn contract, a model was not stopped where its own template ends a turn, unless its files listed
-    that token."""
+    that token; and see `attention_addition`.
+    """
     if "policy" not in inputs:
         return {}
+    attention = attention_addition(inputs.values()) if config.backend.name == "transformers" else {}
     ending = ending_of(inputs["policy"].path, config)
-    return {} if ending.token is None or ending.is_listed else {"terminator": ending.token}
+    return attention | ({} if ending.token is None or ending.is_listed else {"terminator": ending.token})
 
 
 class Encoded(NamedTuple):

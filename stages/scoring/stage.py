@@ -29,6 +29,7 @@ from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scorer, Scores, Services, compares, open_scorer, score_once, scorer_class
 from stages.scoring.pairing import PAIRINGS, Preference, pair_statistics
 from stages.scoring.rows import GivenTexts, RowMaker
+from stages.scoring.shortcuts import PREFIX, Ends, causes, sentences, told_apart
 from stages.stage import StageRuntime
 
 
@@ -116,7 +117,13 @@ def run(job: Job) -> None:
             if isinstance(result, str)
         ]
         write_shard(shard_path(job.out, index, "dropped"), to_table(dropped, "dropped"))
-        job.write(index, [row for result in results if not isinstance(result, str) for row in result])
+        rows = [row for result in results if not isinstance(result, str) for row in result]
+        ends = Ends.of([row["chosen_ids"] for row in rows], [row["rejected_ids"] for row in rows])
+        if shares := told_apart(ends):
+            job.event("told_apart", index=index, **shares)
+            for sentence in sentences(shares, causes(ends, shares)):
+                job.log(f"shard {index}: {sentence}")
+        job.write(index, rows)
     if scoring is not None:
         scoring.close()
     if not job.is_worker:
@@ -283,6 +290,11 @@ def _summarise(job: Job, num_prompts: int) -> None:
             lengths = pc.list_value_length(pairs[f"{side}_ids"]).to_numpy()
             job.metrics[f"mean_tokens/{side}"] = float(lengths.mean())
             job.metrics[f"win_rate/{side}"] = float(np.mean(pairs[f"win_rate_{side}"].to_numpy()))
+        ends = Ends.of_table(pairs)
+        shares = told_apart(ends)
+        job.metrics |= {f"{PREFIX}{name}": share for name, share in shares.items()}
+        if lines := sentences(shares, causes(ends, shares)):
+            job.facts["told_apart"] = lines
     if drop_rate > job.config.max_drop_rate or not pairs.num_rows:
         raise ContractError(
             f"scored_pairs {Path(job.out).name}: {dropped.num_rows} of {num_prompts} prompts give no row "

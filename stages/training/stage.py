@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
+from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.files import write_atomic
 from data_contracts.shards import read_shards
 from stages.job import Job
 from stages.methods import METHODS
+from stages.models.families import attention_addition
 from stages.models.policy import pick_device, pin_threads
 from stages.registry import Named
 from stages.running import rendezvous
@@ -27,6 +29,12 @@ from stages.training.config import TrainingConfig, TrainingInputs
 from stages.training.launch import error_of, start_ranks
 
 Config = TrainingConfig
+
+
+def key_additions(config: TrainingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
+    """See `attention_addition`."""
+    return attention_addition(inputs.values())
+
 
 TOKENIZER_FILES = (
     "chat_template.jinja",

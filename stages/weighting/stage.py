@@ -19,6 +19,7 @@ from data_contracts.errors import ContractError
 from data_contracts.rows import WeightedPairRow
 from data_contracts.shards import ShardRows, read_shards, shard_path, to_table, write_shard
 from stages.job import Job
+from stages.models.families import attention_addition
 from stages.models.turns import TurnConfig
 from stages.registry import Named
 from stages.running.history import events
@@ -70,11 +71,12 @@ Config = WeightingConfig
 
 
 def key_additions(config: WeightingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
-    """Before the turn contract, a teacher read the student's special tokens as text."""
+    """Before the turn contract, a teacher read the student's special tokens as text; and see `attention_addition`."""
     settings = config.weights or WEIGHTS.config("ones")
     needs = WEIGHTS.get(settings.name).needs(settings)
     has_teacher = config.teacher_tokens or bool(needs & {"teacher", "teacher_unshifted"})
-    return {"teacher_view": 2} if has_teacher else {}
+    view = {"teacher_view": 2} if has_teacher else {}
+    return view | attention_addition(inputs.values())
 
 
 def run(job: Job) -> None:

@@ -1,6 +1,7 @@
 """Models beside the policy that cannot do what is asked of them are refused before anything runs: `preflight` on whole run configs."""
 
 import json
+import shutil
 
 import pytest
 
@@ -89,3 +90,12 @@ def test_a_damaged_row_is_named_by_row_and_column_before_training(column, value,
     rows = [sides | {"pair_id": "a"}, sides | {"pair_id": "b", column: value}]
     with pytest.raises(ContractError, match=rf"row 1 \(pair_id b\): {problem}"):
         check_rows(rows, METHODS.config("dpo"))
+
+
+def test_a_teacher_with_a_vocabulary_of_another_size_is_refused_before_training(run_with, tiny_model, tmp_path):
+    padded = shutil.copytree(tiny_model, tmp_path / "padded")
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 384}))
+    sections = {"models": {"teacher": {"path": str(padded)}}, "scoring": {"pairing": "truth"}}
+    message = run_with(method={"name": "kd"}, **sections)
+    assert "gives logits of 384 ids" in message and "of 320" in message and "common_vocabulary: true" in message

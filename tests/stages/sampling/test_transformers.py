@@ -129,3 +129,15 @@ def test_a_model_that_diverged_is_said_to_be(tiny_model, prompts):
         broken.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ContractError, match="NaN or infinite: its weights are damaged"):
         broken.generate(prompts[:1])
+
+
+def test_the_padding_of_an_embedding_is_never_sampled(padded_model, prompts):
+    turns = Turns(padded_model)
+    assert turns.blank_ids == list(range(320, 384))
+    drawn = sampler(padded_model)
+    free = {token for group in drawn.generate(prompts[:3]) for candidate in group for token in candidate.token_ids}
+    assert max(free) >= 320  # what the mask is for
+    drawn.blank_ids = turns.blank_ids
+    masked = [candidate for group in drawn.generate(prompts[:3]) for candidate in group]
+    assert max(token for candidate in masked for token in candidate.token_ids) < 320
+    assert max(logp for candidate in masked for logp in candidate.token_logps) < -1  # the model's own, before the mask

@@ -90,3 +90,15 @@ def test_the_eos_is_there_where_a_response_ended_and_nowhere_else(runs, tiny_mod
         assert (row["token_ids"].count(1), row["token_ids"][-1] == 1) == (int(ended), ended)
         assert ended or len(row["token_ids"]) == 16
         assert row["completion"] == tokenizer.decode(row["token_ids"][: -1 if ended else None])
+
+
+def test_the_padding_of_an_embedding_is_never_sampled(tmp_path, padded_model, make_prompts, run_stage_command):
+    # Without the mask almost every token would be one of it; the log-probs are still the model's own.
+    store = Store(tmp_path / "store")
+    inputs = {"prompts": make_prompts(store, 3).key, "policy": padded_model}
+    done = run_stage_command("sample", SETTINGS | {"runtime": {"device": "cpu"}}, inputs, store)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (record,) = store.records("generations")
+    rows = read_shards(store.directory("generations", record.key), "generations").to_pylist()
+    assert len(rows) == 12 and max(max(row["token_ids"]) for row in rows) < 320
+    assert max(max(row["token_logps"]) for row in rows) < -1
