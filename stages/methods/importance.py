@@ -1,6 +1,6 @@
 """Stages - gradient attribution: how much each input token moves the response's mean log-probability.
 
-Axes: N responses, P prompt tokens, T response tokens, H hidden size.
+Axes: N responses, L tokens of the longest prompt with its response, T response tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from stages.models.lazy import torch
 from stages.models.numerics import masked_mean, token_logps
+from stages.models.policy import response_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,24 +38,19 @@ def token_importance(model: Module, batch: Batch) -> tuple[Tensor, Tensor]:
         importance = _embedding_gradient(language_model, batch).abs().sum(-1)
     finally:
         language_model.train(was_training)
-    in_row = batch.attention_mask.bool()
-    low = importance.masked_fill(~in_row, float("inf")).amin(-1)
-    high = importance.masked_fill(~in_row, 0.0).amax(-1)
-    response = importance[:, -batch.response_ids.shape[1] :] * batch.response_mask
+    low = importance.masked_fill(~batch.in_row, float("inf")).amin(-1)
+    high = importance.masked_fill(~batch.in_row, 0.0).amax(-1)
+    # A response token stands behind the position that predicts it.
+    places = torch.where(batch.response_mask, batch.sources + 1, 0)
+    response = importance.gather(1, places) * batch.response_mask
     return response, torch.stack((low, high), dim=-1)
 
 
 def _embedding_gradient(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Gradient of each response's mean log-prob in the input embeddings [N, P + T, H], in float32 or better."""
+    """Gradient of each response's mean log-prob in the input embeddings [N, L, H], in float32 or better."""
     with torch.enable_grad():
         embeddings = cast("Tensor", model.get_input_embeddings()(batch.input_ids)).detach().requires_grad_()
-        logits = model(
-            inputs_embeds=embeddings,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=batch.response_ids.shape[1] + 1,
-        ).logits[:, :-1]
+        logits = response_logits(model, batch, inputs_embeds=embeddings)
         mean_logps = masked_mean(token_logps(logits, batch.response_ids, batch.response_mask), batch.response_mask)
         gradient: Tensor = torch.autograd.grad(mean_logps.sum(), embeddings)[0]
     if gradient.dtype == torch.float64:

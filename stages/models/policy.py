@@ -1,8 +1,7 @@
 """Stages - a causal language model and the log-probabilities of responses under it; weigh, train and evaluate all use
 these functions.
 
-Axes: N responses, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary. Rows are aligned on
-the seam between prompt and response, so the logits of the last T + 1 positions suffice, for any model class.
+Axes: N responses, L tokens of the longest prompt with its response, T tokens of the longest response, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """Padded rows of prompt and response."""
+    """Rows of prompt and response, padded at their end: a causal model needs no mask for that."""
 
-    input_ids: Tensor  # [N, P + T]
-    attention_mask: Tensor  # [N, P + T]
-    position_ids: Tensor  # [N, P + T]
+    input_ids: Tensor  # [N, L]
+    in_row: Tensor  # [N, L] bool: prompt and response
+    sources: Tensor  # [N, T] the position whose logits predict response token t; 0 outside the mask
     response_ids: Tensor  # [N, T]
     response_mask: Tensor  # [N, T] bool
 
@@ -51,20 +50,19 @@ class Batch(NamedTuple):
 
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
-    """Return a `Batch` with prompts padded left and responses padded right. Padding ids are 0; they are masked, so any
-    id would do.
-    """
-    longest_prompt, longest = max(map(len, prompts)), max(map(len, responses))
-    ids = np.zeros((len(prompts), longest_prompt + longest), dtype=np.int64)
-    mask = np.zeros_like(ids)
+    """Return a `Batch` whose width is the longest prompt with its response. Padding ids are 0; any id would do."""
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
+    in_row = np.zeros(ids.shape, dtype=bool)
+    response_ids = np.zeros((len(prompts), max(map(len, responses))), dtype=np.int64)
+    mask = np.zeros(response_ids.shape, dtype=bool)
+    sources = np.zeros_like(response_ids)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids[row, longest_prompt - len(prompt) : longest_prompt] = prompt
-        ids[row, longest_prompt : longest_prompt + len(response)] = response
-        mask[row, longest_prompt - len(prompt) : longest_prompt + len(response)] = 1
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    input_ids, seen = torch.from_numpy(ids), torch.from_numpy(mask)
-    response_ids, response_mask = input_ids[:, longest_prompt:], seen[:, longest_prompt:].bool()
-    return Batch(input_ids, seen, torch.from_numpy(positions), response_ids, response_mask)
+        ids[row, : len(prompt)], ids[row, len(prompt) : lengths[row]] = prompt, response
+        in_row[row, : lengths[row]] = True
+        response_ids[row, : len(response)], mask[row, : len(response)] = response, True
+        sources[row, : len(response)] = np.maximum(np.arange(len(prompt) - 1, lengths[row] - 1), 0)
+    return Batch(*(torch.from_numpy(array) for array in (ids, in_row, sources, response_ids, mask)))
 
 
 def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
@@ -99,19 +97,35 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
     return model
 
 
-def response_logits(model: Module, batch: Batch) -> Tensor:
-    """Return the logits [N, T, V] that predict the response tokens: row t is the model's output at input position P - 1
-    + t.
+def response_logits(model: Module, batch: Batch, **inputs: Tensor) -> Tensor:
+    """Return the logits [N, T, V] that predict the response tokens; undefined outside the mask.
+
+    `inputs`: what the model reads instead of `input_ids`. The head is computed for these positions alone: they are
+    picked out of the hidden states on their way into the module that transformers calls the output embeddings.
     """
-    length = batch.response_ids.shape[1]
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=length + 1,
-    )
-    return output.logits[:, :-1]
+    language_model = getattr(model, "module", model)
+    find_head = getattr(language_model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    picked = []
+
+    def pick(_: Module, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        picked.append(True)
+        return (_positions(hidden[0], batch.sources), *hidden[1:])
+
+    hook = head.register_forward_pre_hook(pick) if head is not None else None
+    try:
+        logits = model(**(inputs or {"input_ids": batch.input_ids}), use_cache=False).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits if picked else _positions(logits, batch.sources)
+
+
+def _positions(values: Tensor, index: Tensor) -> Tensor:
+    """Return values[row, index[row, t]]: [N, L, H] and [N, T] -> [N, T, H]."""
+    rows, length, units = values.shape
+    starts = torch.arange(rows, device=index.device)[:, None] * length
+    return values.reshape(-1, units).index_select(0, (index + starts).reshape(-1)).view(*index.shape, units)
 
 
 def response_logps(model: Module, batch: Batch | Packed) -> Tensor:

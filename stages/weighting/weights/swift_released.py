@@ -89,6 +89,5 @@ def unshifted_logps(logits: Tensor, batch: Batch) -> Tensor:
 
     Shapes: logits [N, T, V] as `policy.response_logits` gives them -> [N, T].
     """
-    length = batch.response_ids.shape[1]
-    tokens_before = batch.input_ids[:, -length - 1 : -1]
+    tokens_before = batch.input_ids.gather(1, batch.sources)
     return token_logps(logits, tokens_before, batch.response_mask)

@@ -35,5 +35,5 @@ class TableModel(torch.nn.Module):
         super().__init__()
         self.table = torch.nn.Parameter(table)
 
-    def forward(self, input_ids: torch.Tensor, logits_to_keep: int = 0, **_: Any) -> Any:
-        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])

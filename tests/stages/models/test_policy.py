@@ -32,10 +32,10 @@ TABLE = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
 class TableModel:
     """The logits at a position are a row of TABLE: that of the token there."""
 
-    def __call__(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep):
+    def __call__(self, input_ids, use_cache):
         assert not use_cache
         self.logits = TABLE[input_ids].requires_grad_()
-        return SimpleNamespace(logits=self.logits[:, -logits_to_keep:])
+        return SimpleNamespace(logits=self.logits)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def alone(model, prompt: list[int], response: list[int]) -> np.ndarray:
 # --- which position
 
 
-def test_a_batch_pads_prompts_left_and_responses_right():
+def test_a_batch_is_as_wide_as_its_longest_prompt_with_its_response():
     batch = collate([[1, 2], [3]], [[4], [5, 6, 7]])
-    assert batch.input_ids.tolist() == [[1, 2, 4, 0, 0], [0, 3, 5, 6, 7]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 2], [0, 0, 1, 2, 3]]
+    assert batch.input_ids.tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
+    assert batch.in_row.tolist() == [[True, True, True, False], [True] * 4]
+    assert batch.sources.tolist() == [[1, 0, 0], [0, 1, 2]]
     assert batch.response_ids.tolist() == [[4, 0, 0], [5, 6, 7]]
     assert batch.response_mask.tolist() == [[True, False, False], [True, True, True]]
 
@@ -81,12 +81,24 @@ def test_the_weight_of_token_t_reaches_the_logits_of_position_p_minus_1_plus_t_a
     model, batch = TableModel(), collate([[1, 2], [3]], [[4], [5, 6, 7]])
     weights = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
     (weights * response_logps(model, batch)).sum().backward()
-    # P = 2: row 0 has its only token at 1 + 0, row 1 its second at 1 + 1.
-    assert model.logits.grad.abs().sum(-1).nonzero().tolist() == [[0, 1], [1, 2]]
+    # Row 0 (P = 2) has its only token at 1 + 0, row 1 (P = 1) its second at 0 + 1.
+    assert model.logits.grad.abs().sum(-1).nonzero().tolist() == [[0, 1], [1, 1]]
 
 
 def test_only_the_logits_that_are_needed_are_asked_for(model):
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda module, hidden, logits: seen.append(logits.shape))
     assert response_logits(model, collate([[1] * 30], [[2, 3]])).shape == (1, 2, 320)
+    hook.remove()
+    assert seen == [(1, 2, 320)] and not model.lm_head._forward_pre_hooks
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=12), st.integers(1, 200))
+def test_no_batch_is_wider_than_its_budget(sizes, budget):
+    prompts, responses = [[1] * prompt for prompt, _ in sizes], [[2] * response for _, response in sizes]
+    for rows in batches_by_budget([prompt + response for prompt, response in sizes], budget):
+        batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
+        assert len(rows) == 1 or batch.input_ids.numel() <= budget
 
 
 # --- whatever else is in the batch

@@ -108,7 +108,7 @@ ROWS = [
 
 def test_a_batch_holds_the_chosen_responses_first():
     batch = collate_rows(ROWS, ("chosen", "rejected"))
-    assert batch.input_ids.tolist() == [[1, 2, 3, 0, 0], [0, 6, 7, 8, 9], [1, 2, 4, 5, 0], [0, 6, 10, 0, 0]]
+    assert batch.input_ids.tolist() == [[1, 2, 3, 0], [6, 7, 8, 9], [1, 2, 4, 5], [6, 10, 0, 0]]
     assert collate_rows(ROWS, ("chosen",)).input_ids.tolist() == batch.input_ids.tolist()[:2]
     assert [row_length(row, ("chosen", "rejected")) for row in ROWS] == [8, 8]
     assert [row_length(row, ("chosen",)) for row in ROWS] == [3, 4]
