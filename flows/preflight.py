@@ -10,7 +10,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.errors import ConfigError, StageError
@@ -96,7 +96,10 @@ def gather(run: RunConfig) -> Checked:
 
     Raises: ConfigError for a file that is missing or malformed.
     """
-    return Checked(load_prompts(run.prompts.train), load_prompts(run.prompts.heldout), _with_digests(run.evaluation))
+    train, heldout = (
+        cast("list[dict[str, Any]]", load_prompts(path)) for path in (run.prompts.train, run.prompts.heldout)
+    )
+    return Checked(train, heldout, _with_digests(run.evaluation))
 
 
 def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:

@@ -50,7 +50,8 @@ class PromptSet(Sequence[PromptRow]):
             raise IndexError(index)
         number = int(np.searchsorted(self.ends, index, side="right"))
         batch = self.batches[number]
-        return batch.slice(index - (int(self.ends[number]) - batch.num_rows), 1).to_pylist()[0]
+        row = batch.slice(index - (int(self.ends[number]) - batch.num_rows), 1).to_pylist()[0]
+        return cast("PromptRow", row)
 
     def __iter__(self) -> Iterator[PromptRow]:
         for batch in self.batches:
@@ -66,7 +67,7 @@ class PromptSet(Sequence[PromptRow]):
             if last - first == batch.num_rows:
                 parts.append(batch)
             elif last > first:
-                parts.append(batch.take(pa.array(indices[first:last] - start)))
+                parts.append(batch.take(pa.array(indices[first:last] - start, pa.int64())))
             start = end
         return PromptSet(parts, self.places[indices], self.files, self.unit)
 
