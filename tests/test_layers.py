@@ -82,6 +82,14 @@ def test_describing_and_deploying_a_run_loads_no_model_library(module):
     assert run(f"import sys, {module}\nprint(sorted({heavy} & sys.modules.keys()))") == "[]"
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["flows.self_play", "flows.cli.status", "flows.forecast.plan", "flows.forecast.estimate", "flows.comparison"],
+)
+def test_asking_about_a_run_imports_no_prefect_and_no_mlflow(module):
+    assert run(f"import sys, {module}\nprint(sorted({{'prefect', 'mlflow'}} & sys.modules.keys()))") == "[]"
+
+
 def test_there_is_no_package_under_tests():
     # With an __init__.py, tests/stages would shadow the package `stages`.
     assert not list((ROOT / "tests").rglob("__init__.py"))
