@@ -49,6 +49,7 @@ class Cluster:
         self.started: list[subprocess.Popen] = []
         self.environment = environment | {
             "PREFECT_HOME": str(home), "PREFECT_API_URL": self.url, "PREFECT_SERVER_UI_API_URL": self.url, "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
             "SELFPLAY_HOME": str(ROOT), "SELFPLAY_STORE": str(self.store), "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false", "PYTHONPATH": str(ROOT),
             "PREFECT_LOGGING_LEVEL": "INFO", "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "results"), "FAULT_MARK": self.mark.partition("=")[2],
         }  # fmt: skip
