@@ -56,9 +56,6 @@ def environment(**more: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # As on every company network; nothing listens there, and nothing on 127.0.0.1 may ask it.
-        "HTTP_PROXY": "http://127.0.0.1:9",
-        "HTTPS_PROXY": "http://127.0.0.1:9",
     }
     return kept | quiet | {"MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200"} | more
 
@@ -159,6 +156,10 @@ PLANTED = {
 """Secrets in the environment of the undisturbed run: test_secrets.py looks for them in everything it wrote."""
 
 
+COMPANY_PROXY = {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+"""A proxy as every company network sets it, at which nobody answers: a run asks it for nothing on 127.0.0.1."""
+
+
 @pytest.fixture(scope="session")
 def planted() -> dict[str, str]:
     return PLANTED
@@ -168,6 +169,6 @@ def planted() -> dict[str, str]:
 def undisturbed(tmp_path_factory, make_run) -> Undisturbed:
     """Two iterations with the transformers sampler and DeepSpeed, start to end. Read it, go on from a copy, never write into it."""
     config, store = make_run("tiny"), tmp_path_factory.mktemp("undisturbed") / "store"
-    first = play(config, store, **PLANTED)
+    first = play(config, store, **PLANTED, **COMPANY_PROXY)
     assert first.code == 0, first.out
     return Undisturbed(config, store, first)

@@ -223,7 +223,9 @@ def test_an_lm_eval_task_that_is_not_there(refuse):
 
 def test_a_profile_that_nobody_knows(refuse):
     refuse(
-        "execution.profile", "'local', 'process-pool', 'kubernetes', 'ray' or 'slurm'", execution={"profile": "mesos"}
+        "execution.profile",
+        "no engine is called 'mesos'; there are local, process-pool, kubernetes, ray, slurm",
+        execution={"profile": "mesos"},
     )
 
 
