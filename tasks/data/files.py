@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,7 +182,7 @@ def _table_rows(
 
 def _rows_of(batch: pa.RecordBatch | pa.Table) -> list[Row]:
     try:
-        return batch.to_pylist()
+        return cast("list[Row]", batch.to_pylist())
     except ValueError:  # bytes that are no text, times that no calendar has
         if batch.num_rows > 1:
             return [row for start in range(batch.num_rows) for row in _rows_of(batch.slice(start, 1))]
