@@ -38,6 +38,7 @@ from stages.models.policy import load_causal_lm, score_responses
 from stages.models.turns import TurnConfig, Turns
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.transformers import Transformers
+from tasks.data.prompt_set import PromptSet
 from tasks.place import Place
 from tests.flows.in_process import HandsInProcess, History
 
@@ -134,7 +135,7 @@ def play_variant(config: RunConfig, train: list[dict], heldout: list[dict], stor
     models = {}
     if "teacher" in config.roles:
         models["teacher"] = external_model(Path(config.models.teacher.path))
-    checked = Checked(train, heldout[:1], config.evaluation)
+    checked = Checked(PromptSet.of(train), PromptSet.of(heldout[:1]), config.evaluation)
     start = external_model(Path(config.policy.path))
     loop = SelfPlay(config, checked, start, models, HandsInProcess(), History())
     return loop.play(Place(str(store.root), config.name)).path

@@ -214,15 +214,31 @@ def _check_unicode(*texts: str | None) -> None:
             if text is not None:
                 text.encode()
     except UnicodeEncodeError:
-        raise UnusableRow(
-            "the text cannot be decoded",
-            "holds half of a surrogate pair (\\ud800 to \\udfff), or bytes that are not UTF-8: that is no text",
-        ) from None
+        message = "holds half of a surrogate pair (\\ud800 to \\udfff), or bytes that are not UTF-8: that is no text"
+        raise UnusableRow("the text cannot be decoded", message) from None
 
 
 def text_of(row: Mapping[str, Any]) -> str:
     """All messages of a prompt as one text."""
     return "\n".join(message["content"] for message in row["messages"])
+
+
+def own_line(row: PromptRow) -> str:
+    """The row as a line of our own format, from which it can be read again as it is."""
+    messages = row["messages"]
+    line: dict[str, Any] = {"prompt_id": row["prompt_id"]} if has_written_id(row) else {}
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        line["prompt"] = messages[0]["content"]
+    else:
+        line["messages"] = messages
+    if checks := json.loads(row["checks"]):
+        line["checks"] = checks
+    if (row["chosen"] is None) != (row["rejected"] is None):
+        line |= {"completion": row["chosen"] or row["rejected"], "label": row["chosen"] is not None}
+    elif row["chosen"] is not None:
+        line |= {"chosen": row["chosen"], "rejected": row["rejected"]}
+    line |= {name: row[name] for name in ("response", "source") if row[name]}
+    return json.dumps(line, ensure_ascii=False)
 
 
 def name_of(row: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Composed here, defined beside their code.
 from __future__ import annotations
 
 import copy
+import glob
 import os
 import warnings
 from pathlib import Path
@@ -31,26 +32,13 @@ from stages.training.stage import TrainingConfig
 from stages.training.streams import LIVE_REFERENCE
 from stages.weighting.stage import WeightingConfig
 from stages.weighting.weights import WEIGHTS
+from tasks.data.preparation import Reads
+from tasks.data.source import PromptsConfig
 from tasks.execution.config import ExecutionConfig
 
+PATHS = ("path", "file", "train", "heldout", "source")
+"""Settings that hold a path, wherever they stand."""
 NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
-
-
-class PromptsConfig(Config):
-    """Which prompts train and which measure. JSONL; see data_contracts/prompts.py."""
-
-    train: str
-    """Path of the training prompts."""
-    heldout: str
-    """Path of the prompts that measure; none of them may be in `train`, not even nearly."""
-    per_iteration: int | None = Field(None, ge=1)
-    """Prompts of an iteration. None: all of them divided by the iterations (SPPO), or all with `reuse`."""
-    reuse: bool = False
-    """Every iteration trains on the same prompts (SPIN, SWIFT) instead of a part of its own (SPPO)."""
-    answers_from_teacher: bool = False
-    """Let models.teacher write the `response` of every prompt first (SeqKD; SPIN and SWIFT without ground truths)."""
-    duplicate_similarity: float = Field(0.8, gt=0, le=1)
-    """Word 3-gram Jaccard similarity from which a held-out prompt counts as being in the training set."""
 
 
 class ModelsConfig(Config):
@@ -176,21 +164,7 @@ class RunConfig(Config):
             default = type(settings).model_fields[field].get_default(call_default_factory=True)
             if getattr(settings, field) != default:
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
-        needs = PAIRINGS.get(self.pairing)
-        if self.sampling.num_candidates < needs.candidates:
-            raise ValueError(f"pairs of candidates ({self.pairing}) need sampling.num_candidates >= 2")
-        is_single = self.spec.sides(self.method) == ("chosen",)
-        if is_single and needs.candidates and not needs.is_single:
-            raise ValueError(
-                f"{self.method.name} as set trains on single responses: set scoring.pairing to each or truth, "
-                f"not {self.pairing}"
-            )
-        if not is_single and needs.is_single:
-            raise ValueError(
-                f"{self.method.name} as set trains on pairs, and pairing {self.pairing} makes single responses"
-            )
-        if needs.needs_scores and self.scoring.scorer is None:
-            raise ValueError(f"pairing {self.pairing} needs scoring.scorer")
+        self._refuse_unread_sides()
         if self.spec.WEIGHTS is None and self.weights.name != "ones":
             raise ValueError(
                 f"the method {self.method.name} has no place for per-token weights: remove weighting.weights"
@@ -200,6 +174,31 @@ class RunConfig(Config):
                 raise ValueError(f"{self.method.name} with the weights {self.weights.name} needs models.teacher")
         return self
 
+    def _refuse_unread_sides(self) -> None:
+        """Raises: ValueError if the method and the pairing do not agree on what a row is."""
+        needs, name = PAIRINGS.get(self.pairing), self.method.name
+        is_single = self.spec.sides(self.method) == ("chosen",)
+        if self.sampling.num_candidates < needs.candidates:
+            raise ValueError(f"pairs of candidates ({self.pairing}) need sampling.num_candidates >= 2")
+        if is_single and needs.candidates and not needs.is_single:
+            raise ValueError(
+                f"{name} as set trains on single responses: set scoring.pairing to each or truth, not {self.pairing}"
+            )
+        if is_single and not needs.is_single:
+            raise ValueError(
+                f"{name} as set trains on single responses, and pairing {self.pairing} makes pairs, of which "
+                "nobody would read the rejected side: set scoring.pairing to truth, with prompts.columns {response: chosen}"
+            )
+        if self.pairing == "given_each" and "win_rates" not in self.spec.needs(self.method):
+            raise ValueError(
+                f"{name} does not tell a bad answer from a good one, and pairing given_each makes rows of both: set "
+                "scoring.pairing to truth, with prompts.columns {response: chosen}"
+            )
+        if not is_single and needs.is_single:
+            raise ValueError(f"{name} as set trains on pairs, and pairing {self.pairing} makes single responses")
+        if needs.needs_scores and self.scoring.scorer is None:
+            raise ValueError(f"pairing {self.pairing} needs scoring.scorer")
+
     @property
     def spec(self) -> type[Method]:
         """What the method declares."""
@@ -207,7 +206,22 @@ class RunConfig(Config):
 
     @property
     def pairing(self) -> str:
-        return self.scoring.pairing or self.spec.PAIRING
+        """How rows are made. A method of single responses that reads their win rates takes given pairs apart (KTO)."""
+        pairing = self.scoring.pairing or self.spec.PAIRING
+        is_single = self.spec.sides(self.method) == ("chosen",)
+        if pairing == "given" and is_single and "win_rates" in self.spec.needs(self.method):
+            return "given_each"
+        return pairing
+
+    @property
+    def reads(self) -> Reads:
+        """What the run reads of its training prompts beside the prompt."""
+        pairing = PAIRINGS.get(self.pairing)
+        if self.prompts.answers_from_teacher or not pairing.texts:
+            return "prompts"
+        if "response" in pairing.texts:
+            return "response"
+        return "answers" if pairing.is_single else "pair"
 
     @property
     def weights(self) -> Any:
@@ -307,7 +321,8 @@ def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunCo
     """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}.
 
     A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is
-    written. Raises: ConfigError.
+    written. Other paths in a file are looked for beside it, then in the working directory; those of `overrides` in the
+    working directory only. Raises: ConfigError.
     """
     return parse(RunConfig, apply(read_run(Path(path)), overrides or {}), os.fspath(path))
 
@@ -325,7 +340,7 @@ def read_run(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file on top of the ones it extends, not yet validated."""
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself, through {', '.join(map(str, seen))}")
-    data = read_yaml(path)
+    data = _with_paths_beside(path.parent, read_yaml(path))
     parents = data.pop("extends", [])
     if isinstance(parents, str):
         parents = [parents]
@@ -337,6 +352,20 @@ def read_run(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     for parent in parents:
         merged = merge(merged, read_run(path.parent / parent, (*seen, path.resolve())))
     return merge(merged, data)
+
+
+def _with_paths_beside(directory: Path, value: Any, key: str = "") -> Any:
+    """Settings in which a relative path that exists in `directory` is absolute; all others are as they were written."""
+    if isinstance(value, dict):
+        return {name: _with_paths_beside(directory, item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_paths_beside(directory, item, key) for item in value]
+    if key not in PATHS or not isinstance(value, str) or Path(value).is_absolute() or "\0" in value:
+        return value
+    is_beside = glob.glob(value, root_dir=directory) or (directory / value).exists()
+    if not is_beside or Path.cwd().samefile(directory):
+        return value
+    return str(directory.resolve() / value)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

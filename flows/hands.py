@@ -9,7 +9,7 @@ for all three, so they cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config
@@ -19,6 +19,7 @@ from flows.gate import Verdict
 from stages.evaluation.intervals import Interval
 from stages.evaluation.promotion import Measurement
 from tasks.build import Built
+from tasks.data.prompt_set import PromptSet
 from tasks.place import Place
 
 
@@ -29,8 +30,8 @@ class Hands(Protocol):
         """Build the stage's artifact, or find it."""
         ...
 
-    def publish(self, rows: list[dict[str, Any]], place: Place) -> ArtifactRef:
-        """Make a prompts artifact of these rows, or find it."""
+    def publish(self, prompts: PromptSet, place: Place) -> ArtifactRef:
+        """Make an artifact of these prompts, or find it."""
         ...
 
     def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRef, FileDigest
-from data_contracts.errors import ConfigError, StageError
-from data_contracts.identity import digest_file, digest_text
-from data_contracts.near_duplicates import check_disjoint
-from data_contracts.prompts import load_prompts
+from data_contracts.errors import ConfigError
+from data_contracts.identity import digest_file
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
 from stages.evaluation.judged import BENCHMARKS, check_files
 from stages.evaluation.lm_eval import load_task
 from stages.evaluation.stage import EvaluationConfig, check_sandbox
 from stages.models.tokens import tokenizer_digest, vocabulary_size
+from stages.registry import Named
 from stages.scoring.base import scorer_class
 from stages.scoring.pairing import PAIRINGS
 from stages.stage import STAGES
-from tasks.launch import CHECKOUT
+from tasks.data.lengths import fit_to_model
+from tasks.data.memory import Memory
+from tasks.data.preparation import Prepared, hold_out, prepare
+from tasks.data.prompt_set import PromptSet
 from tasks.models import locate, resolve
 
 
 class Checked(NamedTuple):
     """What the checks have read, so that nothing is read twice."""
 
-    train: list[dict[str, Any]]
-    heldout: list[dict[str, Any]]
+    train: PromptSet
+    heldout: PromptSet
     evaluation: EvaluationConfig
     """With the digests of its local tasks."""
+    data: Prepared | None = None
+    """What there is to say of the prompts; None: they come from nowhere."""
 
 
 def preflight(run: RunConfig, store: Store) -> Checked:
@@ -44,71 +45,78 @@ def preflight(run: RunConfig, store: Store) -> Checked:
 
     Remembered for this process: the command line asks before it starts a server, the flow asks again.
     """
-    checked, passed = _preflight(run.model_dump_json(), store.root)
-    if passed and store.root.is_dir():  # a check alone makes no store
-        passed.parent.mkdir(exist_ok=True)
-        passed.touch()
-    return checked
+    return _preflight(run.model_dump_json(), store.root)
 
 
 @cache
-def _preflight(settings: str, store_root: Path) -> tuple[Checked, Path]:
-    """What was read, and the file that remembers that the prompts passed."""
+def _preflight(settings: str, store_root: Path) -> Checked:
     run = RunConfig.model_validate_json(settings)
     Store(store_root).check_writable()
     if run.execution.profile == "local":  # elsewhere the stage itself asks
         check_sandbox(run.evaluation)
-    checked = gather(run)
-    train, heldout, _ = checked
-    check_disjoint(train, heldout, run.prompts.duplicate_similarity)
-    _check_amount(run, train)
+    memory = Memory(store_root)
+    prepared = prepare(run.prompts, run.seed, run.reads)
+    prepared.check(run.prompts)
+    _check_amount(run, len(prepared.train))
     _check_gpus(run)
     _check_processes(run)
-    tournament = run.tournament
-    needs = PAIRINGS.get(run.pairing)
-    scorers = []
-    if needs.needs_scores and run.scoring.scorer is not None:
-        scorers.append((run.scoring.scorer, train))
-    scorers.append((run.evaluation.scorer, heldout))
-    if tournament is not None:
-        scorers.append((tournament.scorer, heldout))
-    for scorer, rows in scorers:
-        scorer_class(scorer).check_prompts(scorer, rows)
-    for field in () if run.prompts.answers_from_teacher else needs.texts:
-        if missing := [row["prompt_id"] for row in train if row[field] is None]:
-            raise ConfigError(
-                f"pairing {run.pairing} trains on given texts; {len(missing)} prompts of {run.prompts.train} have no "
-                f"`{field}`, e.g. {missing[:3]}"
-            )
+    for scorer, prompts in _scorers(run, prepared):
+        scorer_class(scorer).check_prompts(scorer, prompts)
     answers = run.sampling_for_heldout().num_candidates
     if run.evaluation.best_of and max(run.evaluation.best_of) > answers:
         raise ConfigError(
             f"evaluation.best_of needs {max(run.evaluation.best_of)} held-out answers per prompt, "
             f"heldout_sampling.num_candidates is {answers}"
         )
+    evaluation = _with_digests(run.evaluation)
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
-    return checked, _check_tokens(run, model, train, heldout, store_root / "checked_prompts")
+    prepared = _fitted(run, prepared, model, memory)
+    prepared.check(run.prompts)
+    _check_amount(run, len(prepared.train))
+    return _checked(prepared, evaluation)
 
 
-def gather(run: RunConfig) -> Checked:
+def gather(run: RunConfig, store: Store) -> Checked:
     """What a run reads, with no more checks than reading takes.
 
-    Raises: ConfigError for a file that is missing or malformed.
+    Raises: ConfigError for what is missing or malformed.
     """
-    train, heldout = (
-        cast("list[dict[str, Any]]", load_prompts(path)) for path in (run.prompts.train, run.prompts.heldout)
-    )
-    return Checked(train, heldout, _with_digests(run.evaluation))
+    memory = Memory(store.root)
+    prepared = prepare(run.prompts, run.seed, run.reads)
+    prepared = _fitted(run, prepared, locate(run.policy, run.sampling.template == "chat"), memory)
+    return _checked(prepared, _with_digests(run.evaluation))
 
 
-def _check_amount(run: RunConfig, train: list[dict[str, Any]]) -> None:
+def _checked(prepared: Prepared, evaluation: EvaluationConfig) -> Checked:
+    prepared.train.counts = prepared.counts()
+    return Checked(prepared.train, prepared.heldout, evaluation, prepared)
+
+
+def _fitted(run: RunConfig, prepared: Prepared, model: Path, memory: Memory) -> Prepared:
+    """The prompts that the policy can read, those that measure apart from those that train."""
+    samplings = (run.sampling_for_training(), run.sampling_for_heldout())
+    prepared = fit_to_model(prepared, run.prompts, samplings, model, memory)
+    return hold_out(prepared, run.prompts, run.seed, memory)
+
+
+def _scorers(run: RunConfig, prepared: Prepared) -> Iterator[tuple[Named, PromptSet]]:
+    """Every scorer of the run, and the prompts whose answers it will score."""
+    heldout = prepared.heldout or prepared.train  # of which a part will be held out
+    if PAIRINGS.get(run.pairing).needs_scores and run.scoring.scorer is not None:
+        yield run.scoring.scorer, prepared.train
+    yield run.evaluation.scorer, heldout
+    if run.tournament is not None:
+        yield run.tournament.scorer, heldout
+
+
+def _check_amount(run: RunConfig, count: int) -> None:
     iterations = 1 if run.prompts.reuse else run.iterations
     needed = (run.prompts.per_iteration or 1) * iterations
-    if needed > len(train):
+    if needed > count:
         raise ConfigError(
-            f"{run.prompts.train} has {len(train)} prompts; {run.iterations} iterations of {run.prompts.per_iteration or 1} need {needed}. "
-            "Lower prompts.per_iteration or iterations, or set prompts.reuse: true"
+            f"{run.prompts.train} has {count} prompts; {run.iterations} iterations of {run.prompts.per_iteration or 1} "
+            f"need {needed}. Lower prompts.per_iteration or iterations, or set prompts.reuse: true"
         )
 
 
@@ -197,50 +205,6 @@ def _with_digest(task: Any) -> Any:
         if path.is_file()
     ]
     return task.model_copy(update={"digest": content_digest(files)})
-
-
-def _check_tokens(
-    run: RunConfig, model: Path, train: list[dict[str, Any]], heldout: list[dict[str, Any]], memory: Path
-) -> Path:
-    """Every prompt fits, by the model's own tokenizer: asked in the sampler's interpreter, for this one may have no
-    transformers.
-
-    Asking takes seconds, and a finished run is asked again: a file in `memory`, named after the content of everything
-    the answer depends on, says that this very request has passed. Returns: that file.
-    """
-    python = run.sampling.runtime.python or sys.executable
-    request = {
-        "model": str(model),
-        "sets": [
-            [run.sampling_for_training().model_dump(mode="json"), train],
-            [run.sampling_for_heldout().model_dump(mode="json"), heldout],
-        ],
-    }
-    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt"))
-    digest = digest_text(json.dumps([python, request["sets"], [[path.name, digest_file(path)] for path in files]]))
-    if (memory / digest).is_file():
-        return memory / digest
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(request, file)
-        file.flush()
-        environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-        try:
-            result = subprocess.run(
-                [python, "-m", "stages.sampling.check", file.name],
-                capture_output=True,
-                text=True,
-                env=environment,
-                check=False,
-            )
-        except OSError as error:
-            raise ConfigError(f"sampling.runtime.python = {python!r} cannot be run: {error.strerror}") from None
-    if result.returncode == ConfigError.exit_code:
-        raise ConfigError(result.stdout.strip())
-    if result.returncode:
-        raise StageError(
-            f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}"
-        )
-    return memory / digest
 
 
 def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:

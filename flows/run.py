@@ -39,6 +39,7 @@ from flows.tournament import merged
 from stages.evaluation.promotion import Measurement
 from stages.methods import METHODS
 from stages.registry import Named
+from tasks.data.prompt_set import PromptSet
 from tasks.execution.engines import executor_for
 from tasks.place import Place
 from tasks.stages import prompts_task, run
@@ -53,8 +54,8 @@ class BuildingHands:
 
     run = staticmethod(run)
 
-    def publish(self, rows: list[dict[str, Any]], place: Place) -> ArtifactRef:
-        return prompts_task(rows, place, place.name_of("prompts"))
+    def publish(self, prompts: PromptSet, place: Place) -> ArtifactRef:
+        return prompts_task(prompts, place, place.name_of("prompts"))
 
     def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
         return merged(players, Store(place.store))
@@ -167,6 +168,9 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     tracker = Tracker(store, config.name, logger.warning)
     tracker.parameters(config.model_dump(mode="json"))
     history = History(config, store, tracker, PrefectPages(config.name, logger))
+    if checked.data is not None:
+        history.data = checked.data.lines()
+        logger.info("\n".join(history.data))
     keep_settings(config, store)
     ledger = Ledger(store, config.name)
     # Imports belong to the run where the process was made for it: by the command line, or by a worker.

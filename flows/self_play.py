@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config
 from data_contracts.errors import TransientError
@@ -87,7 +89,7 @@ class SelfPlay:
     def prompts(self, place: Place) -> ArtifactRef:
         """The prompts of an iteration, with the teacher's answers as their responses where the run says so."""
         config, hands = self.config, self.hands
-        rows = part_of(
+        prompts = part_of(
             self.checked.train,
             place.iteration - 1,
             config.iterations,
@@ -95,17 +97,18 @@ class SelfPlay:
             config.prompts.reuse,
             config.seed,
         )
-        prompts = hands.publish(rows, place)
+        ref = hands.publish(prompts, place)
         if not config.prompts.answers_from_teacher:
-            return prompts
+            return ref
         place = place.serving(Purpose.TEACHER)
         # Another seed: with the policy's own, a teacher that is the start model would write what the policy is about
         # to.
         sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1, "seed": config.seed + 1})
-        answers = hands.run("sample", sampling, place, prompts=prompts, policy=self.models["teacher"])
+        answers = hands.run("sample", sampling, place, prompts=ref, policy=self.models["teacher"])
         texts = hands.read_answers(answers.ref)
-        rows = [row | {"response": text} for row in rows if (text := texts.get(row["prompt_id"], "")).strip()]
-        return hands.publish(rows, place)
+        answered = [number for number, row in enumerate(prompts) if texts.get(row["prompt_id"], "").strip()]
+        prompts = prompts.take(np.array(answered, np.int64))
+        return hands.publish(prompts.map(lambda _, row: {**row, "response": texts[row["prompt_id"]]}), place)
 
     def sample(self, prompts: ArtifactRef, policy: ArtifactRef, place: Place) -> dict[str, Built]:
         """The policy's candidates; nothing for a pairing of given texts."""

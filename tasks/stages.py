@@ -18,6 +18,7 @@ from data_contracts.errors import TransientError
 from data_contracts.ledger import Ledger
 from data_contracts.store import Store
 from tasks.build import Built, build
+from tasks.data.prompt_set import PromptSet
 from tasks.launch import Progress
 from tasks.place import Place
 from tasks.prompts import publish
@@ -72,10 +73,10 @@ def run(stage: str, config: Config, place: Place, **inputs: ArtifactRef) -> Buil
 
 
 @task(name="prompts", task_run_name="{name}-{place.step}", cache_policy=NO_CACHE, persist_result=False)
-def prompts_task(rows: list[dict[str, Any]], place: Place, name: str) -> ArtifactRef:
+def prompts_task(prompts: PromptSet, place: Place, name: str) -> ArtifactRef:
     """Publish prompts and show them in the run's view."""
     store = Store(place.store)
-    ref = publish(rows, store)
+    ref = publish(prompts, store)
     store.show_in_run(place.run, place.step, name, ref)
     return ref
 

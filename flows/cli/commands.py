@@ -139,13 +139,17 @@ def init(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file to write; default: METHOD.yaml; - prints it")
     ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="your prompts, in any shape that is known")] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="your start model: a directory, or a hub id")
+    ] = None,
 ) -> None:
-    """Write a commented run config for a method."""
+    """Write a commented run config for a method, on your own data and model if you name them."""
     from data_contracts.errors import ConfigError
     from flows.cli.scaffold import commented_config
 
-    text = commented_config(method)
     path = out or Path(f"{method}.yaml")
+    text = commented_config(method, data, policy, path.parent)
     if str(path) == "-":
         print(text)
         return
@@ -153,6 +157,35 @@ def init(
         raise ConfigError(f"{path} is there already: name another file with --out")
     path.write_text(text, encoding="utf-8")
     print(f"{path}: a run config for {method}. Try: selfplay run {path}")
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="a path or glob, {hub_id: ..., split: ...}, or a run config (.yaml)")],
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="what a column holds: prompt=question; repeatable")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="which split, where there are several")] = None,
+    name: Annotated[str | None, typer.Option(help="which configuration of a hub data set")] = None,
+    revision: Annotated[str | None, typer.Option(help="commit, tag or branch of a hub data set")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many rows, drawn by the seed")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    policy: Annotated[str | None, typer.Option(metavar="MODEL", help="directory or hub id: shows its tokens")] = None,
+    sampling: Annotated[str, typer.Option(help="e.g. '{template: plain, max_prompt_tokens: 1024}'")] = "{}",
+    heldout: Annotated[str | None, typer.Option(metavar="SOURCE", help="whose near-duplicates are named")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.jsonl", help="write what can be used")
+    ] = None,
+) -> None:
+    """What would be read of a file, a directory, a hub data set or a run's sources.
+
+    Its shape, the columns used and ignored, what is dropped and why, three rows as the policy will see them, lengths.
+    """
+    from flows.cli.data import Options, describe
+
+    options = Options(split, name, revision, column or (), limit, seed, policy, sampling, heldout, out)
+    for line in describe(source, options):
+        print(line, flush=True)
 
 
 @app.command()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic_core import PydanticUndefined
 
 from data_contracts.config import Config
-from flows.config import RunConfig
+from data_contracts.errors import ConfigError
+from flows.cli.own_data import settings_for
+from flows.config import RunConfig, merge
 from stages.methods import METHODS
 from stages.scoring.pairing import PAIRINGS
 from stages.weighting.weights import WEIGHTS
+from tasks.data.source import Source
 
 SET_BY_RUN = {
     "training": {"method", "seed"},
@@ -22,13 +26,20 @@ SET_BY_RUN = {
 """Fields that the run fills in; a config does not set them."""
 
 
-def commented_config(method: str) -> str:
-    """YAML that runs as it is on a CPU (after `make model`).
+def commented_config(method: str, data: str | None = None, policy: str | None = None, beside: Path = Path()) -> str:
+    """YAML that runs as it is: on `data` and `policy`, or on this checkout's own (after `make model`).
 
-    Every setting that is not needed is a comment, `# field: default   # meaning`. Raises: ConfigError for an unknown
-    method.
+    Every setting that is not needed is a comment, `# field: default   # meaning`. `beside`: the directory that the
+    config's paths are relative to. Raises: ConfigError for an unknown method, and for data that it cannot train on.
     """
     chosen = essentials(method)
+    if data is not None:
+        own = settings_for(method, data, policy, beside)
+        chosen = merge({name: value for name, value in chosen.items() if name not in ("prompts", "scoring")}, own)
+        if policy is not None and "models" in chosen:
+            chosen["models"] = {"teacher": own["policy"]}
+    elif policy is not None:
+        raise ConfigError("--policy goes with --data: give both, or neither")
     run = RunConfig.model_validate(chosen)
     file_name = f"{chosen['name']}.yaml"
     lines = [
@@ -117,11 +128,19 @@ def _entry(name: str, value: Any, description: str | None, is_chosen: bool, inde
     return [f"{indent}{mark}{name}: {_text(value)}{comment}"]
 
 
+def _plain(value: Config) -> Any:
+    """Settings as plain data; of a source, only what it says."""
+    if not isinstance(value, Source):
+        return {key: item for key, item in value.model_dump(mode="json").items() if item is not None}
+    said = value.model_dump(mode="json", exclude_defaults=True)
+    return said["path"] if said.keys() == {"path"} else said
+
+
 def _text(value: Any) -> str:
     """A value as YAML on one line."""
     if value is PydanticUndefined or value is None:
         return "null"
     if isinstance(value, Config):
-        value = {key: item for key, item in value.model_dump(mode="json").items() if item is not None}
+        value = _plain(value)
     plain = json.loads(json.dumps(value))  # tuples as lists
     return yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()

@@ -10,6 +10,7 @@ from data_contracts.lease import LockOwner
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
+from flows.preflight import gather
 from flows.report.history import History, Nowhere
 from stages.running.history import events
 from stages.stage import STAGES
@@ -68,7 +69,9 @@ def report_again(config: RunConfig, store: Store) -> Path:
     is.
     """
     history = History(config, store, Nowhere(), Nowhere())
-    rehearse(config, store, listener=history)
+    checked = gather(config, store)
+    history.data = checked.data.lines() if checked.data else ()
+    rehearse(config, store, checked, history)
     if not history.rows:
         raise ConfigError(
             f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; see `selfplay status`"

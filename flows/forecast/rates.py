@@ -34,6 +34,7 @@ from stages.running.cost import parameters
 from stages.running.history import events
 from stages.stage import STAGES
 from tasks.build import Built, build
+from tasks.data.prompt_set import PromptSet
 from tasks.place import Place, Purpose
 from tasks.prompts import publish
 
@@ -239,8 +240,8 @@ class MeasuringHands:
             raise EverythingMeasured  # with the passes of a policy that is not the start model, all kinds are known
         return built
 
-    def publish(self, rows: list[dict[str, Any]], place: Place) -> ArtifactRef:
-        return publish(rows, self.store)
+    def publish(self, prompts: PromptSet, place: Place) -> ArtifactRef:
+        return publish(prompts, self.store)
 
     def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
         return merged(players, self.store)

@@ -8,7 +8,7 @@ by its settings alone, and a policy that is not measured yet is taken to go on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.checkpoint import digests_kept_in
@@ -25,6 +25,7 @@ from stages.evaluation.intervals import Interval
 from stages.evaluation.promotion import Measurement
 from stages.stage import STAGES
 from tasks.build import Built
+from tasks.data.prompt_set import PromptSet
 from tasks.place import Place
 from tasks.prompts import prompts_key
 
@@ -73,7 +74,7 @@ def rehearse(
     looking = LookingHands(store)
     told = UntilUnbuilt(listener)
     place = Place(str(store.root), config.name, execution=config.execution)
-    SelfPlay(config, checked or gather(config), start, models, looking, told).play(place)
+    SelfPlay(config, checked or gather(config, store), start, models, looking, told).play(place)
     return Rehearsal(config, looking.steps, looking.num_prompts, start, models)
 
 
@@ -96,9 +97,9 @@ class LookingHands:
         self.steps.append(Step(stage, config, place, inputs, key, record))
         return Built(ref or self._unbuilt(kind, key), record, record is not None)
 
-    def publish(self, rows: list[dict[str, Any]], place: Place) -> ArtifactRef:
-        key = prompts_key(rows) if rows else UNKNOWN
-        self.num_prompts[key] = len(rows)
+    def publish(self, prompts: PromptSet, place: Place) -> ArtifactRef:
+        key = prompts_key(prompts) if prompts else UNKNOWN
+        self.num_prompts[key] = len(prompts)
         return self.store.find("prompts", key) or self._unbuilt("prompts", key)
 
     def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:

@@ -88,6 +88,8 @@ class History:
         self.tournament: Standing | None = None
         self.best: ArtifactRef | None = None
         """The last policy that the gate promoted; None before its first verdict."""
+        self.data: Sequence[str] = ()
+        """Lines on the prompts: how many were read and used, and why the others were not."""
         self._built: dict[int, dict[str, Built]] = {}
         self._seconds: list[dict[str, float]] = []
         self._gains: list[dict[str, Any]] = []
@@ -247,6 +249,8 @@ class History:
             lines += ["## Checkpoints of each training", "", markdown_table(self.selections), ""]
         if self.tournament:
             lines += ["## Tournament", "", *_tournament_lines(self.tournament), ""]
+        if self.data:
+            lines += ["## The data", "", "```", *self.data, "```", ""]
         lines += ["## The same prompts, iteration by iteration", ""]
         lines += self._examples(8)
         lines += ["", "## Settings", "", "```json", self._settings(), "```", ""]
@@ -285,6 +289,7 @@ class History:
             selections=self.selections,
             tournament=self.tournament,
             settings=self._settings(),
+            data=self.data,
         )
 
     def _gain_of(self, iteration: int) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class Section(NamedTuple):
     title: str
     gate_is_on: bool | None = None
     note: str = ""
+    text: str = ""
+    """Lines as they are."""
     figures: Sequence[Figure] = ()
     table: Table = Table([], [])
     hidden_benchmarks: int = 0
@@ -103,7 +105,8 @@ class Section(NamedTuple):
     def has_content(self) -> bool:
         """Whether there is anything under the heading."""
         tables = self.table.rows or self.failures.rows
-        return bool(self.figures or tables or self.token_weights or self.answers or self.settings)
+        parts = (self.text, self.figures, tables, self.token_weights, self.answers, self.settings)
+        return any(parts)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -157,6 +160,7 @@ def sections_of(story: Story) -> list[Section]:
         Section("training", "Training", figures=plots.training(story)),
         _weights(story),
         Section("lengths", "Lengths and fluency", figures=plots.lengths(story)),
+        Section("prompts", "The data", text="\n".join(story.data)),
         Section("data", "What was dropped", figures=plots.dropped(story)),
         Section("responses", "The same prompts, iteration by iteration", answers=_answers(story)),
         Section("times", "Where the time went", figures=plots.times(story)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from data_contracts.rows import HeldoutRow, ReportRow
@@ -54,3 +55,5 @@ class Story(NamedTuple):
     tournament: Standing | None
     settings: str
     """What differs from the defaults, as JSON."""
+    data: Sequence[str] = ()
+    """Lines on the prompts: how many were read and used, and why the others were not."""

@@ -1,7 +1,8 @@
 """Stages - python -m stages.sampling.check REQUEST.json: do these prompts fit this model? Loads a tokenizer, no model.
 
-REQUEST.json: {"model": directory, "sets": [[sampling config, prompt rows], ...]}. Exit code 2 and one sentence on
-stdout if not.
+REQUEST.json: {"model": directory, "sets": [{"sampling": config, "prompts": Arrow file, "truncate": bool}, ...]}.
+Prints the `Verdicts` of each set (stages/sampling/prompt_lengths.py). Exit code 2 and one sentence on stdout where no
+prompt could be used, whatever it says.
 
 A chat template is a program that came with a model: here, in a process of its own, it runs under limits of time and
 memory before any stage runs it.
@@ -15,12 +16,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ConfigError
 from stages.models.tokens import load_tokenizer
-from stages.models.turns import Turns
+from stages.models.turns import Turns, unusable
+from stages.sampling.prompt_lengths import PromptChecker, Verdicts, check_file
 from stages.sampling.stage import SamplingConfig, encode_prompts
 
 TEMPLATE_SECONDS = 20
@@ -56,18 +59,28 @@ def limits(model: str) -> Iterator[None]:
 
 
 def main(path: str) -> int:
-    request = json.loads(Path(path).read_text())
+    """Answer one request. Returns: the exit code."""
+    request = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         tokenizer = load_tokenizer(request["model"])
-        for settings, rows in request["sets"]:
-            config = SamplingConfig.model_validate(settings)
-            with limits(request["model"]):
-                turns = Turns(request["model"], config, tokenizer)
-            encode_prompts(rows, config, turns)
+        verdicts = [_check_set(item, request["model"], tokenizer) for item in request["sets"]]
     except ConfigError as error:
         print(error)
         return error.exit_code
+    print(json.dumps(verdicts))
     return 0
+
+
+def _check_set(item: dict[str, Any], model: str, tokenizer: Any) -> Verdicts:
+    config = SamplingConfig.model_validate(item["sampling"])
+    with limits(model):
+        turns = Turns(model, config, tokenizer)
+    encode_prompts([], config, turns)  # refuses limits that the model's context cannot hold
+    reason_to_drop = None
+    if config.special_tokens_in_data != "text":
+        reason_to_drop = partial(unusable, settings=config, turns=turns)
+    checker = PromptChecker(turns.prompt, config.max_prompt_tokens, item["truncate"], reason_to_drop)
+    return check_file(item["prompts"], checker)
 
 
 if __name__ == "__main__":

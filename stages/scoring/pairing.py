@@ -201,6 +201,11 @@ def given(group: Group, rules: Rules) -> Choices:
     return [Choice("chosen", "rejected")]
 
 
+def given_each(group: Group, rules: Rules) -> Choices:
+    """The prompt's `chosen` and its `rejected`, each by itself: a good answer and a bad one (KTO)."""
+    return [Choice("chosen", None), Choice("rejected", None)]
+
+
 def truth_vs_generation(group: Group, rules: Rules) -> Choices:
     """The prompt's `response` over candidate 0 (SPIN)."""
     return [Choice("response", 0)]
@@ -241,6 +246,14 @@ PAIRINGS = Table(
         "length_matched": Pairing(length_matched),
         "all_pairs": Pairing(all_pairs),
         "given": Pairing(given, "given pairs", 0, needs_scores=False, texts=("chosen", "rejected")),
+        "given_each": Pairing(
+            given_each,
+            "given answers, good or bad",
+            0,
+            needs_scores=False,
+            texts=("chosen", "rejected"),
+            is_single=True,
+        ),
         "truth_vs_generation": Pairing(
             truth_vs_generation, "ground truths and one generation each", 1, needs_scores=False, texts=("response",)
         ),

@@ -85,6 +85,10 @@ class RowMaker:
         choices = self.pairing.choose(group or Group.unscored(len(candidates)), rules)
         if isinstance(choices, str):
             return choices
+        if self.pairing.is_single and len(self.pairing.texts) > 1:  # a prompt may have one of the two
+            choices = [choice for choice in choices if prompt[str(choice.chosen)] is not None]
+            if not choices:
+                return "no given answer"
         prompt_ids = candidates[0]["prompt_ids"] if candidates else self._given_texts().prompt(prompt)
         rows: list[ScoredPairRow] = []
         for number, choice in enumerate(choices):
@@ -92,8 +96,9 @@ class RowMaker:
             rejected = NOTHING
             if choice.rejected is not None:
                 rejected = self._response(choice.rejected, prompt, candidates, group)
-            if _has_text(choice):  # a given text is right by definition
-                chosen, rejected = chosen._replace(win_rate=1.0), rejected._replace(win_rate=0.0)
+            if _has_text(choice):  # a given text is right by definition, unless it was given as the bad one
+                is_bad = choice.chosen == "rejected"
+                chosen, rejected = chosen._replace(win_rate=0.0 if is_bad else 1.0), rejected._replace(win_rate=0.0)
             rows.append(
                 {
                     "pair_id": f"{prompt['prompt_id']}/{self._label(choice, number)}",

@@ -9,7 +9,7 @@ from data_contracts.errors import ConfigError
 REPETITION = "an exact repetition of an earlier row"
 SHOWN_PLACES = 8
 SHOWN_EXAMPLES = 3
-SHOWN_TEXT = 120
+SHOWN_TEXT = 200
 
 
 class Drops:
@@ -21,12 +21,12 @@ class Drops:
         self.examples: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, place: str, example: str) -> None:
-        """Count one row; its place and what it holds are kept of the first ones."""
+        """Count one row; of the first ones, their places are kept, and a sentence on each of the very first."""
         self.counts[reason] += 1
         if len(self.places[reason]) < SHOWN_PLACES:
             self.places[reason].append(place)
         if len(self.examples[reason]) < SHOWN_EXAMPLES:
-            self.examples[reason].append(f"{place}: {_shown(example)}")
+            self.examples[reason].append(_shown(example))
 
     def update(self, other: Drops) -> None:
         """Add another set's drops."""
@@ -37,15 +37,15 @@ class Drops:
 
     @property
     def unusable(self) -> int:
-        """Rows that are lost. A repetition is not: the earlier row stays."""
-        return self.counts.total() - self.counts[REPETITION]
+        """Rows that are lost. What an earlier row says is not."""
+        return sum(count for reason, count in self.counts.items() if not reason.startswith(REPETITION))
 
     def check(self, origin: str, rows: int, max_drop_rate: float) -> None:
-        """Raises: ConfigError with all problems if more than this part of the rows is unusable."""
-        if self.unusable > max_drop_rate * rows:
+        """Raises: ConfigError with all problems if this part of the rows, or more, is unusable."""
+        if self.unusable and self.unusable >= max_drop_rate * rows:
             raise ConfigError(
-                f"{origin}: {self.unusable} of {rows} rows cannot be used, more than the {max_drop_rate:.0%} of "
-                f"prompts.max_drop_rate\n{self.text()}\n"
+                f"{origin}: {self.unusable} of {rows} rows cannot be used (limit: {max_drop_rate:.0%}, "
+                f"prompts.max_drop_rate)\n{self.text()}\n"
                 "Mend or remove these rows, say with `columns` what the columns hold, or raise the limit"
             )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast, overload
 
 import numpy as np
@@ -22,19 +23,37 @@ class PromptSet(Sequence[PromptRow]):
     memory."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], places: np.ndarray, files: Sequence[str], unit: str):
-        """batches: of at most BATCH rows; places: [rows, 2] number of the file, and of the row in it from 1; unit: line
-        or row."""
+        """batches: rows, at most BATCH in each; places: [rows, 2] number of the file, and of the row in it from 1;
+        unit: line or row."""
         self.batches = [batch for batch in batches if batch.num_rows]
         self.places, self.files, self.unit = places, files, unit
         self.ends = np.cumsum([batch.num_rows for batch in self.batches], dtype=np.int64)
+        self.counts: Mapping[str, float] = {}
+        """What a record says of the source: its rows, and how many of them were dropped for which reason."""
 
     @classmethod
-    def of(cls, rows: Sequence[PromptRow]) -> PromptSet:
-        """Rows that come from no file."""
+    def of(
+        cls,
+        rows: Sequence[PromptRow],
+        places: np.ndarray | None = None,
+        files: Sequence[str] = ("rows",),
+        unit: str = "row",
+    ) -> PromptSet:
+        """Rows that are dicts now; by default, such that come from no file."""
         batches = [batch_of(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
-        return cls(
-            batches, np.column_stack([np.zeros(len(rows), np.int64), np.arange(1, len(rows) + 1)]), ["rows"], "row"
-        )
+        if places is None:
+            places = np.column_stack([np.zeros(len(rows), np.int64), np.arange(1, len(rows) + 1)])
+        return cls(batches, places, files, unit)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PromptSet]) -> PromptSet:
+        """The rows of several sets, one after the other."""
+        files: list[str] = []
+        places: list[np.ndarray] = []
+        for part in parts:
+            places.append(part.places + np.array([len(files), 0]))
+            files += part.files
+        return cls([batch for part in parts for batch in part.batches], np.concatenate(places), files, parts[0].unit)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -50,8 +69,8 @@ class PromptSet(Sequence[PromptRow]):
             raise IndexError(index)
         number = int(np.searchsorted(self.ends, index, side="right"))
         batch = self.batches[number]
-        row = batch.slice(index - (int(self.ends[number]) - batch.num_rows), 1).to_pylist()[0]
-        return cast("PromptRow", row)
+        row = batch.slice(index - (int(self.ends[number]) - batch.num_rows), 1)
+        return cast("list[PromptRow]", row.to_pylist())[0]
 
     def __iter__(self) -> Iterator[PromptRow]:
         for batch in self.batches:
@@ -69,14 +88,25 @@ class PromptSet(Sequence[PromptRow]):
             elif last > first:
                 parts.append(batch.take(pa.array(indices[first:last] - start, pa.int64())))
             start = end
-        return PromptSet(parts, self.places[indices], self.files, self.unit)
+        return self._with(parts, self.places[indices])
 
-    def map(self, change: Callable[[PromptRow], PromptRow]) -> PromptSet:
-        """The same rows, changed; each keeps its place."""
-        batches = [
-            batch_of([change(row) for row in cast("list[PromptRow]", batch.to_pylist())]) for batch in self.batches
-        ]
-        return PromptSet(batches, self.places, self.files, self.unit)
+    def map(self, change: Callable[[int, PromptRow], PromptRow]) -> PromptSet:
+        """The same rows, changed by a function of number and row; each keeps its place."""
+        rows = enumerate(self)
+        batches = [batch_of([change(*next(rows)) for _ in range(batch.num_rows)]) for batch in self.batches]
+        return self._with(batches, self.places)
+
+    def _with(self, batches: Sequence[pa.RecordBatch], places: np.ndarray) -> PromptSet:
+        """Other rows of the same source."""
+        prompts = PromptSet(batches, places, self.files, self.unit)
+        prompts.counts = self.counts
+        return prompts
+
+    def write(self, path: Path) -> None:
+        """An Arrow file of all rows."""
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMAS["prompts"]) as writer:
+            for batch in self.batches:
+                writer.write_batch(batch)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of all rows."""
@@ -89,6 +119,10 @@ class PromptSet(Sequence[PromptRow]):
     def where(self, index: int) -> str:
         """The place of a row in its file, e.g. `line 12`."""
         return place_of(self.files, self.unit, *map(int, self.places[index]))
+
+    def file_of(self, index: int) -> str:
+        """The name of a row's file."""
+        return self.files[int(self.places[index][0])]
 
     @cached_property
     def digest(self) -> str:

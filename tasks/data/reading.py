@@ -6,21 +6,18 @@ all is said at once.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from array import array
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import numpy as np
-import pyarrow as pa
-
 from data_contracts.errors import ConfigError
-from data_contracts.prompts import PromptRow, UnusableRow, has_written_id
+from data_contracts.prompts import PromptRow, UnusableRow
+from tasks.data.collector import Collector, with_unique_ids
 from tasks.data.drops import REPETITION, Drops
 from tasks.data.files import RawFile, open_source
-from tasks.data.prompt_set import BATCH, PromptSet, batch_of, canonical_row, place_of
+from tasks.data.prompt_set import PromptSet, place_of
+from tasks.data.selection import mixed
 from tasks.data.shapes import Shape, columns_read, read_row, shape_of
 from tasks.data.source import Source
 
@@ -43,26 +40,48 @@ class Reading(NamedTuple):
 
 
 def read_source(source: Source, seed: int = 0) -> Reading:
-    """Every usable row of a source that is no mix, in its order; with a `limit`, so many of them, drawn by `seed`.
+    """Every usable row of a source, in its order; with a `limit`, so many of them, drawn by `seed`.
 
     Raises: ConfigError for a source that cannot be read, has no prompts or mixes shapes; TransientError for a hub that
     does not answer.
     """
+    return _read_mix(source, seed) if source.mix else _read_files(source, seed)
+
+
+def _read_mix(source: Source, seed: int) -> Reading:
+    parts = [read_source(share.source, seed) for share in source.mix]
+    weights = [share.weight for share in source.mix]
+    prompts = PromptSet.joined(mixed([part.prompts for part in parts], weights, source.limit, seed))
+    if not prompts:
+        raise ConfigError(f"{source}: no row is left of the mix; raise its limit or the weight of its smallest source")
+    prompts, notes = with_unique_ids(prompts, of_one_source=False)
+    drops = Drops()
+    used: dict[str, None] = {}
+    ignored: dict[str, None] = {}
+    for share, part in zip(source.mix, parts, strict=True):
+        drops.update(part.drops)
+        notes += [f"{share.source}: {note}" for note in part.notes]
+        used |= dict.fromkeys(part.used)
+        ignored |= dict.fromkeys(part.ignored)
+    rows = sum(part.rows for part in parts)
+    shapes = ", ".join(dict.fromkeys(part.shape for part in parts))
+    return Reading(prompts, rows, drops, notes, shapes, list(used), [name for name in ignored if name not in used])
+
+
+def _read_files(source: Source, seed: int) -> Reading:
     files, notes = open_source(source)
     reader = _Reader(source, files)
-    collector = _Collector(source.limit, seed)
+    collector = Collector(source.limit, seed)
     for number, file in enumerate(files):
         for place, row in reader.rows(number, file):
             collector.add(row, number, place)
     reader.check()
     prompts, repetitions = collector.finish([file.name for file in files], files[0].unit)
     for place, earlier in repetitions:
-        reader.drops.add(REPETITION, place, f"repeats {earlier}")
-    prompts, repeated_ids = _with_unique_ids(prompts)
-    if repeated_ids:
-        notes.append(f"{repeated_ids} rows have the prompt_id of an earlier row: they are numbered (id-2, id-3 ...)")
+        reader.drops.add(REPETITION, place, f"{place} repeats {earlier}")
+    prompts, more_notes = with_unique_ids(prompts)
     ignored = [name for name in reader.names if name not in reader.used]
-    notes += _notes_on(ignored)
+    notes += [*more_notes, *_notes_on(ignored)]
     shape = "" if reader.shape is None else reader.shape.name
     return Reading(prompts, reader.count, reader.drops, notes, shape, list(reader.used), ignored)
 
@@ -108,8 +127,11 @@ class _Reader:
                     raise row
                 prompt = self._row(row, number, place)
             except UnusableRow as error:
-                example = str(error) if isinstance(row, UnusableRow) else _beginning(row)
-                self.drops.add(error.reason, self._place(number, place), example)
+                where = f"{Path(file.name).name} {file.unit} {place}"
+                sentence = f"{where} {error}"
+                if not isinstance(row, UnusableRow):
+                    sentence = f"{where}: {error} ({_beginning(row)})"
+                self.drops.add(error.reason, self._place(number, place), sentence)
             else:
                 yield place, prompt
 
@@ -119,7 +141,7 @@ class _Reader:
     def _row(self, row: dict[str, object], file: int, number: int) -> PromptRow:
         shape = self._shape_of(tuple(row), file, number)
         if shape is None:
-            raise UnusableRow("no column holds a prompt", f"has the columns {', '.join(row) or 'none'}")
+            raise UnusableRow("no column holds a prompt")
         if self.renamed:
             row = {ours: row[theirs] for theirs, ours in self.renamed.items() if theirs in row}
         return read_row(shape, row)
@@ -168,99 +190,5 @@ class _Reader:
         )
 
 
-def _beginning(row: dict[str, object]) -> str:
+def _beginning(row: Mapping[str, object]) -> str:
     return ", ".join(f"{name}: {value!r:.40}" for name, value in row.items())
-
-
-class _Collector:
-    """Keeps rows as columns, each once; with a limit, those whose digests are smallest, which the seed decides."""
-
-    def __init__(self, limit: int | None, seed: int):
-        self.limit, self.salt = limit, seed.to_bytes(16, "little", signed=True)
-        self.digests, self.places = array("Q"), array("q")
-        self.batches: list[pa.RecordBatch] = []
-        self.waiting: list[PromptRow] = []
-        self.kept = array("q")
-        """Numbers of the rows in batches and waiting, among all that were added."""
-        self.threshold = 2**64 - 1
-        """No row with a larger digest can be among the smallest."""
-
-    def add(self, row: PromptRow, file: int, number: int) -> None:
-        # 64 bits: that two of a million different rows share a digest has the probability 3e-8.
-        content = canonical_row({**row, "source": ""}).encode()
-        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=self.salt).digest(), "little")
-        self.digests.append(digest)
-        self.places.extend((file, number))
-        if digest > self.threshold:
-            return
-        self.kept.append(len(self.digests) - 1)
-        self.waiting.append(row)
-        if len(self.waiting) == BATCH:
-            self._flush()
-
-    def finish(self, files: list[str], unit: str) -> tuple[PromptSet, list[tuple[str, str]]]:
-        """The rows, and the places of the rows that repeat an earlier one, with its place."""
-        self._flush()
-        digests = np.asarray(self.digests, np.uint64)
-        everything = PromptSet(self.batches, np.asarray(self.places, np.int64).reshape(-1, 2), files, unit)
-        smallest, first = np.unique(digests, return_index=True)
-        kept = np.asarray(self.kept, np.int64)
-        is_chosen = np.isin(kept, first[: self.limit])
-        chosen = np.flatnonzero(is_chosen)
-        prompts = PromptSet(self.batches, everything.places[kept], files, unit).take(chosen)
-        is_repetition = np.ones(len(digests), bool)
-        is_repetition[first] = False
-        numbers = np.flatnonzero(is_repetition)
-        earlier = first[np.searchsorted(smallest, digests[numbers])]
-        where = everything.where
-        return prompts, [
-            (where(int(number)), where(int(other))) for number, other in zip(numbers, earlier, strict=True)
-        ]
-
-    def _flush(self) -> None:
-        if self.waiting:
-            self.batches.append(batch_of(self.waiting))
-            self.waiting = []
-        if self.limit is not None and len(self.kept) > 2 * self.limit + 10 * BATCH:
-            self._prune(self.limit)
-
-    def _prune(self, limit: int) -> None:
-        """Let go of the rows that cannot be among the smallest any more."""
-        self.threshold = int(np.unique(np.asarray(self.digests, np.uint64))[limit - 1])
-        kept = np.asarray(self.kept, np.int64)
-        stays = np.flatnonzero(np.asarray(self.digests, np.uint64)[kept] <= self.threshold)
-        self.batches = PromptSet(self.batches, np.zeros((len(kept), 2)), [], "").take(stays).batches
-        self.kept = array("q", kept[stays].tobytes())
-
-
-def _with_unique_ids(prompts: PromptSet) -> tuple[PromptSet, int]:
-    """Several rows of one prompt get ids of their own, id-2, id-3 ...; and how many of these ids had been written by
-    somebody."""
-    ids = prompts.column("prompt_id")
-    hashes = np.fromiter(
-        (hash(prompt_id) for chunk in ids.chunks for prompt_id in chunk.to_pylist()), np.int64, len(prompts)
-    )
-    if len(np.unique(hashes)) == len(prompts):
-        return prompts, 0
-    counts = Counter(ids.to_pylist())
-    taken = set(counts)
-    uses: dict[str, int] = {}
-    written = 0
-
-    def number(row: PromptRow) -> PromptRow:
-        nonlocal written
-        prompt_id = row["prompt_id"]
-        if counts[prompt_id] < 2:
-            return row
-        uses[prompt_id] = uses.get(prompt_id, 0) + 1
-        if uses[prompt_id] == 1:
-            return row
-        written += has_written_id(row)
-        new_id = f"{prompt_id}-{uses[prompt_id]}"
-        while new_id in taken:
-            uses[prompt_id] += 1
-            new_id = f"{prompt_id}-{uses[prompt_id]}"
-        taken.add(new_id)
-        return {**row, "prompt_id": new_id}
-
-    return prompts.map(number), written

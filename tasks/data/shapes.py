@@ -69,7 +69,7 @@ def read_row(shape: Shape, columns: Columns) -> PromptRow:
     checks, prompt_id, source = (columns.get(name) for name in ("checks", "prompt_id", "source"))
     return prompt_row(
         messages,
-        prompt_id=None if prompt_id in (None, "") else str(prompt_id),
+        prompt_id=str(prompt_id) if isinstance(prompt_id, int) else prompt_id or None,
         checks=parsed(checks) if isinstance(checks, str) else checks or [],
         source=source if isinstance(source, str) and source.strip() else None,
         **answers._asdict(),
@@ -157,6 +157,8 @@ def _with_answers(messages: list[Message], columns: Columns) -> tuple[list[Messa
     elif messages and messages[-1]["role"] == "assistant":
         *messages, last = messages
         answer = last["content"]
+        if not messages:
+            raise UnusableRow("the prompt is empty or blank", "there is nothing before the assistant's turn")
     label = _label(columns) if answer is not None or "completion" in columns else None
     return messages, Answers(response=answer) if label is None else Answers(**labelled_sides(answer, label))
 

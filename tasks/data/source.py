@@ -1,9 +1,10 @@
-"""Tasks - where rows come from, as people write it: a path, a set of the hub, or a mix of such."""
+"""Tasks - where rows come from, as people write it: a path, a set of the hub, or a mix of such; and what a run does
+with them."""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -78,3 +79,56 @@ class Share(Config):
 
 
 Source.model_rebuild()
+
+
+class PromptsConfig(Config):
+    """Which prompts train and which measure; docs/data.md."""
+
+    train: Source
+    """Training prompts: a path, {hub_id, name, split, revision} or {mix: [{source, weight}]}."""
+    heldout: Annotated[float, Field(gt=0, lt=1)] | Source
+    """Prompts that measure: another source, or the part of `train` that is held out, e.g. 0.05. None of them trains,
+    not even nearly."""
+    columns: Columns = Field({})
+    """Which column of the data holds what, for sources that do not say it themselves, e.g. {prompt: question, response:
+    answer}."""
+    limit: int | None = Field(None, ge=1)
+    """So many training rows, drawn by the run's seed."""
+    overlong: Literal["refuse", "drop", "truncate_left"] = "refuse"
+    """A prompt of more than sampling.max_prompt_tokens: refuse the run; drop the row; or cut the beginning of its
+    texts, oldest turns first."""
+    max_drop_rate: float = Field(0.5, ge=0, le=1)
+    """Stop if this part of the rows, or more, cannot be used. 0: at the first one."""
+    per_iteration: int | None = Field(None, ge=1)
+    """Prompts of an iteration. None: all of them divided by the iterations (SPPO), or all with `reuse`."""
+    reuse: bool = False
+    """Every iteration trains on the same prompts (SPIN, SWIFT) instead of a part of its own (SPPO)."""
+    answers_from_teacher: bool = False
+    """Let models.teacher write the `response` of every prompt first (SeqKD; SPIN and SWIFT without ground truths)."""
+    duplicate_similarity: float = Field(0.8, gt=0, le=1)
+    """Jaccard similarity of n-grams from which a held-out prompt counts as being in the training set."""
+    near_duplicates: Literal["refuse", "drop"] = "refuse"
+    """A training prompt that is nearly a held-out one: refuse the run, or drop the row. Always dropped where `heldout`
+    is a part of `train`."""
+
+    @property
+    def train_source(self) -> Source:
+        """`train`, with the columns and the limit that stand beside it."""
+        return _with_defaults(self.train, self.columns, self.limit)
+
+    @property
+    def heldout_source(self) -> Source | None:
+        """`heldout`, with the columns that stand beside it; None: a part of `train`."""
+        return _with_defaults(self.heldout, self.columns, None) if isinstance(self.heldout, Source) else None
+
+
+def _with_defaults(source: Source, columns: Columns, limit: int | None) -> Source:
+    update: dict[str, Any] = {"limit": source.limit if limit is None else limit}
+    if source.mix:
+        parts = (
+            share.model_copy(update={"source": _with_defaults(share.source, columns, None)}) for share in source.mix
+        )
+        update["mix"] = tuple(parts)
+    elif not source.columns:
+        update["columns"] = columns
+    return source.model_copy(update=update)

@@ -44,7 +44,9 @@ def conversation(value: Any, name: str) -> list[Message]:
         value = parsed(value)
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not turns:
-        raise UnusableRow(f"`{name}` is no conversation", f'"{name}" must be a list of turns, got {value!r:.80}')
+        raise UnusableRow(
+            f"`{name}` is no conversation", f'"{name}" must be a non-empty list of turns, got {value!r:.80}'
+        )
     return [_message(turn, name) for turn in turns]
 
 
@@ -58,7 +60,7 @@ def _message(turn: Any, name: str) -> Message:
     role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         reason = f"a turn of `{name}` is not by system, user or assistant"
-        raise UnusableRow(reason, f'a turn of "{name}" is by {speaker!r:.40}, not by system, user or assistant')
+        raise UnusableRow(reason, f'a turn of "{name}" is by {speaker!r:.40}, not by one of system, user, assistant')
     if turn.get("tool_calls"):
         raise UnusableRow(f"a turn of `{name}` calls tools")
     if isinstance(content, list):

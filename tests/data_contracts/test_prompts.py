@@ -8,7 +8,7 @@ import json
 import pytest
 
 from data_contracts.errors import ConfigError
-from data_contracts.prompts import load_prompts, text_of
+from data_contracts.prompts import load_prompts, own_line, text_of
 
 GOOD = '{"prompt_id": "a", "prompt": "Name a fruit."}'
 
@@ -114,3 +114,41 @@ def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin\.jsonl is not UTF-8 text .* at byte 12"):
         load_prompts(tmp_path / "latin.jsonl")
+
+
+# --- the line of a row
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "Name a fruit."},
+        {"prompt_id": "a", "prompt": "Name a fruit.", "source": "mine", "checks": [{"name": "max_words", "value": 3}]},
+        {
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🦊"}],
+            "response": "x",
+        },
+        {"prompt": "p", "chosen": "good", "rejected": "bad", "response": "true"},
+        {"prompt": "p", "completion": "good", "label": True},
+        {"prompt": "p", "completion": "bad", "label": False},
+    ],
+)
+def test_a_row_is_read_again_from_its_line(tmp_path, line):
+    [row] = load(tmp_path, json.dumps(line))
+    assert json.loads(own_line(row)) == line
+    assert load(tmp_path, own_line(row)) == [row]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x", "completion": "y", "label": 1}', '"label" must be true or false, got 1'),
+        ('{"prompt": "x", "completion": "y"}', '"label" must be true or false, got None'),
+        ('{"prompt": "x", "label": true}', '"chosen" must be non-empty text'),
+        ('{"prompt": "x", "response": " "}', '"response" must be non-empty text'),
+        ('{"prompt": "x", "chosen": "y", "rejected": "y"}', '"chosen" and "rejected" are identical'),
+    ],
+)
+def test_what_is_wrong_with_the_answers_of_a_line(tmp_path, line, message):
+    with pytest.raises(ConfigError, match=rf"prompts\.jsonl line 2: {message}"):
+        load(tmp_path, GOOD, line)

@@ -28,6 +28,7 @@ import stages.__main__ as stages_command
 import stages.models.policy
 import stages.sampling.check
 import tasks.build
+import tasks.data.lengths
 from data_contracts.artifact import RECORD
 from data_contracts.errors import ArtifactError, ConfigError, ContractError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
@@ -58,7 +59,7 @@ def nothing_may_load(monkeypatch):
     monkeypatch.setattr(stages.models.policy, "load_causal_lm", refuse)
     monkeypatch.setattr(tasks.build, "run_work", refuse)
     monkeypatch.setattr(flows.cli.server, "prefect_server", refuse)
-    monkeypatch.setattr(flows.preflight.subprocess, "run", check_here)
+    monkeypatch.setattr(tasks.data.lengths.subprocess, "run", check_here)
     flows.preflight._preflight.cache_clear()
 
 
@@ -441,23 +442,23 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "an empty prompt file": (lambda desk: (desk.train.write_text(""), desk.play())[1], WRONG, ("train.jsonl is empty",)),
     "a prompt that is not JSON": (train('{"prompt": "x"'), WRONG, ("train.jsonl line 2 is not valid JSON: ", "at column 15")),
     "a prompt that is a list": (train("[1]"), WRONG, ("line 2 must be a JSON object, got list",)),
-    "a prompt with an unknown field": (train({"promt": "x"}), WRONG, ("line 2: has the unknown field(s) ['promt']; known: ",)),
-    "a prompt without text": (train({"prompt_id": "a"}), WRONG, ('line 2: needs exactly one of "messages" and "prompt"',)),
+    "a prompt with an unknown field": (train({"promt": "x"}), WRONG, ("line 2: no column holds a prompt (promt: 'x')",)),
+    "a prompt without text": (train({"prompt_id": "a"}), WRONG, ("line 2: no column holds a prompt (prompt_id: 'a')",)),
     "a blank prompt": (train({"prompt": "  "}), WRONG, ("line 2: every message is blank",)),
-    "a prompt that is a number": (train({"prompt": 5}), WRONG, ("line 2: a message must be", "got {'role': 'user', 'content': 5}")),
+    "a prompt that is a number": (train({"prompt": 5}), WRONG, ('line 2: "prompt" must be text, got 5',)),
     "no messages": (train({"messages": []}), WRONG, ('line 2: "messages" must be a non-empty list',)),
     "a role nobody knows": (train({"messages": [{"role": "robot", "content": "x"}]}), WRONG, ("one of system, user, assistant", "robot")),
     "a message too many": (
-        train({"messages": [{"role": "assistant", "content": "x"}]}), WRONG, ("the last message must not be the assistant's",),
+        train({"messages": [{"role": "assistant", "content": "x"}]}), WRONG, ("there is nothing before the assistant's turn",),
     ),
-    "a prompt id given twice": (train(PAIR, PAIR), WRONG, ("line 3: the prompt_id 'q' was already used in line 2",)),
-    "a prompt id that is a number": (train({"prompt": "x", "prompt_id": 5}), WRONG, ('"prompt_id" must be non-empty text, got 5',)),
-    "a chosen response without a rejected one": (train({"prompt": "x", "chosen": "y"}), WRONG, ('"chosen" and "rejected" come together',)),
+    "a prompt id given twice": (train(PAIR, PAIR | {"prompt": "Who is it?"}), WRONG, ("line 3: the prompt_id 'q' was already used in line 2",)),
+    "a prompt id that is a list": (train({"prompt": "x", "prompt_id": [5]}), WRONG, ('"prompt_id" must be non-empty text, got [5]',)),
+    "a chosen response without a rejected one": (train({"prompt": "x", "chosen": "y"}), WRONG, ('line 2: "rejected" must be non-empty text',)),
     "checks that are no list": (train({"prompt": "x", "checks": {"name": "a"}}), WRONG, ('"checks" must be a list of objects',)),
     "half a surrogate pair": (train('{"prompt": "\\ud800"}'), WRONG, ("holds half of a surrogate pair",)),
     "a prompt nested without end": (train("[" * 5000), WRONG, ("line 2 is nested too deeply",)),
     "a number of five thousand digits": (train('{"prompt": ' + "1" * 5000 + "}"), WRONG, ("line 2 is not valid JSON",)),
-    "prompts that are not UTF-8": (train(b'{"prompt": "\xff"}'), WRONG, ("train.jsonl is not UTF-8 text",)),
+    "prompts that are not UTF-8": (train(b'{"prompt": "\xff"}'), WRONG, ("train.jsonl line 2: ", "bytes that are not UTF-8")),
     "too few prompts": (setting("prompts.per_iteration", 50), WRONG, ("has 8 prompts; 2 iterations of 50 need 100", "Lower prompts.per_iteration")),
     "held-out prompts that train": (
         lambda desk: (desk.heldout.write_bytes(desk.train.read_bytes()), desk.play())[1], WRONG, ("8 prompt id(s) are both in the training",),
@@ -563,7 +564,7 @@ def test_a_wrong_input_is_refused_in_a_sentence(name, desk, capsys):
 
 def test_a_correct_request_is_not_refused(desk, monkeypatch):
     """Else the table above would prove nothing: the same desk, nothing spoilt, gets as far as the server."""
-    monkeypatch.setattr(flows.preflight, "_check_tokens", lambda *_: None)
+    monkeypatch.setattr(flows.preflight, "fit_to_model", lambda prepared, *_: prepared)
     with pytest.raises(AssertionError, match="got as far as"):
         desk.play()
 

@@ -4,11 +4,15 @@ The same `play` and the same stages as everywhere; only the process per stage is
 its own per stage is in test_self_play.py. REQUEST: {"store", "cases": [{"id", "config": RUN.yaml, "set": {...}}]}, all on one store but for cases that name another.
 """
 
+import contextlib
+import io
 import json
 import os
+import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -17,8 +21,9 @@ os.environ |= {
     "DS_ACCELERATOR": "cpu",
 }
 
-import flows.preflight
+import stages.sampling.check
 import stages.training.engine
+import tasks.data.lengths
 import tasks.prompts
 from data_contracts.store import Store
 from flows import hands
@@ -40,8 +45,8 @@ class HandsInProcess:
         record = execute(STAGES[stage], config, inputs, store)
         return Built(record.ref(str(store.directory(record.kind, record.key))), record, False)
 
-    def publish(self, rows, place):
-        return tasks.prompts.publish(rows, Store(place.store))
+    def publish(self, prompts, place):
+        return tasks.prompts.publish(prompts, Store(place.store))
 
     def merge(self, players, place):
         return merged(players, Store(place.store))
@@ -85,8 +90,15 @@ def play(case, store):
     return {"final": final.path, "iterations": history.iterations, "tournament": history.tournament}
 
 
+def check_here(command, **options):
+    """The check of the prompts in this process; see test_bad_input.py for the process of its own."""
+    with contextlib.redirect_stdout(io.StringIO()) as answer:
+        code = stages.sampling.check.main(command[-1])
+    return subprocess.CompletedProcess(command, code, answer.getvalue(), "")
+
+
 def main(request: str, out: str) -> None:
-    flows.preflight._check_tokens = lambda *_: None  # a process of its own, too; see test_bad_input.py
+    tasks.data.lengths.subprocess = SimpleNamespace(run=check_here)
     # DeepSpeed keeps the first process group for ever; several trainings in one process share it.
     stages.training.engine.Engine.close = lambda self: None
     work = json.loads(Path(request).read_text())

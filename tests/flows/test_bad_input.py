@@ -140,7 +140,7 @@ def test_a_model_without_a_part_of_it(refuse, tmp_path, tiny_model, missing, mes
             [prompt(1), prompt(2), prompt(3, prompt_id="q1")],
             "train.jsonl line 3: the prompt_id 'q1' was already used in line 1",
         ),
-        ([prompt(1), prompt(2, promt="x")], "train.jsonl line 2: has the unknown field(s) ['promt']"),
+        ([prompt(1), '{"promt": "x"}'], "train.jsonl line 2: no column holds a prompt (promt: 'x')"),
         ([prompt(1), prompt(2)], "train.jsonl has 2 prompts; 2 iterations of 12 need 24"),
     ],
     ids=["empty", "malformed", "duplicate", "unknown field", "too few"],
@@ -171,11 +171,10 @@ def test_a_prompt_with_a_check_that_nobody_knows(refuse, lines):
 
 
 def test_a_prompt_without_the_truth_that_the_method_trains_on(refuse, lines):
-    rows = [prompt(number, response="Seven.") for number in range(29)]
     refuse(
-        "1 prompts of",
-        "have no `response`, e.g. ['q29']",
-        prompts={"train": lines(*rows, prompt(29))},
+        "none of the 30 prompts of",
+        "has a `response`: give other prompts",
+        prompts={"train": lines(*map(prompt, range(30)))},
         method={"name": "spin"},
     )
 

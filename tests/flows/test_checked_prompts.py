@@ -3,15 +3,19 @@
 Strategy: the process that asks is counted instead of started; whole run configs go through `preflight`, forgotten between tries as by a new process.
 """
 
+import json
 import subprocess
 
 import pytest
 
 import flows.preflight
+import tasks.data.lengths
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.preflight import preflight
+
+NOTHING_WRONG = {"overlong": {}, "truncated": {}, "dropped": {}, "unusable": {}}
 
 
 @pytest.fixture
@@ -24,9 +28,10 @@ def ask(make_run, tmp_path, monkeypatch):
         if "stages.sampling.check" not in command:
             return started(command, **options)
         state["asked"] += 1
-        return subprocess.CompletedProcess(command, state["code"], "a prompt is too long", "")
+        said = "a prompt is too long" if state["code"] else json.dumps([NOTHING_WRONG, NOTHING_WRONG])
+        return subprocess.CompletedProcess(command, state["code"], said, "")
 
-    monkeypatch.setattr(flows.preflight.subprocess, "run", answer)
+    monkeypatch.setattr(tasks.data.lengths.subprocess, "run", answer)
 
     def once(code: int = 0, **overrides) -> int:
         before, state["code"] = state["asked"], code

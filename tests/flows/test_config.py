@@ -13,6 +13,7 @@ from data_contracts.config import parse
 from data_contracts.errors import ConfigError
 from flows.config import RunConfig, load_run, parse_assignment
 from flows.preflight import preflight
+from stages.methods import METHODS
 from stages.stage import STAGES
 
 RUN = {
@@ -298,3 +299,120 @@ def test_more_ranks_than_processors_are_refused_where_training_runs_on_them(make
     run = load_run(make_run("ranks", training={"runtime": {"num_processes": 1000, "device": "cpu"}}))
     with pytest.raises(ConfigError, match=r"num_processes is 1000, and this machine has \d+ processors"):
         preflight(run, store)
+
+
+# --- paths
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A directory with a config and data, and another one that commands are typed in."""
+    for name in ("runs/data/train.jsonl", "runs/model/config.json", "here/data/heldout.jsonl", "here/data/train.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    prompts = {"train": "data/train.jsonl", "heldout": "data/heldout.jsonl"}
+    config = {**RUN, "prompts": prompts, "models": {"teacher": {"path": "no/such"}}}
+    (tmp_path / "runs" / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "runs"
+
+
+def test_a_path_in_a_config_is_looked_for_beside_it_then_where_the_command_is_typed(beside):
+    settings = load_run(beside / "run.yaml")
+    assert settings.prompts.train.path == str(beside / "data" / "train.jsonl")  # there is one in both places
+    assert settings.policy.path == str(beside / "model")
+    assert settings.prompts.heldout.path == "data/heldout.jsonl"
+    assert settings.models.teacher.path == "no/such"
+    assert load_run("../runs/run.yaml").prompts.train == settings.prompts.train
+
+
+def test_a_path_that_is_typed_is_meant_where_it_is_typed(beside):
+    overrides = {"prompts.train": "data/train.jsonl", "policy.path": "model"}
+    settings = load_run(beside / "run.yaml", overrides)
+    assert (settings.prompts.train.path, settings.policy.path) == ("data/train.jsonl", "model")
+
+
+def test_globs_mixes_and_extended_files_are_looked_for_beside_their_own_file(beside, tmp_path):
+    mix = {"mix": [{"source": "data/*.jsonl"}, {"source": {"path": "data/train.jsonl", "limit": 3}}]}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"extends": "runs/run.yaml", "prompts": {"train": mix}}))
+    settings = load_run(tmp_path / "other.yaml")
+    assert [share.source.path for share in settings.prompts.train.mix] == ["data/*.jsonl", "data/train.jsonl"]
+    assert settings.policy.path == str(beside / "model")
+    (beside / "mix.yaml").write_text(yaml.safe_dump({"extends": "run.yaml", "prompts": {"train": mix}}))
+    shares = load_run(beside / "mix.yaml").prompts.train.mix
+    assert [share.source.path for share in shares] == [f"{beside}/data/*.jsonl", f"{beside}/data/train.jsonl"]
+
+
+def test_the_paths_of_the_presets_are_those_of_the_checkout():
+    settings = load_run("deploy/runs/quickstart.yaml")
+    assert settings.prompts.train.path == "deploy/prompts/quickstart_train.jsonl"
+    assert settings.policy.path == "models/smollm2-135m-instruct"
+
+
+# --- prompts
+
+
+def test_a_path_is_short_for_a_source_and_what_stands_beside_it_counts_for_sources_that_say_nothing():
+    columns = {"prompt": "question"}
+    prompts = run(prompts={"columns": columns, "limit": 9}).prompts
+    assert (prompts.train.path, prompts.train.columns) == ("train.jsonl", {})
+    assert (prompts.train_source.columns, prompts.train_source.limit) == (columns, 9)
+    assert (prompts.heldout_source.columns, prompts.heldout_source.limit) == (columns, None)
+    own = {"path": "train.jsonl", "columns": {"prompt": "text"}, "limit": 3}
+    mixed = run(prompts={"columns": columns, "train": {"mix": [{"source": own}, {"source": "b"}], "limit": 5}}).prompts
+    parts = [share.source for share in mixed.train_source.mix]
+    assert [(part.columns, part.limit) for part in parts] == [({"prompt": "text"}, 3), (columns, None)]
+    assert mixed.train_source.limit == 5
+
+
+def test_a_number_holds_out_a_part_of_the_training_prompts():
+    assert run(prompts={"heldout": 0.05}).prompts.heldout_source is None
+    for wrong in (0, 1, 5, -0.1):
+        assert "prompts.heldout" in refused(prompts={"heldout": wrong})
+
+
+# --- methods and pairings
+
+PAIRS = ("best_vs_worst", "random_pair", "length_matched", "all_pairs", "truth_vs_generation", "given")
+SINGLES = ("each", "truth", "given_each")
+
+
+def reads_of(changes: dict) -> str:
+    """What such a run reads of its prompts; "" if it is refused."""
+    try:
+        return run(**changes).reads
+    except ConfigError:
+        return ""
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("pairing", [*PAIRS, *SINGLES])
+def test_no_side_of_a_row_is_left_unread(method, pairing):
+    """A method of pairs takes pairs only, one of single answers takes single answers only; KTO takes pairs apart."""
+    teacher = {"path": "teacher"}
+    changes = {
+        "method": {"name": method},
+        "scoring": {"pairing": pairing, "scorer": {"name": "length"}},
+        "models": {"teacher": teacher},
+    }
+    is_single = METHODS.get(method).sides(METHODS.config(method)) == ("chosen",)
+    if pairing == "given_each":
+        assert (method == "kto") == (reads_of(changes) == "answers")
+    elif method == "kto" and pairing == "given":
+        assert run(**changes).scoring_for_pairs().pairing == "given_each" and run(**changes).reads == "answers"
+    elif is_single == (pairing in SINGLES):
+        assert run(**changes).pairing == pairing
+    else:
+        assert "pairing" in refused(**changes)
+
+
+def test_what_a_run_reads_of_its_prompts():
+    def reads(method: str, pairing: str, **prompts) -> str:
+        scoring = {"pairing": pairing, "scorer": {"name": "length"}}
+        return run(method={"name": method}, scoring=scoring, prompts=prompts).reads
+
+    assert reads("dpo", "best_vs_worst") == "prompts"
+    assert reads("dpo", "given") == "pair"
+    assert reads("spin", "truth_vs_generation") == reads("sft", "truth") == "response"
+    assert run(method={"name": "spin"}, scoring={"pairing": "truth_vs_generation"}, models={"teacher": {"path": "t"}},
+               prompts={"answers_from_teacher": True}).reads == "prompts"  # fmt: skip

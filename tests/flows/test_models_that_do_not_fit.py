@@ -18,7 +18,7 @@ from stages.training.stage import check_rows
 def run_with(make_run, tmp_path, monkeypatch):
     """run_with(sections) -> the ConfigError of its preflight."""
     monkeypatch.setattr(
-        flows.preflight, "_check_tokens", lambda *_: None
+        flows.preflight, "fit_to_model", lambda prepared, *_: prepared
     )  # the prompts are fine; see test_bad_input.py
 
     def check(**sections) -> str:

@@ -169,9 +169,11 @@ def test_everybodys_own_file(read):
     }
     assert reading.drops.unusable == 5
     text = reading.drops.text()
-    assert text.startswith(
-        "  2  `chosen` is empty or blank: line 6, line 11\n       line 6: prompt: 'Name a tree.', chosen: '   '"
-    )
+    assert text.splitlines()[:2] == [
+        "  2  `chosen` is empty or blank: line 6, line 11",
+        "       messy.jsonl line 6: \"chosen\" must be non-empty text, got '   ' "
+        "(prompt: 'Name a tree.', chosen: '   ', rejected: 'Oak.')",
+    ]
 
 
 def test_no_file_is_left_out(shared):

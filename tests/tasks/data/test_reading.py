@@ -196,10 +196,10 @@ def test_a_limit_draws_by_seed_keeps_the_order_and_does_not_depend_on_repetition
 
 
 def test_a_limit_lets_go_of_rows_while_it_reads(read, monkeypatch):
-    monkeypatch.setattr("tasks.data.reading.BATCH", 10)
+    monkeypatch.setattr("tasks.data.collector.BATCH", 10)
     rows = [{"prompt": f"Question {number}?"} for number in range(3000)]
     drawn = read(rows, limit=50)
-    monkeypatch.setattr("tasks.data.reading.BATCH", 1000)
+    monkeypatch.setattr("tasks.data.collector.BATCH", 1000)
     assert list(drawn.prompts) == list(read(rows, limit=50).prompts)
     assert [drawn.prompts.where(index) for index in range(50)] == [
         f"line {int(text.split()[1][:-1]) + 1}" for text in prompts_of(drawn)
@@ -213,9 +213,18 @@ def test_several_pairs_of_one_prompt_get_ids_of_their_own(read):
 
 
 def test_an_id_that_somebody_wrote_twice_is_numbered_and_that_is_said(read):
-    reading = read([{"prompt_id": name, "prompt": text} for name, text in (("a", "x"), ("a-2", "y"), ("a", "z"))])
+    rows = (("a", "x", "1"), ("a-2", "y", "2"), ("a", "x", "3"))
+    reading = read([{"prompt_id": name, "prompt": text, "response": answer} for name, text, answer in rows])
     assert [row["prompt_id"] for row in reading.prompts] == ["a", "a-2", "a-3"]
     assert reading.notes == ["1 rows have the prompt_id of an earlier row: they are numbered (id-2, id-3 ...)"]
+
+
+def test_an_id_of_two_different_prompts_is_refused(read):
+    with pytest.raises(ConfigError) as refused:
+        read([{"prompt_id": name, "prompt": text} for name, text in (("a", "x"), ("b", "y"), ("a", "z"), ("b", "u"))])
+    assert str(refused.value).startswith(
+        "data.jsonl line 3: the prompt_id 'a' was already used in line 1, for another prompt (2 such rows): ids must be"
+    )
 
 
 # --- rows that cannot be used
@@ -246,7 +255,8 @@ def test_an_id_that_somebody_wrote_twice_is_numbered_and_that_is_said(read):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]},
          "a turn of `messages` holds something that is not text"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "a turn of `messages` calls tools"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "`messages` is empty or not a list"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "the prompt is empty or blank"),
+        ({"prompt": "x", "prompt_id": ["y"]}, "`prompt_id` is not text"),
         ({"prompt": [{"role": "user", "content": "x"}], "chosen": [{"role": "user", "content": "x"}], "rejected": "z"},
          "`chosen` does not end with the assistant's turn"),
         ({"prompt": "x", "chosen": [{"from": "user", "value": "y"}, {"from": "gpt", "value": "z"}], "rejected": "z"},
@@ -287,13 +297,20 @@ def test_all_problems_are_said_at_once_with_counts_and_three_examples(read):
     with pytest.raises(ConfigError) as refused:
         reading.drops.check("data.jsonl", reading.rows, 0.5)
     lines = str(refused.value).splitlines()
-    assert lines[0] == "data.jsonl: 40 of 41 rows cannot be used, more than the 50% of prompts.max_drop_rate"
+    assert lines[0] == "data.jsonl: 40 of 41 rows cannot be used (limit: 50%, prompts.max_drop_rate)"
     assert lines[1].startswith("  20  `rejected` is empty or blank: line 1, line 3, line 5,") and lines[1].endswith(
         "and 12 more"
     )
-    assert lines[2] == "       line 1: prompt: 'p0', chosen: 'a', rejected: ''" and len(lines) == 10
+    assert lines[2] == (
+        "       data.jsonl line 1: \"rejected\" must be non-empty text, got '' "
+        "(prompt: 'p0', chosen: 'a', rejected: '')"
+    )
+    assert len(lines) == 10
     assert lines[5].startswith("  20  `chosen` and `rejected` are identical")
-    reading.drops.check("data.jsonl", reading.rows, 0.99)
+    reading.drops.check("data.jsonl", reading.rows, 0.98)
+    with pytest.raises(ConfigError, match="1 of 2 rows"):
+        read([GOOD, "{"]).drops.check("data.jsonl", 2, 0.5)  # the limit itself stops
+    read([GOOD]).drops.check("data.jsonl", 1, 0.0)
 
 
 # --- files that cannot be used
