@@ -24,6 +24,7 @@ Columns = Mapping[str, Any]
 PAIR = ("chosen", "rejected")
 CHATS = ("messages", "conversations")
 LABELS = ("label", "kto_tag")
+TWO, BETTER = ("response_0", "response_1"), "better_response_id"
 TRUTHS = ("response", "output", "completion")
 OWN = ("prompt_id", "checks", "source")
 """Columns that are read beside every shape."""
@@ -131,6 +132,15 @@ def _read_dialogues(columns: Columns) -> tuple[list[Message], Answers]:
     return _with_system(prompt, columns), Answers(chosen=chosen, rejected=rejected)
 
 
+def _read_numbered(columns: Columns) -> tuple[list[Message], Answers]:
+    """Two answers, and the number of the better one."""
+    better = columns[BETTER]
+    if better not in (0, 1):
+        raise UnusableRow(f"`{BETTER}` is neither 0 nor 1")
+    chosen, rejected = (text(columns[TWO[number]], TWO[number]) for number in (int(better), 1 - int(better)))
+    return _with_system([user(text(columns["prompt"], "prompt"))], columns), Answers(chosen=chosen, rejected=rejected)
+
+
 def _read_spin(columns: Columns) -> tuple[list[Message], Answers]:
     """The real answer is the truth; a generated one that is empty is none."""
     real, generated = conversation(columns["real"], "real"), conversation(columns["generated"], "generated")
@@ -221,6 +231,9 @@ def _all_of(*wanted: str) -> Callable[[Collection[str]], bool]:
 
 
 _ANSWERS = (*TRUTHS, *PAIR, *LABELS, "system")
+NUMBERED = Shape(
+    "numbered answers", _all_of("prompt", *TWO, BETTER), ("prompt", *TWO, BETTER, "system"), _read_numbered
+)
 PROMPTS = Shape("prompts", _any_of("prompt", "messages"), ("prompt", *CHATS, *_ANSWERS), _read_prompts)
 SHAPES = (
     Shape("SPIN", _all_of("real", "generated"), ("real", "generated"), _read_spin),
@@ -231,6 +244,7 @@ SHAPES = (
         ("instruction", "input", "context", "history", *_ANSWERS),
         _read_instruction,
     ),
+    NUMBERED,
     PROMPTS,
     Shape("dialogues", _all_of(*PAIR), (*PAIR, "system"), _read_dialogues),
 )

@@ -12,7 +12,8 @@ from data_contracts.config import Config
 
 ColumnName = Literal[
     "prompt", "messages", "conversations", "instruction", "input", "context", "history", "system", "response", "output",
-    "completion", "label", "chosen", "rejected", "real", "generated", "checks", "source", "prompt_id",
+    "completion", "label", "chosen", "rejected", "real", "generated", "response_0", "response_1", "better_response_id",
+    "checks", "source", "prompt_id",
 ]  # fmt: skip
 """Names that shapes are recognised by (tasks/data/shapes.py)."""
 Columns = dict[ColumnName, str]
