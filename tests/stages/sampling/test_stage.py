@@ -8,11 +8,12 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ConfigError, ContractError
-from data_contracts.shards import read_shards
+from data_contracts.shards import SCHEMAS, read_shards, to_table
 from stages.execute import execute
 from stages.models.turns import Turns
 from stages.sampling import check
@@ -194,23 +195,36 @@ def test_a_key_changes_only_for_a_model_that_was_not_stopped_at_its_turns_end(
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "code", "message"),
     [
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            2,
             "did not come to an end within 1 s",
         ),
-        ("{{ 'x' * 100000000000 }}", "did not come to an end within 4 GiB"),
-        ("{% if %}", "line 1 of the chat template is not valid Jinja"),
-        ("{{ raise_exception('no user') }}", "refuses the messages: no user"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", ""),
+        ("{{ 'x' * 100000000000 }}", 2, "did not come to an end within 4 GiB"),
+        ("{% if %}", 2, "line 1 of the chat template is not valid Jinja"),
+        ("{{ raise_exception('no user') }}", 2, "refuses the messages: no user"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", 0, '"unusable": {}'),
     ],
 )
-def test_a_template_is_checked_under_limits(tiny_model, tmp_path, make_rows, monkeypatch, capsys, template, message):
+def test_a_template_is_checked_under_limits(
+    tiny_model, tmp_path, make_rows, monkeypatch, capsys, template, code, message
+):
     monkeypatch.setattr(check, "TEMPLATE_SECONDS", 1)
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text(template)
+    with (
+        pa.OSFile(str(tmp_path / "prompts.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, SCHEMAS["prompts"]) as writer,
+    ):
+        writer.write_table(to_table(make_rows(2), "prompts"))
+    prompts = {
+        "sampling": config().model_dump(mode="json"),
+        "prompts": str(tmp_path / "prompts.arrow"),
+        "truncate": False,
+    }
     request = tmp_path / "request.json"
-    request.write_text(json.dumps({"model": str(model), "sets": [[config().model_dump(mode="json"), make_rows(2)]]}))
-    assert check.main(str(request)) == (2 if message else 0)
+    request.write_text(json.dumps({"model": str(model), "sets": [prompts]}))
+    assert check.main(str(request)) == code
     assert message in capsys.readouterr().out
