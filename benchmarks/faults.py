@@ -29,9 +29,10 @@ from tests.faults.harness import Fault, Scene, Verdict, plan, prepare, strike
 
 def publish(store: Store) -> ArtifactRef:
     """Six prompts, as an artifact of the store."""
+    from tasks.data.prompt_set import PromptSet
     from tasks.prompts import publish
 
-    return publish(prompt_rows(6), store)
+    return publish(PromptSet.of(prompt_rows(6)), store)
 
 
 def table(verdicts: list[Verdict], scenes: Iterable[str]) -> str:

@@ -29,7 +29,6 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 from benchmarks._smoke import add_smoke, parse, tiny_model
 from data_contracts.checkpoint import external_model
-from data_contracts.prompts import load_prompts
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from stages.execute import execute
@@ -37,6 +36,8 @@ from stages.models.turns import Turns
 from stages.sampling import SAMPLERS
 from stages.sampling import stage as sampling
 from stages.stage import STAGES
+from tasks.data.reading import read_source
+from tasks.data.source import Source
 from tasks.prompts import publish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.rows = load_prompts(ROOT / "deploy" / "prompts" / "quickstart_train.jsonl")[: options.prompts]
+        source = Source(path=str(ROOT / "deploy" / "prompts" / "quickstart_train.jsonl"))
+        self.rows = read_source(source).prompts[: options.prompts]
         self.stage = STAGES["sample"]
         self.config = self.stage.parse({
             "backend": {"name": "vllm"}, "num_candidates": options.candidates, "temperature": 0.7, "top_p": 0.9,

@@ -175,7 +175,7 @@ class Bench:
         policy = (self.policy, self.next_policy)[iteration]
         config = weigh.parse({
             "weights": {"name": "swift", "segmenter": "common_starts"}, "dtype": self.options.dtype,
-            "runtime": {"batch_tokens": self.options.batch_tokens, "device": "cpu"},
+            "template": "plain", "runtime": {"batch_tokens": self.options.batch_tokens, "device": "cpu"},
         })  # fmt: skip
         inputs = {"pairs": _publish(store, "scored_pairs", pairs)}
         inputs |= {"policy": policy, "reference": policy, "teacher": self.teacher}

@@ -5,6 +5,7 @@ Strategy: doctest on each module of the four rooms that has an example; the othe
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ ROOMS = ("data_contracts", "stages", "tasks", "flows")
 
 
 def modules_with_examples() -> list[str]:
-    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")) if ">>>" in path.read_text()]
+    paths = [
+        path
+        for room in ROOMS
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if re.search(r"^ *>>> ", path.read_text(), re.M)
+    ]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 

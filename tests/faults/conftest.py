@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tasks.data.prompt_set import PromptSet
 from tasks.prompts import publish
 from tests.faults.harness import Scene, prepare
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory, make_model, make_rows) -> dict[str, Scene]:
-    return prepare(tmp_path_factory.mktemp("scenes") / "root", make_model, lambda store: publish(make_rows(6), store))
+    prompts = PromptSet.of(make_rows(6))
+    return prepare(tmp_path_factory.mktemp("scenes") / "root", make_model, lambda store: publish(prompts, store))
 
 
 @pytest.fixture

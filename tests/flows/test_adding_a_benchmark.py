@@ -13,6 +13,7 @@ import yaml
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.shards import read_shards
+from data_contracts.store import Store
 from flows.config import load_run
 from flows.preflight import gather
 from stages.stage import STAGES
@@ -46,10 +47,10 @@ def benchmark(tmp_path):
     return directory
 
 
-def evaluation_of(make_run, directory: Path):
+def evaluation_of(make_run, directory: Path, store: Store):
     """The settings that the evaluate stage of a run with this benchmark gets."""
     run = load_run(make_run("capitals", evaluation={"lm_eval": [{"path": str(directory)}], "dtype": "float32"}))
-    return gather(run).evaluation
+    return gather(run, store).evaluation
 
 
 def test_readme_says_how_and_the_new_benchmark_is_in_the_report(
@@ -66,7 +67,7 @@ def test_readme_says_how_and_the_new_benchmark_is_in_the_report(
     ]  # fmt: skip
     inputs = {"prompts": make_prompts(store, 2), "generations": make_artifact(store, "generations", answers)}
     inputs |= {"policy": tiny_model, "start": tiny_model}
-    config = evaluation_of(make_run, benchmark).model_dump(mode="json")
+    config = evaluation_of(make_run, benchmark, store).model_dump(mode="json")
     done = run_stage_command("evaluate", config, inputs, store)
     assert done.returncode == 0, done.stderr[-3000:]
     report = read_shards(done.stdout.strip().splitlines()[-1], "eval_report").to_pylist()
@@ -79,11 +80,11 @@ def test_readme_says_how_and_the_new_benchmark_is_in_the_report(
     )
 
 
-def test_another_version_or_question_is_another_key_and_the_same_files_are_the_same_one(benchmark, make_run):
+def test_another_version_or_question_is_another_key_and_the_same_files_are_the_same_one(benchmark, make_run, store):
     policy = ArtifactRef(kind="checkpoint", key="k", content="c", path="/nowhere")
 
     def key() -> str:
-        return STAGES["evaluate"].key(evaluation_of(make_run, benchmark), {"policy": policy})
+        return STAGES["evaluate"].key(evaluation_of(make_run, benchmark, store), {"policy": policy})
 
     first = key()
     assert key() == first

@@ -6,12 +6,12 @@ Strategy: hands that make references out of what they are asked for, and measure
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import Config
+from data_contracts.prompts import prompt_row
 from flows.config import load_run
 from flows.forecast.rehearsal import UntilUnbuilt
 from flows.preflight import Checked
@@ -19,9 +19,12 @@ from flows.self_play import SelfPlay
 from stages.evaluation.promotion import Measurement
 from stages.stage import STAGES
 from tasks.build import Built
+from tasks.data.prompt_set import PromptSet
 from tasks.place import Place
 
-PROMPTS = [{"prompt_id": f"p{i}", "response": None} for i in range(40)]
+PROMPTS = PromptSet.of(
+    [prompt_row([{"role": "user", "content": f"Question {i}"}], prompt_id=f"p{i}") for i in range(40)]
+)
 
 
 class Hands:
@@ -46,7 +49,7 @@ class Hands:
         )
         return Built(ref, record, True)
 
-    def publish(self, rows: list[dict[str, Any]], place: Place) -> ArtifactRef:
+    def publish(self, prompts: PromptSet, place: Place) -> ArtifactRef:
         return ArtifactRef(kind="prompts", key=place.name_of("prompts"), path="", content="c")
 
     def merge(self, players: Mapping[str, ArtifactRef], place: Place) -> ArtifactRef:
