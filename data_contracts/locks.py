@@ -10,6 +10,7 @@ died. A process tree that inherits the descriptor keeps others out for as long a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from typing import IO
 
 from data_contracts import lease
 from data_contracts.lease import LockOwner
+
+READ_ONLY_ERRORS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 @contextmanager
@@ -87,7 +90,10 @@ class _Busy(Exception):
 
 @contextmanager
 def try_hold(locks: Path, name: str) -> Generator[LockOwner | None]:
-    """Hold the lock if it is free. Yields: None when this process holds it now, else the owner."""
+    """Hold the lock if it is free. Yields: None when this process holds it now, else the owner.
+
+    In a directory that may only be read nothing can be held: None then says that nobody holds it.
+    """
 
     def refuse(owner: LockOwner) -> None:
         raise _Busy(owner)
@@ -98,7 +104,24 @@ def try_hold(locks: Path, name: str) -> Generator[LockOwner | None]:
             stack.enter_context(hold(locks, name, refuse, poll=0.0))
         except _Busy as busy:
             owner = busy.owner
+        except OSError as error:
+            if error.errno not in READ_ONLY_ERRORS:
+                raise
+            owner = _owner_of(locks / name)
         yield owner
+
+
+def _owner_of(path: Path) -> LockOwner | None:
+    """Return who holds a lock, without making its file; None if nobody of this host does."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _read_owner(file)
+    except OSError:
+        pass
+    return None
 
 
 def lock_names(locks: Path) -> list[tuple[str, str]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from data_contracts.errors import ConfigError
 from data_contracts.lease import LockOwner
+from data_contracts.set_aside import SET_ASIDE, list_set_aside
 from data_contracts.store import Store
+from data_contracts.words import format_bytes
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import gather
@@ -28,7 +30,18 @@ def status(config: RunConfig, store: Store) -> str:
         f"{built} of {len(rehearsal.steps)} artifacts are built"
         + ("" if built < len(rehearsal.steps) else ": the run is complete")
     )
+    lines += _set_aside_lines(store)
     return "\n".join(lines)
+
+
+def _set_aside_lines(store: Store) -> list[str]:
+    """A line per directory that was set aside in the store, whichever run it was of, with the reason."""
+    entries = list_set_aside(store.root)
+    lines = [
+        f"  {path.name}  was {reason['was']}, {format_bytes(reason['size'])}, by {reason['by']}: {reason['why']}"
+        for path, reason in entries
+    ]
+    return [f"set aside in {store.root / SET_ASIDE}:", *lines] if entries else []
 
 
 def _state(step: Step, store: Store, locked: list[tuple[str, str]]) -> str:
@@ -57,16 +70,14 @@ def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> 
     """
     if (kind, key) not in locked:  # to ask for a lock makes its file
         return None
-    try:
-        with store.try_lock(kind, key) as owner:
-            return owner
-    except OSError:  # a store that may only be read
-        return None
+    with store.try_lock(kind, key) as owner:
+        return owner
 
 
 def report_again(config: RunConfig, store: Store) -> Path:
-    """Write `runs/<name>/report.html` and `.md` from the iterations that are complete. Raises: ConfigError if none
-    is.
+    """Write `runs/<name>/report.html` and `.md` from the iterations that are complete.
+
+    Raises: ConfigError if none is, or if nothing can be written there.
     """
     history = History(config, store, Nowhere(), Nowhere())
     checked = gather(config, store)
@@ -76,4 +87,10 @@ def report_again(config: RunConfig, store: Store) -> Path:
         raise ConfigError(
             f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; see `selfplay status`"
         )
-    return history.write_report()
+    try:
+        return history.write_report()
+    except OSError as error:
+        raise ConfigError(
+            f"the report of {config.name} cannot be written ({error.strerror}: {error.filename}): make {store.root} "
+            "writable, or copy the store to a disk that is"
+        ) from None

@@ -1,5 +1,6 @@
 """Faults of the machine around a build: the disk is full or read-only, a judge comes and goes, the hub is away."""
 
+import fcntl
 import http.server
 import json
 import os
@@ -11,7 +12,9 @@ import threading
 from pathlib import Path
 from typing import ClassVar
 
+from data_contracts.gc import gc
 from data_contracts.store import Store
+from flows.cli.doctor import doctor
 from tests.faults.harness import RUNTIME, Command, contents, judge
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +51,26 @@ def test_a_nearly_full_disk_or_a_spent_budget_stops_before_anything_is_started(s
     assert not (disk / "store" / "artifacts" / scene.directory / "stage.log").exists()
     ended = run(scene, disk / "store", tmp_path, SELFPLAY_STORE_MIN_FREE_BYTES="1M", SELFPLAY_STORE_MAX_BYTES="1G")
     assert judge(scene, disk / "store", ended) == [], ended.out
+
+
+def test_a_read_only_store_can_be_asked(scenes, small_disk):
+    """doctor, status of locks and gc --dry-run look at a store that may only be read; who builds there is still said."""
+    scene = scenes["score"]
+    disk = small_disk(20_000)
+    store = Store(shutil.copytree(scene.before, disk / "store", symlinks=True))
+    kind, key = store.artifact_names()[0]
+    with store.lock(kind, key):
+        pass
+    small_disk.remount("ro")
+    with open(store.lock_path(kind, key)) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with store.try_lock(kind, key) as owner:
+            assert owner is not None and owner.pid == os.getpid()
+    with store.try_lock(kind, key) as owner, store.try_lock("checkpoint", "none") as nobody:
+        assert owner is None and nobody is None
+    assert [finding.message for finding in doctor(store) if "not writable" in finding.message]
+    assert gc(store, 0, dry_run=True, young_seconds=-1)
+    small_disk.remount("rw")
 
 
 def test_a_read_only_store_is_said_in_a_sentence_and_what_is_built_is_still_found(scenes, small_disk, tmp_path):

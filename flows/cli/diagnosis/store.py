@@ -7,9 +7,10 @@ import socket
 from collections.abc import Iterator
 
 from data_contracts.artifact import RECORD
-from data_contracts.errors import ArtifactError
+from data_contracts.errors import ArtifactError, NewerRecordError
 from data_contracts.files import bytes_below, bytes_from_environment, process_state
 from data_contracts.lease import LockOwner
+from data_contracts.set_aside import list_set_aside
 from data_contracts.store import MAX_BYTES, MIN_FREE_BYTES, Store
 from data_contracts.words import format_bytes, plural
 from flows.cli.diagnosis import Finding
@@ -67,10 +68,11 @@ def _lock(store: Store, kind: str, key: str, owner: LockOwner) -> Finding:
 
 
 def artifacts(store: Store) -> Iterator[Finding]:
-    """Artifacts that do not hold what was signed, builds that were interrupted, temporary files of dead writers."""
+    """Artifacts that do not hold what was signed or that a newer program wrote, builds that were interrupted, what was
+    set aside, temporary files of dead writers."""
     interrupted = 0
-    for directory in sorted(path for path in (store.root / "artifacts").glob("*/*") if path.is_dir()):
-        kind, key = directory.parent.name, directory.name
+    for kind, key in store.artifact_names():
+        directory = store.directory(kind, key)
         if not (directory / RECORD).is_file():
             with store.try_lock(kind, key) as owner:
                 interrupted += owner is None
@@ -78,6 +80,10 @@ def artifacts(store: Store) -> Iterator[Finding]:
         try:
             record = store.load(kind, key)
             problems = store.problems(record) if record else []
+        except NewerRecordError as error:
+            message = f"{kind} {key} is newer than this program, not damaged: {error}"
+            yield Finding("note", message, "update the program, or give this one another store")
+            continue
         except ArtifactError as error:
             problems = [str(error)]
         if problems:
@@ -89,6 +95,12 @@ def artifacts(store: Store) -> Iterator[Finding]:
     if interrupted:
         message = f"{plural(interrupted, 'interrupted build')}: start the run again and it goes on from there"
         yield Finding("note", message, f"python -m data_contracts verify --store {store.root}")
+    for path, reason in list_set_aside(store.root):
+        message = (
+            f"{reason['was']} was set aside by {reason['by']} on {reason['since']}, "
+            f"{format_bytes(reason['size'])}: {reason['why']}"
+        )
+        yield Finding("note", message, f"rm -r {path}, or move it back to {store.root / reason['was']}")
     if litter := sum(1 for _ in store.abandoned(in_artifacts=True)):
         yield Finding(
             "note", f"{plural(litter, 'temporary file')} of writers that are gone; the next build removes them"

@@ -20,6 +20,7 @@ import pytest
 
 from data_contracts.files import process_state
 from data_contracts.lease import Lease, LockOwner
+from data_contracts.set_aside import set_aside
 from data_contracts.store import Store
 from flows.cli import doctor as module
 from flows.cli.diagnosis import Finding, environment
@@ -27,7 +28,7 @@ from flows.cli.diagnosis.environment import compiler, gpu, memory, open_files, v
 from flows.cli.diagnosis.server import HEARTBEAT, is_running_here, server
 from flows.cli.diagnosis.store import artifacts, disk, locks
 from flows.cli.doctor import doctor, summary
-from flows.cli.status import _owner
+from flows.cli.status import _owner, _set_aside_lines
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = {
@@ -214,6 +215,22 @@ def test_damage_litter_and_interrupted_work(store, make_prompts):
     assert "1 interrupted build:" in waiting.message and "1 temporary file of" in litter.message
     (Path(ref.path) / "record.json").write_text("{")
     assert "record.json is damaged" in next(artifacts(store)).message
+
+
+def test_what_was_set_aside_is_shown_with_its_reason_and_a_newer_record_is_not_called_damaged(store, make_prompts):
+    ref = make_prompts(store, 3)
+    path = Path(ref.path) / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    (newer,) = artifacts(store)
+    assert f"prompts {ref.key} is newer than this program, not damaged" in newer.message
+    assert "record format 99" in newer.message and "update the program" in newer.cure
+    aside = set_aside(store.root, Path(ref.path), "part-00000.parquet is missing", by="a build")
+    (finding,) = artifacts(store)
+    assert finding.level == "note" and f"artifacts/prompts/{ref.key} was set aside by a build" in finding.message
+    assert finding.message.endswith("part-00000.parquet is missing") and str(aside) in finding.cure
+    lines = _set_aside_lines(store)
+    assert str(store.root / "set_aside") in lines[0] and aside.name in lines[1]
+    assert lines[1].endswith("by a build: part-00000.parquet is missing")
 
 
 def run_of(seconds_ago: float, **changes) -> dict:
