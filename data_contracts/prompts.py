@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_text
 
 ROLES = ("system", "user", "assistant")
-TEXTS = ("response", "chosen", "rejected")
-SINGLE = ("completion", "label")
-KEYS = {"prompt_id", "messages", "prompt", "checks", "source", *TEXTS, *SINGLE}
 
 
 class Message(TypedDict):
@@ -49,46 +44,6 @@ class UnusableRow(ValueError):
         self.reason = reason
 
 
-def load_prompts(path: Path | str) -> list[PromptRow]:
-    """The rows of a file of JSON lines as above, in its order. It is strict: the first wrong line is an error.
-
-    Raises: ConfigError naming file and line for malformed JSON, wrong fields, a duplicate id; and for a missing or
-    empty file.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ConfigError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except ValueError as error:  # a name with a NUL in it
-        raise ConfigError(f"cannot read the prompt file {path!r}: {error}") from None
-    rows: list[PromptRow] = []
-    lines_of_ids: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            data = parse_object(line)
-        except UnusableRow as error:
-            raise ConfigError(f"{path} line {number} {error}") from None
-        try:
-            row = _strict_row(data)
-        except UnusableRow as error:
-            raise ConfigError(f"{path} line {number}: {error}") from None
-        prompt_id = row["prompt_id"]
-        if prompt_id in lines_of_ids:
-            raise ConfigError(
-                f"{path} line {number}: the prompt_id {prompt_id!r} was already used in line "
-                f"{lines_of_ids[prompt_id]}; ids must be unique"
-            )
-        lines_of_ids[prompt_id] = number
-        rows.append(row)
-    if not rows:
-        raise ConfigError(f"the prompt file {path} is empty: at least one JSON line is needed")
-    return rows
-
-
 def parse_object(line: str) -> dict[str, Any]:
     """The JSON object of a line. Raises: UnusableRow."""
     try:
@@ -104,29 +59,6 @@ def parse_object(line: str) -> dict[str, Any]:
         message = f"must be a JSON object, got {type(data).__name__}"
         raise UnusableRow("the line is not a JSON object", message)
     return cast("dict[str, Any]", data)
-
-
-def _strict_row(data: Mapping[str, Any]) -> PromptRow:
-    """The row of a line that uses no other fields than those of this format. Raises: UnusableRow."""
-    if unknown := data.keys() - KEYS:
-        message = f"has the unknown field(s) {sorted(unknown)}; known: {sorted(KEYS)}"
-        raise UnusableRow("unknown fields", message)
-    if ("messages" in data) == ("prompt" in data):
-        raise UnusableRow("no prompt", 'needs exactly one of "messages" and "prompt"')
-    if ("chosen" in data) != ("rejected" in data):
-        raise UnusableRow("half of a pair", '"chosen" and "rejected" come together')
-    messages = data["messages"] if "messages" in data else [{"role": "user", "content": data["prompt"]}]
-    sides: dict[str, Any] = {name: data.get(name) for name in ("chosen", "rejected")}
-    if "completion" in data or "label" in data:
-        sides |= labelled_sides(data.get("completion"), data.get("label"))
-    return prompt_row(
-        messages,
-        prompt_id=data.get("prompt_id"),
-        checks=data.get("checks", []),
-        response=data.get("response"),
-        source=data.get("source"),
-        **sides,
-    )
 
 
 def labelled_sides(completion: Any, label: Any) -> dict[str, Any]:

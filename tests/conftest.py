@@ -17,7 +17,6 @@ import http.server
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from hypothesis import HealthCheck, settings
 
 from data_contracts.artifact import ArtifactRecord
 from data_contracts.identity import canonical_json, digest_text, fingerprint
-from data_contracts.prompts import load_prompts
+from data_contracts.prompts import prompt_row
 from data_contracts.shards import shard_path, to_table, write_shard
 from data_contracts.store import Store
 from stages.running.history import events
@@ -115,22 +114,16 @@ def make_model():
 def prompt_rows(count: int, first: int = 0) -> list[dict]:
     """Rows of `prompts`, each about a number of its own, short enough for the tiny model."""
     things = ("a fox", "the sea", "some wood", "pickled peppers", "the rain", "lazy dogs", "the sun")
-    lines = [
-        {
-            "prompt_id": f"p{number:03d}",
-            "prompt": f"Say {number} words about {things[number % len(things)]}.",
-            "checks": [{"name": "max_words", "value": 6}],
-            "response": f"{things[number % len(things)]} is number {number}.",
-            "chosen": None,
-            "rejected": None,
-            "source": "test",
-        }
+    return [
+        prompt_row(
+            [{"role": "user", "content": f"Say {number} words about {things[number % len(things)]}."}],
+            prompt_id=f"p{number:03d}",
+            checks=[{"name": "max_words", "value": 6}],
+            response=f"{things[number % len(things)]} is number {number}.",
+            source="test",
+        )
         for number in range(first, first + count)
     ]
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-        file.write("\n".join(map(json.dumps, lines)))
-        file.flush()
-        return load_prompts(file.name)
 
 
 @pytest.fixture(scope="session")

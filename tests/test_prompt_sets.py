@@ -8,12 +8,16 @@ import pytest
 import yaml
 
 from data_contracts.near_duplicates import near_duplicates
-from data_contracts.prompts import load_prompts, text_of
+from data_contracts.prompts import text_of
 from stages.scoring.checks import grade, validate_checks
+from tasks.data.reading import read_source
+from tasks.data.source import Source
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
-TRAIN = load_prompts(DEPLOY / "prompts" / "quickstart_train.jsonl")
-HELDOUT = load_prompts(DEPLOY / "prompts" / "quickstart_heldout.jsonl")
+READINGS = [
+    read_source(Source(path=str(DEPLOY / "prompts" / f"quickstart_{name}.jsonl"))) for name in ("train", "heldout")
+]
+TRAIN, HELDOUT = (list(reading.prompts) for reading in READINGS)
 BOTH = TRAIN + HELDOUT
 
 
@@ -23,6 +27,11 @@ def checks_of(row):
 
 def texts_of(rows):
     return [text_of(row) for row in rows]
+
+
+def test_every_row_is_used_and_every_column_read():
+    for reading in READINGS:
+        assert not reading.drops.counts and not reading.notes and not reading.ignored
 
 
 def test_there_are_enough_prompts_with_ids_of_their_own():

@@ -17,7 +17,6 @@ from data_contracts.config import load_yaml
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, PipelineError
 from data_contracts.files import bytes_from_environment
 from data_contracts.lease import LockOwner, _read_state
-from data_contracts.prompts import load_prompts
 from data_contracts.shards import read_shard, seal_path, shard_path, to_table, write_shard
 from data_contracts.store import Store
 from flows.config import RunConfig, load_run, parse_assignment
@@ -26,6 +25,8 @@ from stages.running.history import events
 from stages.scoring.endpoint import Reply
 from stages.training.replay import replay_batch
 from stages.training.resume import sealed
+from tasks.data.reading import read_source
+from tasks.data.source import Source
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -88,11 +89,11 @@ def test_prompts(directory, lines):
     path = directory / "prompts.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        rows = load_prompts(path)
+        prompts = read_source(Source(path=str(path))).prompts
     except ConfigError as error:
         assert "prompts.jsonl" in str(error)
     else:
-        to_table(rows, "prompts")
+        assert to_table(list(prompts), "prompts").num_rows > 0
 
 
 def generations() -> bytes:

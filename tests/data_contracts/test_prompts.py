@@ -1,22 +1,37 @@
-"""Prompt files of our own format: whatever is wrong is said with the file and the line.
+"""Prompt files of our own format: whatever is wrong with a line is said with its number.
 
-Strategy: every error has one bad line behind one good one, so the number 2 must be in the message.
+Strategy: every error has one bad line behind one good one, so the number 2 must be in the sentence.
 """
 
 import json
+import re
 
 import pytest
 
 from data_contracts.errors import ConfigError
-from data_contracts.prompts import load_prompts, own_line, text_of
+from data_contracts.prompts import UnusableRow, own_line, prompt_row, text_of
+from tasks.data.reading import read_source
+from tasks.data.source import Source
 
 GOOD = '{"prompt_id": "a", "prompt": "Name a fruit."}'
 
 
-def load(tmp_path, *lines: str):
+def read(tmp_path, *lines: str):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return load_prompts(path)
+    return read_source(Source(path=str(path)))
+
+
+def load(tmp_path, *lines: str):
+    return list(read(tmp_path, *lines).prompts)
+
+
+def sentence_on_second_line(tmp_path, line: str) -> str:
+    """What is said of a line that cannot be used."""
+    reading = read(tmp_path, GOOD, line)
+    assert [row["prompt_id"] for row in reading.prompts] == ["a"]
+    [[sentence]] = reading.drops.examples.values()
+    return sentence
 
 
 def test_a_line_becomes_a_row_with_every_column(tmp_path):
@@ -41,9 +56,10 @@ def test_a_prompt_without_an_id_is_named_by_its_text(tmp_path):
     assert len(one["prompt_id"]) == 16 and one["prompt_id"] != two["prompt_id"] == again["prompt_id"]
 
 
-def test_the_same_text_twice_without_ids_is_a_duplicate(tmp_path):
-    with pytest.raises(ConfigError, match="line 2: the prompt_id .* was already used in line 1"):
-        load(tmp_path, '{"prompt": "one"}', '{"prompt": "one"}')
+def test_the_same_text_twice_without_ids_is_a_repetition(tmp_path):
+    reading = read(tmp_path, '{"prompt": "one"}', '{"prompt": "one"}')
+    assert len(reading.prompts) == 1
+    assert dict(reading.drops.places) == {"an exact repetition of an earlier row": ["line 2"]}
 
 
 MESSAGES = '{"messages": %s}'
@@ -57,37 +73,60 @@ MESSAGES = '{"messages": %s}'
         ("prompt: x", "is not valid JSON: Expecting value at column 1"),
         ('["x"]', "must be a JSON object, got list"),
         ("null", "must be a JSON object, got NoneType"),
-        ('{"prompt": "x", "promptid": "b"}', r"unknown field\(s\) \['promptid'\]; known: .*'prompt_id'"),
-        ('{"prompt_id": "b"}', 'needs exactly one of "messages" and "prompt"'),
-        ('{"prompt": "x", "messages": []}', 'needs exactly one of "messages" and "prompt"'),
+        ('{"prompt_id": "b"}', "no column holds a prompt"),
         (MESSAGES % "[]", '"messages" must be a non-empty list'),
         (MESSAGES % '"hi"', '"messages" must be a non-empty list'),
-        (MESSAGES % '[{"role": "human", "content": "x"}]', "a message must be .*got .*human"),
-        (MESSAGES % '[{"role": "user"}]', "a message must be"),
-        (MESSAGES % '[{"role": "user", "content": 3}]', "a message must be"),
-        (MESSAGES % '[{"role": "user", "content": "x", "name": "y"}]', "a message must be"),
-        (
-            MESSAGES % '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]',
-            "the last message must not be the assistant's",
-        ),
-        ('{"prompt": 3}', "a message must be"),
+        (MESSAGES % '[{"role": "tool", "content": "x"}]', "is by 'tool', not by one of system, user, assistant"),
+        (MESSAGES % '[{"role": "user"}]', "every message is blank"),
+        (MESSAGES % '[{"role": "user", "content": 3}]', r'"messages\[\].content" must be text, got 3'),
+        ('{"prompt": 3}', '"prompt" must be text, got 3'),
         ('{"prompt": " \\n "}', "every message is blank"),
-        ('{"prompt": "x", "prompt_id": 7}', '"prompt_id" must be non-empty text, got 7'),
-        ('{"prompt": "x", "prompt_id": ""}', "\"prompt_id\" must be non-empty text, got ''"),
-        ('{"prompt": "x", "response": ["y"]}', '"response" must be non-empty text'),
+        ('{"prompt": "x", "prompt_id": 7.5}', '"prompt_id" must be non-empty text, got 7.5'),
+        ('{"prompt": "x", "response": ["y"]}', "a turn of \"response\" must be a message, got 'y'"),
         ('{"prompt": "x", "response": ""}', '"response" must be non-empty text'),
-        ('{"prompt": "x", "chosen": "y"}', '"chosen" and "rejected" come together'),
+        ('{"prompt": "x", "response": " "}', '"response" must be non-empty text'),
+        ('{"prompt": "x", "chosen": "y"}', '"rejected" must be non-empty text'),
         ('{"prompt": "x", "chosen": "y", "rejected": ""}', '"rejected" must be non-empty text'),
-        ('{"prompt": "x", "source": false}', '"source" must be non-empty text'),
+        ('{"prompt": "x", "chosen": "y", "rejected": "y"}', '"chosen" and "rejected" are identical'),
+        ('{"prompt": "x", "completion": "y", "label": "good"}', "\"label\" must be true or false, got 'good'"),
+        ('{"prompt": "x", "completion": "", "label": true}', '"chosen" must be non-empty text'),
         ('{"prompt": "x", "checks": {"name": "y"}}', '"checks" must be a list of objects with a "name"'),
         ('{"prompt": "x", "checks": ["y"]}', '"checks" must be a list of objects with a "name"'),
         ('{"prompt": "x", "checks": [{"value": 3}]}', '"checks" must be a list of objects with a "name"'),
-        ('{"prompt_id": "a", "prompt": "x"}', "the prompt_id 'a' was already used in line 1; ids must be unique"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said_with_its_number(tmp_path, line, message):
-    with pytest.raises(ConfigError, match=rf"prompts\.jsonl line 2:? .*{message}"):
-        load(tmp_path, GOOD, line)
+    assert re.search(rf"prompts\.jsonl line 2:? .*{message}", sentence_on_second_line(tmp_path, line))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"messages": [{"role": "human", "content": "x"}]}, "a message must be .*got .*human"),
+        ({"messages": [{"role": "user"}]}, "a message must be"),
+        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "a message must be"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+         "the last message must not be the assistant's"),
+        ({"prompt_id": 7}, '"prompt_id" must be non-empty text, got 7'),
+        ({"prompt_id": ""}, '"prompt_id" must be non-empty text'),
+        ({"source": False}, '"source" must be non-empty text'),
+    ],
+)  # fmt: skip
+def test_a_row_that_breaks_the_contract_is_refused(values, message):
+    with pytest.raises(UnusableRow, match=message):
+        prompt_row(**{"messages": [{"role": "user", "content": "x"}]} | values)
+
+
+def test_an_id_that_another_prompt_has_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"prompts\.jsonl line 2: the prompt_id 'a' was already used in line 1.*unique"
+    ):
+        load(tmp_path, GOOD, '{"prompt_id": "a", "prompt": "x"}')
+
+
+def test_a_field_that_no_line_of_ours_has_is_not_read_and_that_is_said(tmp_path):
+    reading = read(tmp_path, GOOD, '{"prompt": "x", "promptid": "b"}')
+    assert len(reading.prompts) == 2 and reading.notes == ["columns that are not read: promptid"]
 
 
 def test_escaped_characters_outside_the_basic_plane_are_text(tmp_path):
@@ -96,24 +135,14 @@ def test_escaped_characters_outside_the_basic_plane_are_text(tmp_path):
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
     # U+2028 inside a text and blank lines must not move the number.
-    with pytest.raises(ConfigError, match="line 4 is not valid JSON"):
-        load(tmp_path, '{"prompt": "one\u2028two"}', "", GOOD, "{")
+    reading = read(tmp_path, '{"prompt": "one\u2028two"}', "", GOOD, "{")
+    assert dict(reading.drops.places) == {"the line is not valid JSON": ["line 4"]}
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_an_empty_file_is_refused(tmp_path, text):
-    with pytest.raises(ConfigError, match="empty: at least one JSON line is needed"):
+    with pytest.raises(ConfigError, match="empty: at least one row is needed"):
         load(tmp_path, text)
-
-
-def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read the prompt file .*none\.jsonl: No such file"):
-        load_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match="Is a directory"):
-        load_prompts(tmp_path)
-    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin\.jsonl is not UTF-8 text .* at byte 12"):
-        load_prompts(tmp_path / "latin.jsonl")
 
 
 # --- the line of a row
@@ -137,18 +166,3 @@ def test_a_row_is_read_again_from_its_line(tmp_path, line):
     [row] = load(tmp_path, json.dumps(line))
     assert json.loads(own_line(row)) == line
     assert load(tmp_path, own_line(row)) == [row]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "x", "completion": "y", "label": 1}', '"label" must be true or false, got 1'),
-        ('{"prompt": "x", "completion": "y"}', '"label" must be true or false, got None'),
-        ('{"prompt": "x", "label": true}', '"chosen" must be non-empty text'),
-        ('{"prompt": "x", "response": " "}', '"response" must be non-empty text'),
-        ('{"prompt": "x", "chosen": "y", "rejected": "y"}', '"chosen" and "rejected" are identical'),
-    ],
-)
-def test_what_is_wrong_with_the_answers_of_a_line(tmp_path, line, message):
-    with pytest.raises(ConfigError, match=rf"prompts\.jsonl line 2: {message}"):
-        load(tmp_path, GOOD, line)

@@ -15,11 +15,12 @@ from data_contracts.checkpoint import ModelRef, check_safetensors, external_mode
 from data_contracts.config import read_yaml
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, StageError, TransientError
 from data_contracts.files import disk_errors_explained, is_abandoned
-from data_contracts.prompts import load_prompts
 from data_contracts.repair import set_damaged_aside
 from data_contracts.shards import shard_path, to_table
 from stages.sampling.stage import SamplingConfig
 from tasks.build import build
+from tasks.data.reading import read_source
+from tasks.data.source import Source
 from tasks.launch import Progress
 from tasks.models import locate
 
@@ -135,8 +136,8 @@ def test_a_progress_bar_is_never_worth_a_run(monkeypatch):
 def test_names_that_no_file_can_have():
     with pytest.raises(ConfigError, match="cannot read the run config .*null byte"):
         read_yaml("a\0b")
-    with pytest.raises(ConfigError, match="cannot read the prompt file .*null byte"):
-        load_prompts("a\0b")
+    with pytest.raises(ConfigError, match="cannot read the prompts .*null byte"):
+        read_source(Source(path="a\0b"))
 
 
 def test_headers_and_settings_of_the_wrong_shape(tmp_path):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from data_contracts.errors import ConfigError, PipelineError
 from data_contracts.identity import canonical_json, digest_text
-from data_contracts.prompts import load_prompts
+from data_contracts.prompts import own_line, prompt_row
 from data_contracts.shards import SCHEMAS, to_table
 from tasks.data import text_files
 from tasks.data.reading import read_source
@@ -51,27 +51,36 @@ def prompts_of(reading) -> list[str]:
 # --- our own format
 
 
-def test_a_file_of_our_own_format_gives_the_rows_that_the_strict_reader_gives(read, tmp_path):
+def test_a_file_of_our_own_format_gives_its_rows(read):
+    checks, brief = [{"value": 3, "name": "max_words"}], {"role": "system", "content": "Be brief."}
+    greeting = {"content": "Hi 🦊", "role": "user"}
     lines = [
-        {"prompt_id": "a", "prompt": "Name a fruit.", "checks": [{"value": 3, "name": "max_words"}], "source": "mine"},
-        {
-            "messages": [{"role": "system", "content": "Be brief."}, {"content": "Hi 🦊", "role": "user"}],
-            "response": "Hello.",
-        },
+        {"prompt_id": "a", "prompt": "Name a fruit.", "checks": checks, "source": "mine"},
+        {"messages": [brief, greeting], "response": "Hello."},
         {"prompt": "Name a bird.", "chosen": "Robin.", "rejected": "A bird.", "response": None},
         {"prompt": "Name a fish.", "completion": "Trout.", "label": True},
     ]
+    expected = [
+        prompt_row([{"role": "user", "content": "Name a fruit."}], prompt_id="a", checks=checks, source="mine"),
+        prompt_row([brief, greeting], response="Hello."),
+        prompt_row([{"role": "user", "content": "Name a bird."}], chosen="Robin.", rejected="A bird."),
+        prompt_row([{"role": "user", "content": "Name a fish."}], chosen="Trout."),
+    ]
     reading = read(lines)
-    strict = load_prompts(tmp_path / "data.jsonl")
-    assert list(reading.prompts) == strict and not reading.drops.counts and not reading.notes
-    assert reading.prompts.digest == digest_text(canonical_json(strict))
-    assert reading.prompts.table().equals(to_table(strict, "prompts"))
+    assert list(reading.prompts) == expected and not reading.drops.counts and not reading.notes
+    assert reading.prompts.digest == digest_text(canonical_json(expected))
+    assert reading.prompts.table().equals(to_table(expected, "prompts"))
 
 
 @pytest.mark.parametrize("name", ["quickstart_train", "quickstart_heldout", "tiny"])
-def test_the_prompt_files_of_this_checkout_are_read_as_before(name):
+def test_nothing_of_the_prompt_files_of_this_checkout_is_lost(name):
     path = f"deploy/prompts/{name}.jsonl"
-    assert list(read_source(Source(path=path)).prompts) == load_prompts(path)
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    for line in lines:
+        if line.get("messages", []) and len(line["messages"]) == 1:  # how a line says it shorter
+            line["prompt"] = line.pop("messages")[0]["content"]
+    assert [json.loads(own_line(row)) for row in read_source(Source(path=path)).prompts] == lines
 
 
 def test_an_artifact_of_prompts_can_be_read_as_a_source(read, tmp_path):
