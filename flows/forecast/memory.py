@@ -183,18 +183,24 @@ def training_memory(
     """(bytes on each GPU, bytes of host memory per node) of DeepSpeed training under a `TrainingConfig`; `others`
     stay in memory beside it.
 
-    bf16 keeps float32 master weights. ZeRO 1 cuts the optimizer over the ranks, 2 the gradients too, 3 the weights too.
+    bf16 keeps float32 master weights. ZeRO 1 cuts the optimizer over the ranks, 2 the gradients too, 3 the weights too;
+    under ZeRO, bf16 gradients add up in float32 (under ZeRO 1 beside the model's own, whole on each rank).
     """
     runtime, weights, width = config.runtime, shape.parameters, BYTES[config.dtype]
     mixed, stage = config.dtype == "bfloat16", config.runtime.zero_stage
     cut = [ranks if stage >= level else 1 for level in range(4)]
+    gradient_bytes = width
+    if stage == 1:
+        gradient_bytes = width + 4 * mixed
+    elif stage > 1:
+        gradient_bytes = 4
     state = (
         (4 * mixed + STATES[config.optimizer] + 4 * mixed) * weights // cut[1]
     )  # masters, moments, and the gradient in float32
     offloaded = state if runtime.offload_optimizer and stage else 0
     device = {
         "weights": width * weights // cut[3],
-        "gradients": width * weights // cut[2],
+        "gradients": gradient_bytes * weights // cut[2],
         "optimizer": state - offloaded,
         "activations": activations(shape, rows.tokens, rows.length, runtime.gradient_checkpointing) * width // 2,
         "logits": rows.responses * shape.vocabulary * LOGITS_BACKWARD,

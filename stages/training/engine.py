@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from stages.models.lazy import torch
 from stages.models.turns import TurnConfig, turns_or_plain
+from stages.training.optimizer import make_optimizer
 from stages.training.resume import forget, seal, sealed
 from stages.training.weights import StoredWeights, load_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from types import ModuleType
 
     from torch import Tensor
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
     from stages.training.config import TrainingConfig
 
-PART = 1 << 24
-"""Weights whose float32 gradient exists at a time."""
+PARTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Weights whose float32 gradient exists at a time, by type of device: a GPU updates a 2 B model in seven calls."""
 
 
 class Engine:
@@ -51,14 +52,14 @@ class Engine:
             torch.cuda.set_device(self.torch_device)
         torch.manual_seed(config.seed)
         self.stop_ids = turns_or_plain(model, TurnConfig()).stop_ids
-        settings = _settings(config)
+        settings = deepspeed_settings(config, device)
         policy = load_policy(model, config.dtype, str(self.torch_device), settings)
         policy.train()
         stored = StoredWeights(model, policy)
         masters = [] if config.dtype == "float32" or stored.are_bfloat16() else list(stored.masters())
         if config.runtime.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = _optimizer(config, policy.parameters())
+        optimizer = make_optimizer(config, policy.parameters(), device)
         planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
         schedule = get_scheduler(
             config.schedule,
@@ -84,6 +85,8 @@ class Engine:
         for parameter, read in masters:
             if parameter in copies:
                 copies[parameter].data.copy_(read())
+            elif hasattr(parameter, "ds_id"):
+                set_part(_zero3_master(parameter), read(), self.rank)
             else:
                 safe_set_full_fp32_param(parameter, read().to(device=self.torch_device, dtype=torch.float32))
 
@@ -238,10 +241,11 @@ def _step_in_parts(self: Any, closure: None = None) -> bool:
     if self.clip_grad > 0.0:
         factor = 1.0 / ((norm.double() + 1e-6) / self.clip_grad).clamp_min(1.0)
     part: list[tuple[Tensor, Tensor]] = []
+    most = PARTS[norm.device.type]
     for number, (low, high) in enumerate(pairs):
         high.grad = torch.zeros_like(high) if low.grad is None else low.grad.to(high.dtype).mul_(factor)
         part.append((low, high))
-        if number + 1 == len(pairs) or sum(master.numel() for _, master in part) >= PART:
+        if number + 1 == len(pairs) or sum(master.numel() for _, master in part) >= most:
             self.optimizer.step()  # skips weights without a gradient
             for weight, master in part:
                 master.grad = None
@@ -262,18 +266,14 @@ def _join(deepspeed: ModuleType, timeout: float) -> None:
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout))
 
 
-def _optimizer(config: TrainingConfig, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+def deepspeed_settings(config: TrainingConfig, device: str) -> dict[str, Any]:
+    """Return DeepSpeed's settings. Its gradient accumulation is 1: `Engine.backward` accumulates.
 
-
-def _settings(config: TrainingConfig) -> dict[str, Any]:
-    """DeepSpeed's settings. Its gradient accumulation is 1: `Engine.backward` accumulates."""
+    Under ZeRO, bf16 gradients add up in float32 (without ZeRO, DeepSpeed cannot), and GPUs reduce them while the
+    backward pass goes on.
+    """
     zero: dict[str, Any] = {"stage": config.runtime.zero_stage}
-    if config.runtime.zero_stage:
-        zero["offload_optimizer"] = {"device": "cpu" if config.runtime.offload_optimizer else "none"}
-    return {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
@@ -284,6 +284,28 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if config.runtime.zero_stage:
+        zero["offload_optimizer"] = {"device": "cpu" if config.runtime.offload_optimizer else "none"}
+        zero["overlap_comm"] = device == "cuda"
+        if config.dtype == "bfloat16":
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _zero3_master(parameter: Parameter) -> Tensor:
+    """Return this rank's part of a parameter's float32 master weight under ZeRO 3."""
+    optimizer: Any = getattr(parameter, "_z3_optimizer")  # noqa: B009 - set by DeepSpeed
+    part, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
+    return part.detach()
+
+
+def set_part(part: Tensor, whole: Tensor, rank: int) -> None:
+    """Copy a rank's part of a tensor that is cut into equal parts, the last of which may be longer than what is left.
+
+    DeepSpeed's own setter raises where a tensor's size is no multiple of the ranks.
+    """
+    values = whole.flatten()[part.numel() * rank : part.numel() * (rank + 1)]
+    part[: values.numel()].copy_(values)
 
 
 def _return_memory() -> None:

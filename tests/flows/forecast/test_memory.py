@@ -146,9 +146,12 @@ def test_zero_cuts_what_it_says(tmp_path):
         stage_memory(load_run("deploy/runs/sppo.yaml", base | {"training.runtime.zero_stage": level}))["train"].device
         for level in range(4)
     ]
-    for level, name in ((1, "optimizer"), (2, "gradients"), (3, "weights")):
+    for level, name in ((1, "optimizer"), (3, "weights")):
         assert parts[level - 1][name] == pytest.approx(8 * parts[level][name], rel=1e-6)
         assert parts[0][name] == parts[level - 1][name]
+    # Under ZeRO gradients add up in float32: under ZeRO 1 whole, beside the model's own in bf16.
+    gradient_bytes = [part["gradients"] / KNOWN["mistralai/Mistral-7B-Instruct-v0.2"].parameters for part in parts]
+    assert gradient_bytes == pytest.approx([2, 2 + 4, 4 / 8, 4 / 8])
     parameters = KNOWN["mistralai/Mistral-7B-Instruct-v0.2"].parameters
     # Unsharded bf16 RMSprop: 2 weights + 2 gradients + 4 masters + 4 state + 4 float32 gradient = 16 bytes a parameter.
     assert sum(parts[0][name] for name in ("weights", "gradients", "optimizer")) == 16 * parameters

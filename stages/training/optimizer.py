@@ -1,0 +1,69 @@
+"""Stages - the optimizers of a training: torch's own on the CPU, fused kernels on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    from stages.training.config import TrainingConfig
+
+FAR_STEP = 1e9
+"""Adam's bias correction, 1 - beta2^step, is 1 at this step."""
+
+
+class FusedRMSprop(torch.optim.RMSprop):
+    """RMSprop by the fused kernel of Adam: one kernel for all weights, where torch's own update takes seven.
+
+    With beta1 = 0 Adam's first moment is the gradient, and after many steps its bias correction is 1:
+
+        v <- alpha v + (1 - alpha) g^2,  w <- w - lr g / (sqrt(v) + eps),  g with weight_decay w added
+
+    which is RMSprop without momentum. The gradient lies where the kernel writes the first moment, so no state is
+    added: state_dict() is that of torch's RMSprop.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every weight that has a gradient. The gradients are overwritten where weights decay."""
+        for group in self.param_groups:
+            weights: list[Tensor] = []
+            gradients: list[Tensor] = []
+            squares: list[Tensor] = []
+            steps: list[Tensor] = []
+            self._init_group(group, weights, gradients, squares, [], [], steps)
+            if not weights:
+                continue
+            for step in steps:
+                step += 1
+            far = torch.full((), FAR_STEP, dtype=torch.float32, device=weights[0].device)
+            torch._fused_adam_(
+                weights,
+                gradients,
+                gradients,
+                squares,
+                [],
+                [far] * len(weights),
+                lr=group["lr"],
+                beta1=0.0,
+                beta2=group["alpha"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def make_optimizer(config: TrainingConfig, parameters: Iterable[Parameter], device: str) -> torch.optim.Optimizer:
+    """Return the optimizer that the settings name."""
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    if device == "cuda":
+        return FusedRMSprop(parameters, **options)
+    return torch.optim.RMSprop(parameters, **options)
