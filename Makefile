@@ -1,6 +1,6 @@
 # Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart table3 test test-all oracle faults soak lint audit
+.PHONY: help venv model quickstart table3 test test-all oracle faults soak gpu-check lint audit
 
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
@@ -48,6 +48,9 @@ faults: venv  ## 220 faults (kills, full disks, damage, outages), struck one by 
 
 soak: venv  ## tiny runs for two hours: does anything grow? (ARGS="--minutes 15")
 	@$(PY) -m benchmarks.soak $(ARGS)
+
+gpu-check: venv  ## is everything right and fast on this GPU? Eight minutes, gpu_check.json (ARGS=--smoke: on a CPU, tiny)
+	@$(PY) -m benchmarks.gpu_check $(ARGS)
 
 audit:  ## pinned versions with known vulnerabilities, and the versions that mend them
 	@python=$$(deploy/setup/find_python.sh) && "$$python" deploy/setup/audit.py

@@ -130,7 +130,8 @@ def native(request: dict) -> dict:
     results = scorer.score(batch)
     seconds = clock() - began
     logits = [result.preference_logits for result in results]
-    return {"seconds": seconds, "scores": [(matrix - matrix.T).mean(axis=1).tolist() for matrix in logits]}
+    scores = [(matrix - matrix.T).mean(axis=1).tolist() for matrix in logits]
+    return {"seconds": seconds, "scores": scores, "logits": [matrix.tolist() for matrix in logits]}
 
 
 def in_process(python: str, side: str, request: dict, work: Path) -> dict:

@@ -104,7 +104,7 @@ def reference(work: dict) -> dict:
     from stages.models.policy import load_causal_lm, pin_threads, score_responses
 
     pin_threads(work["threads"])
-    model = load_causal_lm(work["model"], work["dtype"], "cpu").eval()
+    model = load_causal_lm(work["model"], work["dtype"], work["device"]).eval()
     rows = work["pairs"]
     prompts = [row["prompt_ids"] for row in rows] * 2
     responses = [row[f"{side}_ids"] for side in ("chosen", "rejected") for row in rows]
@@ -137,9 +137,9 @@ def ours(work: dict) -> dict:
     write_shard(shard_path(directory / "pairs", 0), to_table(rows, "weighted_pairs"))
     config = TrainingConfig.model_validate({
         "method": {"name": "dpo", "beta": BETA}, "learning_rate": RATE, "batch_size": work["batch"],
-        "optimizer": "adamw", "dtype": work["dtype"], "warmup_ratio": 0.0, "seed": SEED,
+        "optimizer": work["optimizer"], "dtype": work["dtype"], "warmup_ratio": 0.0, "seed": SEED,
         "runtime": {
-            "device": "cpu", "batch_tokens": work["batch_tokens"], "save_every_steps": 10**6, **work["runtime"],
+            "device": work["device"], "batch_tokens": work["batch_tokens"], "save_every_steps": 10**6, **work["runtime"],
         },
     })  # fmt: skip
     updates: list[Update] = []
@@ -152,7 +152,7 @@ def ours(work: dict) -> dict:
         updates.append(Update(now(), metrics["loss"]))
 
     table = ShardRows([directory / "pairs"], "weighted_pairs")
-    train(config, table, work["model"], None, None, out, "cpu", report)
+    train(config, table, work["model"], None, None, out, work["device"], report)
     return result_of(updates, work)
 
 
@@ -194,7 +194,7 @@ def trl(work: dict, precompute: bool) -> dict:
     config = DPOConfig(
         output_dir=str(Path(work["directory"], "trl")), per_device_train_batch_size=work["micro"],
         gradient_accumulation_steps=work["batch"] // work["micro"], learning_rate=RATE, beta=BETA, num_train_epochs=1,
-        use_cpu=True, bf16=work["dtype"] == "bfloat16" and not pure, gradient_checkpointing=False,
+        use_cpu=work["device"] == "cpu", bf16=work["dtype"] == "bfloat16" and not pure, gradient_checkpointing=False,
         precompute_ref_log_probs=precompute, max_length=None, logging_steps=1, save_strategy="no", report_to=[],
         warmup_steps=0, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -251,6 +251,7 @@ def measure(options: argparse.Namespace, pairs: list[dict], directory: Path) -> 
     """Results of every repetition, by side."""
     names = ("model", "batch", "micro", "batch_tokens", "dtype", "trl_dtype", "threads", "runtime")
     work = {name: getattr(options, name) for name in names} | {"pairs": pairs, "directory": str(directory)}
+    work |= {"device": "cpu", "optimizer": "adamw"}
     path = directory / "work.json"
     path.write_text(json.dumps(work))
     runs: dict[str, list[dict]] = {side: [] for side in options.sides}

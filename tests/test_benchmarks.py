@@ -23,6 +23,7 @@ LAST_LINES = {
     "error_paths": "together: ",
     "estimate": "smoke  ",
     "faults": "1 faults struck, 0 came too late, 0 not survived",
+    "gpu_check": "| sample | tokens_per_second | ",
     "orchestration": "| cached 1 | ",
     "pairrm": "largest difference of a score ",
     "sample": "| stage | ",
