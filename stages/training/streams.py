@@ -7,7 +7,7 @@ prompts; for all others the numbers are in the rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from stages.models.lazy import torch
 from stages.models.numerics import kl_divergence, token_logps
 from stages.models.packing import Packed, packable, takes_varlen, to_device
 from stages.models.policy import Batch, collate, load_causal_lm, response_logits, response_logps
+from stages.training.anchors import gathered, sample_answers
 from stages.training.batches import WeightedPair, collate_rows, column
 
 if TYPE_CHECKING:
@@ -219,35 +220,33 @@ class Streams:
     def sample_anchors(self, rows: Sequence[WeightedPair], step: int) -> None:
         """Sample one answer per row from the policy as it is (TI-DPO), and keep it for `anchor.refresh` steps.
 
-        Seeded by step and row, so that a resumed training samples the same answers (with refresh 1; with more, the
-        first window after resuming may begin anew).
+        Each rank samples its share in batches, and all ranks get all answers. Seeded by step and row, so that neither
+        the number of ranks nor a resumed training moves them (with refresh 1; with more, the first window after
+        resuming may begin anew).
         """
         if "anchor" not in self.needs:
             return
         sampling: AnchorSampling = getattr(self.method_config, "anchor")  # noqa: B009 - NEEDS promises the field
         if step % sampling.refresh == 0:
             self.anchors = {}
-        module, stops = self.engine.module, self.engine.stop_ids
-        module.eval()
+        missing: dict[str, int] = {}
         for number, row in enumerate(rows):
-            if row["pair_id"] in self.anchors:
-                continue
-            torch.manual_seed(hash_seed(self.config.seed, step, number))
-            ids = torch.tensor([row["prompt_ids"]], device=self.engine.torch_device)
-            output = cast(Any, module).generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=stops,
-                pad_token_id=stops[0],
-                use_cache=True,
-            )
-            self.anchors[row["pair_id"]] = output[0, ids.shape[1] :].tolist()
-        module.train()
+            if row["pair_id"] not in self.anchors:
+                missing.setdefault(row["pair_id"], number)
+        engine = self.engine
+        share = list(missing.values())[engine.rank :: engine.world_size]
+        engine.module.eval()
+        answers = sample_answers(
+            engine.module,
+            [rows[number]["prompt_ids"] for number in share],
+            [hash_seed(self.config.seed, step, number) for number in share],
+            sampling,
+            engine.stop_ids,
+            self.config.runtime.batch_tokens,
+        )
+        engine.module.train()
+        by_pair = {rows[number]["pair_id"]: answer for number, answer in zip(share, answers, strict=True)}
+        self.anchors |= gathered(by_pair, engine.world_size)
 
 
 def _held(model: PreTrainedModel | None) -> PreTrainedModel:
