@@ -1,5 +1,4 @@
-"""Flows - what `play` needs from outside: hands that build and read artifacts, and a listener that is told what was
-built.
+"""Flows - what `play` needs from outside: hands to act with (build, find, read) and a listener to report to.
 
 A run has hands that build (flows/run.py), a rehearsal has hands that only look (flows/forecast/rehearsal.py), an
 estimate has hands that build a few prompts' worth and measure (flows/forecast/estimate.py). The algorithm is the same
@@ -24,10 +23,10 @@ from tasks.place import Place
 
 
 class Hands(Protocol):
-    """Side effects of `play`."""
+    """Side effects of `play`: everything by which it builds, finds and reads artifacts."""
 
     def run(self, stage: str, config: Config, place: Place, **inputs: ArtifactRef) -> Built:
-        """Build the stage's artifact, or find it."""
+        """Build the stage's artifact from these inputs, or find it."""
         ...
 
     def publish(self, prompts: PromptSet, place: Place) -> ArtifactRef:
@@ -39,23 +38,23 @@ class Hands(Protocol):
         ...
 
     def read_answers(self, answers: ArtifactRef) -> dict[str, str]:
-        """The text that was generated for each prompt id; empty where nothing was generated yet."""
+        """Return the generated text of each prompt id; {} if the answers are not built yet."""
         ...
 
     def read_report(self, report: ArtifactRef) -> Measurement | None:
-        """What an evaluation measured; None where it is not built yet."""
+        """Return what an evaluation measured; None if it is not built yet."""
         ...
 
 
 class Listener(Protocol):
-    """Is told what a run built and measured, in the order in which it happens."""
+    """What a run reports to, in the order in which things happen."""
 
     def built(self, place: Place, **stages: Built) -> None:
-        """The training half of an iteration is complete."""
+        """Called when the training half of an iteration is complete, with its artifacts by stage."""
         ...
 
     def measured(self, place: Place, answers: Built, report: Built) -> None:
-        """An iteration's policy was measured."""
+        """Called when an iteration's policy was measured."""
         ...
 
     def selected(
@@ -66,24 +65,24 @@ class Listener(Protocol):
         gains: Sequence[Interval | None],
         chosen: int,
     ) -> None:
-        """One of a training's checkpoints was chosen."""
+        """Called when the best checkpoint of a training was chosen: `checkpoints[chosen]`."""
         ...
 
     def decided(self, place: Place, verdict: Verdict) -> None:
-        """The gate judged the iteration's policy."""
+        """Called when the gate judged the iteration's policy."""
         ...
 
     def compared(self, scorer: str, names: Sequence[str], scored: Built | None, prompts: int) -> None:
-        """The tournament was played; scored None: its judge was unreachable."""
+        """Called when the tournament was played. `scored` is None if its judge was unreachable."""
         ...
 
 
 def read_answers(answers: ArtifactRef) -> dict[str, str]:
-    """The generated text of each prompt id."""
+    """Return the generated text of each prompt id."""
     return {row["prompt_id"]: row["completion"] for row in read_shards(answers.path, "generations").to_pylist()}
 
 
 def read_report(report: ArtifactRef) -> Measurement:
-    """Scores and token counts by prompt, and benchmark rows, of a finished eval_report."""
+    """Return the scores and token counts by prompt and the benchmark rows of a finished eval_report."""
     heldout = cast("list[HeldoutRow]", read_shards(report.path, "heldout", "heldout").to_pylist())
     return Measurement.from_rows(heldout, cast("list[ReportRow]", read_shards(report.path, "eval_report").to_pylist()))

@@ -1,6 +1,4 @@
-"""Flow - a self-play run as Prefect sees it: its form, its checks, the loop with hands that build, and what the run
-leaves behind.
-"""
+"""Flow - a self-play run as Prefect sees it: parameters, checks, the loop with building hands, report and costs."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ import psutil
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
+from pydantic import BaseModel
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
@@ -68,6 +67,7 @@ class BuildingHands:
 
 
 def flow_run_name() -> str:
+    """Return the run's name: the parameter, else the file name of the run config."""
     parameters = flow_run.parameters
     return parameters.get("name") or Path(parameters["config"]).stem
 
@@ -117,51 +117,49 @@ def self_play(
         "prompts": prompts,
         "method": method,
         "sampling": sampling,
-    }
-    sections |= {
         "scoring": scoring,
         "weighting": weighting,
         "training": training,
         "evaluation": evaluation,
         "execution": execution,
     }
-    given = {
-        key: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value
-        for key, value in sections.items()
-        if value is not None
-    }
-    resolved = load_run(config, given | (overrides or {}))
+    changes = {key: _plain(value) for key, value in sections.items() if value is not None}
+    resolved = load_run(config, changes | (overrides or {}))
     return run_self_play(resolved, Store(store))
 
 
+def _plain(value: Any) -> Any:
+    """Return a section as the fields that were set, any other parameter as it is."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    return value
+
+
 def keep_settings(config: RunConfig, store: Store) -> None:
-    """`runs/<name>/run.json`: the resolved settings, so that the run can be resumed, asked about and shown by its
-    name.
-    """
+    """Write the resolved settings to `runs/<name>/run.json`, by which `resume`, `status` and `report` find them."""
     path = store.run_directory(config.name) / RUN_SETTINGS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, config.model_dump_json(indent=1) + "\n")
 
 
 def _show_costs(name: str, store: Store) -> None:
-    """The ledger by iteration and stage, as a table in Prefect; MLflow has each record's figures already."""
+    """Send the costs by iteration and stage to Prefect as a table. MLflow has the figures of each record already."""
     by = ("step", "stage")
     head, cells = format_table(sum_rows(cost_rows(read_account(store, name)), by), by)
     try:
         create_table_artifact(
             [dict(zip(head, line, strict=True)) for line in cells], key=f"{name}-costs", description=f"what {name} cost"
         )
-    except Exception as error:  # a server that went away costs the picture, not the run
+    except Exception as error:  # a server that does not answer costs the table, not the run
         get_run_logger().warning("the costs could not be sent to Prefect: %s", error)
 
 
 def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
-    """Check, play, report. Inside a flow run."""
+    """Check the request, play, write the report. Needs a flow run around it. Returns what the flow returns."""
     logger = get_run_logger()
     checked = preflight(config, store)
-    executor_for(
-        config.execution, store, logger.info, []
-    )  # a pool or a cluster that is not there is refused before anything is written
+    # Refuses a pool or a cluster that is not reachable, before anything is written.
+    executor_for(config.execution, store, logger.info, [])
     start, models = models_of(config, store)
     if config.live_reference:
         logger.info("%s holds the reference model in memory beside the policy while it trains", config.method.name)

@@ -54,7 +54,7 @@ class SelfPlay:
         """Iteration -> its policy's answers to the held-out prompts."""
 
     def play(self, place: Place) -> ArtifactRef:
-        """Play all iterations; returns the policy that the run hands out."""
+        """Play all iterations. Returns the run's final policy: the best one under a gate, else the last."""
         config, gate = self.config, Gate(self.config.gate, self.start)
         heldout = self.hands.publish(self.checked.heldout, place.serving(Purpose.HELDOUT))
         policy, previous_pairs = self.start, None
@@ -87,7 +87,7 @@ class SelfPlay:
         return gate.final(policy)
 
     def prompts(self, place: Place) -> ArtifactRef:
-        """The prompts of an iteration, with the teacher's answers as their responses where the run says so."""
+        """Return the iteration's prompts, with the teacher's answers as responses if `answers_from_teacher` is set."""
         config, hands = self.config, self.hands
         prompts = part_of(
             self.checked.train,
@@ -101,8 +101,7 @@ class SelfPlay:
         if not config.prompts.answers_from_teacher:
             return ref
         place = place.serving(Purpose.TEACHER)
-        # Another seed: with the policy's own, a teacher that is the start model would write what the policy is about
-        # to.
+        # Another seed: with the policy's own, a teacher that is the start model would write the policy's candidates.
         sampling = config.sampling_for_training().model_copy(update={"num_candidates": 1, "seed": config.seed + 1})
         answers = hands.run("sample", sampling, place, prompts=ref, policy=self.models["teacher"])
         texts = hands.read_answers(answers.ref)
@@ -111,7 +110,7 @@ class SelfPlay:
         return hands.publish(prompts.map(lambda _, row: {**row, "response": texts[row["prompt_id"]]}), place)
 
     def sample(self, prompts: ArtifactRef, policy: ArtifactRef, place: Place) -> dict[str, Built]:
-        """The policy's candidates; nothing for a pairing of given texts."""
+        """Return the policy's candidates; {} if the pairing reads responses from the data instead."""
         if not PAIRINGS.get(self.config.pairing).candidates:
             return {}
         return self.refined("sample", self.config.sampling_for_training(), place, prompts=prompts, policy=policy)
@@ -119,7 +118,7 @@ class SelfPlay:
     def score(
         self, prompts: ArtifactRef, generations: dict[str, Built], policy: ArtifactRef, place: Place
     ) -> dict[str, Built]:
-        """Preference pairs, or single scored responses."""
+        """Return preference pairs, or single scored responses."""
         inputs = {"prompts": prompts, "policy": policy, "start": self.start}
         if generations:
             inputs["generations"] = last(generations)
@@ -139,13 +138,13 @@ class SelfPlay:
         return built
 
     def weigh(self, pairs: ArtifactRef, roles: dict[str, ArtifactRef], place: Place) -> dict[str, Built]:
-        """The pairs with token weights and reference log-probs; `roles`: the models and prompts that take part."""
+        """Return the pairs with token weights and reference log-probs. `roles`: the stage's other inputs by name."""
         return self.refined("weigh", self.config.weighting_for_pairs(), place, pairs=pairs, **roles)
 
     def weigh_again(
         self, previous_pairs: ArtifactRef | None, roles: dict[str, ArtifactRef], place: Place
     ) -> ArtifactRef | None:
-        """The previous iteration's pairs under this one's reference, where the run mixes them in; else None."""
+        """Return the previous iteration's pairs, weighed under this one's reference; None unless `mix_previous` is set."""
         if not self.config.mix_previous or previous_pairs is None:
             return None
         place = place.serving(Purpose.PREVIOUS)
@@ -159,7 +158,7 @@ class SelfPlay:
         policy: ArtifactRef,
         place: Place,
     ) -> Built:
-        """The policy after a training on the weighted pairs."""
+        """Return the policy trained on the weighted pairs, and on the `earlier` ones if there are any."""
         inputs = {"pairs": weighted, "policy": policy}
         if self.config.live_reference:
             inputs["reference"] = reference
@@ -170,7 +169,7 @@ class SelfPlay:
         return self.hands.run("train", self.config.training_for(place.iteration - 1), place, **inputs)
 
     def measure(self, policy: ArtifactRef, heldout: ArtifactRef, place: Place) -> Measurement | None:
-        """Scores, lengths and benchmarks of a policy on the held-out prompts."""
+        """Return a policy's scores, lengths and benchmarks on the held-out prompts; None in a rehearsal without them."""
         place = place.serving(Purpose.HELDOUT)
         answers = self.hands.run("sample", self.config.sampling_for_heldout(), place, prompts=heldout, policy=policy)
         inputs = {"prompts": heldout, "generations": answers.ref, "policy": policy, "start": self.start}
@@ -180,7 +179,7 @@ class SelfPlay:
         return self.hands.read_report(report.ref)
 
     def best_checkpoint(self, trained: Built, heldout: ArtifactRef, place: Place) -> ArtifactRef:
-        """Of the checkpoints that a training kept, the one with the best held-out score (SPPO's rule)."""
+        """Return the checkpoint of a training that has the best held-out score (SPPO's rule)."""
         if not self.config.training.checkpoints:
             return trained.ref
         checkpoints, measurements = checkpoints_of(trained, self.config.training.checkpoints), []
@@ -190,11 +189,11 @@ class SelfPlay:
             inputs = {"prompts": heldout, "generations": answers.ref, "policy": policy, "start": self.start}
             report = self.hands.run("evaluate", self.checked.evaluation.heldout_only(), at, **inputs)
             measurements.append(self.hands.read_report(report.ref))
-        known = [measurement for measurement in measurements if measurement is not None]
-        if len(known) < len(checkpoints):  # on paper
+        measured = [measurement for measurement in measurements if measurement is not None]
+        if len(measured) < len(checkpoints):  # a rehearsal: nothing is measured yet
             return checkpoints[-1]
-        chosen, gains = select_checkpoint(known, self.config.gate)
-        self.listener.selected(place, checkpoints, known, gains, chosen)
+        chosen, gains = select_checkpoint(measured, self.config.gate)
+        self.listener.selected(place, checkpoints, measured, gains, chosen)
         return checkpoints[chosen]
 
     def tournament(self, heldout: ArtifactRef, place: Place) -> None:
@@ -217,8 +216,9 @@ class SelfPlay:
         self.listener.compared(settings.scorer.name, list(players), scored, len(self.checked.heldout))
 
     def refined(self, stage: str, settings: Config, place: Place, **inputs: ArtifactRef) -> dict[str, Built]:
-        """The stage's artifact, then what each stage of the run's `refine` that comes after it makes of the one
-        before.
+        """Run a stage, and after it every stage of the run's `refine` that follows it, each on the artifact before.
+
+        Returns stage name -> artifact, in this order.
         """
         artifacts = {stage: self.hands.run(stage, settings, place, **inputs)}
         for name, refinement in self.config.refinements_after(stage):
@@ -230,17 +230,18 @@ class SelfPlay:
 
 
 def last(artifacts: dict[str, Built]) -> ArtifactRef:
-    """The artifact that goes on: the last refinement."""
+    """Return the artifact that the next stage reads: that of the last refinement."""
     return list(artifacts.values())[-1].ref
 
 
 def references(artifacts: dict[str, Built]) -> dict[str, ArtifactRef]:
+    """Return the artifacts' references, by the same names."""
     return {name: built.ref for name, built in artifacts.items()}
 
 
 def checkpoints_of(trained: Built, fractions: Sequence[float]) -> list[ArtifactRef]:
     """Checkpoints of one training, oldest first. Intermediate ones get a content digest of their own files."""
-    if trained.signed is None:  # on paper
+    if trained.signed is None:  # a rehearsal: nothing is trained yet
         return [trained.ref] * (len(fractions) + 1)
     checkpoints, files = [], trained.record.files
     for name in sorted({file.name.split("/")[1] for file in files if file.name.startswith(f"{STEPS}/")}):

@@ -34,7 +34,7 @@ REMOTE = "SELFPLAY_REMOTE"
 def execute(
     stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store, launched: float | None = None
 ) -> ArtifactRecord:
-    """The record of the artifact, built unless it exists. The caller may already hold its lock (see LOCK_HELD).
+    """Return the record of the artifact, built unless it exists. The caller may hold its lock already (see LOCK_HELD).
 
     launched: when the process began (seconds since the epoch), so that importing libraries counts as start-up. None:
         now.
@@ -49,7 +49,7 @@ def execute(
     def waiting(owner: LockOwner) -> None:
         print(f"{name} is being built by {owner}: waiting", flush=True)
 
-    # Far from the launcher, what keeps two builders apart is a lock of the builders' own.
+    # On another machine than the launcher's, builders keep apart by a lock of their own.
     lock_key = f"{key}-remote" if is_remote else key
     with store.lock(stage.produces, lock_key, waiting):
         if store.find(stage.produces, key) and (record := store.load(stage.produces, key)):
@@ -86,7 +86,9 @@ def execute_share(stage: Stage, config: Any, inputs: Mapping[str, ArtifactRef], 
 def _check_inputs_are_there(stage: Stage, inputs: Mapping[str, ArtifactRef]) -> None:
     for name, ref in inputs.items():
         if not Path(ref.path).is_dir():
-            raise ArtifactError(f"the input {name!r} of the stage {stage.name} is gone: {ref.path}")
+            raise ArtifactError(
+                f"the input {name!r} of the stage {stage.name} is gone: no directory {ref.path}. Run again: it is built anew"
+            )
 
 
 def _build(
@@ -131,7 +133,7 @@ def _build(
 
 
 def provenance(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Who, when, on what. Never part of a key."""
+    """Return who built the artifact, when and on which host, with library versions. Never part of a key."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),

@@ -43,6 +43,7 @@ class Job:
         """Called with the number of finished shards; a stage that counts something smaller replaces it."""
 
     def path(self, name: str) -> Path:
+        """Return the directory of an input."""
         return Path(self.inputs[name].path)
 
     @property
@@ -52,9 +53,11 @@ class Job:
 
     @property
     def store_root(self) -> Path:
+        """The directory of the store that the artifact is in."""
         return self.out.parent.parent.parent
 
     def log(self, text: str) -> None:
+        """Write a line to the stage's log."""
         print(text, flush=True)
 
     def event(self, name: str, **values: Any) -> None:
@@ -104,8 +107,9 @@ class Job:
         """Cut `items` into shards and yield those that no earlier try finished: (index, items of the shard).
 
         beside: kinds of files that are written with every shard, under its number (scores, dropped); a shard without
-            one of them is made
-        again. Shards of an earlier try with another shard size are set aside.
+            one of them is made again.
+
+        Shards of an earlier try with another shard size are set aside.
         """
         count = max(1, -(-len(items) // size))
         self._agree_on(json.dumps({"items": len(items), "size": size}))
@@ -138,7 +142,7 @@ class Job:
             raise_poison(self.stage.name, failed)
 
     def _agree_on(self, cut: str) -> None:
-        """Make all tries and workers cut alike: the shards of another cut are set aside."""
+        """Make all tries and workers cut the work alike: shards of another cut are set aside."""
         plan = self.out / ".plan"
         with self.claims.alone("plan") if self.claims else nullcontext():
             if plan.is_file() and plan.read_text(errors="replace") == cut:

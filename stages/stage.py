@@ -22,17 +22,14 @@ from data_contracts.identity import fingerprint
 SECRET = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY|AUTH)($|_)", re.IGNORECASE
 )
-"""Names of environment variables whose values are nobody's business."""
+"""Matches the names of environment variables whose values look like secrets."""
 
 
 class StageRuntime(Runtime):
     """How a stage is executed; shared by all of them."""
 
     python: str | None = None
-    """Interpreter to run the stage with; another environment than the orchestrator's, e.g. one that has vLLM.
-
-    None: the same.
-    """
+    """Path of the interpreter that runs the stage, e.g. of an environment that has vLLM. None: the orchestrator's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if torch sees one."""
     env: dict[str, str] = Field(default_factory=dict)
@@ -45,12 +42,15 @@ class StageRuntime(Runtime):
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
         if secret := [name for name in env if SECRET.search(name)]:
             raise ValueError(
-                f"{secret[0]} looks like a secret, and settings end in records, logs and MLflow: export it in the shell, every stage inherits it"
+                f"{secret[0]} looks like a secret, and settings are written to records, logs and MLflow: "
+                "remove it from `env` and export it in the shell; every stage inherits it"
             )
         return env
 
 
 class Stage(NamedTuple):
+    """One line of the table of stages: what a stage reads and writes, and where its code is."""
+
     name: str
     version: str
     """Bumped when the meaning of the output changes; the source is never hashed."""
@@ -73,26 +73,28 @@ class Stage(NamedTuple):
     """
 
     def load(self) -> Any:
+        """Return the stage's module."""
         return importlib.import_module(self.target)
 
     def parse(self, config: Any) -> Config:
-        return (
-            parse(self.load().Config, config, f"settings of the stage {self.name}")
-            if not isinstance(config, Config)
-            else config
-        )
+        """Return plain data as settings of the stage; settings pass through. Raises: ConfigError."""
+        if isinstance(config, Config):
+            return config
+        return parse(self.load().Config, config, f"settings of the stage {self.name}")
 
     def settings(self, config: Config, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
-        """The settings that name the artifact: the config's identity, and what the module's `key_additions` gives for
-        these inputs.
+        """Return the settings that enter the key: the config's identity and what the module's `key_additions` gives.
 
         An addition is a version for some inputs only: where a stage has come to read a certain kind of model otherwise,
         artifacts of all other models stay found.
         """
-        additions = getattr(self.load(), "key_additions", None)
-        return config.identity() | ({} if additions is None else additions(config, inputs))
+        key_additions = getattr(self.load(), "key_additions", None)
+        if key_additions is None:
+            return config.identity()
+        return config.identity() | key_additions(config, inputs)
 
     def key(self, config: Config, inputs: Mapping[str, ArtifactRef]) -> str:
+        """Return the key of the artifact that these settings and inputs make."""
         contents = {name: ref.content for name, ref in inputs.items()}
         return fingerprint(self.name, self.version, self.settings(config, inputs), contents)
 
@@ -101,7 +103,7 @@ class Stage(NamedTuple):
         kinds = {name.rstrip("?"): kind for name, kind in self.consumes.items()}
         needed = {name for name in self.consumes if not name.endswith("?")}
         if missing := needed - inputs.keys():
-            raise ConfigError(f"the stage {self.name} needs the input(s) {sorted(missing)}")
+            raise ConfigError(f"the stage {self.name} got no input {', '.join(sorted(missing))}: name it in the spec")
         for name, ref in inputs.items():
             if name not in kinds:
                 raise ConfigError(f"the stage {self.name} knows no input {name!r}; it takes {sorted(kinds)}")
@@ -110,8 +112,7 @@ class Stage(NamedTuple):
 
 
 class Stages(dict[str, Stage]):
-    """The stages of this package by name, in the order of an iteration; a stage of another package is looked up when
-    it is named.
+    """The stages of this package by name, in the order of an iteration; others are looked up by name.
 
     Another package declares an entry point in the group `selfplay.stages` whose value is a `Stage`.
     """

@@ -1,4 +1,4 @@
-"""Tasks - the one place that decides: already built? Else launch, watch, verify. No prefect here."""
+"""Tasks - find an artifact, or launch its stage, watch it and verify the result. Does not import Prefect."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Built(NamedTuple):
 
     ref: ArtifactRef
     signed: ArtifactRecord | None
-    """Its record; None on paper, where a rehearsal found that it is not built."""
+    """Its record; None in a rehearsal, if the artifact is not built."""
     cached: bool
-    """Whether it existed before it was asked for."""
+    """Whether it existed before."""
     waited: float = 0.0
     """Seconds during which another run was building it."""
 
@@ -50,24 +50,25 @@ def build(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     execution: ExecutionConfig = LOCAL,
 ) -> Built:
-    """The artifact of a stage: found if it is finished and intact, else built by processes where `execution` says.
+    """Return the artifact of a stage: found if it is finished and intact, else built where `execution` says.
 
     The lock is held from the look-up to the signature, and inherited by the stage's processes on this machine: two
     runs that want the same artifact share the work, and the processes that a killed run left behind are waited for. A
-    damaged artifact is built again. Raises: what `run_work` raises; ArtifactError if the stage ended well but left no
-    valid record.
+    damaged artifact is built again.
+
+    Raises: what `run_work` raises; ArtifactError if the stage ended with exit code 0 but left no valid record.
     """
     stage = STAGES[stage_name]
     stage.check_inputs(inputs)
     with digests_kept_in(store):
         key = stage.key(config, inputs)
     kind = stage.produces
-    asked = time.monotonic()
+    began = time.monotonic()
     with (
         disk_errors_explained(store.root),
         store.lock(kind, key, lambda owner: log(f"{kind} {key} is being built by {owner}: waiting")) as lock,
     ):
-        waited = time.monotonic() - asked
+        waited = time.monotonic() - began
         mirror = mirror_from_environment()
         record = _find(store, kind, key, log)
         if record is None and mirror is not None and (record := mirror.fetch(store, kind, key)):
@@ -78,33 +79,43 @@ def build(
         store.sweep()
         directory = store.directory(kind, key)
         directory.mkdir(parents=True, exist_ok=True)
-        spec = {
-            "config": config.model_dump(mode="json"),
-            "inputs": {name: ref.model_dump() for name, ref in inputs.items()},
-            "store": str(store.root),
-        }
-        write_atomic(directory / "spec.json", json.dumps(spec, indent=1))
+        write_atomic(directory / "spec.json", _spec(config, inputs, store))
         try:
             run_work(stage_name, config, directory, store, execution, lock, log, on_progress)
         except (ArtifactError, StageError) as error:
             if damaged := _set_damaged_inputs_aside(inputs, store):
                 raise ArtifactError(
-                    f"{error}\nIts input is damaged: {damaged}. Run again: what is damaged is made anew, and nothing else"
+                    f"{error}\nIts input is damaged: {damaged}. "
+                    "Run again: what is damaged is made anew, and nothing else"
                 ) from error
             raise
         record = store.load(kind, key)
         problems = ["it has no record.json"] if record is None else store.problems(record)
         if record is None or problems:
             raise ArtifactError(
-                f"{kind} {key}: the stage {stage_name} ended well, but {'; '.join(problems)}; log: {directory}/stage.log"
+                f"{kind} {key}: the stage {stage_name} ended with exit code 0, but {'; '.join(problems)}. "
+                f"See {directory}/stage.log"
             )
         if mirror is not None:
             mirror.push(store, record)
         return Built(record.ref(str(directory)), record, False, waited)
 
 
+def _spec(config: Config, inputs: Mapping[str, ArtifactRef], store: Store) -> str:
+    """Return spec.json: what `python -m stages NAME` needs to build the artifact."""
+    spec = {
+        "config": config.model_dump(mode="json"),
+        "inputs": {name: ref.model_dump() for name, ref in inputs.items()},
+        "store": str(store.root),
+    }
+    return json.dumps(spec, indent=1)
+
+
 def _find(store: Store, kind: str, key: str, log: Callable[[str], None]) -> ArtifactRecord | None:
-    """The finished artifact, or None. A damaged one is repaired from its inputs, else set aside, and the log says so."""
+    """Return the finished artifact's record, or None.
+
+    A damaged artifact is repaired from its inputs or set aside, and the log says so.
+    """
     try:
         record = store.load(kind, key)
         problems = [] if record is None else store.problems(record)

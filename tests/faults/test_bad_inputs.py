@@ -496,7 +496,7 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "inputs that are a list": (spec(inputs=["a"]), WRONG, ('must hold {"config": ..., "inputs": ...',)),
     "an input that is a number": (spec(inputs={"policy": 3}), WRONG, ("an input must be a key in the store", "got 3")),
     "an input that nobody knows": (spec(inputs={"teacher": "0" * 16}), WRONG, ("no artifact in",)),
-    "an input that is missing": (spec(), WRONG, ("the stage sample needs the input(s) ['prompts']",)),
+    "an input that is missing": (spec(), WRONG, ("the stage sample got no input prompts",)),
     "an input that is half a reference": (spec(inputs={"policy": {"kind": "checkpoint"}}), WRONG, ("an input cannot be used because of 3 problems:", "key: Field required")),
     "an input that is no model": (spec(inputs={"policy": "/etc"}), WRONG, ("/etc has no config.json",)),
     "settings that nobody knows": (spec(config={"temprature": 1}), WRONG, ("settings of the stage sample cannot be used", "temprature: unknown key")),
