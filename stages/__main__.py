@@ -20,6 +20,10 @@ for _name, _value in {
     "TRITON_PRINT_AUTOTUNING": "0",
     # To ask whether there is a GPU must not initialise CUDA: a process that did cannot fork vLLM's engine any more.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    # CUDA_VISIBLE_DEVICES then counts GPUs as nvidia-smi and the pipeline's locks do, not by their speed.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    # Packed batches have another shape at each step: segments that grow lose less to fragments.
+    **({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if os.path.exists("/dev/nvidiactl") else {}),
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -33,7 +33,7 @@ class StageRuntime(Runtime):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if torch sees one."""
     env: dict[str, str] = Field(default_factory=dict)
-    """More environment variables for the stage process, e.g. CUDA_VISIBLE_DEVICES."""
+    """More environment variables for the stage process. CUDA_VISIBLE_DEVICES says among which GPUs to choose."""
     timeout_seconds: float | None = Field(None, gt=0)
     """Stop the stage after so long; None: never."""
 

@@ -137,5 +137,8 @@ def prepare_environment(device: str) -> None:
     else:
         # A forked engine cannot use CUDA once this process has asked for it.
         settings["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        # Its all-reduce lends memory to other processes, which segments that grow (stages/__main__.py) do not allow.
+        if os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True":
+            del os.environ["PYTORCH_ALLOC_CONF"]
     for name, value in settings.items():
         os.environ.setdefault(name, value)

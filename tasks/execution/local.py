@@ -32,10 +32,11 @@ class Local:
         # `start` blocks until GPUs are free. Those of works started before it never would be: `perform` polls only
         # afterwards.
         needed = work.gpus + sum(handle.gpus for handle in self.handles if not handle.is_over)
-        if needed > len(visible_gpus()):
+        visible = len(visible_gpus(work.env)) if needed else 0
+        if needed > visible:
             raise ConfigError(
                 f"the workers of {work.name.rpartition('-w')[0] or work.name} ask for {needed} GPUs or more at once, "
-                f"and this machine shows {len(visible_gpus())}: lower execution.workers or execution.gpus, or choose a "
+                f"and this machine shows {visible}: lower execution.workers or execution.gpus, or choose a "
                 "profile with more machines"
             )
         self.handles.append(LocalHandle(work, self.log, self.inherit))
@@ -49,13 +50,13 @@ class LocalHandle:
         self.failure: Exception | None = None
         self.gpus, self.is_over = work.gpus, False
         with ExitStack() as stack:
-            pinned = stack.enter_context(some_gpus(work.gpus, log))
+            pinned = stack.enter_context(some_gpus(work.gpus, log, work.env))
             self.stage = StageProcess(
                 work.arguments,
                 log_file=work.log_file,
                 log=log,
                 python=work.python,
-                env=pinned | work.env,
+                env=work.env | pinned,
                 inherit=inherit,
                 timeout=work.timeout,
             )

@@ -133,7 +133,7 @@ def run_request(
             env |= {NODE_RANK: str(rank), NODES: str(request["nodes"]), RENDEZVOUS: token}
         if rank > 0:
             log_file = log_file.with_name(f"{log_file.stem}-node{rank}.log")
-        with some_gpus(request["gpus"], log) as gpu_env:
+        with some_gpus(request["gpus"], log, env) as gpu_env:
             if request["gpus"]:
                 check_cuda(request["python"] or sys.executable)
             run_stage(
@@ -141,7 +141,7 @@ def run_request(
                 log_file=log_file,
                 log=log,
                 python=request["python"],
-                env=gpu_env | env,
+                env=env | gpu_env,
                 timeout=request["timeout"],
             )
     except BaseException as error:

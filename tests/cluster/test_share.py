@@ -6,6 +6,7 @@ with a real (tiny) model, so that the log-prob store is filled by several at onc
 
 import json
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -19,8 +20,10 @@ from stages.running.history import events
 from stages.sampling.stage import SamplingConfig
 from stages.stage import STAGES
 from tasks.build import build
+from tasks.execution.base import Work
 from tasks.execution.config import ExecutionConfig
-from tasks.execution.gpus import some_gpus, visible_gpus
+from tasks.execution.gpus import gpu_uuids, some_gpus, visible_gpus
+from tasks.execution.local import Local
 
 NUM_PROMPTS = 10
 
@@ -165,6 +168,70 @@ def test_two_that_want_gpus_never_share_one(monkeypatch, tmp_path):
             assert second == {"CUDA_VISIBLE_DEVICES": "GPU-7f"}
     with some_gpus(3, print) as all_of_them:
         assert all_of_them == {"CUDA_VISIBLE_DEVICES": "0,1,GPU-7f"}
+
+
+UUIDS = {"0": "GPU-7f00-aa", "1": "GPU-7f11-bb", "2": "GPU-8c22-cc"}
+
+
+@pytest.fixture
+def three_gpus(monkeypatch, tmp_path):
+    """A machine with three GPUs, whose numbers and UUIDs nvidia-smi tells."""
+    monkeypatch.setattr("tasks.execution.gpus.gpu_uuids", lambda: UUIDS)
+    monkeypatch.setattr("tasks.execution.gpus.lock_directory", lambda: tmp_path / "locks")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("spelling", ["GPU-7f00-aa,GPU-8c22-cc", "GPU-7f0,2", "0,GPU-8c", "0,GPU-7f00-aa,2"])
+def test_a_gpu_has_one_lock_however_it_is_named(monkeypatch, three_gpus, spelling):
+    with some_gpus(1, print) as first:
+        assert first == {"CUDA_VISIBLE_DEVICES": "0"}
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", spelling)  # another run, which counts its GPUs in another way
+        assert len(visible_gpus()) == 2
+        with some_gpus(1, print) as second:
+            assert second == {"CUDA_VISIBLE_DEVICES": spelling.split(",")[-1]}
+
+
+def test_the_works_own_variable_says_among_which_gpus_to_choose_and_the_lock_chooses(three_gpus):
+    env = {"CUDA_VISIBLE_DEVICES": "1,GPU-8c22-cc"}
+    with some_gpus(1, print, env) as first, some_gpus(1, print, env) as second:
+        assert (first, second) == ({"CUDA_VISIBLE_DEVICES": "1"}, {"CUDA_VISIBLE_DEVICES": "GPU-8c22-cc"})
+    with pytest.raises(ConfigError, match=r"shows 2 \(CUDA_VISIBLE_DEVICES=1,GPU-8c22-cc\)"), some_gpus(3, print, env):
+        pass
+    with some_gpus(0, print, env) as nothing:  # a stage on the CPU: its variable stays as it is
+        assert nothing == {}
+
+
+def test_a_work_may_not_name_a_gpu_that_its_run_was_not_given(monkeypatch, three_gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7f11-bb,2")
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "1"}) == ["1"]
+    with pytest.raises(ConfigError, match=r"may use the GPUs GPU-7f11-bb,2, without 0: name some of these"):
+        visible_gpus({"CUDA_VISIBLE_DEVICES": "1,0"})
+
+
+def test_a_stage_gets_the_gpu_of_its_lock_not_the_first_that_its_settings_name(three_gpus, tmp_path):
+    log, program = tmp_path / "log", tmp_path / "python"
+    program.write_text("#!/bin/sh\necho gpu=$CUDA_VISIBLE_DEVICES\n")
+    program.chmod(0o755)
+    env = {"CUDA_VISIBLE_DEVICES": "1,2"}
+    works = [Work(f"w{number}", ("sample", "spec.json"), log, env, str(program), gpus=1) for number in range(2)]
+    engine = Local(ExecutionConfig(), Store(tmp_path / "store"), print)
+    handles = [engine.start(work) for work in works]
+    with pytest.raises(ConfigError, match="ask for 3 GPUs or more at once, and this machine shows 2"):
+        engine.start(works[0])
+    deadline = time.monotonic() + 30
+    while any(not handle.has_ended() for handle in handles):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert sorted(log.read_text().split()) == ["gpu=1", "gpu=2"]
+
+
+def test_nvidia_smi_tells_numbers_and_uuids(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, GPU-7f00-aa'\necho '1, GPU-7f11-bb'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_uuids() == {"0": "GPU-7f00-aa", "1": "GPU-7f11-bb"} and visible_gpus() == ["0", "1"]
 
 
 def test_more_gpus_than_the_machine_has_are_refused(monkeypatch, store, inputs):

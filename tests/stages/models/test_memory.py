@@ -31,6 +31,25 @@ def test_a_stage_process_may_ask_for_a_gpu_before_it_starts_an_engine(device, se
     assert found == settings and not torch_is_loaded, "too late: torch has read its environment"
 
 
+ON_A_GPU_MACHINE = """
+import os, sys
+exists = os.path.exists
+os.path.exists = lambda path: path == "/dev/nvidiactl" or exists(path)
+import stages.__main__
+print(os.environ["PYTORCH_ALLOC_CONF"], os.environ["CUDA_DEVICE_ORDER"])
+from stages.sampling.vllm import prepare_environment
+prepare_environment("cuda")
+print(os.environ.get("PYTORCH_ALLOC_CONF"), "torch" in sys.modules)
+"""
+
+
+def test_segments_grow_on_gpus_but_not_in_an_engine_whose_processes_share_memory():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTORCH_", "CUDA_"))}
+    command = [sys.executable, "-c", ON_A_GPU_MACHINE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout.split() == ["expandable_segments:True", "PCI_BUS_ID", "None", "False"]
+
+
 def test_memory_goes_back_to_the_driver_only_where_cuda_is_in_use(monkeypatch):
     calls = []
     for in_use in (False, True):
