@@ -108,8 +108,10 @@ def jaccard(left: Grams, right: Grams) -> float:
 
 
 def near_duplicates(left: Iterable[str], right: Iterable[str], threshold: float) -> list[NearDuplicate]:
-    """Every pair whose similarity is at least `threshold`, sorted. `right` may be a long stream, `left` is held in
-    memory."""
+    """Return the pairs whose similarity is at least `threshold`, sorted.
+
+    `left` is held in memory, `right` is streamed.
+    """
     index = NearDuplicateIndex(left, threshold)
     pairs = [
         NearDuplicate(left_number, right_number, similarity)

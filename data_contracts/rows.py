@@ -1,5 +1,4 @@
-"""Contracts - types of the rows that stages hand on. A row of prompts is PromptRow in prompts.py; all columns are in
-shards.py."""
+"""Contracts - types of the rows that stages hand on. PromptRow is in prompts.py, the columns are in shards.py."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ class GenerationRow(TypedDict):
 
 
 class ScoredPairRow(TypedDict):
-    """A row of `scored_pairs`: one response preferred over another, or one response alone (then the rejected one is
-    empty)."""
+    """A row of `scored_pairs`: a preferred and a rejected response, or one response (rejected is empty)."""
 
     pair_id: str
     prompt_id: str

@@ -1,6 +1,4 @@
-"""python -m flows COMMAND ...: the command line `selfplay`, wherever it is not on the path. See
-flows/cli/commands.py.
-"""
+"""python -m flows COMMAND ...: the command line `selfplay` without its entry point. See flows/cli/commands.py."""
 
 from __future__ import annotations
 

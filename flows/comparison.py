@@ -179,9 +179,7 @@ def _pooled(results: list[Outcome], iteration: int) -> dict[str, float]:
 
 
 def table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
-    """One row per variant, seeds pooled: what it gained over its start, and over the first variant; what it cost per
-    seed.
-    """
+    """Return one row per variant, seeds pooled: gain over its start, gain over the first variant, cost per seed."""
     rows = []
     names = list(comparison.config.variants)
     groups = {name: [outcome for outcome in results if outcome.variant.name == name] for name in names}
@@ -211,8 +209,9 @@ def _interval(before: dict[str, float], after: dict[str, float]) -> Interval | N
 
 
 def seconds_table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
-    """The paper's Table 3: seconds of generation, weights and training, per iteration and variant (mean over seeds),
-    and their sums.
+    """Return the paper's Table 3: seconds of generation, weights and training per iteration and variant, with sums.
+
+    Seconds are means over the seeds.
     """
     rows = []
     for name in comparison.config.variants:
@@ -230,9 +229,7 @@ def seconds_table(comparison: Comparison, results: list[Outcome]) -> list[dict[s
 
 
 def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
-    """The second variant's weight seconds over the first's; the first's weight seconds over its training's, by
-    iteration.
-    """
+    """Return lines of two ratios of seconds: weights of a variant to the first's, weights to training by iteration."""
     names, paper, lines = list(comparison.config.variants), comparison.config.paper, []
 
     def beside(name: str) -> str:

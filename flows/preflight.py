@@ -184,8 +184,9 @@ def check_vocabularies(run: RunConfig, teacher: Path, policy: Path) -> None:
 
 
 def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """Local tasks and questions are read once, to refuse a broken one, and hashed: a changed question is a changed
-    key.
+    """Return the evaluation with digests of its local tasks: a changed question changes the key.
+
+    Each task is read once, so that a broken one is refused.
     """
     for task in evaluation.lm_eval:
         load_task(task.path)

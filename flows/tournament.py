@@ -1,5 +1,4 @@
-"""Flows - everybody against everybody: the run's policies and other models on the held-out prompts, by any scorer
-(SPPO's figure 3).
+"""Flows - the tournament: policies of a run and other models on the held-out prompts, by any scorer (SPPO's figure 3).
 
 One `generations` artifact holds an answer of each as its candidates, so the score stage compares them like the
 candidates of one policy.

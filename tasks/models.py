@@ -1,5 +1,4 @@
-"""Tasks - a model that the user named -> a checked directory, and an input of stages that is addressed by its
-content."""
+"""Tasks - a model that the user named -> a checked directory and an input of stages, addressed by its content."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ def _overrides(assignments: list[str] | None) -> dict[str, Any]:
 
 
 def _settings_of(name: str, store: str | None) -> Path:
-    """The run config itself, or the settings that the store keeps of a run by that name."""
+    """Return the run config, or the settings that the store keeps of a run by that name."""
     from data_contracts.errors import ConfigError
     from data_contracts.store import RUN_SETTINGS, Store
 
@@ -309,8 +309,9 @@ def _server(store: Any) -> AbstractContextManager[str]:
 
 
 def _check_server(settings: Any) -> None:
-    """Raises: ConfigError if the run's work waits for workers, and the server would be one of its own, which has
-    none.
+    """Refuse a run whose work waits for workers of a server that nobody named.
+
+    Raises: ConfigError.
     """
     from data_contracts.errors import ConfigError
 

@@ -75,7 +75,7 @@ def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> 
 
 
 def report_again(config: RunConfig, store: Store) -> Path:
-    """Write `runs/<name>/report.html` and `.md` from the iterations that are complete.
+    """Write `runs/<name>/report.html` and `.md` from the complete iterations. Raises: ConfigError without any.
 
     Raises: ConfigError if none is, or if nothing can be written there.
     """

@@ -1,5 +1,4 @@
-"""Flows - what a run will cost before it is started: its steps on paper (rehearsal.py), times rates measured on this
-machine (rates.py).
+"""Flows - what a run will cost, before it starts: its rehearsal's steps times rates measured on this machine.
 
 What is built already costs nothing.
 """

@@ -214,8 +214,9 @@ def training_memory(
 
 
 def pass_memory(shape: Shape, dtype: str, rows: Rows) -> dict[str, int]:
-    """Bytes on the GPU of a forward pass without gradients (weigh, evaluate, reward models): one layer's activations
-    at a time.
+    """Return bytes on the GPU of a forward pass without gradients: one layer's activations at a time.
+
+    The weigh and evaluate stages and reward models make such passes.
     """
     return {
         "weights": BYTES[dtype] * shape.parameters,
@@ -225,8 +226,9 @@ def pass_memory(shape: Shape, dtype: str, rows: Rows) -> dict[str, int]:
 
 
 def vllm_memory(shape: Shape, context: int, ranks: int, sequences: int) -> dict[str, int]:
-    """Bytes on each of `ranks` tensor-parallel GPUs that vLLM cannot do without: weights, its profiling run, a cache
-    for `sequences`.
+    """Return bytes that vLLM needs on each of `ranks` tensor-parallel GPUs.
+
+    Weights, its profiling run, and a cache for `sequences`.
     """
     profile = (
         max(8192, context) * (2 * shape.intermediate + 8 * shape.hidden) * 2 // ranks

@@ -105,9 +105,7 @@ def measured_units(record: ArtifactRecord, config: Config, num_candidates: int) 
 def rate_from_records(
     step: Step, records: Sequence[ArtifactRecord], store: Store, start: ArtifactRef, num_candidates: int
 ) -> Rate | None:
-    """Rate from the newest record of this host with the same stage, settings (but seeds) and model sizes; None if
-    there is none.
-    """
+    """Return the rate of the newest record with the same host, stage, settings (but seeds) and model sizes, or None."""
     # A checkpoint that is to be trained will have as many parameters as the one it starts from.
     inputs = [start if ref.kind == "checkpoint" and not ref.path else ref for ref in step.inputs.values()]
     with digests_kept_in(store):
@@ -269,8 +267,9 @@ class MeasuringHands:
 
 
 def _with_all_questions(rate: Rate, checked: Checked) -> Rate:
-    """The rate of an evaluation with all of lm-eval's questions, which are a fixed cost: they do not grow with the
-    held-out answers.
+    """Return the rate of an evaluation with all of lm-eval's questions.
+
+    They are a fixed cost: their number does not grow with the held-out answers.
     """
     seconds = rate.record.seconds
     heldout, lm_eval, load = seconds.get("heldout", 0.0), seconds.get("lm_eval", 0.0), seconds.get("start_up", 0.0)

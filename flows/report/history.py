@@ -1,6 +1,4 @@
-"""Flows - what a run found: the cumulative table (Prefect artifact, terminal), a summary per iteration, report.md and
-report.html.
-"""
+"""Flows - what a run found: the cumulative table, a summary per iteration, report.md and report.html."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Stages - text out of data as token ids: a user who writes `<|im_end|>` has written ten characters, not the end of his
-turn.
+"""Stages - text of data as token ids: `<|im_end|>` in a user's text is ten characters, not the end of a turn.
 
 A tokenizer turns the text of a control token into that token, wherever the text came from. What a template writes must
 become control tokens, what stands in the data must not. So texts of data that hold such a text are encoded by a twin of

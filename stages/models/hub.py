@@ -1,5 +1,4 @@
-"""Stages - a model that the user named -> its directory on this disk. The one place that asks the Hugging Face hub for
-files."""
+"""Stages - a model that the user named -> its directory on this disk. Only this module downloads from the hub."""
 
 from __future__ import annotations
 

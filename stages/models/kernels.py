@@ -30,9 +30,7 @@ CHUNK = 1 << 22
 
 
 def register() -> str:
-    """Register `attention` with transformers, with the masks of its `sdpa` for batches that are not packed; returns its
-    name.
-    """
+    """Register `attention` with transformers, with its `sdpa` masks for unpacked batches. Returns the name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -52,8 +50,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return softmax attention. `packing`: the layout of a packed batch; without it, transformers' own over padded
-    rows.
+    """Return softmax attention. `packing`: layout of a packed batch; None: transformers' own, over padded rows.
 
     Shapes: query [1, H, S, D], key and value with H or fewer heads, attention_mask [G, 1, L, L] bool -> [1, S, H, D].
     """

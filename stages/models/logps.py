@@ -1,5 +1,4 @@
-"""Stages - the log-prob store: a frozen model's log-probs of a response are computed once, for all stages, iterations
-and runs.
+"""Stages - the log-prob store: log-probs of a response under a frozen model, computed once for all stages and runs.
 
     <root>/logps/<model content>-<dtype>-<kind>/part-<digest>.parquet
                                    rows (digest of prompt and response ids, one number per token)
@@ -144,8 +143,9 @@ class Pass:
         return all(row_key(prompt, response) in self.rows for prompt, response in zip(prompts, responses, strict=True))
 
     def _score_within_context(self, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
-        """The numbers of each row; NaN for tokens beyond the model's context (a teacher's may be shorter than the
-        policy's).
+        """Return the numbers of each row; NaN for tokens beyond the model's context.
+
+        A teacher's context may be shorter than the policy's.
         """
         context = context_length(self.model.path)
         scored_lengths = []

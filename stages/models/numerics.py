@@ -29,8 +29,9 @@ def token_logps(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over the last axis inside the mask. It uses `where`: in a product, inf * 0 outside the mask would
-    be NaN.
+    """Return the sum over the last axis inside the mask.
+
+    It uses `where`: in a product, inf * 0 outside the mask would be NaN.
     """
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum(-1)
 
@@ -50,9 +51,7 @@ def check_shapes(caller: str, **tensors: Tensor) -> None:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Return the index of each scored token in its response, from 0, wherever the padding lies. [N, T]; undefined
-    outside the mask.
-    """
+    """Return the index of each scored token in its response, from 0. [N, T]; undefined outside the mask."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
@@ -73,8 +72,9 @@ def left_align(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_divergence(left: Tensor, right: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
-    r"""Return KL(softmax(left) || softmax(right)) at each position over the full vocabulary, in float32 or better; 0
-    outside the mask.
+    r"""Return KL(softmax(p) || softmax(q)) at each position over the full vocabulary; 0 outside the mask.
+
+    Computed in float32, in float64 for float64 logits.
 
     Shapes: logits [N, T, V], mask [N, T] bool -> [N, T]. Computed `chunk` positions at a time and recomputed in the
     backward pass, so that the float32 copies of both models' logits never exist for the whole length. A logit of -inf

@@ -1,5 +1,4 @@
-"""Stages - a causal language model and the log-probabilities of responses under it; weigh, train and evaluate all use
-these functions.
+"""Stages - a causal language model and log-probabilities of responses under it, for weigh, train and evaluate.
 
 Axes: N responses, L tokens of the longest prompt with its response, T tokens of the longest response, V vocabulary.
 """
@@ -150,8 +149,9 @@ def response_logps(model: Module, batch: Batch | Packed) -> Tensor:
 
 
 def batches_by_budget(lengths: Sequence[int], budget: int, cells: float = math.inf) -> Iterator[list[int]]:
-    """Yield indices in batches of at most `budget` padded tokens and `cells` cells of attention (at least one row),
-    longest first.
+    """Yield indices in batches of at most `budget` padded tokens and `cells` cells of attention, longest first.
+
+    A batch has at least one row.
 
     Longest first makes an out-of-memory error come at once; similar lengths side by side waste the least padding.
     Deterministic: ties go by index.
@@ -168,8 +168,9 @@ def batches_by_budget(lengths: Sequence[int], budget: int, cells: float = math.i
 
 
 def batches_by_sum(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Return indices in as few batches as a budget on the sum of lengths allows (at least one row), filled evenly,
-    longest first.
+    """Return indices in as few evenly filled batches as the budget on summed lengths allows, longest first.
+
+    A batch has at least one row.
 
     Deterministic: ties go by index.
     """

@@ -1,5 +1,4 @@
-"""Stages - chat templates: how a model's own Jinja template writes a conversation. Needs no tokenizer and no model
-library.
+"""Stages - chat templates: how a model's own Jinja template writes a conversation. Needs neither tokenizer nor torch.
 
 The environment is that of transformers' `apply_chat_template`, with two differences. The clock stands still
 (`strftime_now`): a prompt that changes at midnight would differ between two shards of one artifact. A template that
@@ -125,8 +124,7 @@ class ChatTemplate:
         return None if match is None else match.group()
 
     def role_marks(self, tokens: Iterable[str]) -> set[str]:
-        """Those of `tokens` that the template writes around the turns of a plain conversation; words and blanks are no
-        marks."""
+        """Return those of `tokens` that the template writes around turns. Words and blanks are no marks."""
         roles = ("user", "assistant", "user")
         talk = [Message(role=role, content=text) for role, text in zip(roles, sentinels(3), strict=True)]
         try:
@@ -154,8 +152,10 @@ def literals(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def read_template(directory: str | Path) -> str | None:
-    """The chat template of a model directory: chat_template.jinja, else tokenizer_config.json's (of several,
-    `default`)."""
+    """Return the chat template of a model directory: chat_template.jinja, else tokenizer_config.json's, else None.
+
+    Of several in tokenizer_config.json: `default`.
+    """
     path = Path(directory) / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

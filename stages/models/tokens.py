@@ -23,8 +23,7 @@ SAMPLES = (
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of a model directory, cutting text as its tokenizer.json does. Code that comes with a model is
-    never run.
+    """Return the tokenizer of a model directory. It cuts text as tokenizer.json does; the model's own code never runs.
 
     transformers rebuilds some tokenizers by the name of their class, and a byte-level one that calls itself a Llama
     tokenizer loses its spaces: where the two disagree, the file itself is loaded.
@@ -60,8 +59,10 @@ _VERDICTS: dict[tuple[str, tuple[int, int, int]], bool] = {}
 
 
 def _is_as_file(tokenizer: Any, path: Path, version: tuple[int, int, int]) -> bool:
-    """Whether the tokenizer cuts `SAMPLES` as the file does and decodes them alike; remembered, for reading a large
-    file takes seconds."""
+    """Return whether the tokenizer cuts and decodes `SAMPLES` as its file does.
+
+    The answer is cached: reading a large file takes seconds.
+    """
     key = (str(path), version)
     if key not in _VERDICTS:
         from tokenizers import Tokenizer
@@ -115,8 +116,10 @@ def context_length(directory: str | Path) -> int | None:
 
 
 def vocabulary_size(directory: str | Path) -> int | None:
-    """Rows of the model's embedding, from config.json; None if it does not say. Often more than the tokenizer has
-    tokens: padding."""
+    """Return the number of rows of the model's embedding, from config.json; None if it is not there.
+
+    Often more than the tokenizer has tokens: the rest is padding.
+    """
     try:
         config = json.loads((Path(directory) / "config.json").read_text())
     except OSError:

@@ -1,5 +1,4 @@
-"""Stages - the turn contract: what a policy reads before its answer, and what must stand at the answer's end. One place
-for all stages.
+"""Stages - the turn contract: what a policy reads before its answer, and what stands at the answer's end.
 
     prompt    the template with its generation prompt: exactly the BOS that the template writes
     response  the answer's tokens, then the terminator: the first special token that the template writes after an
@@ -201,8 +200,7 @@ class Turns:
     # ---- prompts
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Ids of a conversation, ready for the response to follow. Raises: ConfigError if the template refuses the
-        messages."""
+        """Return the ids of a conversation, ready for the response. Raises: ConfigError if the template refuses it."""
         messages = self.arranged(messages)
         contents = [message["content"] for message in messages]
         if self.chat is not None:
@@ -210,8 +208,7 @@ class Turns:
         return [*self.opening, *self.text.encode_written(self._laid_out, contents)]
 
     def conversation(self, messages: Messages) -> list[int]:
-        """Ids of a whole chat, its answers included: what a reward model reads. Raises: ConfigError without a chat
-        template."""
+        """Return the ids of a whole chat with its answers. Raises: ConfigError without a chat template."""
         if self.chat is None:
             raise ConfigError(f"a conversation needs a chat template, and {self.directory} is read as plain text")
         messages = self.arranged(messages)
@@ -250,8 +247,10 @@ class Turns:
         return [] if written else opening
 
     def arranged(self, messages: Messages) -> Messages:
-        """The messages with their system messages where the settings want them. Raises: ConfigError if there may be
-        none."""
+        """Return the messages with system messages where the settings want them.
+
+        Raises: ConfigError if the settings refuse any.
+        """
         system = [message["content"] for message in messages if message["role"] == "system"]
         if not system:
             return messages
@@ -276,8 +275,7 @@ class Turns:
     # ---- responses
 
     def response(self, text: str) -> list[int]:
-        """Ids of a given answer that ended: its text's own, then the terminator. One that the text already spells is
-        not repeated."""
+        """Return the ids of a given, finished answer: its text's and the terminator, which is never doubled."""
         return [*self.text.encode(self.without_end(text)), self.terminator]
 
     def without_end(self, text: str) -> str:
@@ -300,8 +298,7 @@ class Turns:
         return self.tokenizer.decode(ids[:-1] if self.ended(ids) else ids, skip_special_tokens=False)
 
     def special_in(self, texts: Sequence[str | None]) -> str | None:
-        """The first control token that one of these texts of data spells; a stop token at the end of a text does not
-        count."""
+        """Return the first control token that one of the texts spells. A stop token at a text's end does not count."""
         spelled = (self.text.special(self.without_end(text)) for text in texts if text)
         return next((token for token in spelled if token), None)
 
@@ -342,8 +339,10 @@ class Ending(NamedTuple):
 
 
 def ending_of(directory: str | Path, settings: TurnConfig) -> Ending:
-    """How the answers of a model end by its own chat template. No tokenizer is loaded: this is asked whenever a key is
-    computed."""
+    """Return how the answers of a model end by its own chat template.
+
+    Loads no tokenizer: every key of a sampling asks for this.
+    """
     if settings.template != "chat" or not Path(directory).is_dir():
         return Ending(None)
     names = ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "generation_config.json")

@@ -1,5 +1,4 @@
-"""Stages - how several workers share the shards of one artifact: a claim per shard, held by flock while the shard is
-made.
+"""Stages - how workers share the shards of one artifact: a claim per shard, held by flock while it is made.
 
     <artifact>/.claims/<shard>     one JSON object per line: who tried, whether the shard was made, what went wrong;
                                    the lock is on this file

@@ -1,5 +1,4 @@
-"""Stages - what a build costs: tokens, FLOPs, memory, processor seconds. Kept in the record; `data_contracts/ledger.py`
-adds records up.
+"""Stages - what a build costs: tokens, FLOPs, memory, processor seconds; written into the artifact's record.
 
 FLOPs are model FLOPs, whatever the implementation does: 2 N per token of a forward pass, 6 N per token trained (Kaplan
 et al. 2020, section 2.1; PaLM, appendix B), N = parameters. Attention's own part, 4 L T d per token, is left out: under

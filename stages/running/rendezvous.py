@@ -1,5 +1,4 @@
-"""Stages - how the ranks of several nodes find each other: node 0 writes its address into the artifact's directory, the
-others read it.
+"""Stages - how ranks on several nodes meet: node 0 writes its address into the artifact's directory, others read it.
 
 Every node runs the same command. Its number comes from SELFPLAY_NODE_RANK (set by the pipeline's engines), SLURM_NODEID
 or JOB_COMPLETION_INDEX (a Kubernetes indexed job), or from the line of a hostfile that has its name or address

@@ -64,8 +64,10 @@ class Sampler(Plugin, ABC):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
-        """The candidates of each prompt, in order: one per seed. Equal prompt, seed and settings give an equal
-        candidate."""
+        """Return the candidates of each prompt, one per seed.
+
+        Equal prompt, seed and settings give an equal candidate.
+        """
 
 
 def candidate_seeds(seed: int, prompt_id: str, count: int) -> list[int]:

@@ -68,8 +68,7 @@ class PromptChecker:
                 verdicts["truncated"][number] = shorter
 
     def surely_fits(self, messages: list[Message]) -> bool:
-        """Whether counting can be spared: a token of ASCII text is one character at least, and the rest is the
-        template's."""
+        """Return whether the prompt fits without counting: an ASCII token has at least one character."""
         roles = tuple(message["role"] for message in messages)
         if roles not in self.overheads:
             placeholders: list[Message] = [{"role": role, "content": "x"} for role in roles]

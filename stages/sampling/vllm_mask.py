@@ -1,5 +1,4 @@
-"""Stages - in vLLM's engine: ids that no token has are never sampled. Loaded by the engine, by name; see
-stages/sampling/vllm.py."""
+"""Stages - a mask in vLLM's engine: ids without a token are never sampled. vLLM loads it by name (vllm.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from stages.sampling.vllm import BLANK_IDS
 
 
 class BlankIds(LogitsProcessor):
-    """Masks the rows of the embedding that only pad it. The log-probs that the engine reports are the model's own,
-    before any mask."""
+    """Masks the embedding's padding rows. The reported log-probs are the model's own, before any mask."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self.ids = torch.tensor(vllm_config.additional_config.get(BLANK_IDS, []), dtype=torch.long, device=device)

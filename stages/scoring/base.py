@@ -145,16 +145,20 @@ def by_prompt(values: Sequence[T], batch: Sequence[Candidates]) -> list[Sequence
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """A prompt as text for scorers without a chat template: the message itself, or several turns in llm-blender's
-    notation."""
+    """Return a prompt as text for scorers without a chat template.
+
+    One message as it is, several turns in llm-blender's notation.
+    """
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role'].upper()}: {message['content']}" for message in messages)
 
 
 def score_once(scorer: Scorer, batch: Sequence[Candidates]) -> tuple[list[Scores], list[int]]:
-    """The scores of a batch, and how many candidates of each prompt were scored: a scorer of texts sees equal
-    completions once."""
+    """Return the scores of a batch, and how many candidates of each prompt were scored.
+
+    A scorer that reads only texts gets equal completions once.
+    """
     if not scorer.TEXT_ONLY:
         return scorer.score(batch), [len(item.generations) for item in batch]
     distinct = [_distinct(item) for item in batch]
@@ -164,8 +168,7 @@ def score_once(scorer: Scorer, batch: Sequence[Candidates]) -> tuple[list[Scores
 
 
 def _distinct(item: Candidates) -> tuple[Candidates, list[int]]:
-    """The candidates with distinct completions, and for each of the K candidates the number of its completion among
-    them."""
+    """Return the candidates with distinct completions, and each candidate's index among them [K]."""
     seen: dict[str, int] = {}
     numbers = [seen.setdefault(row["completion"], len(seen)) for row in item.generations]
     firsts = [numbers.index(number) for number in range(len(seen))]
@@ -174,8 +177,7 @@ def _distinct(item: Candidates) -> tuple[Candidates, list[int]]:
 
 
 def _repeat(scores: Scores, numbers: Sequence[int]) -> Scores:
-    """The scores of all K candidates from those of the distinct ones: equal completions have equal scores and tie with
-    each other."""
+    """Return the scores of all K candidates from those of the distinct ones: equal completions tie."""
     index = np.asarray(numbers, dtype=int)
     points = None if scores.scores is None else scores.scores[index]
     logits = None if scores.preference_logits is None else scores.preference_logits[np.ix_(index, index)]

@@ -80,8 +80,7 @@ class Encoder:
         return x.view(len(x), self.num_heads, -1).transpose(0, 1).contiguous()
 
     def __call__(self, ids_NL: Tensor, lengths: Sequence[int], tokens_NR: Tensor) -> Tensor:
-        """The last hidden states of the tokens with the indices `tokens_NR`, [N, R, A H]. Rows are padded at their
-        end."""
+        """Return the last hidden states of the tokens at `tokens_NR`, [N, R, A H]. Rows are padded at their end."""
         (rows, length), device = ids_NL.shape, ids_NL.device
         embeddings, *layers, last = self.model.embeddings, *self.model.encoder.layer
         positions = torch.arange(length, device=device)

@@ -1,5 +1,4 @@
-"""Stages - chat requests to an OpenAI-compatible endpoint, answered from the store where they were asked before.
-Standard library only.
+"""Stages - chat requests to an OpenAI-compatible endpoint, with answers cached in the store. Standard library only.
 
     <store>/judgements/<2 hex>/<key>.json       request and reply; deleting the directory costs requests, nothing else
 

@@ -289,8 +289,10 @@ def read_verdict(reply: Reply, logit: float) -> Judgement:
 
 
 def read_letter(reply: Reply) -> Judgement:
-    """log p(A) - log p(B) of the one token, over all spellings. A letter that is not listed counts as the least likely
-    listed token."""
+    """Return log p(A) - log p(B) of the one token, over all spellings.
+
+    A letter that is not listed counts as the least likely listed token.
+    """
     try:
         listed = (reply.body or {})["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         logps = {

@@ -1,5 +1,4 @@
-"""Stages - the `length` scorer: the nearer to a number of tokens, the better. It stands in for reward models in
-tests."""
+"""Stages - the `length` scorer: the nearer to a number of tokens, the better. Stands in for reward models in tests."""
 
 from __future__ import annotations
 

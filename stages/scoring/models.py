@@ -20,8 +20,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class NamedModel(ModelRef):
-    """A scorer's model. In a key a local directory counts by the content of its files, a hub model by id and
-    revision."""
+    """A scorer's model. A key contains the content of a local directory, or the id and revision of a hub model."""
 
     def identity(self) -> dict[str, Any]:
         if self.path is None or not Path(self.path).expanduser().is_dir():
@@ -38,8 +37,10 @@ class ModelScorerConfig(Named):
 
 
 def local_directory(model: ModelRef, scorer: str) -> Path | None:
-    """The directory of a model named by path, None for one on the hub. Needs no network. Raises: ConfigError if it is
-    no model."""
+    """Return the directory of a model named by path, None for one on the hub. Needs no network.
+
+    Raises: ConfigError if the directory is no model.
+    """
     if model.path is None:
         return None
     directory = Path(model.path).expanduser()
@@ -57,8 +58,7 @@ def locate(model: ModelRef, scorer: str) -> Path:
 
 
 class ModelScorer(Scorer):
-    """Base of scorers by one model, `config.model`: a directory that is not there is refused before anything is
-    sampled."""
+    """Base of scorers by one model, `config.model`. A missing directory is refused before anything is sampled."""
 
     @classmethod
     def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:
@@ -66,8 +66,7 @@ class ModelScorer(Scorer):
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint but the position buffers that old versions saved. Raises: ConfigError if there is
-    none."""
+    """Return the tensors of a checkpoint, without old position buffers. Raises: ConfigError if there are none."""
     from safetensors.torch import load_file
 
     files = sorted(directory.glob("*.safetensors"))

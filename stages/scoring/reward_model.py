@@ -1,5 +1,4 @@
-"""Stages - scorers with one forward per candidate: chat reward models (`reward_model`) and prompt-answer encoders
-(`pair_encoder`).
+"""Stages - scorers with one forward per candidate: `reward_model` (chats) and `pair_encoder` (prompt and answer).
 
 A text that is too long loses the beginning of its prompt, never the end of its answer: that is what is being judged.
 
@@ -48,8 +47,7 @@ class ClassifierConfig(ModelScorerConfig):
 
 
 class PointScorer(ModelScorer):
-    """Base of scorers by one network: it loads, batches and accounts; a subclass turns texts into ids and ids into
-    numbers."""
+    """Base of scorers by one network. A subclass turns texts into ids, and ids into numbers."""
 
     TEXT_ONLY = True
 

@@ -32,8 +32,7 @@ NOTHING = Response([], "", win_rate=0.0)
 
 
 class GivenTexts:
-    """A prompt's own texts as tokens of the policy: tokenised apart from the prompt, with the terminator unless they had
-    to be cut."""
+    """A prompt's own texts as tokens of the policy, cut to the limit; the terminator follows unless a text was cut."""
 
     def __init__(self, job: Job):
         if "policy" not in job.inputs:

@@ -1,5 +1,4 @@
-"""Stages - a judge's server of our own: `vllm serve` of a model directory while the stage needs it. Standard library
-only.
+"""Stages - a judge's own server: `vllm serve` of a model directory while the stage needs it. Standard library only.
 
 It listens on 127.0.0.1 at a free port; the first request that is not in the cache starts it. It runs under
 stages/running/supervise.py, so it ends with this process, however that ends. vLLM itself stays out of this process.

@@ -62,8 +62,9 @@ class Ends(NamedTuple):
 
 
 def told_apart(ends: Ends) -> dict[str, float]:
-    """Share of pairs that one feature alone orders rightly, by feature; ties count half. Empty for fewer than `FEWEST`
-    pairs.
+    """Return the share of pairs that each feature alone orders rightly; ties count half.
+
+    {} for fewer than `FEWEST` pairs.
     """
     if len(ends.last) < FEWEST:
         return {}

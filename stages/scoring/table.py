@@ -17,8 +17,7 @@ T = TypeVar("T")
 
 
 class Table(Generic[T]):
-    """Entries of one kind by name. Another package adds one by an entry point in the group `selfplay.<family>` that
-    names the entry.
+    """Entries of one kind by name. Other packages add entries by entry points in the group `selfplay.<family>`.
 
     The type of a setting that names an entry is `Annotated[str, TABLE]`.
     """
@@ -31,8 +30,7 @@ class Table(Generic[T]):
         return list(dict.fromkeys([*self.entries, *sorted(point.name for point in self._entry_points())]))
 
     def get(self, name: str) -> T:
-        """Raises: ConfigError for an unknown name (with the nearest known one), and for an entry point that does not
-        load."""
+        """Return an entry. Raises: ConfigError for an unknown name or an entry point that does not load."""
         if name in self.entries:
             return self.entries[name]
         for point in self._entry_points():

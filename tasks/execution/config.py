@@ -25,9 +25,7 @@ Profile = Annotated[str, AfterValidator(_known_profile), WithJsonSchema({"type":
 
 
 class ExecutionConfig(Runtime):
-    """One run config from laptop to cluster: the artifacts are the same under every profile, and a run may change it
-    half-way.
-    """
+    """Where the work of a run executes. Artifacts are the same under every profile; a run may change it half-way."""
 
     profile: Profile = "local"
     """local: processes of this machine. process-pool, kubernetes: runs of the flow `stage-work` in a Prefect work pool.

@@ -1,6 +1,4 @@
-"""Tasks - one artifact, several workers: start them, watch, give a failed shard a second chance, name the one that
-fails again.
-"""
+"""Tasks - several workers on one artifact: start them, watch, retry a failed shard once, name one that fails again."""
 
 from __future__ import annotations
 

@@ -176,8 +176,10 @@ def cross_weights(
     teacher: np.ndarray,
     mu: np.ndarray,
 ) -> _Part:
-    """Eq. 6 / Algorithm 2, from log-probs [S] and [R]: the exponential inside the mean over a component's teacher
-    tokens."""
+    """Return Eq. 6 / Algorithm 2: the exponential inside the mean over a component's teacher tokens.
+
+    Args: log-probs, student [S] and teacher [R].
+    """
     alignment = align(texts, tokens, teacher_tokens, config.segmenter)
     if config.empty == "merge":
         alignment = merge_empty(alignment, ~np.isnan(teacher))
