@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._gpu_models import ROOT, kind_of, model_directory, model_flops, random_text, shape_of_kind
+from benchmarks._gpu_models import kind_of, model_directory, model_flops, random_text, shape_of_kind, texts
 
 GIB = 2**30
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}
@@ -298,11 +298,12 @@ def _run_stage(
 
 def pairrm(check: Check) -> Figures:
     """PairRM's network at its released size: pairs per second in bf16 batches, and one by one in float32."""
-    from benchmarks.pairrm import checkpoints, native, texts
+    from benchmarks.pairrm import checkpoints, native
+    from benchmarks.pairrm import texts as random_cases
 
     size, prompts = ("tiny", 2) if check.smoke else ("large", 16)
     ranker = str(checkpoints().build(check.work / "pairrm", size)["ranker"])
-    cases = texts(prompts, 3 if check.smoke else 5, 32 if check.smoke else 512)
+    cases = random_cases(prompts, 3 if check.smoke else 5, 32 if check.smoke else 512)
     request = {"ranker": ranker, "cases": cases, "device": check.device, "threads": os.cpu_count()}
     request["threads"] = 1 if check.smoke else request["threads"]
     single = native(request | {"dtype": "float32", "batch_tokens": 1})
@@ -326,13 +327,16 @@ def sample(check: Check) -> Figures:
     smoke."""
     import pyarrow.compute as pc
 
-    from data_contracts.prompts import load_prompts
+    from data_contracts.prompts import prompt_row
     from data_contracts.shards import read_shards
     from stages.running.cost import loading
 
     count, tokens = (2, 4) if check.smoke else (4096, 150)
-    rows = load_prompts(ROOT / "deploy" / "prompts" / "quickstart_train.jsonl")
-    prompts = [rows[number % len(rows)] | {"prompt_id": str(number)} for number in range(count)]
+    quickstart = texts()
+    prompts = [
+        prompt_row([{"role": "user", "content": quickstart[number % len(quickstart)]}], prompt_id=str(number))
+        for number in range(count)
+    ]
     config = {
         "backend": {"name": "transformers" if check.smoke else "vllm"},
         "num_candidates": 1,
