@@ -155,7 +155,10 @@ def _show_costs(name: str, store: Store) -> None:
 
 
 def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
-    """Check the request, play, write the report. Needs a flow run around it. Returns what the flow returns."""
+    """Check the request, play, write the report. Needs a flow run around it. Returns what the flow returns.
+
+    Raises: TransientError, after everything else is done, if the tournament's judge did not answer.
+    """
     logger = get_run_logger()
     checked = preflight(config, store)
     # Refuses a pool or a cluster that is not reachable, before anything is written.
@@ -175,8 +178,9 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     is_own = OWN_PROCESS in os.environ or "PREFECT__FLOW_RUN_ID" in os.environ
     ledger.begin(psutil.Process().create_time() if is_own else None)
     place = Place(str(store.root), config.name, session=ledger.session, execution=config.execution)
+    loop = SelfPlay(config, checked, start, models, BuildingHands(), history)
     try:
-        final = SelfPlay(config, checked, start, models, BuildingHands(), history).play(place)
+        final = loop.play(place)
     except BaseException:
         tracker.finish(None, "FAILED")
         raise
@@ -186,6 +190,8 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     ledger.end()
     _show_costs(config.name, store)
     logger.info("report: %s", report)
+    if loop.unanswered is not None:
+        raise loop.unanswered
     return {
         "final": final.path,
         "report": str(report),

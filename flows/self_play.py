@@ -52,6 +52,8 @@ class SelfPlay:
         self.hands, self.listener = hands, listener
         self.answers: dict[int, ArtifactRef] = {}
         """Iteration -> its policy's answers to the held-out prompts."""
+        self.unanswered: TransientError | None = None
+        """Set if the tournament's judge did not answer: nothing of it is kept as a result, the next try plays it."""
 
     def play(self, place: Place) -> ArtifactRef:
         """Play all iterations. Returns the run's final policy: the best one under a gate, else the last."""
@@ -211,8 +213,8 @@ class SelfPlay:
         inputs = {"prompts": heldout, "generations": self.hands.merge(players, place), "start": self.start}
         try:
             scored = self.hands.run("score", scoring_of(settings.scorer), place, **inputs)
-        except TransientError:  # the judge was unreachable: every comparison failed
-            scored = None
+        except TransientError as error:  # shown as unscored; the caller raises it when all else is done
+            scored, self.unanswered = None, error
         self.listener.compared(settings.scorer.name, list(players), scored, len(self.checked.heldout))
 
     def refined(self, stage: str, settings: Config, place: Place, **inputs: ArtifactRef) -> dict[str, Built]:

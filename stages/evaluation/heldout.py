@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from data_contracts.errors import ConfigError, ContractError, TransientError
+from data_contracts.errors import ConfigError, ContractError
 from data_contracts.prompts import PromptRow
 from data_contracts.rows import GenerationRow, HeldoutRow, ReportRow
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
@@ -112,8 +112,7 @@ def _scores(
 ) -> Sequence[Scores]:
     """The scores of each prompt's answers.
 
-    If the judge is away, no answer has a score: the rest of the report is worth having.
-    Raises: ConfigError for a scorer that only compares answers.
+    Raises: ConfigError for a scorer that only compares answers, TransientError for a judge that does not answer.
     """
     scorer_class(config.scorer).check_prompts(config.scorer, prompts)
     services = Services(
@@ -122,9 +121,6 @@ def _scores(
     scorer = open_scorer(config.scorer, device, services)
     try:
         scores, _ = score_once(scorer, batch)
-    except TransientError as error:
-        job.log(f"the held-out answers stay unscored: {error}")
-        return [Scores(None, None, [])] * len(batch)
     finally:
         scorer.close()
     # The settings refuse our own scorers that only compare; this one came from another package.

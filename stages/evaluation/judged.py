@@ -1,13 +1,15 @@
 """Stages - the judged benchmarks of the evaluate stage: their settings, the policy's answers and the judge's verdicts.
 
 The policy answers with a sampler of the sample stage; the judge is any OpenAI-compatible endpoint. A judgment that
-never came, or that cannot be read, is counted in `failed_judgments` and enters no mean.
+cannot be read is counted in `failed_judgments` and enters no mean. A judge that does not answer ends the stage: the
+policy's answers, which lie beside the report, and the judgments so far are used by the next try.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -18,7 +20,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.files import write_atomic
 from data_contracts.rows import ReportRow
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
-from stages.evaluation.judging import EndpointJudge
+from stages.evaluation.judging import EndpointJudge, read_rows
 from stages.job import Job
 from stages.models.memory import free_device_memory
 from stages.models.tokens import context_length
@@ -84,9 +86,13 @@ class ArenaHard(Judged):
 def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[ReportRow]:
     """Rows of eval_report: the grades, and the win rate against a baseline if one is set."""
     bench = mt_bench.load(config.path, config.limit)
-    answers = mt_bench.answer(bench, chat(str(job.path("policy")), config, device))
-    lines = [{"question_id": name, "choices": [{"index": 0, "turns": turns}]} for name, turns in answers.items()]
-    _write_answers(job, "mt_bench", lines)
+
+    def answer() -> list[dict[str, Any]]:
+        turns_of = mt_bench.answer(bench, chat(str(job.path("policy")), config, device))
+        return [{"question_id": name, "choices": [{"index": 0, "turns": turns}]} for name, turns in turns_of.items()]
+
+    lines = _answered_once(job, "mt_bench", len(bench.questions), answer)
+    answers = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
     judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
     rows = mt_bench.report(mt_bench.judge_singly(bench, answers, judge), config.judge)
     if config.baseline is None:
@@ -101,15 +107,18 @@ def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[ReportRow]
 def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[ReportRow]:
     """Rows of eval_report: win rates against the baseline's answers."""
     bench = alpaca_eval.load(config.path, config.limit)
-    answers = _answers(job, config, [row["instruction"] for row in bench.rows], config.temperature, device)
-    rows = [
-        {"instruction": row["instruction"], "output": text, "baseline": row["output"]}
-        for row, text in zip(bench.rows, answers, strict=True)
-    ]
-    _write_answers(job, "alpaca_eval", rows)
+
+    def answer() -> list[dict[str, Any]]:
+        texts = _answers(job, config, [row["instruction"] for row in bench.rows], config.temperature, device)
+        return [
+            {"instruction": row["instruction"], "output": text, "baseline": row["output"]}
+            for row, text in zip(bench.rows, texts, strict=True)
+        ]
+
+    rows = _answered_once(job, "alpaca_eval", len(bench.rows), answer)
     judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
     preferences = alpaca_eval.annotate(judge, bench.template, rows, config.seed)
-    lengths, baseline_lengths = [len(text) for text in answers], [len(row["output"]) for row in bench.rows]
+    lengths, baseline_lengths = [len(row["output"]) for row in rows], [len(row["output"]) for row in bench.rows]
     rates = alpaca_eval.win_rates(preferences, lengths, baseline_lengths, bench.difficulty, bench.gamed)
     return alpaca_eval.report(rates, config.judge)
 
@@ -117,9 +126,12 @@ def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[Repo
 def evaluate_arena_hard(job: Job, config: ArenaHard, device: str) -> list[ReportRow]:
     """Rows of eval_report: scores against the baseline's answers."""
     bench = arena_hard.load(config.path, config.limit)
-    answers = _answers(job, config, [row["prompt"] for row in bench.rows], config.temperature, device)
-    rows = [row | {"answer": text} for row, text in zip(bench.rows, answers, strict=True)]
-    _write_answers(job, "arena_hard", rows)
+
+    def answer() -> list[dict[str, Any]]:
+        texts = _answers(job, config, [row["prompt"] for row in bench.rows], config.temperature, device)
+        return [row | {"answer": text} for row, text in zip(bench.rows, texts, strict=True)]
+
+    rows = _answered_once(job, "arena_hard", len(bench.rows), answer)
     judge = EndpointJudge(config.judge, Endpoint(config.runtime, job.store_root))
     games = arena_hard.play(judge, bench.system, bench.template, arena_hard.POLICY, rows)
     return arena_hard.report(games, config.judge)
@@ -158,10 +170,18 @@ def _answers(job: Job, config: Judged, prompts: Sequence[str], temperature: floa
     return generate(conversations, [temperature] * len(prompts), config.max_new_tokens)
 
 
-def _write_answers(job: Job, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the policy's answers beside the report."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(job.out / f"{name}_answers.jsonl", text)
+def _answered_once(job: Job, name: str, count: int, answer: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The policy's answers, kept beside the report: those of an earlier try of this artifact, `count` of them, or those
+    that `answer` gives. An answer that is sampled again may differ, and every judgment of it would be paid again.
+    """
+    path = job.out / f"{name}_answers.jsonl"
+    if path.exists():
+        with suppress(ConfigError):  # damaged: answered again
+            if len(rows := read_rows(path)) == count:
+                return rows
+    rows = answer()
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
 
 
 def chat(model: str, config: Judged, device: str) -> mt_bench.Generate:

@@ -29,7 +29,7 @@ class Judge(Protocol):
     """Scores are only comparable between runs with the same judge, so the name goes into every row."""
 
     def ask(self, conversations: Sequence[Messages], **options: Any) -> list[JudgeReply | None]:
-        """The replies in order; None where the judge failed: such a judgment is counted as failed and enters no mean.
+        """The replies in order; None for a reply that cannot be read: it is counted as failed and enters no mean.
 
         Options: temperature, max_tokens, top_logprobs.
         """
@@ -43,7 +43,10 @@ class EndpointJudge:
         self.name, self.endpoint = model, endpoint
 
     def ask(self, conversations: Sequence[Messages], **options: Any) -> list[JudgeReply | None]:
-        """The replies in order; None where none came, even after the endpoint's retries."""
+        """The replies in order; None where what came cannot be read.
+
+        Raises: what `Endpoint.ask` raises for a judge that does not answer.
+        """
         if "top_logprobs" in options:
             options["logprobs"] = True
         requests = [{"model": self.name, "messages": list(messages), **options} for messages in conversations]
@@ -61,7 +64,7 @@ def _first_token(body: dict[str, Any]) -> dict[str, float] | None:
     try:
         alternatives = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {alternative["token"]: float(alternative["logprob"]) for alternative in alternatives}
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 

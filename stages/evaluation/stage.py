@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config as BaseConfig
-from data_contracts.errors import ConfigError
+from data_contracts.errors import ConfigError, TransientError
 from data_contracts.rows import ReportRow
 from data_contracts.shards import read_shards
 from stages.evaluation import sandbox
@@ -152,7 +152,10 @@ class Part(NamedTuple):
 
 
 def run(job: Job) -> None:
-    """Write the parts of eval_report that are missing, and the report's numbers as metrics of the record."""
+    """Write the parts of eval_report that are missing, and the report's numbers as metrics of the record.
+
+    Raises: TransientError, after all other parts are written, if a judge did not answer.
+    """
     config: EvaluationConfig = job.config
     pin_threads(None)
     device = pick_device(config.runtime.device)
@@ -162,18 +165,25 @@ def run(job: Job) -> None:
     for name, benchmark in BENCHMARKS.items():
         if (settings := getattr(config, name)) is not None:
             parts.append(Part(name, benchmark.shard, partial(benchmark.evaluate, job, settings, device)))
+    unanswered: TransientError | None = None
     for done, part in enumerate(parts, start=1):
         if not job.has_shard(part.shard, "eval_report", beside=part.beside):
-            with job.timed(part.name):
-                job.write(part.shard, part.evaluate())
+            try:
+                with job.timed(part.name):
+                    job.write(part.shard, part.evaluate())
+            except TransientError as error:  # a judge is away: the parts that need none are made all the same
+                job.log(f"{part.name}: {error}")
+                unanswered = unanswered or error
         job.progress(done, len(parts), "parts")
+    if unanswered is not None:
+        raise unanswered
     rows = cast(list[ReportRow], read_shards(job.out, "eval_report").to_pylist())
     for name, row in zip(column_names(rows), rows, strict=True):
         job.metrics[name] = row["value"]
         if row["metric"] == "failed_judgments" and row["value"]:
             job.log(
-                f"{row['task']}: {row['value']:.0f} of {row['n']} judgments of {row['task_version']} failed; they are "
-                f"in no mean. To ask again, remove {job.out} and run again: what was answered is remembered"
+                f"{row['task']}: {row['value']:.0f} of {row['n']} judgments of {row['task_version']} could not be read; "
+                f"they are in no mean"
             )
 
 

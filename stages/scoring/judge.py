@@ -5,8 +5,8 @@ r"""Stages - the `llm_judge` scorer: a language model behind an OpenAI-compatibl
     pairwise   which of two is better, both orders; L_ij = +v, -v or 0 for [[A]], [[B]], [[C]] with i shown as A
     logprob    the same question answered by one token; L_ij = log p(A) - log p(B) (as AlpacaEval 2 weighs its verdicts)
 
-A reply that cannot be read, is out of range, or never came gives no number: the candidate (or the comparison) is
-unscored, with the reason. The wording of the prompts is ours.
+A reply that cannot be read, or is out of range, gives no number: the candidate (or the comparison) is unscored, with the
+reason. A judge that does not answer ends the stage (endpoint.py). The wording of the prompts is ours.
 
 Axes: K candidates of one prompt.
 """
@@ -24,13 +24,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from data_contracts.errors import TransientError
 from data_contracts.identity import canonical_json, digest_text
 from data_contracts.prompts import PromptRow
 from stages.models.policy import pick_device
 from stages.registry import Named
 from stages.scoring.base import Candidates, Scorer, Scores, Services, prompt_text
-from stages.scoring.endpoint import UNREACHABLE, Endpoint, EndpointRuntime, Reply
+from stages.scoring.endpoint import Endpoint, EndpointRuntime, Reply
 from stages.scoring.models import NamedModel, local_directory, locate
 from stages.scoring.served import Served, ServerRuntime
 
@@ -184,11 +183,6 @@ class LLMJudge(Scorer):
             self._request(question, sample) for group in questions for question in group for sample in range(samples)
         ]
         replies = self._ask(requests)
-        if replies and all(reply.failure == UNREACHABLE for reply in replies):
-            raise TransientError(
-                f"nobody answers at {self.endpoint.url}: start the judge, e.g. "
-                f"`vllm serve {self.config.model}`, or set runtime.base_url"
-            )
         judgements = [self._read(reply) for reply in replies]
         means = iter([self._mean(judgements[start : start + samples]) for start in range(0, len(judgements), samples)])
         return [
@@ -295,11 +289,10 @@ def read_letter(reply: Reply) -> Judgement:
     """
     try:
         listed = (reply.body or {})["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        logps = {
-            letter: [item["logprob"] for item in listed if item["token"].strip().upper() == letter] for letter in "AB"
-        }
-        floor = min(item["logprob"] for item in listed)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        pairs = [(item["token"].strip().upper(), float(item["logprob"])) for item in listed]
+        logps = {letter: [logp for token, logp in pairs if token == letter] for letter in "AB"}
+        floor = min(logp for _, logp in pairs)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         return "judge gave no log-probs"
     if not any(logps.values()):
         return "judge named neither A nor B"

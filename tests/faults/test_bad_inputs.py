@@ -30,13 +30,14 @@ import stages.sampling.check
 import tasks.build
 import tasks.data.lengths
 from data_contracts.artifact import RECORD
-from data_contracts.errors import ArtifactError, ConfigError, ContractError
+from data_contracts.errors import ArtifactError, ConfigError, ContractError, TransientError
 from data_contracts.shards import read_shards, shard_path, to_table, write_shard
 from data_contracts.store import Store
 from flows.cli.commands import main as selfplay
 from stages.evaluation import sandbox
 
 WRONG, BROKEN, DAMAGED = ConfigError.exit_code, ContractError.exit_code, ArtifactError.exit_code
+LATER = TransientError.exit_code
 
 
 REAL_RUN = subprocess.run
@@ -289,7 +290,7 @@ def row(kind: str, **changes) -> callable:
 def _said(do) -> int:
     try:
         do()
-    except (ConfigError, ContractError, ArtifactError) as error:
+    except (ConfigError, ContractError, ArtifactError, TransientError) as error:
         print(error)
         return error.exit_code
     return 0
@@ -533,7 +534,9 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "a judge that answers a list": (judge(b"[]"), BROKEN, ("judge's answer was damaged",)),
     "a judge without choices": (judge(b'{"choices": []}'), BROKEN, ("judge's answer was damaged",)),
     "a judge with a choice of nothing": (judge(b'{"choices": [null]}'), BROKEN, ("''",)),
-    "a judge that is overloaded": (judge(b"", status=503), BROKEN, ("judge answered 503",)),
+    "a judge that is overloaded": (judge(b"", status=503), LATER, ("judge answered 503", "What was answered is kept")),
+    "a judge out of credit": (judge(b"no credit", status=402), LATER, ("wants to be paid (402): no credit",)),
+    "a judge that finds it too long": (judge(b"8192 tokens", status=413), WRONG, ("(413): 8192 tokens",)),
 }  # fmt: skip
 
 

@@ -299,12 +299,11 @@ def test_the_whole_stage_runs_on_vllm(smollm2, arc_easy, store, make_prompts, ma
     }
     config["runtime"] = {"lm_eval_backend": "vllm", "vllm": {"max_model_len": 512, "max_num_batched_tokens": 4096}}
     done = run_stage_command("evaluate", config, inputs, store, OMP_NUM_THREADS="2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    directory = Path(done.stdout.strip().splitlines()[-1])
+    assert done.returncode == 75, done.stderr[-3000:]  # the judge is away; all other parts are written
+    (directory,) = (store.root / "artifacts" / "eval_report").iterdir()
     report = {(row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()}
     accuracy = report["arc_easy_100", "acc"]
     assert (accuracy["value"], accuracy["n"]) == (pytest.approx(0.46, abs=0.02), 100)
-    assert report["mt_bench_pairs", "failed_judgments"]["n"] == 4
     answers = [
         json.loads(line)["choices"][0]["turns"]
         for line in (directory / "mt_bench_answers.jsonl").read_text().splitlines()

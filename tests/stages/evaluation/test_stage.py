@@ -32,7 +32,7 @@ def server():
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append(request)
             body = request["messages"][-1]["content"]
-            text = "no idea" if "180 litres" in body else "Fine. [[7]]"
+            text = "no idea" if "180 litres" in body else "Fine. [[7]]\nScore: 3"
             text = "So [[A]]" if "two AI assistants" in request["messages"][0]["content"] else text
             text = "[[A>B]]" if "<|User Prompt|>" in body and "mumble" not in body else text
             top = [{"token": "M", "logprob": -0.1}, {"token": "m", "logprob": -2.0}]
@@ -106,7 +106,7 @@ def evaluated(store, tiny_model, make_prompts, make_artifact, run_stage_command)
         done = run_stage_command(
             "evaluate", config | {name: how | more for name, more in benchmarks.items()}, inputs, store
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, f"{done.returncode}: {done.stderr[-3000:]}"
         directory = Path(done.stdout.strip().splitlines()[-1])
         return {
             (row["task"], row["metric"]): row for row in read_shards(directory, "eval_report").to_pylist()
@@ -142,19 +142,27 @@ def test_all_three_benchmarks_are_judged_and_what_could_not_be_read_is_counted(s
     assert {path.name for path in directory.glob("*_answers.jsonl")} == {f"{name}_answers.jsonl" for name in benches}
 
 
-def test_a_judge_that_is_away_leaves_the_rest_of_the_report(evaluated, benches):
-    rows, _ = evaluated("http://127.0.0.1:9/v1", benches)
-    failed = {task: (row["value"], row["n"]) for (task, metric), row in rows.items() if metric == "failed_judgments"}
-    assert failed == {"mt_bench": (16, 16), "mt_bench_pairs": (16, 16), "alpaca_eval": (4, 4), "arena_hard": (8, 8)}
-    assert {task for task, metric in rows if metric != "failed_judgments"} == {"heldout"}
-    assert ("heldout", "score") in rows
+def test_judges_that_are_away_end_the_stage_and_the_next_try_makes_what_is_missing(server, evaluated, benches, store):
+    """The held-out scorer and each benchmark have a judge of their own; none answers, then all do."""
 
+    def scorer(url):
+        return {"name": "llm_judge", "model": "m", "runtime": {"base_url": url, "retries": 0}}
 
-def test_heldout_answers_whose_judge_is_away_are_unscored_and_the_stage_ends_well(evaluated):
-    judge = {"name": "llm_judge", "model": "m", "runtime": {"base_url": "http://127.0.0.1:9/v1", "retries": 0}}
-    rows, directory = evaluated("", {}, scorer=judge)
-    assert ("heldout", "score") not in rows and ("heldout", "mean_tokens") in rows
-    assert [row["score"] for row in read_shards(directory, "heldout", "heldout").to_pylist()] == [None] * 3
+    away, (url, requests) = "http://127.0.0.1:9/v1", server
+    with pytest.raises(AssertionError, match=f"^75: (.|\n)*TransientError: nobody answers at {away}"):
+        evaluated(away, benches, scorer=scorer(away))
+    (directory,) = (store.root / "artifacts" / "eval_report").iterdir()
+    assert not (directory / "record.json").exists() and not list(directory.glob("part-*"))  # no failure is data
+    for name in benches:  # what the policy answered is judged, not asked again
+        path = directory / f"{name}_answers.jsonl"
+        path.write_text(
+            path.read_text().replace('"turns": ["', '"turns": ["kept ').replace('"answer": "', '"answer": "kept ')
+        )
+    rows, same = evaluated(url, benches, scorer=scorer(url))
+    assert same == directory and rows["heldout", "score"]["value"] == 3
+    assert {("mt_bench", "score"), ("arena_hard", "score"), ("alpaca_eval", "win_rate")} < rows.keys()
+    asked = [message["content"] for request in requests for message in request["messages"]]
+    assert sum("kept " in content for content in asked) == 8 * 2 + 8 * 2 * 2 + 4 * 2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import math
 import socket
 import threading
 import time
+from contextlib import suppress
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -26,6 +28,8 @@ class Server:
 
     def __init__(self):
         self.answer, self.requests, self.under_way, self.most = None, [], 0, 0
+        self.body, self.more = b"broken", {}
+        """Of an answer that is a status: its body, and more headers."""
         outer, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,14 +48,17 @@ class Server:
                     with lock:
                         outer.under_way -= 1
                 status = answer if isinstance(answer, int) else 200
+                more = outer.more if isinstance(answer, int) else {}
                 if isinstance(answer, int):
-                    answer = b"broken"
+                    answer = outer.body
                 if isinstance(answer, str):
                     answer = {"choices": [{"message": {"role": "assistant", "content": answer}}]}
                 body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 try:
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(body)))
+                    for name, value in more.items():
+                        self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(body)
                 except OSError:
@@ -62,13 +69,16 @@ class Server:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
 
 @pytest.fixture
 def server():
     made = Server()
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.close()
 
 
 @pytest.fixture
@@ -183,28 +193,144 @@ def test_spellings_of_a_letter_are_added_and_a_missing_one_is_the_least_listed()
 @pytest.mark.parametrize(
     ("answer", "reason", "tries"),
     [
-        (500, "judge answered 500", 2),
-        (429, "judge answered 429", 2),
-        (400, "judge answered 400", 1),
         (b"<html>", "judge's answer was damaged", 2),
         ({"choices": []}, "judge's answer was damaged", 2),
+        (b"[" * 100_000 + b"]" * 100_000, "judge's answer was damaged", 2),
+        (b'{"choices": [{"message": {"content": "Score: 3 \\ud800"}}]}', "judge's answer was damaged", 2),
+        ({"choices": [{"message": {"content": "Score: 3"}}], "usage": [1, 2]}, "judge's answer was damaged", 2),
     ],
+    ids=["html", "no choices", "deep", "surrogate", "usage"],
 )
-def test_a_judge_that_fails_leaves_a_candidate_unscored_with_the_reason(server, judge, scoring, answer, reason, tries):
+def test_an_answer_that_is_no_completion_leaves_a_candidate_unscored(server, judge, scoring, answer, reason, tries):
     server.answer = lambda request: answer if "<answer>\nbad" in text_of(request) else "Score: 2"
     (scores,) = judge().score([scoring.candidates("why?", ["good", "bad"])])
     assert scores.scores[0] == 2 and math.isnan(scores.scores[1]) and scores.reasons == ["", reason]
     assert sum("<answer>\nbad" in text_of(request) for request in server.requests) == tries
 
 
-def test_a_judge_that_hangs_is_given_up(server, judge, scoring):
-    server.answer = lambda request: (
-        time.sleep(1.5) or "Score: 5" if "<answer>\nslow" in text_of(request) else "Score: 2"
-    )
-    (scores,) = judge(runtime={"timeout_seconds": 0.3, "retries": 0}).score(
-        [scoring.candidates("why?", ["slow", "fast"])]
-    )
-    assert math.isnan(scores.scores[0]) and scores.scores[1] == 2 and scores.reasons == ["judge timed out", ""]
+def test_counts_of_odd_kinds_are_left_out(server, judge, scoring):
+    usage = {"prompt_tokens": 7, "completion_tokens": "9", "details": {"x": 1}, "cached": -1, "total": 1 << 70}
+    server.answer = lambda request: {"choices": [{"message": {"content": "Score: 3"}}], "usage": usage}
+    made = judge()
+    assert made.score([scoring.candidates("why?", ["a"])])[0].scores.tolist() == [3.0]
+    assert {name: made.endpoint.counts[name] for name in usage} == dict.fromkeys(usage, 0) | {"prompt_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    ("slow", "settings", "reason"),
+    [
+        (lambda: time.sleep(1.5), {"timeout_seconds": 0.3}, "judge timed out"),
+        (lambda: 500, {}, "judge answered 500"),
+        (lambda: 429, {}, "judge answered 429"),
+    ],
+    ids=["silence", "500", "429"],
+)
+def test_a_judge_that_does_not_answer_ends_the_stage_and_the_next_try_goes_on(
+    server, judge, scoring, slow, settings, reason
+):
+    server.answer = lambda request: slow() or "Score: 5" if "<answer>\nslow" in text_of(request) else "Score: 2"
+    batch = [scoring.candidates("why?", ["slow", "fast"])]
+    with pytest.raises(TransientError, match=f"{reason}. What was answered is kept") as failure:
+        judge(runtime={"retries": 0} | settings).score(batch)
+    assert failure.value.exit_code == 75
+    server.answer = lambda request: "Score: 4"
+    (scores,) = judge().score(batch)
+    assert scores.scores.tolist() == [4.0, 2.0] and len(server.requests) == 3  # "fast" was asked once
+
+
+def test_an_empty_account_ends_the_stage_at_once_and_what_was_paid_is_kept(server, judge, scoring):
+    lock = threading.Lock()
+
+    def answer(request):
+        with lock:
+            return "Score: 3" if len(server.requests) <= 6 else 402
+
+    server.answer, server.body = answer, b'{"error": {"message": "Insufficient credits"}}'
+    batch = [scoring.candidates(f"question {k}", ["a", "b", "c"]) for k in range(12)]
+    with pytest.raises(TransientError, match=r"wants to be paid \(402\).*Insufficient credits.*top up the account"):
+        judge(runtime={"num_parallel": 2, "retries": 3}).score(batch)
+    assert len(server.requests) <= 8  # of 36: no question after the first refusal
+    answered = len(server.requests) - 2
+    server.answer = lambda request: "Score: 1"
+    server.requests.clear()
+    again = judge()
+    scores = [value for result in again.score(batch) for value in result.scores]
+    assert sorted(scores) == [1.0] * (36 - 6) + [3.0] * 6
+    assert len(server.requests) == 30 <= 36 - answered and again.metrics()["judge/cached"] == 6
+
+
+def test_a_judge_that_is_away_is_not_asked_every_question(server, judge, scoring):
+    server.answer = lambda request: 503
+    batch = [scoring.candidates(f"question {k}", ["a", "b"]) for k in range(50)]
+    with pytest.raises(TransientError, match="left a question without an answer after one try: judge answered 503"):
+        judge(runtime={"retries": 0, "num_parallel": 4}).score(batch)
+    assert len(server.requests) <= 12
+    server.answer = lambda request: b"<html>"
+    with pytest.raises(TransientError, match="judge's answer was damaged"):
+        judge(runtime={"retries": 0}).score(batch)
+
+
+def test_a_judge_that_drips_is_given_up_at_the_deadline(judge, scoring):
+    """Both a head and a body that come a byte at a time: no wait for one byte is long."""
+    for head in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n"):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=drip, args=(listener, head), daemon=True).start()
+            runtime = {"base_url": f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "retries": 0}
+            began = time.monotonic()
+            with pytest.raises(TransientError, match="judge timed out"):
+                judge(runtime=runtime | {"deadline_seconds": 0.5}).score([scoring.candidates("why?", ["a"])])
+            assert time.monotonic() - began < 5
+
+
+def drip(listener, head):
+    connection, _ = listener.accept()
+    with connection, suppress(OSError):
+        connection.sendall(head)
+        while True:
+            connection.sendall(b"H")
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_to_another_host_takes_no_key_along(server, judge, scoring, status, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "planted-key-0123456789")
+    other = Server()
+    other.answer = lambda request: "Score: 5"
+    server.answer, server.more = lambda request: status, {"Location": other.url + "/chat/completions"}
+    try:
+        with pytest.raises(ConfigError, match=f"answers {status} and points to .*a redirect is not followed"):
+            judge().score([scoring.candidates("why?", ["a"])])
+        assert other.requests == [] and len(server.requests) == 1
+    finally:
+        other.close()
+    assert not list((tmp_path / "store").rglob("*.json"))
+
+
+def test_a_refusal_that_repeats_the_key_is_told_without_it(server, judge, scoring, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "planted-key-0123456789")
+    server.answer, server.body = lambda request: 401, b"invalid key planted-key-0123456789"
+    with pytest.raises(ConfigError, match=r"refuses the key \(401\): invalid key \*\*\*$") as refusal:
+        judge().score([scoring.candidates("why?", ["a"])])
+    assert "planted" not in repr(refusal.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "planted\nkey")
+    with pytest.raises(ConfigError, match="the key in OPENAI_API_KEY holds a line break"):
+        judge().score([scoring.candidates("why?", ["a"])])
+
+
+@pytest.mark.parametrize("at", ["seconds", "date"])
+def test_retry_after_is_obeyed_up_to_a_limit(server, judge, scoring, at):
+    def after(seconds):
+        return str(seconds) if at == "seconds" else formatdate(time.time() + seconds, usegmt=True)
+
+    server.answer = lambda request: 429 if len(server.requests) == 1 else "Score: 3"
+    server.more = {"Retry-After": after(2)}
+    began = time.monotonic()
+    (scores,) = judge().score([scoring.candidates("why?", ["a"])])
+    assert scores.scores.tolist() == [3.0] and time.monotonic() - began > 0.9  # a date has whole seconds
+    server.answer, server.more = lambda request: 429, {"Retry-After": after(700)}
+    with pytest.raises(TransientError, match=r"asks to wait (699|700) s .*runtime.retry_after_seconds is 600"):
+        judge().score([scoring.candidates("why?", ["b"])])
+    assert len(server.requests) == 3
 
 
 def test_a_hiccup_is_retried(server, judge, scoring):
@@ -213,11 +339,12 @@ def test_a_hiccup_is_retried(server, judge, scoring):
     assert scores.scores.tolist() == [3.0] and len(server.requests) == 2
 
 
-@pytest.mark.parametrize("status", [401, 404])
-def test_what_no_try_would_cure_stops_the_stage(server, judge, scoring, status):
-    server.answer = lambda request: status
-    with pytest.raises(ConfigError, match=str(status)):
-        judge().score([scoring.candidates("why?", ["a"])])
+@pytest.mark.parametrize("status", [400, 401, 404, 413])
+def test_what_no_try_would_cure_stops_the_stage_once_with_the_bodys_first_words(server, judge, scoring, status):
+    server.answer, server.body = lambda request: status, b"maximum context length is 8192 tokens" + b"x" * 5000
+    with pytest.raises(ConfigError, match=rf"\({status}\): maximum context length is 8192 tokens") as refusal:
+        judge(runtime={"num_parallel": 2}).score([scoring.candidates("why?", [f"answer {k}" for k in range(30)])])
+    assert len(server.requests) <= 4 and len(str(refusal.value)) < 500
 
 
 def test_nobody_there_is_worth_another_try_later(scoring, judge):
@@ -231,7 +358,8 @@ def test_nobody_there_is_worth_another_try_later(scoring, judge):
 
 def test_a_judgement_is_paid_once_also_by_the_next_process(server, judge, scoring, tmp_path):
     server.answer = lambda request: 500 if "<answer>\nbad" in text_of(request) else "Score: 4"
-    judge(runtime={"retries": 0}).score([scoring.candidates("why?", ["good", "bad"])])
+    with pytest.raises(TransientError):
+        judge(runtime={"retries": 0}).score([scoring.candidates("why?", ["good", "bad"])])
     server.answer = lambda request: "Score: 1"
     again = judge(runtime={"num_parallel": 1})
     (scores,) = again.score([scoring.candidates("why?", ["good", "bad"])])
