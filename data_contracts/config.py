@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_contracts.errors import ConfigError
+from data_contracts.redaction import redact_value, secret_in
 from data_contracts.words import plural
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -106,9 +107,9 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
             message = detail["msg"].removeprefix("Value error, ")
             if detail["type"] == "extra_forbidden":
                 message = "unknown key"
-            is_secret = "secret" in message or "password" in message
+            is_secret = "secret" in message or "password" in message or secret_in({path.rpartition(".")[2]: "x"})
             if detail["type"] not in ("missing", "extra_forbidden") and not is_secret:
-                message += f" (got {detail['input']!r:.120})"
+                message += f" (got {redact_value(detail['input'])!r:.120})"
             problems.append(f"  {path}: {message}")
         count = plural(len(problems), "problem")
         raise ConfigError(f"{where} cannot be used because of {count}:\n" + "\n".join(problems)) from None

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import sys
 
+from data_contracts.redaction import redact
+
 
 class PipelineError(Exception):
     """Any error that this project raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, *arguments: object):
+        """A message never holds a secret, wherever it will be shown: on stderr, in a log, as a state in Prefect."""
+        super().__init__(*(redact(value) if isinstance(value, str) else value for value in arguments))
 
 
 class ConfigError(PipelineError, ValueError):

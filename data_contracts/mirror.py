@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord, parse_reco
 from data_contracts.errors import ArtifactError, ConfigError, PipelineError, TransientError, print_error
 from data_contracts.files import temporary_beside, write_atomic
 from data_contracts.identity import digest_file
+from data_contracts.redaction import redact, redact_output
 from data_contracts.store import Store
 
 MIRROR = "SELFPLAY_MIRROR"
@@ -42,7 +42,7 @@ class Mirror:
 
     def __init__(self, url: str):
         """Raises: ConfigError for a URL that names no object store."""
-        self.url = re.sub(r"//[^/@]*@", "//", url.partition("?")[0])  # without credentials, for messages
+        self.url = redact(url).partition("?")[0]  # for messages
         try:
             self.files, root = fs.FileSystem.from_uri(_with_delayed_open(url))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -190,6 +190,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--store", metavar="DIR", help="artifact store; default: $SELFPLAY_STORE or ./store")
     parser.add_argument("--keep-gib", type=float, default=0.0, metavar="N", help="evict: GiB that may stay; default 0")
     options = parser.parse_args(arguments)
+    redact_output()
     try:
         store, mirror = Store(options.store), Mirror(options.url)
         if options.verb == "evict":

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config, load_yaml, parse, read_yaml
 from data_contracts.errors import ConfigError
+from data_contracts.redaction import secret_in
 from flows.tournament import TournamentConfig
 from stages.evaluation.promotion import GateConfig
 from stages.evaluation.stage import EvaluationConfig
@@ -154,6 +155,15 @@ class RunConfig(Config):
         TIS-DPO (D) and TGDPO use.
         """
         return {"method": AUXILIARY_METHOD} | value if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> RunConfig:
+        if name := secret_in(self.model_dump(mode="json")):
+            raise ValueError(
+                f"{name} holds a key or a password, and settings are written to records, logs and MLflow: export it in "
+                "the shell instead (every stage inherits it), and take it out of the settings"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_place_each(self) -> RunConfig:

@@ -17,6 +17,7 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import ModelRef
 from data_contracts.files import write_atomic
 from data_contracts.ledger import Ledger, cost_rows, format_table, read_account, sum_rows
+from data_contracts.redaction import redact_output
 from data_contracts.store import RUN_SETTINGS, Store
 from flows import hands
 from flows.config import (
@@ -159,6 +160,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
 
     Raises: TransientError, after everything else is done, if the tournament's judge did not answer.
     """
+    redact_output()
     logger = get_run_logger()
     checked = preflight(config, store)
     # Refuses a pool or a cluster that is not reachable, before anything is written.

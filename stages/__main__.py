@@ -38,6 +38,7 @@ from data_contracts.checkpoint import check_model_directory, digests_kept_in, ex
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError, PipelineError, print_error
 from data_contracts.files import disk_errors_explained
+from data_contracts.redaction import redact_output
 from data_contracts.store import Store
 from stages.execute import LOCK_HELD, execute, execute_share
 from stages.running.claims import WORKER
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
+    redact_output()
     bypass_proxies_on_loopback()
     if arguments == ["methods"]:
         return print_methods()

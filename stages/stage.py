@@ -7,7 +7,6 @@ NAME SPEC.json` is the same command that a task and a human type.
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple
@@ -18,11 +17,7 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.config import Config, Runtime, parse
 from data_contracts.errors import ConfigError
 from data_contracts.identity import fingerprint
-
-SECRET = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY|AUTH)($|_)", re.IGNORECASE
-)
-"""Matches the names of environment variables whose values look like secrets."""
+from data_contracts.redaction import without_secrets
 
 
 class StageRuntime(Runtime):
@@ -40,12 +35,7 @@ class StageRuntime(Runtime):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        if secret := [name for name in env if SECRET.search(name)]:
-            raise ValueError(
-                f"{secret[0]} looks like a secret, and settings are written to records, logs and MLflow: "
-                "remove it from `env` and export it in the shell; every stage inherits it"
-            )
-        return env
+        return without_secrets(env)
 
 
 class Stage(NamedTuple):

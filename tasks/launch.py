@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import stages
 from data_contracts.errors import BY_NAME, StageError, TransientError
+from data_contracts.redaction import redact
 from stages.running.supervise import processes_with, signal_all, supervisor_options
 
 CHECKOUT = Path(stages.__file__).resolve().parent.parent
@@ -62,7 +63,7 @@ class _Output:
         # A full disk costs the file, never the reading: a stage whose pipe nobody empties stands still for ever.
         file = None
         with self.stream:
-            for line in self.stream:
+            for line in map(redact, self.stream):
                 self.lines.put(line.rstrip("\n"))
                 with suppress(OSError):
                     file = file or open(self.log_file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115

@@ -17,6 +17,7 @@ from typing import Any
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import flatten
+from data_contracts.redaction import redact
 from data_contracts.store import Store
 
 # A server that does not answer would hold each call for four minutes otherwise.
@@ -56,9 +57,9 @@ class Tracker:
             action(*arguments)
         except Exception as error:  # MLflow raises whatever its transport raises; none of it may end a run
             self.working = False
-            message = without_password(str(error).partition("\n")[0])
+            message = redact(str(error).partition("\n")[0])
             self.log(
-                f"MLflow at {without_password(self.uri)} does not work ({type(error).__name__}: {message:.200}): "
+                f"MLflow at {redact(self.uri)} does not work ({type(error).__name__}: {message:.200}): "
                 "this run is not mirrored there; nothing else is lost"
             )
 
@@ -179,11 +180,6 @@ class Tracker:
             self.client.set_terminated(run, status)
 
 
-def without_password(text: str) -> str:
-    """The text with user:password@ in its addresses replaced by user:***@."""
-    return re.sub(r"(?<=://)([^/@\s:]*):[^/@\s]*@", r"\1:***@", text)
-
-
 def _curve(path: Path) -> list[Any]:
     """The metrics of every step of a training; none for a stage that writes no such file."""
     if not path.is_file():
@@ -205,4 +201,4 @@ def _metric(name: str, value: float, step: int = 0) -> Any:
 def _param(name: str, value: Any) -> Any:
     from mlflow.entities import Param
 
-    return Param(name, str(value)[:500])
+    return Param(name, redact(str(value))[:500])

@@ -361,8 +361,10 @@ def _print_rows(name: str, rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     from data_contracts.errors import PipelineError, print_error
+    from data_contracts.redaction import redact_output
     from stages.running.loopback import bypass_proxies_on_loopback
 
+    redact_output()
     bypass_proxies_on_loopback()
     try:
         code = app(arguments, prog_name="selfplay", standalone_mode=False)

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.files import write_atomic
+from data_contracts.redaction import redact
 from data_contracts.rows import HeldoutRow, ReportRow
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
@@ -252,9 +253,9 @@ class History:
         lines += ["## The same prompts, iteration by iteration", ""]
         lines += self._examples(8)
         lines += ["", "## Settings", "", "```json", self._settings(), "```", ""]
-        write_atomic(path, "\n".join(lines))
+        write_atomic(path, redact("\n".join(lines)))
         story = self.story()
-        write_atomic(path.with_suffix(".html"), render(story))
+        write_atomic(path.with_suffix(".html"), redact(render(story)))
         if plots:
             shutil.rmtree(path.with_name("plots"), ignore_errors=True)
             path.with_name("plots").mkdir()

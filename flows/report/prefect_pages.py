@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from data_contracts.redaction import redact, redact_value
 from tasks.place import Place
 
 
@@ -22,8 +23,10 @@ class PrefectPages:
         """Update the run's table and its link, and add a summary of this iteration."""
         iteration = place.step.replace("_", "-")
         try:
-            create_table_artifact(rows, key=f"{self.run}-history", description=f"{self.run}, iteration by iteration")
-            create_markdown_artifact(f"{summary}\n\nReport: `{report}`", key=f"{self.run}-{iteration}")
+            create_table_artifact(
+                redact_value(rows), key=f"{self.run}-history", description=f"{self.run}, iteration by iteration"
+            )
+            create_markdown_artifact(redact(f"{summary}\n\nReport: `{report}`"), key=f"{self.run}-{iteration}")
             create_link_artifact(report.as_uri(), link_text=f"Report of {self.run}", key=f"{self.run}-report")
         except Exception as error:
             self.warn(f"the tables could not be sent to Prefect: {error}")

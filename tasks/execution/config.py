@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from data_contracts.config import Runtime
+from data_contracts.redaction import without_secrets
 from stages.stage import STAGES
 from tasks.execution.engines import profiles
 
@@ -62,6 +63,11 @@ class ExecutionConfig(Runtime):
     """More environment variables for all work."""
     start_timeout_seconds: float = Field(3600, gt=0)
     """How long work may wait for its place (a queue, a node that comes up) before the run gives up."""
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        return without_secrets(env)
 
     @model_validator(mode="after")
     def _known_stages(self) -> ExecutionConfig:

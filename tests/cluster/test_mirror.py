@@ -286,6 +286,6 @@ def test_a_server_that_does_not_answer_is_worth_another_try_and_credentials_stay
     mirror = Mirror("s3://user:secret@bucket/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
     mirror.files = Silent()
     with pytest.raises(
-        TransientError, match="^s3://bucket/x: could not read prompts 0000000000000000: no route to host$"
+        TransientError, match=r"^s3://user:\*\*\*@bucket/x: could not read prompts 0000000000000000: no route to host$"
     ):
         mirror.load("prompts", "0" * 16)

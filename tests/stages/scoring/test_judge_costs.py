@@ -1,8 +1,7 @@
 """What a judge read and wrote is told to the stage, and the seconds waited for it."""
 
-from stages.scoring import SCORERS
+from stages.scoring import SCORERS, endpoint
 from stages.scoring.base import Candidates, Services
-from stages.scoring.endpoint import Reply
 
 
 def test_a_judges_tokens_come_from_what_its_replies_say(tmp_path, monkeypatch):
@@ -19,7 +18,11 @@ def test_a_judges_tokens_come_from_what_its_replies_say(tmp_path, monkeypatch):
     scorer = SCORERS.get("llm_judge")(config, "cpu")
     scorer.prepare(Services(tmp_path, 100, print, used=lambda *counts: told.append(counts), waiting=Wait))
     body = {"choices": [{"message": {"content": "Score: 3"}}], "usage": {"prompt_tokens": 50, "completion_tokens": 7}}
-    monkeypatch.setattr(scorer.endpoint, "_fetch", lambda key, request: Reply(body, ""))
+
+    async def post(asking, client, request):
+        return body
+
+    monkeypatch.setattr(endpoint._Round, "_post", post)
     prompt = {"messages": [{"role": "user", "content": "Hello?"}]}
     scorer.score([Candidates(prompt, [{"completion": "one"}, {"completion": "two"}], None)])
     assert told == [("", 100, 14)] and waited == [1]
