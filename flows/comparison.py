@@ -246,10 +246,10 @@ def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
                 lines.append(
                     f"weights, {other} / {names[0]}: {total[other] / total[names[0]]:.2f}{beside('weights_ratio')} [{label}]"
                 )
-        own = [row for row in seconds if row["variant"] == names[0]]
+        first_rows = [row for row in seconds if row["variant"] == names[0]]
         shares = ", ".join(
             f"iteration {row['iteration']}: {row[f'weights{suffix}'] / row[f'training{suffix}']:.3f}"
-            for row in own
+            for row in first_rows
             if row[f"training{suffix}"] > 0
         )
         lines.append(f"weights / training of {names[0]}: {shares}{beside('weights_share')} [{label}]")

@@ -130,8 +130,8 @@ class RunConfig(Config):
                 FutureWarning,
                 stacklevel=2,
             )
-        kept = {name: value for name, value in evaluation.items() if name not in moved}
-        return data | {name: evaluation[name] for name in moved} | {"evaluation": kept}
+        remaining = {name: value for name, value in evaluation.items() if name not in moved}
+        return data | {name: evaluation[name] for name in moved} | {"evaluation": remaining}
 
     @field_validator("refine")
     @classmethod

@@ -39,7 +39,7 @@ class Job:
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self._bar: Any = None
-        self.on_shard: Callable[[int, int], None] = lambda done, total: self.progress(done, total, "shards")
+        self.on_shard: Callable[[int, int], None] = lambda count, total: self.progress(count, total, "shards")
         """Called with the number of finished shards; a stage that counts something smaller replaces it."""
 
     def path(self, name: str) -> Path:
@@ -90,16 +90,16 @@ class Job:
         flops = per_token * parameters(str(model)) * (tokens_in + tokens_out) if model else 0
         self.event("used", tokens_in=int(tokens_in), tokens_out=int(tokens_out), flops=int(flops), **counts)
 
-    def progress(self, done: int, total: int, unit: str) -> None:
+    def progress(self, count: int, total: int, unit: str) -> None:
         """Show progress: a bar on a terminal, else one line of JSON for the task that watches this process."""
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             if self._bar is None:
                 self._bar = tqdm(total=total, unit=unit, desc=self.stage.name)
-            self._bar.update(done - self._bar.n)
+            self._bar.update(count - self._bar.n)
         else:
-            print("@progress " + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)
+            print("@progress " + json.dumps({"done": count, "total": total, "unit": unit}), flush=True)
 
     def missing_shards(
         self, items: Sequence[Any], size: int, kind: str, beside: Sequence[str] = ()

@@ -293,13 +293,13 @@ def _settings_of(name: str, store: str | None) -> Path:
 
     if Path(name).is_file():
         return Path(name)
-    place = Store(store)
-    known = place.runs_with(RUN_SETTINGS)
-    if name not in known:
+    artifacts = Store(store)
+    runs = artifacts.runs_with(RUN_SETTINGS)
+    if name not in runs:
         raise ConfigError(
-            f"{name!r} is neither a run config nor a run in {place.root}; runs there: {', '.join(known) or 'none'} (--store names another store)"
+            f"{name!r} is neither a run config nor a run in {artifacts.root}; runs there: {', '.join(runs) or 'none'} (--store names another store)"
         )
-    return place.run_directory(name) / RUN_SETTINGS
+    return artifacts.run_directory(name) / RUN_SETTINGS
 
 
 def _server(store: Any) -> AbstractContextManager[str]:

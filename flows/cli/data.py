@@ -136,8 +136,8 @@ def source_of(text: str, options: Options) -> Source:
     source = _source(text)
     changes = {name: getattr(options, name) for name in ("split", "name", "revision", "limit")}
     changes["columns"] = dict(_column(assignment) for assignment in options.columns)
-    given = {name: value for name, value in changes.items() if value}
-    return parse(Source, source.model_dump(exclude_defaults=True) | given, text)
+    set_fields = {name: value for name, value in changes.items() if value}
+    return parse(Source, source.model_dump(exclude_defaults=True) | set_fields, text)
 
 
 def _source(text: str) -> Source:

@@ -34,10 +34,12 @@ def commented_config(method: str, data: str | None = None, policy: str | None = 
     """
     chosen = essentials(method)
     if data is not None:
-        own = settings_for(method, data, policy, beside)
-        chosen = merge({name: value for name, value in chosen.items() if name not in ("prompts", "scoring")}, own)
+        data_settings = settings_for(method, data, policy, beside)
+        chosen = merge(
+            {name: value for name, value in chosen.items() if name not in ("prompts", "scoring")}, data_settings
+        )
         if policy is not None and "models" in chosen:
-            chosen["models"] = {"teacher": own["policy"]}
+            chosen["models"] = {"teacher": data_settings["policy"]}
     elif policy is not None:
         raise ConfigError("--policy goes with --data: give both, or neither")
     run = RunConfig.model_validate(chosen)
@@ -132,8 +134,8 @@ def _plain(value: Config) -> Any:
     """Settings as plain data; of a source, only what it says."""
     if not isinstance(value, Source):
         return {key: item for key, item in value.model_dump(mode="json").items() if item is not None}
-    said = value.model_dump(mode="json", exclude_defaults=True)
-    return said["path"] if said.keys() == {"path"} else said
+    fields = value.model_dump(mode="json", exclude_defaults=True)
+    return fields["path"] if fields.keys() == {"path"} else fields
 
 
 def _text(value: Any) -> str:

@@ -52,9 +52,9 @@ def _state(step: Step, store: Store, locked: list[tuple[str, str]]) -> str:
     kind = STAGES[step.stage].produces
     owner = _owner(store, kind, step.key, locked)
     history = events(store.directory(kind, step.key))
-    done = sum(event["event"] == "shard" for event in history)
+    num_shards = sum(event["event"] == "shard" for event in history)
     steps = max((event["index"] for event in history if event["event"] == "step"), default=0)
-    progress = f"{steps} training step(s)" if steps else f"{done} shard(s)"
+    progress = f"{steps} training step(s)" if steps else f"{num_shards} shard(s)"
     if owner is not None:
         return f"being built by {owner}: {progress}"
     if history:
@@ -75,9 +75,9 @@ def _owner(store: Store, kind: str, key: str, locked: list[tuple[str, str]]) -> 
 
 
 def report_again(config: RunConfig, store: Store) -> Path:
-    """Write `runs/<name>/report.html` and `.md` from the complete iterations. Raises: ConfigError without any.
+    """Write `runs/<name>/report.html` and `.md` from the complete iterations, and return the page.
 
-    Raises: ConfigError if none is, or if nothing can be written there.
+    Raises: ConfigError if no iteration is complete, or if nothing can be written there.
     """
     history = History(config, store, Nowhere(), Nowhere())
     checked = gather(config, store)

@@ -90,10 +90,10 @@ def _gpus_here() -> list[float]:
     """Bytes of memory of each GPU that this machine shows."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [float(line) * 2**20 for line in done.stdout.split()]
+    return [float(line) * 2**20 for line in process.stdout.split()]
 
 
 def model_shapes(run: RunConfig) -> dict[str, Shape]:

@@ -277,10 +277,10 @@ def _with_all_questions(rate: Rate, checked: Checked) -> Rate:
     heldout_load, lm_eval_load = (load / 2, load / 2) if lm_eval else (load, 0.0)
     answering, asking = max(0.0, heldout - heldout_load), max(0.0, lm_eval - lm_eval_load)
     tasks = checked.evaluation.lm_eval
-    asked = sum(min(_questions(task), CALIBRATION_QUESTIONS) for task in tasks)
+    num_measured = sum(min(_questions(task), CALIBRATION_QUESTIONS) for task in tasks)
     fixed = rate.fixed + rate.units * rate.per_unit - answering - asking
-    if asked:
-        fixed += asking * sum(map(_questions, tasks)) / asked
+    if num_measured:
+        fixed += asking * sum(map(_questions, tasks)) / num_measured
     return rate._replace(fixed=fixed, per_unit=answering / rate.units)
 
 

@@ -72,9 +72,9 @@ def rehearse(
     """
     start, models = models_of(config, store)
     looking = LookingHands(store)
-    told = UntilUnbuilt(listener)
+    until_unbuilt = UntilUnbuilt(listener)
     place = Place(str(store.root), config.name, execution=config.execution)
-    SelfPlay(config, checked or gather(config, store), start, models, looking, told).play(place)
+    SelfPlay(config, checked or gather(config, store), start, models, looking, until_unbuilt).play(place)
     return Rehearsal(config, looking.steps, looking.num_prompts, start, models)
 
 

@@ -166,7 +166,7 @@ def run(job: Job) -> None:
         if (settings := getattr(config, name)) is not None:
             parts.append(Part(name, benchmark.shard, partial(benchmark.evaluate, job, settings, device)))
     unanswered: TransientError | None = None
-    for done, part in enumerate(parts, start=1):
+    for number, part in enumerate(parts, start=1):
         if not job.has_shard(part.shard, "eval_report", beside=part.beside):
             try:
                 with job.timed(part.name):
@@ -174,7 +174,7 @@ def run(job: Job) -> None:
             except TransientError as error:  # a judge is away: the parts that need none are made all the same
                 job.log(f"{part.name}: {error}")
                 unanswered = unanswered or error
-        job.progress(done, len(parts), "parts")
+        job.progress(number, len(parts), "parts")
     if unanswered is not None:
         raise unanswered
     rows = cast(list[ReportRow], read_shards(job.out, "eval_report").to_pylist())

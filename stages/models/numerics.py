@@ -71,36 +71,36 @@ def left_align(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     ), aligned
 
 
-def kl_divergence(left: Tensor, right: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
     r"""Return KL(softmax(p) || softmax(q)) at each position over the full vocabulary; 0 outside the mask.
 
     Computed in float32, in float64 for float64 logits.
 
     Shapes: logits [N, T, V], mask [N, T] bool -> [N, T]. Computed `chunk` positions at a time and recomputed in the
     backward pass, so that the float32 copies of both models' logits never exist for the whole length. A logit of -inf
-    marks a token that cannot occur: it adds 0 where `left` excludes it.
+    marks a token that cannot occur: it adds 0 where p excludes it.
     """
-    if left.shape != right.shape:
+    if p_logits.shape != q_logits.shape:
         raise ContractError(
             "a full-vocabulary KL needs two models of one vocabulary; "
-            f"got logits {tuple(left.shape)} and {tuple(right.shape)}"
+            f"got logits {tuple(p_logits.shape)} and {tuple(q_logits.shape)}"
         )
-    check_shapes("kl_divergence", mask=mask, logits=left[..., 0])
+    check_shapes("kl_divergence", mask=mask, logits=p_logits[..., 0])
     pieces = []
-    for start in range(0, left.shape[1], chunk):
-        part = (left[:, start : start + chunk], right[:, start : start + chunk])
+    for start in range(0, p_logits.shape[1], chunk):
+        part = (p_logits[:, start : start + chunk], q_logits[:, start : start + chunk])
         tracked = torch.is_grad_enabled() and any(piece.requires_grad for piece in part)
         pieces.append(torch.utils.checkpoint.checkpoint(_kl, *part, use_reentrant=False) if tracked else _kl(*part))
-    values = torch.cat(pieces, dim=1) if pieces else left.new_zeros(mask.shape)
+    values = torch.cat(pieces, dim=1) if pieces else p_logits.new_zeros(mask.shape)
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
-def _kl(left: Tensor, right: Tensor) -> Tensor:
-    left, right = log_softmax(left), log_softmax(right)
-    possible = ~torch.isneginf(left)
+def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    possible = ~torch.isneginf(log_p)
     # Two wheres: the inner one keeps inf - inf out of the backward pass.
-    gap = torch.where(possible, left, 0.0) - torch.where(possible, right, 0.0)
-    return (left.exp() * gap).sum(-1)
+    gap = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
+    return (log_p.exp() * gap).sum(-1)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

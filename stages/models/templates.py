@@ -168,8 +168,8 @@ def read_template(directory: str | Path) -> str | None:
 def read_names(directory: str | Path) -> dict[str, str]:
     """Special tokens by name, as the directory's files give them."""
     directory = Path(directory)
-    given = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
-    named = {name: _content(given.get(name)) for name in NAMED_TOKENS}
+    tokenizer_files = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    named = {name: _content(tokenizer_files.get(name)) for name in NAMED_TOKENS}
     return {name: text for name, text in named.items() if text}
 
 

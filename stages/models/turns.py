@@ -168,13 +168,13 @@ class Turns:
         return eos
 
     def _stop_ids(self) -> list[int]:
-        given = read_json(self.directory / "generation_config.json").get("eos_token_id")
-        listed = given if isinstance(given, list) else [given]
+        eos_setting = read_json(self.directory / "generation_config.json").get("eos_token_id")
+        listed = eos_setting if isinstance(eos_setting, list) else [eos_setting]
         size = vocabulary_size(self.directory)
         for value in listed:
             if value is not None and (type(value) is not int or value < 0 or (size is not None and value >= size)):
                 raise ConfigError(
-                    f"generation_config.json of {self.directory}: eos_token_id is {given!r}, and must be token ids"
+                    f"generation_config.json of {self.directory}: eos_token_id is {eos_setting!r}, and must be token ids"
                     + (f" below {size}" if size else "")
                 )
         ids = {self.terminator, self.tokenizer.eos_token_id, *listed}
@@ -362,8 +362,8 @@ def _ending_of(directory: str, template_kwargs: str, versions: tuple[int, ...]) 
         return Ending(None)
     if end is None or end == names.get("eos_token"):
         return Ending(None)
-    given = read_json(Path(directory) / "generation_config.json").get("eos_token_id")
-    return Ending(end, controls[end] in (given if isinstance(given, list) else [given]))
+    eos_setting = read_json(Path(directory) / "generation_config.json").get("eos_token_id")
+    return Ending(end, controls[end] in (eos_setting if isinstance(eos_setting, list) else [eos_setting]))
 
 
 def unusable(row: Mapping[str, Any], settings: TurnConfig, turns: Turns) -> str | None:

@@ -81,11 +81,11 @@ class Claims:
             for index in order:
                 path = self.directory / f"{name}-{index:05d}"
                 file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the lock outlives a failure
-                tries, done = _read(file) if self._lock(file, patient) else (None, False)
+                tries, is_made = _read(file) if self._lock(file, patient) else (None, False)
                 # A shard that failed before comes last: it may kill this worker too.
                 if tries is None or (tries and not patient):
                     postponed.append(index)
-                elif not done and tries < TRIES and not is_done(index):
+                elif not is_made and tries < TRIES and not is_done(index):
                     self.claimed = file
                     self._note(start=time.time(), worker=self.number, host=os.uname().nodename, items=label(index))
                     yield index  # if the caller fails, the claim stays until `failed` or the end of the process

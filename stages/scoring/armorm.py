@@ -77,6 +77,6 @@ def _with_reasons(scores: Scores) -> Scores:
 
 def last_occurrence(ids: Sequence[int], pattern: Sequence[int]) -> int | None:
     """Index of the first id of the last run equal to `pattern`; None if there is none."""
-    width, wanted = len(pattern), list(pattern)
+    width, target = len(pattern), list(pattern)
     starts = range(len(ids) - width, -1, -1)
-    return next((start for start in starts if list(ids[start : start + width]) == wanted), None)
+    return next((start for start in starts if list(ids[start : start + width]) == target), None)

@@ -92,13 +92,13 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], directory: 
     random scores.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    common = [name for name in expected if name in given]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    common = [name for name in expected if name in shapes]
     problems = {
-        "missing": sorted(expected.keys() - given.keys()),
-        "unknown": sorted(given.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unknown": sorted(shapes.keys() - expected.keys()),
         "of another shape": [
-            f"{name} {given[name]}, not {expected[name]}" for name in common if given[name] != expected[name]
+            f"{name} {shapes[name]}, not {expected[name]}" for name in common if shapes[name] != expected[name]
         ],
     }
     if any(problems.values()):

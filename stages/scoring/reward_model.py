@@ -183,8 +183,8 @@ class RewardModel(ClassifierScorer):
 
     def forward(self, rows: list[list[int]]) -> list[float]:
         config = self.network.config
-        given = config.pad_token_id
-        pad = given
+        configured_pad = config.pad_token_id
+        pad = configured_pad
         if pad is None:
             # The network finds the last token by the padding id: take an id that no row holds.
             vocabulary = range(config.get_text_config().vocab_size)
@@ -194,7 +194,7 @@ class RewardModel(ClassifierScorer):
             ids, mask = padded(rows, pad, self.network.device)
             logits = self.network(input_ids=ids, attention_mask=mask).logits
         finally:
-            config.pad_token_id = config.get_text_config().pad_token_id = given
+            config.pad_token_id = config.get_text_config().pad_token_id = configured_pad
         return logits[:, self.config.output].float().cpu().tolist()
 
 

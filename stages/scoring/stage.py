@@ -228,9 +228,9 @@ class _Comparisons:
         self.finished, self.current, self.reported = 0, 0.0, 0.0
         job.on_shard = self.shard
 
-    def shard(self, done: int, total: int) -> None:
+    def shard(self, num_shards: int, total: int) -> None:
         """Shards were finished; comparisons of equal candidates, which are never made, count as finished with them."""
-        self.finished, self.current = sum(self.shards[:done]), 0.0
+        self.finished, self.current = sum(self.shards[:num_shards]), 0.0
         self.job.progress(self.finished, self.total, "comparisons")
 
     def add(self, count: float) -> None:

@@ -55,24 +55,25 @@ def train(
     with loading():
         engine = Engine(config, policy, len(steps), device)
         streams = Streams(config, engine, reference, teacher)
-    resume, kept = out / "resume", kept_steps(len(steps), config.checkpoints)
+    resume, export_steps = out / "resume", kept_steps(len(steps), config.checkpoints)
     resumed_from = engine.resume(resume)
     log = _Log(out / METRICS, resumed_from) if engine.is_main else None
     clock = SaveClock(config.runtime.save_every_seconds, config.runtime.save_every_steps)
     for step in steps[resumed_from:]:
-        done = step.number + 1
+        num_steps = step.number + 1
         # The main rank's clock decides for all: the checkpoint is a collective operation.
-        asks = engine.is_main and clock.is_due(done)
+        asks = engine.is_main and clock.is_due(num_steps)
         metrics, is_save_due = one_step(engine, streams, config, step, rows.pick(step.rows), asks)
         if log:
             log.append(metrics)
-            report(done, len(steps), metrics)
+            report(num_steps, len(steps), metrics)
         if problem := what_is_wrong(metrics, len(step.rows)):
             raise BadStep(problem, step, metrics, resumed_from)
-        if done in kept:  # before the state to resume from: after a kill in between, the next try exports it again
-            engine.export(out / STEPS / f"{done:06d}")
-        if is_save_due and done < len(steps):
-            engine.save(resume, done)
+        # Before the state to resume from: after a kill in between, the next try exports the checkpoint again.
+        if num_steps in export_steps:
+            engine.export(out / STEPS / f"{num_steps:06d}")
+        if is_save_due and num_steps < len(steps):
+            engine.save(resume, num_steps)
             clock.saved()
     engine.export(out / ".export")
     if engine.world_size > 1:  # a single rank is the stage's own process, which reports for itself
@@ -92,9 +93,9 @@ class SaveClock:
         """Start counting the seconds anew."""
         self.last = time.monotonic()
 
-    def is_due(self, done: int) -> bool:
-        """Whether to save after the step with which `done` steps are done."""
-        by_steps = self.steps is not None and done % self.steps == 0
+    def is_due(self, num_steps: int) -> bool:
+        """Return whether to save now, after `num_steps` steps."""
+        by_steps = self.steps is not None and num_steps % self.steps == 0
         return by_steps or time.monotonic() - self.last >= self.seconds
 
 
@@ -179,9 +180,9 @@ def _step_constants(
 class _Log:
     """metrics.jsonl: one line per step. A resumed try first drops the lines of the steps that it will do again."""
 
-    def __init__(self, path: Path, done: int):
+    def __init__(self, path: Path, num_steps: int):
         self.path = path
-        self.lines = [line for line in _read_lines(path) if line["step"] <= done]
+        self.lines = [line for line in _read_lines(path) if line["step"] <= num_steps]
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def append(self, metrics: Metrics) -> None:

@@ -53,9 +53,9 @@ def replay_batch(path: Path | str) -> bool:
     with tempfile.TemporaryDirectory(prefix="replay-") as scratch:
         if ranks == 1 and (directory / "resume").is_dir():
             shutil.copytree(directory / "resume", Path(scratch) / "resume")
-        done = engine.resume(Path(scratch) / "resume")
+        first = engine.resume(Path(scratch) / "resume")
     problem, metrics = "", {}
-    for step in steps[done : failed + 1]:
+    for step in steps[first : failed + 1]:
         batch_rows = rows.pick(step.rows)
         if step.number == failed:
             streams.sample_anchors(batch_rows, step.number)

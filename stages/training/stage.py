@@ -97,16 +97,16 @@ def train_rank(out: Path, config: TrainingConfig, inputs: TrainingInputs, job: J
     check_rows(rows, config.method)
     pin_threads(max(1, len(os.sched_getaffinity(0)) // config.runtime.num_processes))
 
-    def report(done: int, total: int, metrics: dict[str, float]) -> None:
+    def report(num_steps: int, total: int, metrics: dict[str, float]) -> None:
         if job is None:
             return
         shown = {
             name: metrics[key] for name, key in (("loss", "loss"), ("margin", "rewards/margins")) if key in metrics
         }
         values = "".join(f" {name} {value:.4f}" for name, value in shown.items())
-        job.log(f"step {done}/{total}{values} {metrics['seconds']:.1f} s")
-        job.event("step", index=done)
-        job.progress(done, total, "steps")
+        job.log(f"step {num_steps}/{total}{values} {metrics['seconds']:.1f} s")
+        job.event("step", index=num_steps)
+        job.progress(num_steps, total, "steps")
 
     device = pick_device(config.runtime.device)
     try:

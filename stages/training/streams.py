@@ -136,8 +136,10 @@ class Streams:
             return logps, extra | {"logits": logits}
         with torch.no_grad():
             reference = response_logits(_held(self.reference), batch)
-        left, right = (logits, reference) if "kl_policy_reference" in self.needs else (reference, logits)
-        return logps, extra | {"kl": kl_divergence(left, right, batch.response_mask)}
+        p_logits, q_logits = logits, reference
+        if "kl_policy_reference" not in self.needs:
+            p_logits, q_logits = reference, logits
+        return logps, extra | {"kl": kl_divergence(p_logits, q_logits, batch.response_mask)}
 
     def _pairs(
         self,

@@ -111,15 +111,15 @@ class Sources:
         """Make every model's pass over the rows, `size` of them at a time, with one model in memory at a time."""
         starts = range(0, len(rows), size)
         total = len(starts) * len(self.sources)
-        done = 0
+        num_done = 0
         for role, source in self.sources.items():
             texts = partial(self._texts_at, source, rows, size)
             for number, start in self.job.share(role, starts, partial(_is_filled, source, texts)):
                 if source.model_pass.fill(*texts(start)):
                     self.job.event("pass", role=role, index=number)
                 source.model_pass.account(self.job)
-                done += 1
-                self.job.progress(done, total, "passes")
+                num_done += 1
+                self.job.progress(num_done, total, "passes")
             source.model_pass.release()
 
     def _texts_at(self, source: Source, rows: Sequence[Any], size: int, start: int) -> Texts:

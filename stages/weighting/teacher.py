@@ -39,10 +39,10 @@ class TeacherView:
         student, teacher = job.path("reference" if "reference" in job.inputs else "policy"), job.path("teacher")
         self.shared = tokenizer_digest(student) == tokenizer_digest(teacher)
         self.student = turns_or_plain(student, job.config)
-        wanted = getattr(job.config.weights, "teacher_prompt", "raw" if unshifted else "auto")
-        chat = self.student.settings.is_chat if wanted == "auto" else wanted == "chat_template"
+        prompt_style = getattr(job.config.weights, "teacher_prompt", "raw" if unshifted else "auto")
+        chat = self.student.settings.is_chat if prompt_style == "auto" else prompt_style == "chat_template"
         self.teacher = turns_of_reader(teacher, job.config) if chat else Turns(teacher, TurnConfig(template="plain"))
-        if wanted == "chat_template" and self.teacher.chat is None:
+        if prompt_style == "chat_template" and self.teacher.chat is None:
             raise ConfigError(
                 f"the teacher in {teacher} has no chat template, and weights.teacher_prompt is chat_template: set it to raw or auto"
             )

@@ -49,10 +49,10 @@ class Collector:
         digests = np.asarray(self.digests, np.uint64)
         everything = PromptSet(self.batches, np.asarray(self.places, np.int64).reshape(-1, 2), files, unit)
         smallest, first = np.unique(digests, return_index=True)
-        kept = np.asarray(self.kept, np.int64)
-        is_chosen = np.isin(kept, first[: self.limit])
+        rows_held = np.asarray(self.kept, np.int64)
+        is_chosen = np.isin(rows_held, first[: self.limit])
         chosen = np.flatnonzero(is_chosen)
-        prompts = PromptSet(self.batches, everything.places[kept], files, unit).take(chosen)
+        prompts = PromptSet(self.batches, everything.places[rows_held], files, unit).take(chosen)
         is_repetition = np.ones(len(digests), bool)
         is_repetition[first] = False
         numbers = np.flatnonzero(is_repetition)
@@ -72,10 +72,10 @@ class Collector:
     def _prune(self, limit: int) -> None:
         """Let go of the rows that cannot be among the smallest any more."""
         self.threshold = int(np.unique(np.asarray(self.digests, np.uint64))[limit - 1])
-        kept = np.asarray(self.kept, np.int64)
-        stays = np.flatnonzero(np.asarray(self.digests, np.uint64)[kept] <= self.threshold)
-        self.batches = PromptSet(self.batches, np.zeros((len(kept), 2)), [], "").take(stays).batches
-        self.kept = array("q", kept[stays].tobytes())
+        rows_held = np.asarray(self.kept, np.int64)
+        stays = np.flatnonzero(np.asarray(self.digests, np.uint64)[rows_held] <= self.threshold)
+        self.batches = PromptSet(self.batches, np.zeros((len(rows_held), 2)), [], "").take(stays).batches
+        self.kept = array("q", rows_held[stays].tobytes())
 
 
 def with_unique_ids(prompts: PromptSet, of_one_source: bool = True) -> tuple[PromptSet, list[str]]:

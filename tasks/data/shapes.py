@@ -222,12 +222,12 @@ def _label(columns: Columns) -> Any:
     return bool(value) if value in (0, 1) else value
 
 
-def _any_of(*wanted: str) -> Callable[[Collection[str]], bool]:
-    return lambda names: any(name in names for name in wanted)
+def _any_of(*columns: str) -> Callable[[Collection[str]], bool]:
+    return lambda names: any(name in names for name in columns)
 
 
-def _all_of(*wanted: str) -> Callable[[Collection[str]], bool]:
-    return lambda names: all(name in names for name in wanted)
+def _all_of(*columns: str) -> Callable[[Collection[str]], bool]:
+    return lambda names: all(name in names for name in columns)
 
 
 _ANSWERS = (*TRUTHS, *PAIR, *LABELS, "system")

@@ -49,10 +49,10 @@ def gpu_uuids() -> dict[str, str]:
     """Number -> UUID of every GPU of this machine, in the driver's order; {} without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return {}
-    lines = [line.split(",") for line in done.stdout.splitlines() if "," in line]
+    lines = [line.split(",") for line in process.stdout.splitlines() if "," in line]
     return {number.strip(): uuid.strip() for number, uuid in lines}
 
 

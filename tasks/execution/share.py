@@ -64,8 +64,8 @@ def run_work(
     progress = Progress()
 
     def tick() -> None:
-        done, total = _shards(directory)
-        progress.done, progress.total, progress.unit = done, total, "shards"
+        num_done, total = _shards(directory)
+        progress.done, progress.total, progress.unit = num_done, total, "shards"
         on_progress(progress)
 
     if STAGES[stage].is_sharded and workers > 1:
@@ -102,14 +102,14 @@ def _share(
         nonlocal tried
         log(f"{work.name} failed: {str(error).splitlines()[0]}")
         before, tried = tried, starts(directory)
-        done, total = _shards(directory)
-        return not isinstance(error, ConfigError) and tried > before and (done < total or not total)
+        num_done, total = _shards(directory)
+        return not isinstance(error, ConfigError) and tried > before and (num_done < total or not total)
 
     failures = [error for error in perform(executor, works, tick, again=again) if error is not None]
     if refused := [error for error in failures if isinstance(error, ConfigError)]:
         raise refused[0]
-    if found := poison(directory):
-        raise_poison(base.arguments[0], found)
+    if poisoned := poison(directory):
+        raise_poison(base.arguments[0], poisoned)
     if len(failures) == workers:  # whoever ends well leaves nothing undone
         raise failures[0]
 

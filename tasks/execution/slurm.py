@@ -97,15 +97,15 @@ class SlurmHandle:
         self.next_look = time.monotonic() + LOOK_EVERY_SECONDS
         for rank in range(self.work.nodes):
             self.request.check_clock(rank)
-        done = subprocess.run(
+        process = subprocess.run(
             ["squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T"],
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode == 0:
-            self.state = done.stdout.strip() or "COMPLETED"  # Slurm forgets a job some minutes after its end
-        elif "Invalid job id" in done.stderr:
+        if process.returncode == 0:
+            self.state = process.stdout.strip() or "COMPLETED"  # Slurm forgets a job some minutes after its end
+        elif "Invalid job id" in process.stderr:
             self.state = "COMPLETED"
         if self.state == "PENDING" and time.monotonic() - self.began > self.execution.start_timeout_seconds:
             raise TransientError(
@@ -142,10 +142,10 @@ def _refusal(directory: Path) -> str | None:
 
 def _submit(path: Path, name: str) -> str:
     """sbatch's answer to a script. Raises: ConfigError with Slurm's own words."""
-    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
+    process = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+    if process.returncode:
         raise ConfigError(
-            f"Slurm takes no job for {name}: {done.stderr.strip()}. Check execution.sbatch and execution.gpus against "
+            f"Slurm takes no job for {name}: {process.stderr.strip()}. Check execution.sbatch and execution.gpus against "
             "`sinfo -o '%P %D %G'`"
         )
-    return done.stdout
+    return process.stdout

@@ -219,8 +219,8 @@ def pair_means(
     ends = np.cumsum(number)
     begin = 0
     while begin < len(student):
-        done = ends[begin - 1] if begin else 0
-        stop = max(int(np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right")), begin + 1)
+        pairs_before = ends[begin - 1] if begin else 0
+        stop = max(int(np.searchsorted(ends, pairs_before + PAIRS_AT_ONCE, side="right")), begin + 1)
         paired = np.flatnonzero(number[begin:stop]) + begin
         if len(paired):
             repeats = number[paired]
