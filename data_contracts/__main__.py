@@ -181,7 +181,9 @@ def _recipe(record: ArtifactRecord) -> dict[str, Any]:
 
 
 def _hashed_part(value: Any) -> Any:
-    return value.content if isinstance(value, ArtifactRef) else value
+    if isinstance(value, ArtifactRef):
+        return value.content
+    return value
 
 
 def _in_words(value: Any) -> str:
@@ -192,7 +194,9 @@ def _in_words(value: Any) -> str:
         return f"{_name(value)} with content {value.content[:16]}{path}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return repr(value) if isinstance(value, str) else str(value)
+    if isinstance(value, str):
+        return repr(value)
+    return str(value)
 
 
 def _name(artifact: ArtifactRef | ArtifactRecord) -> str:

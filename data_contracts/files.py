@@ -86,7 +86,9 @@ def process_state(pid: int) -> str:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
-    return "" if state in "ZX" else state
+    if state in "ZX":
+        return ""
+    return state
 
 
 def is_abandoned(path: Path) -> bool:

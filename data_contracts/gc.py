@@ -134,7 +134,9 @@ def _newest_link_time(run: Path) -> float:
 def _target(link: Path) -> Name | None:
     """Return the artifact that a run's link names; None for a model outside of the store."""
     match = LINK_TARGET.match(os.path.normpath(os.readlink(link)))
-    return (match[1], match[2]) if match else None
+    if match:
+        return (match[1], match[2])
+    return None
 
 
 def _with_inputs(store: Store, names: set[Name]) -> set[Name]:

@@ -40,7 +40,9 @@ def _to_plain_data(value: Any, path: str) -> Any:
             raise ValueError(f"{path} is {value}: only finite numbers can be part of an identity")
         # 1.0 and 1 are the same setting: YAML writes either.
         is_whole = value.is_integer() and abs(value) < 2**53
-        return int(value) if is_whole else value
+        if is_whole:
+            return int(value)
+        return value
     if isinstance(value, list | tuple):
         return [_to_plain_data(item, f"{path}[{i}]") for i, item in enumerate(cast(Sequence[Any], value))]
     if isinstance(value, Mapping):

@@ -207,7 +207,9 @@ def highest_token(locks: Path, name: str) -> int:
 
 def inherited_environment(name: str) -> dict[str, str]:
     """Return the variables that the processes which build `name` must inherit, so that the fence stops them too."""
-    return {FENCE: f"{name}:{HELD[name]}"} if name in HELD else {}
+    if name in HELD:
+        return {FENCE: f"{name}:{HELD[name]}"}
+    return {}
 
 
 def check_fence(root: Path, name: str) -> None:

@@ -274,7 +274,9 @@ def format_table(rows: Sequence[CostRow], by: Sequence[str]) -> tuple[list[str],
 
 
 def _format_cost(value: float | None, column: Column) -> str:
-    return format(value / column.unit, column.form) if value else ""
+    if value:
+        return format(value / column.unit, column.form)
+    return ""
 
 
 def session_lines(account: Account) -> list[str]:

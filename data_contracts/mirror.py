@@ -150,7 +150,9 @@ def _delete_other_files(directory: Path, record: ArtifactRecord) -> set[str]:
 
 def mirror_from_environment() -> Mirror | None:
     """Return the mirror that the environment names, or None."""
-    return Mirror(os.environ[MIRROR]) if os.environ.get(MIRROR) else None
+    if os.environ.get(MIRROR):
+        return Mirror(os.environ[MIRROR])
+    return None
 
 
 def evict(store: Store, mirror: Mirror, keep_bytes: int) -> list[ArtifactRecord]:

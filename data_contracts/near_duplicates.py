@@ -104,7 +104,9 @@ def jaccard(left: Grams, right: Grams) -> float:
     """|X n Y| / |X u Y|; of two empty sets, 1."""
     common = len(left & right)
     union = len(left) + len(right) - common
-    return common / union if union else 1.0
+    if union:
+        return common / union
+    return 1.0
 
 
 def near_duplicates(left: Iterable[str], right: Iterable[str], threshold: float) -> list[NearDuplicate]:

@@ -138,7 +138,9 @@ def _is_secret_variable(name: Any) -> bool:
 
 def _without_password(match: re.Match[str]) -> str:
     scheme, user = match.groups()
-    return f"{scheme}{MASK}@" if user is None else f"{scheme}{user}:{MASK}@"
+    if user is None:
+        return f"{scheme}{MASK}@"
+    return f"{scheme}{user}:{MASK}@"
 
 
 @lru_cache(maxsize=8)

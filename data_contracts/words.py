@@ -9,7 +9,9 @@ def plural(count: int, noun: str) -> str:
     >>> plural(1, "shard"), plural(3, "shard")
     ('1 shard', '3 shards')
     """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    if count == 1:
+        return f"{count} {noun}"
+    return f"{count} {noun}s"
 
 
 def format_bytes(count: float) -> str:

@@ -201,11 +201,15 @@ def table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]
 
 
 def _mean(values: dict[str, float]) -> float | None:
-    return float(np.mean(list(values.values()))) if values else None
+    if values:
+        return float(np.mean(list(values.values())))
+    return None
 
 
 def _interval(before: dict[str, float], after: dict[str, float]) -> Interval | None:
-    return paired_bootstrap(before, after) if before.keys() & after.keys() else None
+    if before.keys() & after.keys():
+        return paired_bootstrap(before, after)
+    return None
 
 
 def seconds_table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
@@ -233,7 +237,9 @@ def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
     names, paper, lines = list(comparison.config.variants), comparison.config.paper, []
 
     def beside(name: str) -> str:
-        return f" (paper: {paper[name]:g})" if name in paper else ""
+        if name in paper:
+            return f" (paper: {paper[name]:g})"
+        return ""
 
     for suffix, label in (
         ("", "wall"),
@@ -288,13 +294,11 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, Interval):
         return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
-    return (
-        f"{value:.3f}"
-        if isinstance(value, float) and abs(value) < 10
-        else f"{value:.1f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float) and abs(value) < 10:
+        return f"{value:.3f}"
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return str(value)
 
 
 def write_report(comparison: Comparison, results: list[Outcome], store: Store) -> Path:

@@ -154,7 +154,9 @@ class RunConfig(Config):
         """Unless it says otherwise: the trainer's own default is the method of a self-play run, which is not what
         TIS-DPO (D) and TGDPO use.
         """
-        return {"method": AUXILIARY_METHOD} | value if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return {"method": AUXILIARY_METHOD} | value
+        return value
 
     @model_validator(mode="after")
     def _no_secrets(self) -> RunConfig:
@@ -231,7 +233,9 @@ class RunConfig(Config):
             return "prompts"
         if "response" in pairing.texts:
             return "response"
-        return "answers" if pairing.is_single else "pair"
+        if pairing.is_single:
+            return "answers"
+        return "pair"
 
     @property
     def weights(self) -> Any:
@@ -249,7 +253,9 @@ class RunConfig(Config):
     @property
     def baselines(self) -> dict[str, ModelRef]:
         """Models that only play in the tournament."""
-        return {} if self.tournament is None else self.tournament.baselines
+        if self.tournament is None:
+            return {}
+        return self.tournament.baselines
 
     def settings_of(self, stage: str) -> Config:
         """The section of a stage, as the user wrote it."""

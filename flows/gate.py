@@ -67,4 +67,6 @@ class Gate:
 
     def final(self, last: ArtifactRef) -> ArtifactRef:
         """What the run hands out: the best policy if the gate acts, else the last one."""
-        return self.best if self.config.enabled else last
+        if self.config.enabled:
+            return self.best
+        return last

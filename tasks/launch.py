@@ -41,7 +41,9 @@ class Progress:
 
     @property
     def percent(self) -> float:
-        return 100.0 * self.done / self.total if self.total else 0.0
+        if self.total:
+            return 100.0 * self.done / self.total
+        return 0.0
 
 
 class _Output:
@@ -101,7 +103,9 @@ def _message(line: str, fields: set[str]) -> dict[str, Any]:
         message = json.loads(line.partition(" ")[2])
     except ValueError:
         return {}
-    return message if isinstance(message, dict) and message.keys() == fields else {}
+    if isinstance(message, dict) and message.keys() == fields:
+        return message
+    return {}
 
 
 class StageProcess:

@@ -385,7 +385,9 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     if code == 130:  # typer turns Ctrl-C into a return value
         print(INTERRUPTED, file=sys.stderr)
-    return code if isinstance(code, int) else 0
+    if isinstance(code, int):
+        return code
+    return 0
 
 
 def run_command() -> None:

@@ -153,4 +153,6 @@ def _column(assignment: str) -> tuple[str, str]:
 
 
 def _model(text: str) -> ModelRef:
-    return ModelRef(path=text) if Path(text).expanduser().exists() else ModelRef(hub_id=text)
+    if Path(text).expanduser().exists():
+        return ModelRef(path=text)
+    return ModelRef(hub_id=text)

@@ -56,7 +56,9 @@ def summary(findings: Sequence[Finding]) -> str:
     levels = [finding.level for finding in findings]
     problems, notes = levels.count("bad"), plural(levels.count("note"), "note")
     verb = "blocks" if problems == 1 else "block"
-    return f"{plural(problems, 'problem')} {verb} runs, {notes}" if problems else f"nothing blocks runs, {notes}"
+    if problems:
+        return f"{plural(problems, 'problem')} {verb} runs, {notes}"
+    return f"nothing blocks runs, {notes}"
 
 
 def main(arguments: list[str]) -> int:
@@ -73,7 +75,9 @@ def main(arguments: list[str]) -> int:
         if finding.cure:
             print(f"      -> {finding.cure}")
     print(summary(findings))
-    return 1 if any(finding.level == "bad" for finding in findings) else 0
+    if any(finding.level == "bad" for finding in findings):
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

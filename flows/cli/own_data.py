@@ -81,7 +81,9 @@ def _better_answers_as_truth(method: str, reading: Reading) -> dict[str, str]:
 
 def _scorer(reading: Reading, otherwise: str) -> str:
     """`checks` where the prompts have such."""
-    return "checks" if any(row["checks"] != "[]" for row in reading.prompts[:SAMPLE]) else otherwise
+    if any(row["checks"] != "[]" for row in reading.prompts[:SAMPLE]):
+        return "checks"
+    return otherwise
 
 
 def _sizes(policy: str, prompts: PromptSet, beside: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def _plain(value: Config) -> Any:
     if not isinstance(value, Source):
         return {key: item for key, item in value.model_dump(mode="json").items() if item is not None}
     fields = value.model_dump(mode="json", exclude_defaults=True)
-    return fields["path"] if fields.keys() == {"path"} else fields
+    if fields.keys() == {"path"}:
+        return fields["path"]
+    return fields
 
 
 def _text(value: Any) -> str:

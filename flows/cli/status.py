@@ -41,7 +41,9 @@ def _set_aside_lines(store: Store) -> list[str]:
         f"  {path.name}  was {reason['was']}, {format_bytes(reason['size'])}, by {reason['by']}: {reason['why']}"
         for path, reason in entries
     ]
-    return [f"set aside in {store.root / SET_ASIDE}:", *lines] if entries else []
+    if entries:
+        return [f"set aside in {store.root / SET_ASIDE}:", *lines]
+    return []
 
 
 def _state(step: Step, store: Store, locked: list[tuple[str, str]]) -> str:

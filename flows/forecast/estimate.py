@@ -150,7 +150,9 @@ def _num_prompts(step: Step, config: RunConfig, checked: Checked, num_prompts: M
         return num_prompts[ref.key]
     if config.prompts.per_iteration:
         return config.prompts.per_iteration
-    return len(checked.train) if config.prompts.reuse else len(checked.train) // config.iterations
+    if config.prompts.reuse:
+        return len(checked.train)
+    return len(checked.train) // config.iterations
 
 
 def _other(store: Store) -> float:
@@ -161,7 +163,9 @@ def _other(store: Store) -> float:
             seconds += [
                 session.other_seconds for session in ledger.read_account(store, run).sessions if session.is_finished
             ]
-    return statistics.median(seconds) if seconds else OTHER_SECONDS
+    if seconds:
+        return statistics.median(seconds)
+    return OTHER_SECONDS
 
 
 def _write(prediction: Prediction, store: Store) -> None:

@@ -100,7 +100,9 @@ def _cached(model: ModelRef) -> Path | None:
     if model.hub_id is None:
         return None
     path = try_to_load_from_cache(model.hub_id, "config.json", revision=model.revision)
-    return Path(path).parent if isinstance(path, str) else None
+    if isinstance(path, str):
+        return Path(path).parent
+    return None
 
 
 def shape_of(config: dict[str, Any], counted: int | None = None, where: str = "config.json") -> Shape:

@@ -210,7 +210,9 @@ def plan(run: RunConfig) -> list[Line]:
 def _utilisation(run: RunConfig, stage: str) -> float:
     """Part of a GPU's memory that the stage may take: an engine reserves its own."""
     runtime = getattr(run.sampling.backend, "runtime", None)
-    return getattr(runtime, "gpu_memory_utilization", 1.0) if stage == "sample" else 1.0
+    if stage == "sample":
+        return getattr(runtime, "gpu_memory_utilization", 1.0)
+    return 1.0
 
 
 def _what_helps(run: RunConfig, stage: str, shapes: dict[str, Shape], have: Hardware) -> Iterator[str]:

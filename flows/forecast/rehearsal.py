@@ -108,10 +108,14 @@ class LookingHands:
         return self.store.find("generations", key) or self._unbuilt("generations", key)
 
     def read_answers(self, answers: ArtifactRef) -> dict[str, str]:
-        return hands.read_answers(answers) if answers.content != UNKNOWN else {}
+        if answers.content != UNKNOWN:
+            return hands.read_answers(answers)
+        return {}
 
     def read_report(self, report: ArtifactRef) -> Measurement | None:
-        return hands.read_report(report) if report.content != UNKNOWN else None
+        if report.content != UNKNOWN:
+            return hands.read_report(report)
+        return None
 
     @staticmethod
     def _unbuilt(kind: str, key: str | None) -> ArtifactRef:

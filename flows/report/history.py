@@ -124,7 +124,9 @@ class History:
 
         def value(metric: str, column: str, digits: int) -> float | None:
             number = rows[metric][column] if metric in rows else None
-            return None if number is None else round(number, digits)
+            if number is None:
+                return None
+            return round(number, digits)
 
         row: dict[str, Any] = {
             "iteration": place.iteration,
@@ -211,7 +213,9 @@ class History:
     def gain(self, last: int = -1) -> Interval | None:
         """Held-out score of an iteration minus the start's, paired by prompt. None: no prompt was scored in both."""
         before, after = per_prompt(self.heldout[0], "score"), per_prompt(self.heldout[last], "score")
-        return paired_bootstrap(before, after) if before.keys() & after.keys() else None
+        if before.keys() & after.keys():
+            return paired_bootstrap(before, after)
+        return None
 
     def fluency_change(self) -> float:
         """Change of the mean start-model log-prob per token, last minus start; negative: less fluent."""
@@ -362,7 +366,9 @@ def _prompt_texts(ref: ArtifactRef) -> dict[str, str]:
 
 def _curve(ref: ArtifactRef) -> list[dict[str, float]]:
     path = Path(ref.path) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if path.is_file():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return []
 
 
 def _drop_reasons(records: Any) -> dict[str, float]:

@@ -118,7 +118,9 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _cell(value: Any) -> str:
     if value is None:
         return "unscored"
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 def headline_numbers(story: Story) -> list[Tile]:

@@ -183,7 +183,9 @@ def preference(reply: JudgeReply | None, swapped: bool) -> float:
         second = float(reply.text.strip() == TOKENS[1])
     else:
         return math.nan
-    return 1 - second if swapped else second
+    if swapped:
+        return 1 - second
+    return second
 
 
 def annotate(judge: Judge, template: str, rows: Sequence[dict[str, Any]], seed: int = 0) -> list[float]:

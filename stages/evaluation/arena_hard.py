@@ -51,7 +51,9 @@ class Game(NamedTuple):
 def verdict(judgment: str) -> tuple[float, int] | None:
     """(P(A wins), weight) by the last verdict in the text; None without one."""
     verdicts = re.findall(r"\[\[([AB<>=]+)\]\]", judgment)
-    return OUTCOMES.get(verdicts[-1]) if verdicts else None
+    if verdicts:
+        return OUTCOMES.get(verdicts[-1])
+    return None
 
 
 def style_of(text: str, count_tokens: Callable[[str], int] = lambda text: len(text.split())) -> dict[str, float]:
@@ -205,10 +207,14 @@ def _identity(row: Mapping[str, Any]) -> str:
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
-    return row["prompt"] if "prompt" in row else row["turns"][0]["content"]
+    if "prompt" in row:
+        return row["prompt"]
+    return row["turns"][0]["content"]
 
 
 def _answer(row: Mapping[str, Any]) -> str:
     """The answer in a row of the newer files ("messages") or of the older ones ("choices")."""
     text = row["messages"][-1]["content"] if "messages" in row else row["choices"][0]["turns"][0]["content"]
-    return text["answer"] if isinstance(text, dict) else text
+    if isinstance(text, dict):
+        return text["answer"]
+    return text

@@ -281,7 +281,9 @@ def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[ReportRow]:
 
 def _metric_name(key: str, filters: int) -> str:
     """`acc` for "acc,none"; the filter stays in the name where a metric has several filters."""
-    return key if filters > 1 else key.partition(",")[0]
+    if filters > 1:
+        return key
+    return key.partition(",")[0]
 
 
 def _leaves(result: Mapping[str, Any], name: str) -> list[str]:

@@ -40,7 +40,9 @@ class TextEncoder:
         if not any(first in text for first in self.firsts):
             return None
         match = self.pattern.search(text)
-        return None if match is None else match.group()
+        if match is None:
+            return None
+        return match.group()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""

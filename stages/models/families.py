@@ -40,4 +40,6 @@ def attention_in(directory: str | Path) -> str | None:
 def attention_addition(inputs: Iterable[ArtifactRef]) -> dict[str, Any]:
     """What a stage's key says where a model among its inputs had run with an attention that is not its own."""
     models = [ref for ref in inputs if ref.kind == "checkpoint"]
-    return {"attention": "eager"} if any(attention_in(model.path) for model in models) else {}
+    if any(attention_in(model.path) for model in models):
+        return {"attention": "eager"}
+    return {}

@@ -67,7 +67,9 @@ def attention(
     def spread(rows: Tensor) -> Tensor:
         """[1, h, S, D] -> [G, H, L, D], heads repeated where there are fewer than H."""
         out = move(rows[0].transpose(0, 1), cells, tokens).view(groups, length, rows.shape[1], units).transpose(1, 2)
-        return out if rows.shape[1] == heads else out.repeat_interleave(heads // rows.shape[1], dim=1)
+        if rows.shape[1] == heads:
+            return out
+        return out.repeat_interleave(heads // rows.shape[1], dim=1)
 
     grouped = (spread(query), spread(key), spread(value))
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and length <= SHORT:

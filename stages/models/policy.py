@@ -117,7 +117,9 @@ def response_logits(model: Module, batch: Batch, **inputs: Tensor) -> Tensor:
     finally:
         if hook is not None:
             hook.remove()
-    return logits if picked else _positions(logits, batch.sources)
+    if picked:
+        return logits
+    return _positions(logits, batch.sources)
 
 
 def _positions(values: Tensor, index: Tensor) -> Tensor:
@@ -224,7 +226,9 @@ def pick_device(setting: str) -> str:
     """The device that a setting means: `auto` is the GPU if there is one, else the CPU."""
     if setting != "auto":
         return setting
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
 
 
 def pin_threads(count: int | None) -> None:

@@ -121,7 +121,9 @@ class ChatTemplate:
         talk = [Message(role="user", content=user), Message(role="assistant", content=answer)]
         _, answered, rest = self.render(talk, False).rpartition(answer)
         match = literals(controls).search(rest) if answered else None
-        return None if match is None else match.group()
+        if match is None:
+            return None
+        return match.group()
 
     def role_marks(self, tokens: Iterable[str]) -> set[str]:
         """Return those of `tokens` that the template writes around turns. Words and blanks are no marks."""
@@ -162,7 +164,9 @@ def read_template(directory: str | Path) -> str | None:
     value = read_json(Path(directory) / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
-    return value if isinstance(value, str) and value else None
+    if isinstance(value, str) and value:
+        return value
+    return None
 
 
 def read_names(directory: str | Path) -> dict[str, str]:
@@ -193,10 +197,14 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def _content(token: Any) -> str | None:
     """The text of a token that is written as text or as {"content": text}."""
     content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
+    if isinstance(content, str):
+        return content
+    return None

@@ -125,7 +125,9 @@ def vocabulary_size(directory: str | Path) -> int | None:
     except OSError:
         return None
     size = config.get("text_config", config).get("vocab_size")
-    return size if isinstance(size, int) else None
+    if isinstance(size, int):
+        return size
+    return None
 
 
 def tokenizer_digest(directory: str | Path) -> str:

@@ -227,7 +227,9 @@ class Turns:
     def _laid_out(self, texts: Sequence[str]) -> str:
         text = "\n".join(texts)
         layout = self.settings.template
-        return layout.plain.replace(MARK, text) if isinstance(layout, PlainLayout) else text
+        if isinstance(layout, PlainLayout):
+            return layout.plain.replace(MARK, text)
+        return text
 
     @cached_property
     def _own_opening(self) -> list[int]:
@@ -235,7 +237,9 @@ class Turns:
         alone = list(self.tokenizer("a", add_special_tokens=False).input_ids)
         whole = list(self.tokenizer("a").input_ids)
         starts = [start for start in range(len(whole)) if whole[start : start + len(alone)] == alone]
-        return whole[: starts[0]] if starts else []
+        if starts:
+            return whole[: starts[0]]
+        return []
 
     @cached_property
     def opening(self) -> list[int]:
@@ -244,7 +248,9 @@ class Turns:
         written = (
             opening and isinstance(layout, PlainLayout) and layout.plain.startswith(self.tokenizer.decode(opening))
         )
-        return [] if written else opening
+        if written:
+            return []
+        return opening
 
     def arranged(self, messages: Messages) -> Messages:
         """Return the messages with system messages where the settings want them.

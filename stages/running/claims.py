@@ -153,7 +153,9 @@ def _parse(line: str) -> ClaimEvent:
         event = json.loads(line)
     except ValueError:  # cut by a kill
         return {}
-    return cast(ClaimEvent, event) if isinstance(event, dict) else {}
+    if isinstance(event, dict):
+        return cast(ClaimEvent, event)
+    return {}
 
 
 def forget(directory: Path) -> None:
@@ -208,4 +210,6 @@ def label_of(items: Iterable[Any]) -> str:
             ids.append(getattr(item, "prompt_id", "?"))
     if not ids:
         return "no rows"
-    return str(ids[0]) if len(ids) == 1 else f"{ids[0]} ... {ids[-1]}"
+    if len(ids) == 1:
+        return str(ids[0])
+    return f"{ids[0]} ... {ids[-1]}"

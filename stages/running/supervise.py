@@ -115,7 +115,9 @@ def main(arguments: list[str]) -> int:
     _end_descendants(grace)
     if signals:
         return 128 + signals[0]
-    return code if code >= 0 else 128 - code
+    if code >= 0:
+        return code
+    return 128 - code
 
 
 def _end_descendants(grace: float) -> None:

@@ -104,7 +104,9 @@ class PromptChecker:
                 too_early = middle
             else:
                 enough = middle
-        return [*system, {"role": role, "content": text[enough:]}] if text[enough:].strip() else None
+        if text[enough:].strip():
+            return [*system, {"role": role, "content": text[enough:]}]
+        return None
 
     def _is_long(self, messages: list[Message]) -> bool:
         return len(self.encode(messages)) > self.limit

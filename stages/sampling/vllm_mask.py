@@ -18,7 +18,9 @@ class BlankIds(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [N, V], masked in place."""
-        return logits.index_fill_(1, self.ids, float("-inf")) if len(self.ids) else logits
+        if len(self.ids):
+            return logits.index_fill_(1, self.ids, float("-inf"))
+        return logits
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -192,7 +192,9 @@ class Encoder:
         x = functional.linear(x, module.weight, module.bias)
         if gelu:
             return functional.gelu(x)
-        return x if add is None else x + add
+        if add is None:
+            return x
+        return x + add
 
 
 def _cells(products: Tensor, cells: Tensor) -> Tensor:

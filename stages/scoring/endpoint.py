@@ -109,7 +109,9 @@ class Reply(NamedTuple):
             content = (self.body or {})["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             return ""
-        return content if isinstance(content, str) else ""
+        if isinstance(content, str):
+            return content
+        return ""
 
 
 class _StatusError(Exception):

@@ -244,7 +244,9 @@ class LLMJudge(Scorer):
         reasons = [value for value in judgements if isinstance(value, str)]
         numbers = [value for value in judgements if not isinstance(value, str)]
         self.reasons.update(reasons)
-        return float(np.mean(numbers)) if numbers else reasons[0]
+        if numbers:
+            return float(np.mean(numbers))
+        return reasons[0]
 
     def _scores(self, count: int, judgements: Sequence[Judgement]) -> Scores:
         """The scores of one prompt's candidates from the judgements of its questions."""
@@ -271,7 +273,9 @@ def read_score(reply: Reply) -> Judgement:
     if not scores:
         return "judge gave no score"
     value = float(scores[-1])
-    return value if 0 <= value <= 5 else "judge's score is out of range"
+    if 0 <= value <= 5:
+        return value
+    return "judge's score is out of range"
 
 
 def read_verdict(reply: Reply, logit: float) -> Judgement:
@@ -297,4 +301,6 @@ def read_letter(reply: Reply) -> Judgement:
     if not any(logps.values()):
         return "judge named neither A nor B"
     first, second = (float(np.logaddexp.reduce(logps[letter] or [floor])) for letter in "AB")
-    return first - second if math.isfinite(first) and math.isfinite(second) else "judge gave no log-probs"
+    if math.isfinite(first) and math.isfinite(second):
+        return first - second
+    return "judge gave no log-probs"

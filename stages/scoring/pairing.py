@@ -188,7 +188,9 @@ def length_matched(group: Group, rules: Rules) -> Choices:
 def all_pairs(group: Group, rules: Rules) -> Choices:
     """Every pair of unequal candidates, the better one chosen."""
     pairs = _unequal_pairs(group)
-    return pairs if isinstance(pairs, str) else _sure_enough(pairs, group, rules)
+    if isinstance(pairs, str):
+        return pairs
+    return _sure_enough(pairs, group, rules)
 
 
 def each(group: Group, rules: Rules = Rules()) -> Choices:  # noqa: B008 - a NamedTuple does not change

@@ -128,8 +128,12 @@ class RowMaker:
     def _label(self, choice: Choice, number: int) -> str:
         """What tells the rows of one prompt apart: the candidates' numbers, or the pairing's name."""
         if _has_text(choice):
-            return f"{self.name}-{number}" if number else self.name
-        return str(choice.chosen) if choice.rejected is None else f"{choice.chosen}-{choice.rejected}"
+            if number:
+                return f"{self.name}-{number}"
+            return self.name
+        if choice.rejected is None:
+            return str(choice.chosen)
+        return f"{choice.chosen}-{choice.rejected}"
 
     def _response(
         self, response: int | TextField, prompt: PromptRow, candidates: list[GenerationRow], group: Group | None

@@ -89,7 +89,9 @@ def key_additions(config: ScoringConfig, inputs: Mapping[str, ArtifactRef]) -> d
     if "policy" not in inputs or not PAIRINGS.get(config.pairing or "best_vs_worst").texts:
         return {}
     ending = ending_of(inputs["policy"].path, config)
-    return {} if ending.token is None else {"terminator": ending.token}
+    if ending.token is None:
+        return {}
+    return {"terminator": ending.token}
 
 
 def run(job: Job) -> None:
@@ -194,7 +196,9 @@ class _Scoring:
             used=job.used,
             waiting=lambda: job.timed("waiting"),
         )
-        return services if self.progress is None else services._replace(compared=self.progress.add)
+        if self.progress is None:
+            return services
+        return services._replace(compared=self.progress.add)
 
     def _report(
         self, shard: int, sizes: list[int], scores: list[Scores], seconds: float, metrics: dict[str, float]

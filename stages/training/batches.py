@@ -59,7 +59,9 @@ def micro_batches(lengths: list[int], budget: int, rank: int, world_size: int, p
     the slowest, so for several ranks the batches are as equal as the rows allow.
     """
     if world_size == 1:
-        return batches_by_sum(lengths, budget) if packed else list(batches_by_budget(lengths, budget))
+        if packed:
+            return batches_by_sum(lengths, budget)
+        return list(batches_by_budget(lengths, budget))
     deal = deal_packed if packed else deal_padded
     batches = deal(lengths, budget, world_size)
     batches += [[]] * (-len(batches) % world_size)
@@ -127,7 +129,9 @@ def collate_rows(
     """Return B rows as one batch of B responses per side, the chosen responses first."""
     prompts = [row["prompt_ids"] for row in rows] * len(sides)
     responses = [row[f"{side}_ids"] for side in sides for row in rows]
-    return pack(prompts, responses, varlen) if packed else collate(prompts, responses)
+    if packed:
+        return pack(prompts, responses, varlen)
+    return collate(prompts, responses)
 
 
 def column(rows: Sequence[WeightedPair], name: str, length: int) -> Tensor | None:

@@ -79,7 +79,9 @@ def train(
     if engine.world_size > 1:  # a single rank is the stage's own process, which reports for itself
         report_rank(out)
     engine.close()
-    return log.summary(steps[-1].epoch) if log else {}
+    if log:
+        return log.summary(steps[-1].epoch)
+    return {}
 
 
 class SaveClock:

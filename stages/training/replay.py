@@ -83,7 +83,9 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m stages.training.replay ARTIFACT/.failed/step-000012", file=sys.stderr)
         return ConfigError.exit_code
     try:
-        return 0 if replay_batch(arguments[0]) else 1
+        if replay_batch(arguments[0]):
+            return 0
+        return 1
     except PipelineError as error:
         return print_error(error)
 

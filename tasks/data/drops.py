@@ -62,4 +62,6 @@ class Drops:
 
 def _shown(text: str) -> str:
     text = text.replace("\n", " ")
-    return text if len(text) <= SHOWN_TEXT else text[:SHOWN_TEXT] + "..."
+    if len(text) <= SHOWN_TEXT:
+        return text
+    return text[:SHOWN_TEXT] + "..."

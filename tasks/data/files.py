@@ -119,7 +119,9 @@ def _open(path: Path) -> RawFile:
         )
     if kind in ("json", "csv"):
         return RawFile(str(path), "line", None, partial(_text_rows, json_rows if kind == "json" else csv_rows, path))
-    return _parquet(path) if kind == "parquet" else _arrow(path)
+    if kind == "parquet":
+        return _parquet(path)
+    return _arrow(path)
 
 
 def _text_rows(

@@ -56,7 +56,9 @@ class PromptSet(Sequence[PromptRow]):
         return cls([batch for part in parts for batch in part.batches], np.concatenate(places), files, parts[0].unit)
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        if len(self.ends):
+            return int(self.ends[-1])
+        return 0
 
     @overload
     def __getitem__(self, index: int) -> PromptRow: ...
@@ -147,4 +149,6 @@ def canonical_row(row: PromptRow) -> str:
 
 def place_of(files: Sequence[str], unit: str, file: int, number: int) -> str:
     """`line 12`; with the file's name where there are several."""
-    return f"{unit} {number}" if len(files) < 2 else f"{files[file]} {unit} {number}"
+    if len(files) < 2:
+        return f"{unit} {number}"
+    return f"{files[file]} {unit} {number}"

@@ -45,7 +45,9 @@ def read_source(source: Source, seed: int = 0) -> Reading:
     Raises: ConfigError for a source that cannot be read, has no prompts or mixes shapes; TransientError for a hub that
     does not answer.
     """
-    return _read_mix(source, seed) if source.mix else _read_files(source, seed)
+    if source.mix:
+        return _read_mix(source, seed)
+    return _read_files(source, seed)
 
 
 def _read_mix(source: Source, seed: int) -> Reading:

@@ -219,7 +219,9 @@ def _label(columns: Columns) -> Any:
         return None  # beside other columns it may be anything, a subject or a class
     if isinstance(value, str):
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
-    return bool(value) if value in (0, 1) else value
+    if value in (0, 1):
+        return bool(value)
+    return value
 
 
 def _any_of(*columns: str) -> Callable[[Collection[str]], bool]:

@@ -44,7 +44,9 @@ class Source(Config):
     @model_validator(mode="before")
     @classmethod
     def _a_text_is_a_path(cls, value: Any) -> Any:
-        return {"path": os.fspath(value)} if isinstance(value, str | os.PathLike) else value
+        if isinstance(value, str | os.PathLike):
+            return {"path": os.fspath(value)}
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -120,7 +122,9 @@ class PromptsConfig(Config):
     @property
     def heldout_source(self) -> Source | None:
         """`heldout`, with the columns that stand beside it; None: a part of `train`."""
-        return _with_defaults(self.heldout, self.columns, None) if isinstance(self.heldout, Source) else None
+        if isinstance(self.heldout, Source):
+            return _with_defaults(self.heldout, self.columns, None)
+        return None
 
 
 def _with_defaults(source: Source, columns: Columns, limit: int | None) -> Source:

@@ -61,7 +61,9 @@ def uuid_of(name: str, uuids: Mapping[str, str]) -> str:
     if name in uuids:
         return uuids[name]
     matches = [uuid for uuid in uuids.values() if uuid.startswith(name)]
-    return matches[0] if len(matches) == 1 else name
+    if len(matches) == 1:
+        return matches[0]
+    return name
 
 
 def lock_directory() -> Path:

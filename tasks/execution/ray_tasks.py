@@ -89,7 +89,9 @@ class RayHandle:
         try:
             self.ray.get(task, timeout=0)
         except self.ray.exceptions.RayTaskError as error:
-            return error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(error.cause, Exception):
+                return error.cause
+            return error
         except self.ray.exceptions.RayError as error:
             return error
         return None

@@ -137,7 +137,9 @@ def cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
         return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    if limit == "max":
+        return None
+    return max(0, int(limit) - int(used))
 
 
 def open_files(limit: int) -> Iterator[Finding]:

@@ -93,7 +93,9 @@ def _last_heartbeat(flow_run: str, now: datetime.datetime, post: Post) -> dateti
         events = post("events/filter", {"filter": query, "limit": 1})["events"]
     except (OSError, ValueError, KeyError):
         return None
-    return _time(events[0]["occurred"]) if events else None
+    if events:
+        return _time(events[0]["occurred"])
+    return None
 
 
 def _infrastructure(run: Mapping[str, Any]) -> tuple[str, str]:
@@ -102,7 +104,9 @@ def _infrastructure(run: Mapping[str, Any]) -> tuple[str, str]:
     Prefect writes host:pid; 3.7 writes the pid alone, which says nothing about this machine.
     """
     host, _, pid = str(run.get("infrastructure_pid") or "").rpartition(":")
-    return (pid, host) if pid.isdigit() else ("", "")
+    if pid.isdigit():
+        return (pid, host)
+    return ("", "")
 
 
 def is_running_here(flow_run: str) -> bool:
