@@ -64,8 +64,15 @@ def micro_batches(lengths: list[int], budget: int, rank: int, world_size: int, p
         return list(batches_by_budget(lengths, budget))
     deal = deal_packed if packed else deal_padded
     batches = deal(lengths, budget, world_size)
+    # Ranks meet at every micro-batch: those of about one size stand side by side.
+    batches.sort(key=lambda batch: -_computed([lengths[i] for i in batch], packed))
     batches += [[]] * (-len(batches) % world_size)
     return batches[rank::world_size]
+
+
+def _computed(lengths: Sequence[int], packed: bool) -> int:
+    """The tokens that a batch of rows of these lengths computes."""
+    return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
 def deal_packed(lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
