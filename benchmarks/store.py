@@ -1,6 +1,7 @@
 """Benchmark - rows: what a row costs from 10 thousand to a million of them.
 
     python -m benchmarks.store [--rows 10000 100000 1000000] [--json out.json]
+    python -m benchmarks.store --stages [--rows 10000 1000000]
     python -m benchmarks.store --smoke
 
 Every size runs in a process of its own, on one thread; no model is loaded, the log-prob passes' scorer returns zeros. A
@@ -14,6 +15,9 @@ set. The phases:
     logps     the log-prob store: look up, write the missing rows, read them back, both responses of a row
     check     the trainer's check of every row before it starts
     train     the plan of an epoch, every step's rows fetched in its order and packed into batches
+
+`--stages`: prompts go through sample -> score -> weigh -> train instead, and the peak of every stage is shown
+(benchmarks/_stages.py).
 """
 
 from __future__ import annotations
@@ -31,12 +35,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import _stages
 from benchmarks._smoke import add_smoke
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from data_contracts.shards import ShardRows
+    from data_contracts.shard_rows import ShardRows
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SHARD = 256
@@ -90,7 +95,8 @@ def measure(count: int, directory: Path) -> dict:
     import torch  # noqa: F401 - its import is not a phase's cost
 
     from data_contracts.artifact import ArtifactRecord
-    from data_contracts.shards import ShardRows, shard_path, to_table, write_shard
+    from data_contracts.shard_rows import ShardRows
+    from data_contracts.shards import shard_path, to_table, write_shard
     from data_contracts.store import Store
     from stages.methods import METHODS
     from stages.training.batches import collate_rows, micro_batches, plan_steps, row_length
@@ -175,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, help="where the artifacts are made; default: the temporary directory")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--stages", action="store_true", help="the memory of every stage, instead of the cost of rows")
     add_smoke(parser)
     options = parser.parse_args(arguments)
     if options.measure:
@@ -182,6 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.smoke:
         options.rows = [300]
+    if options.stages or options.smoke:
+        _stages.show(_stages.measure_all(options.rows, options.directory, together=options.smoke))
+    if options.stages:
+        return
     results = []
     for count in options.rows:
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:

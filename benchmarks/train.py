@@ -118,7 +118,8 @@ def reference(work: dict) -> dict:
 
 def ours(work: dict) -> dict:
     """The train stage's loop on rows as the weigh stage writes them, with the log-probs of `reference`."""
-    from data_contracts.shards import SCHEMAS, ShardRows, shard_path, to_table, write_shard
+    from data_contracts.shard_rows import ShardRows
+    from data_contracts.shards import SCHEMAS, shard_path, to_table, write_shard
     from stages.models.policy import pin_threads
     from stages.training.engine import Engine
     from stages.training.loop import train

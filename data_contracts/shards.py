@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,6 +20,11 @@ from data_contracts.identity import digest_file
 TOKENS = pa.list_(pa.int32())
 PER_TOKEN = pa.list_(pa.float32())
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+LARGE_SHARD_BYTES = 2**23
+"""Larger shards are read in parts where rows pass by."""
+ROWS_PER_PART = 2**14
 
 
 def _schema(*fields: tuple[str, pa.DataType], nullable: tuple[str, ...] = ()) -> pa.Schema:
@@ -191,23 +195,55 @@ def write_shard(path: Path, table: pa.Table) -> None:
 
 def read_shard(path: Path, kind: str) -> pa.Table:
     """Return a shard. Raises: ArtifactError if it cannot be read, ContractError if its columns are of another kind."""
-    seal = seal_path(path)
-    try:
-        digest = seal.read_text(errors="replace") if seal.is_file() else ""
-        if len(digest) == 64 and digest_file(path) != digest:
-            raise ValueError("its content is not what was written")
+    with _damage_explained(path):
+        _check_seal(path)
         # Without the checksums nine of ten flipped bits would be read as data.
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+    _check_columns(path, table.schema, kind)
+    return table
+
+
+def shard_parts(path: Path, kind: str) -> Iterator[pa.Table]:
+    """Yield the rows of a shard as tables, a large one (the prompts of a run are one shard) in parts. Raises: as
+    `read_shard`."""
+    if path.stat().st_size <= LARGE_SHARD_BYTES:
+        yield read_shard(path, kind)
+        return
+    with _damage_explained(path):
+        _check_seal(path)
+        file = pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True)
+    _check_columns(path, file.schema_arrow, kind)
+    with _damage_explained(path):
+        for batch in file.iter_batches(ROWS_PER_PART):
+            yield pa.Table.from_batches([batch], SCHEMAS[kind])
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """Raises: ArtifactError that says what to do, where reading `path` fails."""
+    try:
+        yield
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise ArtifactError(
             f"{path} cannot be read as Parquet ({error}). Delete it and run again: only this shard is made anew"
         ) from None
-    if table.schema.remove_metadata() != SCHEMAS[kind]:
+
+
+def _check_seal(path: Path) -> None:
+    """Raises: ValueError if a shard is not what was written."""
+    seal = seal_path(path)
+    digest = seal.read_text(errors="replace") if seal.is_file() else ""
+    if len(digest) == 64 and digest_file(path) != digest:
+        raise ValueError("its content is not what was written")
+
+
+def _check_columns(path: Path, schema: pa.Schema, kind: str) -> None:
+    """Raises: ContractError if a shard has other columns than those of `kind`."""
+    if schema.remove_metadata() != SCHEMAS[kind]:
         raise ContractError(
-            f"{path}: the columns {table.schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; "
+            f"{path}: the columns {schema.names} do not fit the contract of {kind} {SCHEMAS[kind].names}; "
             "another version wrote the shard. Delete the artifact and run again"
         )
-    return table
 
 
 def shard_is_whole(path: Path, kind: str) -> bool:
@@ -224,7 +260,7 @@ def shard_is_whole(path: Path, kind: str) -> bool:
 
 def read_shards(directory: Path | str, kind: str, prefix: str = "part") -> pa.Table:
     """Return all shards of an artifact as one table, in shard order. Raises: ArtifactError if there is none."""
-    return pa.concat_tables([read_shard(path, kind) for path in _shard_paths(directory, kind, prefix)])
+    return pa.concat_tables([read_shard(path, kind) for path in shard_paths(directory, kind, prefix)])
 
 
 def count_rows(directory: Path) -> int:
@@ -232,85 +268,9 @@ def count_rows(directory: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in sorted(directory.glob("part-*.parquet")))
 
 
-def _shard_paths(directory: Path | str, kind: str, prefix: str) -> list[Path]:
+def shard_paths(directory: Path | str, kind: str, prefix: str = "part") -> list[Path]:
+    """Return the shards of an artifact, in order. Raises: ArtifactError if there is none."""
     paths = sorted(Path(directory).glob(f"{prefix}-*.parquet"))
     if not paths:
         raise ArtifactError(f"{directory} holds no {prefix}-*.parquet shard of {kind}")
     return paths
-
-
-Row = dict[str, Any]
-"""A row of a shard: its columns are those of SCHEMAS[kind]."""
-JOINED_BYTES = 2**27
-"""Far below the 2^31 elements that one list column can have."""
-
-
-class ShardRows(Sequence[Row]):
-    """The rows of artifacts, one after the other, as dicts that are made on access: columns take a tenth of the memory.
-
-    Shards are joined as they are read, 128 MiB at a time. Thousands of small buffers take twice the memory, and rows
-    that lie in many tables cost ten times as much as rows that lie in few.
-    """
-
-    def __init__(self, directories: Iterable[Path | str], kind: str):
-        self.tables: list[pa.Table] = []
-        pending: list[pa.Table] = []
-        num_bytes = 0
-        for path in [path for directory in directories for path in _shard_paths(directory, kind, "part")]:
-            pending.append(read_shard(path, kind))
-            num_bytes += pending[-1].nbytes
-            if num_bytes > JOINED_BYTES:
-                self.tables.append(_join(pending))
-                num_bytes = 0
-        if pending:
-            self.tables.append(_join(pending))
-        self.ends: npt.NDArray[np.int64] = np.cumsum([table.num_rows for table in self.tables])
-        """Number of rows up to and including each table."""
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return self.pick(range(*index.indices(len(self))))
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.pick([index])[0]
-
-    def pick(self, indices: Sequence[int]) -> list[Row]:
-        """Return these rows, in this order. Many at once cost a tenth of as many one by one."""
-        row_numbers = np.asarray(indices, dtype=np.int64)
-        table_numbers = np.searchsorted(self.ends, row_numbers, side="right")
-        rows: list[Row] = [{}] * len(row_numbers)
-        for number in np.unique(table_numbers):
-            positions = np.flatnonzero(table_numbers == number)
-            for position, row in zip(positions, self._take(int(number), row_numbers[positions]), strict=True):
-                rows[position] = row
-        return rows
-
-    def _take(self, table_number: int, row_numbers: npt.NDArray[np.int64]) -> list[Row]:
-        """Return rows of one table, by their numbers among all rows."""
-        table = self.tables[table_number]
-        first = int(self.ends[table_number]) - table.num_rows
-        return table.take(row_numbers - first).to_pylist()
-
-    def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), 256):
-            yield from self[start : start + 256]
-
-
-def _join(tables: list[pa.Table]) -> pa.Table:
-    """Return one table of one chunk per column; empties `tables` on the way, to hold no column twice for long."""
-    schema = tables[0].schema
-    columns: list[pa.Array[Any]] = []
-    for name in schema.names:
-        chunks = [chunk for table in tables for chunk in table.column(name).chunks]
-        tables[:] = [table.drop_columns([name]) for table in tables]
-        columns.append(pa.chunked_array(chunks, schema.field(name).type).combine_chunks())
-        del chunks
-    tables.clear()
-    return pa.table(columns, schema=schema)

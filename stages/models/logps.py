@@ -27,6 +27,7 @@ from data_contracts.errors import ArtifactError, ContractError
 from data_contracts.shards import read_shard, to_table, write_shard
 from data_contracts.store import logps_directory
 from stages.models.families import attention_in
+from stages.models.key_index import KeyIndex
 from stages.models.memory import free_device_memory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads, score_responses
 from stages.models.tokens import context_length
@@ -84,7 +85,8 @@ class Pass:
         self.tokens_read = 0
         """Tokens of prompts and responses that went through the model; stored rows cost none."""
         self.parts: list[Path] = []
-        self.rows: dict[bytes, int] = {}  # key -> part * 2^32 + row: a tuple would take half as much again
+        self.rows = KeyIndex()
+        """Key -> part * 2^32 + row."""
         self.last_read: tuple[Path, pa.ListArray] | None = None
         self.indexed: set[str] = set()
         self.next_refresh = 0.0
@@ -112,8 +114,7 @@ class Pass:
             return
         first = len(self.parts) << 32
         self.parts.append(path)
-        for number, key in enumerate(keys):
-            self.rows.setdefault(key, first + number)
+        self.rows.add(keys, range(first, first + len(keys)))
 
     def fill(self, prompts: Ids, responses: Ids) -> int:
         """Compute and store the rows that are missing, as one part; returns how many were missing."""
@@ -122,9 +123,10 @@ class Pass:
         }
         # A refresh finds what another run has just written; reading thousands of names at every shard would cost more
         # than it saves.
-        if not requested.keys() <= self.rows.keys() and time.monotonic() >= self.next_refresh:
+        if time.monotonic() >= self.next_refresh and not self._are_stored(list(requested)):
             self._refresh()
-        missing = {key: row for key, row in requested.items() if key not in self.rows}
+        numbers = self.rows.find(list(requested))
+        missing = {key: row for (key, row), number in zip(requested.items(), numbers, strict=True) if number < 0}
         self.misses += len(missing)
         self.hits += len(prompts) - len(missing)
         if missing:
@@ -140,7 +142,10 @@ class Pass:
     def has(self, prompts: Ids, responses: Ids) -> bool:
         """Whether every row is stored, by this process or another."""
         self._refresh()
-        return all(row_key(prompt, response) in self.rows for prompt, response in zip(prompts, responses, strict=True))
+        return self._are_stored([row_key(*row) for row in zip(prompts, responses, strict=True)])
+
+    def _are_stored(self, keys: Sequence[bytes]) -> bool:
+        return min(self.rows.find(keys), default=0) >= 0
 
     def _score_within_context(self, rows: list[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Return the numbers of each row; NaN for tokens beyond the model's context.
@@ -180,11 +185,13 @@ class Pass:
     def get(self, prompts: Ids, responses: Ids) -> list[np.ndarray]:
         """Return the stored rows, in the order given."""
         keys = [row_key(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        if any(key not in self.rows for key in keys):
+        if not self._are_stored(keys):
             self._refresh()  # another worker computed them
         values = []
-        for key in keys:
-            part, number = divmod(self.rows[key], 1 << 32)
+        for key, place in zip(keys, self.rows.find(keys), strict=True):
+            if place < 0:
+                raise KeyError(key)
+            part, number = divmod(place, 1 << 32)
             path = self.parts[part]
             if self.last_read is None or self.last_read[0] != path:
                 self.last_read = (path, self._read(path))

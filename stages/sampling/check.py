@@ -24,7 +24,7 @@ from data_contracts.errors import ConfigError
 from stages.models.tokens import load_tokenizer
 from stages.models.turns import Turns, unusable
 from stages.sampling.prompt_lengths import PromptChecker, Verdicts, check_file
-from stages.sampling.stage import SamplingConfig, encode_prompts
+from stages.sampling.stage import SamplingConfig, check_context
 
 TEMPLATE_SECONDS = 20
 """For the few short conversations that a template is asked about; the slowest of the real ones takes 0.1 s."""
@@ -75,7 +75,7 @@ def _check_set(item: dict[str, Any], model: str, tokenizer: Any) -> Verdicts:
     config = SamplingConfig.model_validate(item["sampling"])
     with limits(model):
         turns = Turns(model, config, tokenizer)
-    encode_prompts([], config, turns)  # refuses limits that the model's context cannot hold
+    check_context(config, turns)
     reason_to_drop = None
     if config.special_tokens_in_data != "text":
         reason_to_drop = partial(unusable, settings=config, turns=turns)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, overload
 
 import pyarrow.compute as pc
 from pydantic import Field
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ConfigError, ContractError
-from data_contracts.shards import read_shards
+from data_contracts.prompts import name_of
+from data_contracts.shard_rows import ShardRows
+from data_contracts.shards import read_shard, shard_paths
 from stages.job import Job
 from stages.models.families import attention_addition
 from stages.models.policy import pick_device
@@ -67,57 +70,76 @@ def key_additions(config: SamplingConfig, inputs: Mapping[str, ArtifactRef]) -> 
     return attention | ({} if ending.token is None or ending.is_listed else {"terminator": ending.token})
 
 
-class Encoded(NamedTuple):
-    """The prompts of some rows as token ids, in their order; what is dropped is in neither of the first two."""
+class UsablePrompts(Sequence[Prompt]):
+    """The prompts of an artifact that can be used, as token ids that are made on access: 8 bytes a prompt."""
 
-    rows: list[dict[str, Any]]
-    ids: list[list[int]]
-    dropped: dict[str, str]
-    """prompt_id -> reason."""
+    def __init__(self, rows: ShardRows, config: SamplingConfig, turns: Turns):
+        """Check every prompt.
+
+        Raises: ConfigError, naming the row, for a prompt that does not fit the limits or the model's context, that the
+        template refuses, or that spells a control token where the settings refuse that.
+        """
+        check_context(config, turns)
+        self.rows, self.config, self.turns = rows, config, turns
+        self.dropped: Counter[str] = Counter()
+        """How many prompts are dropped for which reason."""
+        self._numbers = array("q")
+        """Of the usable rows."""
+        for number, row in enumerate(rows):
+            if reason := unusable(row, config, turns):
+                self.dropped[reason] += 1
+            else:
+                self._encoded(row)
+                self._numbers.append(number)
+
+    def _encoded(self, row: Mapping[str, Any]) -> list[int]:
+        try:
+            ids = self.turns.prompt(row["messages"])
+        except ConfigError as error:
+            raise ConfigError(f"the prompt {name_of(row)}: {error}") from None
+        limit = self.config.max_prompt_tokens
+        if not 0 < len(ids) <= limit:
+            raise ConfigError(
+                f"the prompt {name_of(row)} has {len(ids)} tokens, allowed are 1 to {limit} "
+                f"(sampling.max_prompt_tokens; the model's context is {context_length(self.turns.directory)}): "
+                "shorten it or raise the limit"
+            )
+        return ids
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self._prompt(row) for row in self.rows.pick(self._numbers[index])]
+        return self._prompt(self.rows[self._numbers[index]])
+
+    def _prompt(self, row: Mapping[str, Any]) -> Prompt:
+        seeds = candidate_seeds(self.config.seed, row["prompt_id"], self.config.num_candidates)
+        return Prompt(row["prompt_id"], self._encoded(row), seeds)
 
 
-def encode_prompts(rows: list[dict[str, Any]], config: SamplingConfig, turns: Turns) -> Encoded:
-    """Token ids of every prompt that can be used.
-
-    Raises: ConfigError, naming the row, for a prompt that does not fit the limits or the model's context, that the
-    template refuses, or that spells a control token where the settings refuse that.
-    """
+def check_context(config: SamplingConfig, turns: Turns) -> None:
+    """Raises: ConfigError for limits that the model's context cannot hold."""
     context = context_length(turns.directory)
     if context is not None and config.context_tokens > context:
         raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens = {config.context_tokens} exceeds the context of {context} positions of the model in "
-            f"{turns.directory}: lower one of them"
+            f"max_prompt_tokens + max_new_tokens = {config.context_tokens} exceeds the context of {context} positions "
+            f"of the model in {turns.directory}: lower one of them"
         )
-    usable, encoded, dropped = [], [], {}
-    for row in rows:
-        if reason := unusable(row, config, turns):
-            dropped[row["prompt_id"]] = reason
-            continue
-        try:
-            ids = turns.prompt(row["messages"])
-        except ConfigError as error:
-            raise ConfigError(f"the prompt {row['prompt_id']!r}: {error}") from None
-        if not 0 < len(ids) <= config.max_prompt_tokens:
-            raise ConfigError(
-                f"the prompt {row['prompt_id']!r} has {len(ids)} tokens, allowed are 1 to {config.max_prompt_tokens} (sampling.max_prompt_tokens; "
-                f"the model's context is {context}): shorten it or raise the limit"
-            )
-        usable.append(row)
-        encoded.append(ids)
-    return Encoded(usable, encoded, dropped)
 
 
 def run(job: Job) -> None:
     config: SamplingConfig = job.config
     model = str(job.path("policy"))
     turns = Turns(model, config)
-    encoded = encode_prompts(read_shards(job.path("prompts"), "prompts").to_pylist(), config, turns)
-    prompts = [
-        Prompt(row["prompt_id"], ids, candidate_seeds(config.seed, row["prompt_id"], config.num_candidates))
-        for row, ids in zip(encoded.rows, encoded.ids, strict=True)
-    ]
+    prompts = UsablePrompts(ShardRows([job.path("prompts")], "prompts"), config, turns)
     if not prompts:
-        raise ContractError(f"generations {job.out.name}: every prompt is dropped: {list(encoded.dropped.items())[:3]}")
+        raise ContractError(f"generations {job.out.name}: every prompt is dropped: {dict(prompts.dropped)}")
     device = pick_device(config.runtime.device)
     sampler = None
     for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "generations"):
@@ -141,7 +163,7 @@ def run(job: Job) -> None:
             sum(len(candidate.token_ids) for group in candidates for candidate in group),
         )
     if not job.is_worker:
-        _summarise(job, turns, len(prompts), encoded.dropped, device)
+        _summarise(job, turns, len(prompts), prompts.dropped, device)
 
 
 def candidate_rows(prompt: Prompt, candidates: list[Candidate], turns: Turns) -> list[dict[str, Any]]:
@@ -180,19 +202,24 @@ def _problem(candidate: Candidate, turns: Turns) -> str | None:
     return None
 
 
-def _summarise(job: Job, turns: Turns, num_prompts: int, dropped: dict[str, str], device: str) -> None:
-    table = read_shards(job.out, "generations")
+def _summarise(job: Job, turns: Turns, num_prompts: int, dropped: Mapping[str, int], device: str) -> None:
+    """Metrics of the whole artifact, shard by shard. Raises: ContractError if rows are missing."""
+    rows = tokens = finished = 0
+    for path in shard_paths(job.out, "generations"):
+        table = read_shard(path, "generations")
+        rows += table.num_rows
+        tokens += int(pc.list_value_length(table["token_ids"]).to_numpy().sum())
+        finished += int((table["finish_reason"].to_numpy(zero_copy_only=False) == "stop").sum())
     expected = num_prompts * job.config.num_candidates
-    if table.num_rows != expected:
+    if rows != expected:
         raise ContractError(
-            f"generations {job.out.name}: {table.num_rows} rows for {num_prompts} prompts x {job.config.num_candidates} candidates"
+            f"generations {job.out.name}: {rows} rows for {num_prompts} prompts x {job.config.num_candidates} candidates"
         )
-    lengths = pc.list_value_length(table["token_ids"]).to_numpy()
     job.metrics |= {
         "candidates": expected,
-        "tokens": int(lengths.sum()),
-        "mean_tokens": float(lengths.mean()),
-        "finished_rate": float((table["finish_reason"].to_numpy(zero_copy_only=False) == "stop").mean()),
+        "tokens": tokens,
+        "mean_tokens": tokens / expected,
+        "finished_rate": finished / expected,
     }
-    job.metrics |= {f"dropped/{reason}": count for reason, count in Counter(dropped.values()).items()}
+    job.metrics |= {f"dropped/{reason}": count for reason, count in dropped.items()}
     job.facts |= turns.facts() | {"device": device}

@@ -4,21 +4,19 @@ on."""
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.prompts import PromptRow
 from data_contracts.rows import GenerationRow
-from data_contracts.shards import read_shards, shard_path, to_table, write_shard
+from data_contracts.shard_rows import RowsByPrompt, ShardRows, prompt_hashes
+from data_contracts.shards import read_shard, shard_path, shard_paths, to_table, write_shard
 from stages.job import Job
 from stages.models.logps import Pass
 from stages.models.turns import TurnConfig, ending_of
@@ -29,7 +27,8 @@ from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scorer, Scores, Services, compares, open_scorer, score_once, scorer_class
 from stages.scoring.pairing import PAIRINGS, Preference, pair_statistics
 from stages.scoring.rows import GivenTexts, RowMaker
-from stages.scoring.shortcuts import PREFIX, Ends, causes, sentences, told_apart
+from stages.scoring.shortcuts import Ends, causes, sentences, told_apart
+from stages.scoring.totals import ScoreTotals
 from stages.stage import StageRuntime
 
 
@@ -98,16 +97,16 @@ def run(job: Job) -> None:
     config: ScoringConfig = job.config
     name = config.pairing or "best_vs_worst"
     needs = PAIRINGS.get(name)
-    prompts = cast(list[PromptRow], read_shards(job.path("prompts"), "prompts").to_pylist())
-    groups = _generations(job, prompts, name) if needs.candidates else {}
+    prompts = ShardRows([job.path("prompts")], "prompts")
+    generations = Generations(job, prompts, name) if needs.candidates else None
     maker = RowMaker(config, GivenTexts(job) if needs.texts else None)
-    scoring = _Scoring(job, prompts, groups) if config.scorer is not None and groups else None
+    scoring = _Scoring(job, prompts, generations.sizes) if config.scorer is not None and generations else None
     if scoring is None and needs.needs_scores:
         raise ConfigError(f"pairing {name} needs a scorer: set scoring.scorer")
     for index, chunk in job.missing_shards(
         prompts, config.runtime.prompts_per_shard, "scored_pairs", beside=("scores", "dropped")
     ):
-        candidates = [groups[prompt["prompt_id"]] for prompt in chunk] if groups else [[]] * len(chunk)
+        candidates = [[]] * len(chunk) if generations is None else generations.of(chunk)
         with job.timed("score"):
             scores = scoring.of(chunk, candidates, index) if scoring else [Scores(None, None, [])] * len(chunk)
             results = [maker.rows(*item) for item in zip(chunk, candidates, scores, strict=True)]
@@ -133,36 +132,41 @@ def run(job: Job) -> None:
         _summarise(job, len(prompts))
 
 
-def _generations(job: Job, prompts: list[PromptRow], pairing_name: str) -> dict[str, list[GenerationRow]]:
-    """Candidates by prompt id, in order. Raises: ContractError for a prompt without one, or a candidate without its
-    prompt."""
-    if "generations" not in job.inputs:
-        raise ConfigError(f"pairing {pairing_name} compares generations: give the input `generations`")
-    key = job.inputs["generations"].key
-    groups: dict[str, list[GenerationRow]] = {prompt["prompt_id"]: [] for prompt in prompts}
-    for row in cast(list[GenerationRow], read_shards(job.path("generations"), "generations").to_pylist()):
-        if row["prompt_id"] not in groups:
+class Generations:
+    """The candidates of every prompt, of which a million take 24 MB."""
+
+    def __init__(self, job: Job, prompts: ShardRows, pairing_name: str):
+        """Raises: ContractError for a prompt without a candidate, or a candidate without its prompt."""
+        if "generations" not in job.inputs:
+            raise ConfigError(f"pairing {pairing_name} compares generations: give the input `generations`")
+        key, hashes = job.inputs["generations"].key, prompt_hashes(prompts)
+        self.rows = RowsByPrompt(ShardRows([job.path("generations")], "generations"))
+        self.sizes = self.rows.counts(hashes)
+        """Candidates of each prompt."""
+        if self.sizes.sum() < len(self.rows.rows) and (stray := self.rows.first_of_others(hashes)):
             raise ContractError(
-                f"generations {key}: prompt {row['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}"
+                f"generations {key}: prompt {stray['prompt_id']!r} is not in prompts {job.inputs['prompts'].key}"
             )
-        groups[row["prompt_id"]].append(row)
-    empty = [prompt_id for prompt_id, rows in groups.items() if not rows]
-    if empty and job.config.special_tokens_in_data != "drop":
-        raise ContractError(f"generations {key}: no candidate for the prompt(s) {empty[:3]}")
-    return groups
+        empty = np.flatnonzero(self.sizes == 0)
+        if len(empty) and job.config.special_tokens_in_data != "drop":
+            first = [prompt["prompt_id"] for prompt in prompts.pick(empty[:3])]
+            raise ContractError(f"generations {key}: no candidate for the prompt(s) {first}")
+
+    def of(self, prompts: Sequence[Mapping[str, Any]]) -> list[list[GenerationRow]]:
+        """The candidates of each of these prompts, in order."""
+        return cast("list[list[GenerationRow]]", self.rows.pick([prompt["prompt_id"] for prompt in prompts]))
 
 
 class _Scoring:
     """The stage's scorer; it is made at the first shard that needs it."""
 
-    def __init__(self, job: Job, prompts: list[PromptRow], groups: dict[str, list[GenerationRow]]):
+    def __init__(self, job: Job, prompts: ShardRows, sizes: np.ndarray):
+        """`sizes`: candidates of each prompt."""
         self.job, self.config = job, job.config.scorer
         kind = scorer_class(self.config)
-        kind.check_prompts(self.config, prompts)
+        kind.check_prompts(self.config, cast("Sequence[PromptRow]", prompts))
         self.start = _StartLogps(job) if kind.needs_start_logps(self.config) else None
-        self.progress: _Comparisons | None = None
-        if compares(self.config):
-            self.progress = _Comparisons(job, [len(groups[prompt["prompt_id"]]) for prompt in prompts])
+        self.progress = _Comparisons(job, sizes) if compares(self.config) else None
         self.scorer: Scorer | None = None
 
     def of(self, prompts: Sequence[PromptRow], candidates: list[list[GenerationRow]], shard: int) -> list[Scores]:
@@ -223,11 +227,11 @@ class _Scoring:
 class _Comparisons:
     """Progress of a pair scorer in comparisons, over all shards; reported once a second."""
 
-    def __init__(self, job: Job, sizes: Sequence[int]):
+    def __init__(self, job: Job, sizes: np.ndarray):
         """`sizes`: candidates of each prompt."""
-        self.job, per_shard = job, job.config.runtime.prompts_per_shard
-        counts = [size * (size - 1) for size in sizes]
-        self.shards = [sum(counts[start : start + per_shard]) for start in range(0, len(counts), per_shard)]
+        self.job = job
+        starts = np.arange(0, len(sizes), job.config.runtime.prompts_per_shard)
+        self.shards: list[int] = np.add.reduceat(sizes * (sizes - 1), starts).tolist()
         self.total = sum(self.shards)
         self.finished, self.current, self.reported = 0, 0.0, 0.0
         job.on_shard = self.shard
@@ -279,31 +283,19 @@ def _score_row(prompt: PromptRow, scores: Scores) -> dict[str, Any]:
 
 
 def _summarise(job: Job, num_prompts: int) -> None:
-    """Metrics of the whole artifact. Raises: ContractError if too many prompts give no row."""
-    pairs = read_shards(job.out, "scored_pairs")
-    raw = read_shards(job.out, "scores", "scores")
-    dropped = read_shards(job.out, "dropped", "dropped")
-    drop_rate = dropped.num_rows / num_prompts
-    reasons = Counter(dropped["reason"].to_pylist())
-    spoilt = Counter(reason for row in raw["reasons"].to_pylist() for reason in row or () if reason)
-    job.metrics |= {"pairs": pairs.num_rows, "drop_rate": drop_rate}
-    job.metrics |= {f"dropped/{reason}": count for reason, count in reasons.items()}
-    job.metrics |= {f"spoilt/{reason}": count for reason, count in spoilt.items()}
-    job.metrics |= _rates(job.out) | _point_metrics(raw) | _comparison_metrics(raw)
-    if pairs.num_rows:
-        for side in ("chosen", "rejected"):
-            lengths = pc.list_value_length(pairs[f"{side}_ids"]).to_numpy()
-            job.metrics[f"mean_tokens/{side}"] = float(lengths.mean())
-            job.metrics[f"win_rate/{side}"] = float(np.mean(pairs[f"win_rate_{side}"].to_numpy()))
-        ends = Ends.of_table(pairs)
-        shares = told_apart(ends)
-        job.metrics |= {f"{PREFIX}{name}": share for name, share in shares.items()}
-        if lines := sentences(shares, causes(ends, shares)):
-            job.facts["told_apart"] = lines
-    if drop_rate > job.config.max_drop_rate or not pairs.num_rows:
+    """Metrics of the whole artifact, shard by shard. Raises: ContractError if too many prompts give no row."""
+    totals = ScoreTotals()
+    for path in shard_paths(job.out, "scored_pairs"):
+        index = path.stem.removeprefix("part-")
+        raw, dropped = (read_shard(path.with_name(f"{kind}-{index}.parquet"), kind) for kind in ("scores", "dropped"))
+        totals.add(read_shard(path, "scored_pairs"), raw, dropped)
+    job.metrics |= totals.metrics(num_prompts) | _rates(job.out)
+    if lines := totals.warnings():
+        job.facts["told_apart"] = lines
+    if job.metrics["drop_rate"] > job.config.max_drop_rate or not totals.pairs:
         raise ContractError(
-            f"scored_pairs {Path(job.out).name}: {dropped.num_rows} of {num_prompts} prompts give no row "
-            f"(limit {job.config.max_drop_rate:.0%}): {dict(reasons)}, e.g. {dropped['prompt_id'].to_pylist()[:3]}. "
+            f"scored_pairs {Path(job.out).name}: {totals.dropped.total()} of {num_prompts} prompts give no row "
+            f"(limit {job.config.max_drop_rate:.0%}): {dict(totals.dropped)}, e.g. {totals.examples}. "
             "More candidates or a higher temperature give more varied ones; scoring.max_drop_rate moves the limit"
         )
 
@@ -317,25 +309,3 @@ def _rates(out: Path) -> dict[str, float]:
             seconds = sum(event["seconds"] for event in timed)
             rates[f"{unit}_per_second"] = sum(event[unit] for event in timed) / max(seconds, 1e-9)
     return rates
-
-
-def _point_metrics(raw: pa.Table) -> dict[str, float]:
-    """Mean score and number of unscored candidates, of scorers that give points."""
-    points = [value for row in raw["scores"].to_pylist() if row is not None for value in row]
-    scored = np.array([value for value in points if value is not None], dtype=float)
-    metrics: dict[str, float] = {"unscored": len(points) - len(scored)}
-    if len(scored):
-        metrics["mean_score"] = float(scored.mean())
-    return metrics
-
-
-def _comparison_metrics(raw: pa.Table) -> dict[str, float]:
-    """Statistics and number of candidates without a whole row of comparisons, of scorers that compare pairs."""
-    flat = [row for row in raw["preference_logits"].to_pylist() if row is not None]
-    if not flat:
-        return {}
-    matrices = [np.array(row, dtype=float).reshape(round(len(row) ** 0.5), -1) for row in flat]
-    matrices = [matrix for matrix in matrices if matrix.size]
-    unscored = sum(int(np.isnan(matrix).any(axis=1).sum()) for matrix in matrices)
-    rates = pair_statistics(matrices).rates()
-    return {"unscored": unscored} | {f"pairwise/{name}": value for name, value in rates.items()}

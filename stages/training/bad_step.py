@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from data_contracts.errors import ContractError
 from data_contracts.files import write_atomic
-from data_contracts.shards import ShardRows, shard_path, to_table, write_shard
+from data_contracts.shard_rows import ShardRows
+from data_contracts.shards import shard_path, to_table, write_shard
 
 if TYPE_CHECKING:
     from stages.training.batches import OptimizerStep

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from data_contracts.config import Config
-from data_contracts.shards import ShardRows
+from data_contracts.shard_rows import ShardRows
 from stages.methods import METHODS
 from stages.registry import Named
 from stages.stage import StageRuntime

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_contracts.shards import ShardRows
+from data_contracts.shard_rows import ShardRows
 from stages.models.lazy import torch
 from stages.running.cost import loading
 from stages.running.gpus import report_rank

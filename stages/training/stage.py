@@ -16,7 +16,7 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.files import write_atomic
-from data_contracts.shards import read_shards
+from data_contracts.shards import read_shard, shard_paths
 from stages.job import Job
 from stages.methods import METHODS
 from stages.models.families import attention_addition
@@ -74,14 +74,12 @@ def _account(job: Job) -> None:
     for name in ("pairs", "more_pairs"):
         if name not in job.inputs:
             continue
-        table = read_shards(job.path(name), "weighted_pairs")
-        lengths = {
-            column: pc.list_value_length(table[column]).to_numpy()
-            for column in ("prompt_ids", *(f"{side}_ids" for side in sides))
-        }
-        for side in sides:
-            response = lengths[f"{side}_ids"]
-            tokens += int((lengths["prompt_ids"] + response)[response > 0].sum())
+        for path in shard_paths(job.path(name), "weighted_pairs"):
+            table = read_shard(path, "weighted_pairs")
+            prompt_lengths = pc.list_value_length(table["prompt_ids"]).to_numpy()
+            for side in sides:
+                lengths = pc.list_value_length(table[f"{side}_ids"]).to_numpy()
+                tokens += int((prompt_lengths + lengths)[lengths > 0].sum())
     job.used(job.path("policy"), tokens * config.epochs, per_token=TRAIN)
     for role in ("reference", "teacher"):
         if role in job.inputs:

@@ -97,7 +97,7 @@ class Sources:
         if self._system_prompts is None:
             self._system_prompts = SystemPrompts(self.job)
         responses = responses_of(pairs)
-        prompts = [self._system_prompts.encode(response.pair["prompt_id"], system) for response in responses]
+        prompts = self._system_prompts.encode([response.pair["prompt_id"] for response in responses], system)
         return prompts, [response.ids for response in responses]
 
     def sided(self, rows: Sequence[Any]) -> list[ScoredPairRow]:

@@ -17,7 +17,8 @@ from pydantic import Field
 from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ContractError
 from data_contracts.rows import WeightedPairRow
-from data_contracts.shards import ShardRows, read_shards, shard_path, to_table, write_shard
+from data_contracts.shard_rows import ShardRows
+from data_contracts.shards import read_shard, read_shards, shard_path, shard_paths, to_table, write_shard
 from stages.job import Job
 from stages.models.families import attention_addition
 from stages.models.turns import TurnConfig
@@ -26,6 +27,7 @@ from stages.running.history import events
 from stages.stage import StageRuntime
 from stages.weighting.rows import is_identical
 from stages.weighting.sources import Sources
+from stages.weighting.teacher import SIDES
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import add_stats
 
@@ -114,31 +116,51 @@ def run(job: Job) -> None:
 
 
 def _summary(directory: Path, sources: Sources) -> dict[str, float]:
-    """Metrics of the finished artifact. Raises: ContractError if no pair is left."""
-    table = read_shards(directory, "weighted_pairs")
+    """Metrics of the finished artifact, shard by shard. Raises: ContractError if no pair is left."""
+    pairs = 0
+    numbers = ("weights", "reference_logps")
+    totals = {f"{side}_{name}": _Total() for side in SIDES for name in numbers}
+    for path in shard_paths(directory, "weighted_pairs"):
+        table = read_shard(path, "weighted_pairs")
+        pairs += table.num_rows
+        for name, total in totals.items():
+            total.add(_flat(table, name))
     dropped = read_shards(directory, "dropped", "dropped")
-    if not table.num_rows:
+    if not pairs:
         raise ContractError(
             f"weighted_pairs {directory.name}: all {dropped.num_rows} pairs have equal responses, e.g. of the prompts "
             f"{dropped['prompt_id'].to_pylist()[:3]}: nothing to train on. A higher sampling.temperature gives more "
             "varied ones"
         )
-    metrics: dict[str, float] = {"pairs": table.num_rows, "dropped": dropped.num_rows}
-    for side in ("chosen", "rejected"):
-        weights = _flat(table, f"{side}_weights")
-        metrics[f"tokens/{side}"] = len(weights)
-        if len(weights):
+    metrics: dict[str, float] = {"pairs": pairs, "dropped": dropped.num_rows}
+    for side in SIDES:
+        weights, logps = (totals[f"{side}_{name}"] for name in numbers)
+        metrics[f"tokens/{side}"] = weights.count
+        if weights.count:
             metrics |= {
-                f"weights/{side}/mean": float(weights.mean()),
-                f"weights/{side}/min": float(weights.min()),
-                f"weights/{side}/max": float(weights.max()),
+                f"weights/{side}/mean": weights.sum / weights.count,
+                f"weights/{side}/min": weights.least,
+                f"weights/{side}/max": weights.most,
             }
-        logps = _flat(table, f"{side}_reference_logps")
-        if len(logps):
-            metrics[f"mean_reference_logp/{side}"] = float(logps.mean())
+        if logps.count:
+            metrics[f"mean_reference_logp/{side}"] = logps.sum / logps.count
     stats = {event["index"]: event["stats"] for event in events(directory) if event["event"] == "stats"}
     metrics |= {f"weights/{name}": value for name, value in add_stats(stats.values()).items()}
     return metrics | sources.cache_counts()
+
+
+class _Total:
+    """Sum, count and range of the numbers of a column, over all shards."""
+
+    def __init__(self) -> None:
+        self.sum, self.count, self.least, self.most = 0.0, 0, np.inf, -np.inf
+
+    def add(self, values: np.ndarray) -> None:
+        """Count the numbers of one shard."""
+        if len(values):
+            self.sum += float(values.sum(dtype=np.float64))
+            self.count += len(values)
+            self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
 
 
 def _flat(table: pa.Table, name: str) -> np.ndarray:

@@ -3,13 +3,14 @@ prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_contracts.errors import ConfigError
-from data_contracts.shards import read_shards
+from data_contracts.errors import ConfigError, ContractError
+from data_contracts.prompts import Message
+from data_contracts.shard_rows import RowsByPrompt, ShardRows
 from stages.job import Job
 from stages.models.logps import Pass
 from stages.models.policy import batches_by_budget, collate, response_logits
@@ -48,7 +49,7 @@ class TeacherView:
             )
         self.reader = TokenText(self.student.tokenizer)
         check_offsets(self.teacher.tokenizer)
-        self.messages = {} if self.teacher.chat is None else _messages(job)
+        self.messages = None if self.teacher.chat is None else MessagesByPrompt(job)
         runtime = job.config.runtime
         options = {"kind": "unshifted", "score": score_unshifted} if unshifted else {}
         self.scored = scored
@@ -60,9 +61,16 @@ class TeacherView:
         """Text and spans of a response without the token that ended it."""
         return self.reader.read(ids[:-1] if self.student.ended(ids) else ids)
 
-    def _prompt(self, row: dict[str, Any]) -> list[int]:
-        if self.teacher.chat is not None:
-            return self.teacher.prompt(self.messages[row["prompt_id"]])
+    def _prompts(self, rows: Rows) -> list[list[int]]:
+        """The prompt of each row in the teacher's tokens."""
+        if self.messages is None:
+            return [self._text_prompt(row) for row in rows]
+        messages = self.messages.of([row["prompt_id"] for row in rows])
+        prompts = {prompt_id: self.teacher.prompt(turns) for prompt_id, turns in messages.items()}
+        return [prompts[row["prompt_id"]] for row in rows]
+
+    def _text_prompt(self, row: dict[str, Any]) -> list[int]:
+        """The text between the student's control tokens."""
         text_ids = [number for number in row["prompt_ids"] if number not in self.student.control_ids]
         if self.shared:
             return [*self.teacher.opening, *text_ids]
@@ -96,12 +104,12 @@ class TeacherView:
     def responses(self, rows: Rows) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and responses in the teacher's tokens, in the order of the weigh stage."""
         sides = _sides(rows)
-        return [self._prompt(row) for row, _ in sides], self._encode(sides)[2]
+        return self._prompts([row for row, _ in sides]), self._encode(sides)[2]
 
     def chosen(self, rows: Rows) -> list[tuple[list[int], list[int]]]:
         """(prompt, chosen response) of every row in the teacher's tokens."""
         sides = [(row, "chosen") for row in rows]
-        return list(zip([self._prompt(row) for row in rows], self._encode(sides)[2], strict=True))
+        return list(zip(self._prompts(rows), self._encode(sides)[2], strict=True))
 
     def batch(self, rows: Rows) -> dict[str, Any]:
         """The fields of a ResponseBatch that concern text and teacher."""
@@ -115,9 +123,29 @@ class TeacherView:
         }
         fields["teacher"] = Tokens.of(teacher_ids, teacher_spans, ended)
         if self.scored:
-            values = self.scores.get([self._prompt(row) for row, _ in sides], teacher_ids)
+            values = self.scores.get(self._prompts([row for row, _ in sides]), teacher_ids)
             fields["teacher_logps"] = np.concatenate(values) if values else np.zeros(0)
         return fields
+
+
+class MessagesByPrompt:
+    """The messages of the stage's prompts, of which a million take 16 MB."""
+
+    def __init__(self, job: Job):
+        """Raises: ConfigError if the prompts are not given."""
+        if "prompts" not in job.inputs:
+            raise ConfigError("a prompt in another template needs the messages: give the input `prompts`")
+        self.key, self.rows = job.inputs["prompts"].key, RowsByPrompt(ShardRows([job.path("prompts")], "prompts"))
+
+    def of(self, prompt_ids: Sequence[str]) -> Mapping[str, list[Message]]:
+        """The messages of each of these prompts. Raises: ContractError for a prompt that is not among them."""
+        distinct = list(dict.fromkeys(prompt_ids))
+        messages: dict[str, list[Message]] = {}
+        for prompt_id, rows in zip(distinct, self.rows.pick(distinct), strict=True):
+            if not rows:
+                raise ContractError(f"the prompt {prompt_id!r} of the pairs is not in prompts {self.key}")
+            messages[prompt_id] = rows[0]["messages"]
+        return messages
 
 
 class SystemPrompts:
@@ -126,11 +154,15 @@ class SystemPrompts:
 
     def __init__(self, job: Job):
         base = job.path("reference" if "reference" in job.inputs else "policy")
-        self.turns, self.messages = with_room_for_system(Turns(base, job.config)), _messages(job)
+        self.turns, self.messages = with_room_for_system(Turns(base, job.config)), MessagesByPrompt(job)
 
-    def encode(self, prompt_id: str, system: str) -> list[int]:
-        rest = [message for message in self.messages[prompt_id] if message["role"] != "system"]
-        return self.turns.prompt([{"role": "system", "content": system}, *rest])
+    def encode(self, prompt_ids: Sequence[str], system: str) -> list[list[int]]:
+        """The tokens of each of these prompts."""
+        prompts: dict[str, list[int]] = {}
+        for prompt_id, messages in self.messages.of(prompt_ids).items():
+            rest = [message for message in messages if message["role"] != "system"]
+            prompts[prompt_id] = self.turns.prompt([{"role": "system", "content": system}, *rest])
+        return [prompts[prompt_id] for prompt_id in prompt_ids]
 
 
 def score_unshifted(
@@ -155,9 +187,3 @@ def score_unshifted(
 
 def _sides(rows: Rows) -> list[tuple[dict[str, Any], str]]:
     return [(row, side) for side in SIDES for row in rows if row[f"{side}_ids"]]
-
-
-def _messages(job: Job) -> dict[str, Any]:
-    if "prompts" not in job.inputs:
-        raise ConfigError("a prompt in another template needs the messages: give the input `prompts`")
-    return {row["prompt_id"]: row["messages"] for row in read_shards(job.path("prompts"), "prompts").to_pylist()}

@@ -10,16 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import data_contracts.shard_rows
 import data_contracts.shards
 from data_contracts.errors import ArtifactError, ContractError
+from data_contracts.shard_rows import RowsByPrompt, ShardRows, prompt_hashes
 from data_contracts.shards import (
     SCHEMAS,
-    ShardRows,
     count_rows,
     read_shard,
     read_shards,
     seal_path,
     shard_is_whole,
+    shard_parts,
     shard_path,
     to_table,
     write_shard,
@@ -174,10 +176,27 @@ def test_only_the_shards_that_no_earlier_try_finished_are_made_again(tmp_path):
     assert list(tmp_path.glob("dropped-*")) == []
 
 
+def test_a_large_shard_is_read_in_parts_and_as_strictly(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_contracts.shards, "LARGE_SHARD_BYTES", 0)
+    monkeypatch.setattr(data_contracts.shards, "ROWS_PER_PART", 2)
+    path = shard_path(tmp_path, 0)
+    table = to_table([row(number) for number in range(5)], "generations")
+    write_shard(path, table)
+    parts = list(shard_parts(path, "generations"))
+    assert [len(part) for part in parts] == [2, 2, 1] and pa.concat_tables(parts).equals(table)
+    assert list(ShardRows([tmp_path], "generations")) == table.to_pylist()
+    with pytest.raises(ContractError, match="do not fit the contract of dropped"):
+        list(shard_parts(path, "dropped"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="its content is not what was written"):
+        list(shard_parts(path, "generations"))
+
+
 @pytest.mark.parametrize("joined_bytes", [0, 2**27])
 def test_rows_of_several_shards_are_those_of_the_table(tmp_path, monkeypatch, joined_bytes):
-    """As many tables as shards, or one."""
-    monkeypatch.setattr(data_contracts.shards, "JOINED_BYTES", joined_bytes)
+    """As many tables as shards, in a mapped file, or one in memory."""
+    monkeypatch.setattr(data_contracts.shard_rows, "JOINED_BYTES", joined_bytes)
+    monkeypatch.setattr(data_contracts.shard_rows, "RESIDENT_ROWS", 3)
     rows = [{"prompt_id": f"p{number}", "reason": "r"} for number in range(10)]
     for index, part in enumerate((rows[:4], rows[4:5], rows[5:])):
         write_shard(shard_path(tmp_path / "a", index), to_table(part, "dropped"))
@@ -196,6 +215,23 @@ def test_rows_of_several_shards_are_those_of_the_table(tmp_path, monkeypatch, jo
     for index in range(5):
         write_shard(shard_path(tmp_path / "c", index), to_table(lists[index : index + 1], "generations"))
     assert list(ShardRows([tmp_path / "c"], "generations")) == read_shards(tmp_path / "c", "generations").to_pylist()
+
+
+def test_rows_are_found_by_their_prompt(tmp_path, monkeypatch):
+    """In any order, several of one prompt or none; a hash that two ids share does not join them."""
+    ids = ["b", "a", "b", "c", "b"]
+    rows = [{"prompt_id": name, "reason": str(number)} for number, name in enumerate(ids)]
+    for index in range(5):
+        write_shard(shard_path(tmp_path, index), to_table(rows[index : index + 1], "dropped"))
+    expected = [[rows[3]], [], [rows[0], rows[2], rows[4]], [rows[1]]]
+    hashed = ShardRows([tmp_path], "dropped")
+    found = RowsByPrompt(hashed)
+    assert found.pick(["c", "x", "b", "a"]) == expected and found.pick([]) == []
+    hashes = prompt_hashes(hashed)
+    assert found.counts(hashes).tolist() == [3, 1, 3, 1, 3]
+    assert found.first_of_others(hashes) is None and found.first_of_others(hashes[:1]) == rows[1]
+    monkeypatch.setattr(data_contracts.shard_rows, "hash", lambda _: 7, raising=False)
+    assert RowsByPrompt(hashed).pick(["c", "x", "b", "a"]) == expected
 
 
 def test_every_single_flipped_bit_of_a_shard_is_found(tmp_path):

@@ -3,6 +3,7 @@
 Strategy: a scorer that counts its rows stands for the forward pass; the tiny model only gives the directory and its digest.
 """
 
+import random
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ContractError
+from stages.models.key_index import KeyIndex
 from stages.models.logps import Pass, row_key
 
 PROMPTS, RESPONSES = [[1, 2], [3], [4, 5, 6]], [[7], [8, 9], [1, 1, 1]]
@@ -105,3 +107,17 @@ def test_nan_log_probs_stop_the_pass_and_nothing_is_stored(make_pass):
     with pytest.raises(ContractError, match="NaN or infinity"):
         broken.fill(PROMPTS, RESPONSES)
     assert not list(broken.directory.glob("part-*"))
+
+
+def test_an_index_of_keys_keeps_the_first_number_of_each(monkeypatch):
+    """Before and after keys are sorted in, and where two keys share their first half."""
+    monkeypatch.setattr("stages.models.key_index.UNSORTED", 3)
+    chance, index, expected = random.Random(0), KeyIndex(), {}
+    keys = [bytes([chance.randrange(4)]) * 8 + bytes([number % 50]) * 8 for number in range(200)]
+    for start in range(0, 200, 2):
+        part = keys[start : start + 2]
+        index.add(part, [start, start + 1])
+        for number, key in enumerate(part, start):
+            expected.setdefault(key, number)
+        assert index.find([*keys, b"\xff" * 16]) == [expected.get(key, -1) for key in keys] + [-1]
+    assert len(index) == len(expected) and index.find([]) == []

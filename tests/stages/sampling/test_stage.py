@@ -13,13 +13,14 @@ import pytest
 
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ConfigError, ContractError
-from data_contracts.shards import SCHEMAS, read_shards, to_table
+from data_contracts.shard_rows import ShardRows
+from data_contracts.shards import SCHEMAS, read_shards, shard_path, to_table, write_shard
 from stages.execute import execute
 from stages.models.turns import Turns
 from stages.sampling import check
 from stages.sampling.base import Candidate
 from stages.sampling.canned import Canned
-from stages.sampling.stage import SamplingConfig, encode_prompts
+from stages.sampling.stage import SamplingConfig, UsablePrompts
 from stages.scoring.stage import ScoringConfig
 from stages.stage import STAGES
 
@@ -50,6 +51,17 @@ def sample(store, make_prompts, tiny_model):
         return record, read_shards(store.directory(record.kind, record.key), "generations").to_pylist()
 
     return run
+
+
+@pytest.fixture
+def usable(tmp_path):
+    """usable(rows, settings, turns) -> UsablePrompts of an artifact with these rows."""
+
+    def check(rows, settings, turns):
+        write_shard(shard_path(tmp_path, 0), to_table(rows, "prompts"))
+        return UsablePrompts(ShardRows([tmp_path], "prompts"), settings, turns)
+
+    return check
 
 
 def test_there_are_k_rows_per_prompt_in_the_order_of_the_prompts(sample, make_rows, turns):
@@ -84,29 +96,29 @@ def test_prompts_in_another_order_or_company_give_the_same_rows(sample, make_row
     assert all(first[row["prompt_id"], row["candidate"]] == row for row in other) and len(other) == 12
 
 
-def test_a_prompt_that_is_too_long_is_refused_by_name(make_rows, turns):
-    lengths = [len(ids) for ids in encode_prompts(make_rows(3), config(), turns).ids]
+def test_a_prompt_that_is_too_long_is_refused_by_name(make_rows, turns, usable):
+    lengths = [len(prompt.ids) for prompt in usable(make_rows(3), config(), turns)]
     limit = max(lengths)
-    encode_prompts(make_rows(3), config(max_prompt_tokens=limit), turns)
+    usable(make_rows(3), config(max_prompt_tokens=limit), turns)
     late = lengths.index(limit)
     with pytest.raises(
         ConfigError, match=rf"the prompt 'p00{late}' has {limit} tokens, allowed are 1 to {limit - 1} .*context is 256"
     ):
-        encode_prompts(make_rows(3)[late:], config(max_prompt_tokens=limit - 1), turns)
+        usable(make_rows(3)[late:], config(max_prompt_tokens=limit - 1), turns)
 
 
-def test_limits_beyond_the_context_are_refused(make_rows, turns):
-    encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=56), turns)
+def test_limits_beyond_the_context_are_refused(make_rows, turns, usable):
+    usable(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=56), turns)
     with pytest.raises(
         ConfigError, match=r"max_prompt_tokens \+ max_new_tokens = 257 exceeds the context of 256 positions"
     ):
-        encode_prompts(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=57), turns)
+        usable(make_rows(1), config(max_prompt_tokens=200, max_new_tokens=57), turns)
 
 
-def test_an_empty_prompt_is_refused(tiny_model):
-    empty = [{"prompt_id": "e", "messages": [{"role": "user", "content": ""}]}]
+def test_an_empty_prompt_is_refused(make_rows, tiny_model, usable):
+    empty = [make_rows(1)[0] | {"prompt_id": "e", "messages": [{"role": "user", "content": ""}]}]
     with pytest.raises(ConfigError, match="the prompt 'e' has 0 tokens"):
-        encode_prompts(empty, config(template="plain"), Turns(tiny_model, config(template="plain")))
+        usable(empty, config(template="plain"), Turns(tiny_model, config(template="plain")))
 
 
 @pytest.mark.parametrize(

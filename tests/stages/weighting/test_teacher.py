@@ -70,8 +70,8 @@ def test_the_teacher_reads_its_own_template_and_no_token_of_the_students(
     shared, tmp_path, loaded, monkeypatch, student_name, teachers
 ):
     monkeypatch.setattr(turns_module, "load_tokenizer", loaded)
-    messages = {"p": MESSAGES}
-    monkeypatch.setattr("stages.weighting.teacher._messages", lambda job: messages)
+    messages = SimpleNamespace(of=lambda prompt_ids: dict.fromkeys(prompt_ids, MESSAGES))
+    monkeypatch.setattr("stages.weighting.teacher.MessagesByPrompt", lambda job: messages)
     student = turns_module.turns_or_plain(directory_of(student_name, shared, tmp_path), TurnConfig())
     row = {"prompt_id": "p", "prompt_ids": student.prompt(MESSAGES)}
     row |= {"chosen_ids": student.response(ANSWER), "rejected_ids": student.response(ANSWER)[:-1]}
@@ -167,7 +167,7 @@ def test_models_with_equal_weights_that_end_turns_otherwise_differ_in_the_last_t
 def test_a_teacher_without_a_template_is_named_where_one_is_asked_for(tiny_model, tmp_path, monkeypatch):
     bare = shutil.copytree(tiny_model, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
-    monkeypatch.setattr("stages.weighting.teacher._messages", lambda job: {})
+    monkeypatch.setattr("stages.weighting.teacher.MessagesByPrompt", lambda job: None)
     assert view(tiny_model, bare).teacher.chat is None
     with pytest.raises(ConfigError, match=r"has no chat template, and weights.teacher_prompt is chat_template"):
         view(tiny_model, bare, "chat_template")
