@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ class ShardRows(Sequence[Row]):
     def texts(self, name: str) -> Iterator[str]:
         """Yield the values of a text column of all rows."""
         for table in self.tables:
-            yield from table.column(name).to_pylist()
+            yield from cast("list[str]", table.column(name).to_pylist())
             self._release()
 
     def _release(self) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def shard_parts(path: Path, kind: str) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
+def _damage_explained(path: Path) -> Generator[None]:
     """Raises: ArtifactError that says what to do, where reading `path` fails."""
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -36,9 +37,10 @@ class ScoreTotals:
     def add(self, pairs: pa.Table, raw: pa.Table, dropped: pa.Table) -> None:
         """Add one shard: tables of `scored_pairs`, `scores` and `dropped`."""
         self.pairs += pairs.num_rows
-        self.dropped.update(dropped["reason"].to_pylist())
+        self.dropped.update(cast("list[str]", dropped["reason"].to_pylist()))
         if len(self.examples) < NUM_EXAMPLES:
-            self.examples = [*self.examples, *dropped["prompt_id"].to_pylist()][:NUM_EXAMPLES]
+            prompt_ids = cast("list[str]", dropped["prompt_id"].to_pylist())
+            self.examples = [*self.examples, *prompt_ids][:NUM_EXAMPLES]
         self._spoilt.update(reason for row in raw["reasons"].to_pylist() for reason in row or () if reason)
         self._add_points(raw)
         self._add_comparisons(raw)
@@ -63,9 +65,7 @@ class ScoreTotals:
         matrices = [matrix for matrix in matrices if matrix.size]
         self._num_uncompared += sum(int(np.isnan(matrix).any(axis=1).sum()) for matrix in matrices)
         statistics = pair_statistics(matrices)
-        if self._comparisons is not None:
-            statistics = PairStatistics(*(sum(pair) for pair in zip(self._comparisons, statistics, strict=True)))
-        self._comparisons = statistics
+        self._comparisons = statistics if self._comparisons is None else _added(self._comparisons, statistics)
 
     def metrics(self, num_prompts: int) -> dict[str, float]:
         """What the record says of the artifact."""
@@ -97,3 +97,15 @@ class ScoreTotals:
         if len(self._ends) > 1:
             self._ends = [Ends(*(np.concatenate(column) for column in zip(*self._ends, strict=True)))]
         return self._ends[0]
+
+
+def _added(left: PairStatistics, right: PairStatistics) -> PairStatistics:
+    """Return the statistics of both shards together."""
+    return PairStatistics(
+        left.pairs + right.pairs,
+        left.bias + right.bias,
+        left.width + right.width,
+        left.decided_by_order + right.decided_by_order,
+        left.triples + right.triples,
+        left.cyclic + right.cyclic,
+    )
