@@ -20,7 +20,7 @@ from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.gate import Verdict
 from flows.report.page import markdown_table, render, standalone_figures
-from flows.report.story import Story, WeightPicture
+from flows.report.story import ShownPrompt, Story, WeightPicture, shown_prompts
 from flows.report.weights import weight_picture
 from flows.tournament import Standing, spread, standing
 from stages.evaluation.heldout import per_prompt
@@ -92,7 +92,7 @@ class History:
         self._built: dict[int, dict[str, Built]] = {}
         self._seconds: list[dict[str, float]] = []
         self._gains: list[dict[str, Any]] = []
-        self._prompts: dict[str, str] = {}
+        self._prompts: dict[str, ShownPrompt] = {}
         self._curves: dict[int, list[dict[str, float]]] = {}
         self._weights: dict[int, WeightPicture] = {}
         self._dropped: dict[int, dict[str, float]] = {}
@@ -108,8 +108,10 @@ class History:
         self._dropped[place.iteration] = _drop_reasons(built.record for built in chain)
         for sentence in (sentence for built in chain for sentence in built.record.facts.get("told_apart", ())):
             self.pages.warn(f"iteration {place.iteration}: {sentence}")
-        if "weigh" in stages and "train" in stages and (picture := weight_picture(stages["weigh"], stages["train"])):
-            self._weights[place.iteration] = picture
+        if "weigh" in stages and "train" in stages:
+            prompts = stages["score"].record.inputs.get("prompts") if "score" in stages else None
+            if picture := weight_picture(stages["weigh"], stages["train"], prompts):
+                self._weights[place.iteration] = picture
 
     def measured(self, place: Place, answers: Built, report: Built) -> None:
         """An iteration is complete: add its row, show it."""
@@ -120,7 +122,7 @@ class History:
         rows = {row["metric"]: row for row in self.reports[-1] if row["suite"] == "heldout"}
         self.heldout.append(cast(list[HeldoutRow], read_shards(report.ref.path, "heldout", "heldout").to_pylist()))
         if not self._prompts and "prompts" in report.record.inputs:
-            self._prompts = _prompt_texts(report.record.inputs["prompts"])
+            self._prompts = shown_prompts(report.record.inputs["prompts"])
 
         def value(metric: str, column: str, digits: int) -> float | None:
             number = rows[metric][column] if metric in rows else None
@@ -314,7 +316,8 @@ class History:
         step = max(1, len(first) // count)
         lines = []
         for row in first[::step][:count]:
-            lines += [f"**{row['prompt_id']}**", ""]
+            shown = self._prompts.get(row["prompt_id"])
+            lines += [f"**{shown.name if shown else row['prompt_id']}**", ""]
             for iteration, rows in enumerate(self.heldout):
                 match = next(
                     r for r in rows if (r["prompt_id"], r["candidate"]) == (row["prompt_id"], row["candidate"])
@@ -357,11 +360,6 @@ def _tournament_lines(standing: Standing) -> list[str]:
     ]
     caption = f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed and are in no mean."
     return [caption, "", markdown_table(rows)]
-
-
-def _prompt_texts(ref: ArtifactRef) -> dict[str, str]:
-    rows = read_shards(ref.path, "prompts").to_pylist()
-    return {row["prompt_id"]: "\n\n".join(message["content"] for message in row["messages"]) for row in rows}
 
 
 def _curve(ref: ArtifactRef) -> list[dict[str, float]]:

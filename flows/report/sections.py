@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from data_contracts.rows import HeldoutRow, ReportRow
 from flows.report import plots
 from flows.report.figures import Figure
-from flows.report.story import SIDES, Story
+from flows.report.story import SIDES, ShownPrompt, Story
 from flows.tournament import spread
 
 LONGEST_TEXT = 1500
@@ -51,7 +51,8 @@ class Token(NamedTuple):
 class TokenExample(NamedTuple):
     """A pair of responses, token by token."""
 
-    prompt_id: str
+    prompt: str
+    """Its name."""
     sides: list[tuple[str, list[Token]]]
 
 
@@ -75,7 +76,7 @@ class Answer(NamedTuple):
 class PromptAnswers(NamedTuple):
     """The answers of several iterations to one prompt."""
 
-    prompt_id: str
+    name: str
     reason: str
     """Why this prompt is shown; "" for one of the evenly spaced ones."""
     prompt: str
@@ -245,7 +246,7 @@ def _token_weights(iteration: int, examples: Sequence[Mapping[str, Any]]) -> Tok
     shaded = []
     for example in examples:
         sides = [(side, [token(text, weight) for text, weight in example[side]]) for side in SIDES if example[side]]
-        shaded.append(TokenExample(example["prompt_id"], sides))
+        shaded.append(TokenExample(example["prompt"], sides))
     return TokenWeights(iteration, middle, shaded)
 
 
@@ -265,7 +266,8 @@ def _answers(story: Story) -> list[PromptAnswers]:
             if len(text) > LONGEST_TEXT:
                 text = text[:LONGEST_TEXT] + " \N{HORIZONTAL ELLIPSIS}"
             answers.append(Answer(story.rows[i]["iteration"], score, row["num_tokens"], text))
-        prompts.append(PromptAnswers(name, reason, story.prompts.get(name, "")[:LONGEST_TEXT], answers))
+        shown = story.prompts.get(name, ShownPrompt(name, ""))
+        prompts.append(PromptAnswers(shown.name, reason, shown.text[:LONGEST_TEXT], answers))
     return prompts
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
+from data_contracts.artifact import ArtifactRef
+from data_contracts.prompts import has_written_id, name_of
 from data_contracts.rows import HeldoutRow, ReportRow
+from data_contracts.shard_rows import RowsByPrompt, ShardRows
 from flows.tournament import Standing
 
 SIDES = ("chosen", "rejected")
@@ -23,7 +27,28 @@ class WeightPicture(NamedTuple):
     """Name of a bound -> fraction of the tokens at it."""
     tokens: int
     examples: list[dict[str, Any]]
-    """{"prompt_id", "chosen": [(text, weight), ...], "rejected": [...]}"""
+    """{"prompt": its name, "chosen": [(text, weight), ...], "rejected": [...]}"""
+
+
+class ShownPrompt(NamedTuple):
+    """How a prompt appears in a report."""
+
+    name: str
+    """The id that its writer gave it, or the beginning of its last message."""
+    text: str
+
+
+def shown_prompts(prompts: ArtifactRef, prompt_ids: Sequence[str] | None = None) -> dict[str, ShownPrompt]:
+    """Return prompts of an artifact by id; None: all of them."""
+    rows = ShardRows([prompts.path], "prompts")
+    chosen = rows if prompt_ids is None else chain.from_iterable(RowsByPrompt(rows).pick(prompt_ids))
+    return {
+        row["prompt_id"]: ShownPrompt(
+            row["prompt_id"] if has_written_id(row) else name_of(row),
+            "\n\n".join(message["content"] for message in row["messages"]),
+        )
+        for row in chosen
+    }
 
 
 class Story(NamedTuple):
@@ -35,8 +60,8 @@ class Story(NamedTuple):
     """Rows of the table: rounded values by column name."""
     reports: list[list[ReportRow]]
     heldout: list[list[HeldoutRow]]
-    prompts: dict[str, str]
-    """prompt_id -> its text."""
+    prompts: dict[str, ShownPrompt]
+    """The held-out ones, by id."""
     gains: list[dict[str, Any]]
     """Against the start: {"mean", "low", "high", "controlled": {...}} or empty."""
     win_rates: dict[int, list[float | None]]

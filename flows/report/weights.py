@@ -11,15 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.report.story import WeightPicture
+from data_contracts.artifact import ArtifactRef
+from flows.report.story import WeightPicture, shown_prompts
 from tasks.build import Built
 
 MOST_TOKENS = 2_000_000
 """Weights that a histogram reads; of a larger artifact, the first shards."""
 
 
-def weight_picture(weighed: Built, trained: Built) -> WeightPicture | None:
-    """Histogram and examples of the token weights; None where all of them are one."""
+def weight_picture(weighed: Built, trained: Built, prompts: ArtifactRef | None = None) -> WeightPicture | None:
+    """Return histogram and examples of the token weights; None where all of them are one.
+
+    prompts: of the pairs, to name the examples.
+    """
     metrics = weighed.record.metrics
     ends = [
         metrics[f"weights/{side}/{end}"]
@@ -57,11 +61,13 @@ def weight_picture(weighed: Built, trained: Built) -> WeightPicture | None:
         bins["rejected"],
         clamped,
         read,
-        _token_examples(paths[0], tokenizer) if paths else [],
+        _token_examples(paths[0], tokenizer, prompts) if paths else [],
     )
 
 
-def _token_examples(shard: Path, tokenizer_file: Path, count: int = 4, longest: int = 300) -> list[dict[str, Any]]:
+def _token_examples(
+    shard: Path, tokenizer_file: Path, prompts: ArtifactRef | None, count: int = 4, longest: int = 300
+) -> list[dict[str, Any]]:
     """The pairs of a shard whose weights vary most, as (text, weight) per token.
 
     Needs the policy's tokenizer.json; else none.
@@ -76,9 +82,10 @@ def _token_examples(shard: Path, tokenizer_file: Path, count: int = 4, longest: 
     columns = ["prompt_id", "chosen_ids", "chosen_weights", "rejected_ids", "rejected_weights"]
     rows = pq.read_table(shard, columns=columns, partitioning=None).slice(0, 500).to_pylist()
     rows.sort(key=lambda row: (-float(np.std(row["chosen_weights"] or [0.0])), row["prompt_id"]))
+    shown = {} if prompts is None else shown_prompts(prompts, [row["prompt_id"] for row in rows[:count]])
     return [
         {
-            "prompt_id": row["prompt_id"],
+            "prompt": shown[row["prompt_id"]].name if row["prompt_id"] in shown else row["prompt_id"],
             **{
                 side: token_pieces(tokenizer, row[f"{side}_ids"][:longest], row[f"{side}_weights"][:longest])
                 for side in ("chosen", "rejected")

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_text
-from data_contracts.prompts import Message
+from data_contracts.prompts import Message, name_of
 from stages.models.data_text import TextEncoder
 from stages.models.templates import (
     ChatTemplate,
@@ -382,7 +382,7 @@ def unusable(row: Mapping[str, Any], settings: TurnConfig, turns: Turns) -> str 
         return None
     if settings.special_tokens_in_data == "refuse":
         raise ConfigError(
-            f"the row {row['prompt_id']!r} spells the control token {token!r}: remove it, or set sampling.special_tokens_in_data to text (it is "
+            f"the row {name_of(row)} spells the control token {token!r}: remove it, or set sampling.special_tokens_in_data to text (it is "
             "tokenised as text) or drop"
         )
     return DROPPED
@@ -400,9 +400,13 @@ def folded(messages: Messages) -> Messages:
 
 
 def turns_of_reader(directory: str | Path, settings: TurnConfig | None = None) -> Turns:
-    """The turns of a model that reads what the policy reads (a teacher, a reward model): by its own chat template, as
-    plain text if it has none. Of `settings`, only what concerns the data counts."""
-    base = (settings or TurnConfig()).model_copy(update={"template": "chat", "template_kwargs": {}})
+    """Return the turns of a model that reads what the policy reads (a teacher, a reward model): by its own chat
+    template, as plain text if it has none.
+
+    `settings` are the policy's. Its template is not used, what it asks for (`template_kwargs`) is: a teacher of the same
+    family must not begin to think where the policy does not, and other templates do not know the name.
+    """
+    base = (settings or TurnConfig()).model_copy(update={"template": "chat"})
     return with_room_for_system(turns_or_plain(directory, base))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_contracts.errors import ConfigError
-from data_contracts.prompts import PromptRow
+from data_contracts.prompts import PromptRow, name_of
 from data_contracts.rows import GenerationRow, ScoredPairRow
 from stages.job import Job
 from stages.models.turns import DROPPED, Turns, unusable
@@ -48,14 +48,14 @@ class GivenTexts:
         try:
             return self.turns.prompt(prompt["messages"])
         except ConfigError as error:
-            raise ConfigError(f"the prompt {prompt['prompt_id']!r}: {error}") from None
+            raise ConfigError(f"the prompt {name_of(prompt)}: {error}") from None
 
     def response(self, prompt: PromptRow, field: TextField) -> Response:
         """The text in this field. Raises: ConfigError if the prompt has none."""
         text = prompt[field]
         if text is None:
             raise ConfigError(
-                f"pairing {self.config.pairing} needs `{field}` in every prompt; {prompt['prompt_id']!r} has none"
+                f"pairing {self.config.pairing} needs `{field}` in every prompt; {name_of(prompt)} has none"
             )
         ids = self.turns.response(text)[: self.config.max_response_tokens]
         return Response(ids, text)

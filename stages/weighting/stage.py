@@ -73,11 +73,12 @@ Config = WeightingConfig
 
 
 def key_additions(config: WeightingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
-    """Before the turn contract, a teacher read the student's special tokens as text; and see `attention_addition`."""
+    """Before the turn contract, a teacher read the student's special tokens as text; then its template was not given
+    the run's `template_kwargs`; and see `attention_addition`."""
     settings = config.weights or WEIGHTS.config("ones")
     needs = WEIGHTS.get(settings.name).needs(settings)
     has_teacher = config.teacher_tokens or bool(needs & {"teacher", "teacher_unshifted"})
-    view = {"teacher_view": 2} if has_teacher else {}
+    view = {"teacher_view": 3 if config.template_kwargs else 2} if has_teacher else {}
     return view | attention_addition(inputs.values())
 
 

@@ -5,6 +5,7 @@ milliseconds; loading a model, starting a stage or a server is an assertion erro
 What a fresh process says is in tests/flows/test_bad_input.py.
 """
 
+import builtins
 import contextlib
 import copy
 import io
@@ -15,6 +16,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -149,6 +151,45 @@ def train(*lines: str | bytes | dict) -> callable:
         ]
         desk.train.write_bytes(b"\n".join([first, *given]) + b"\n")
         return desk.play()
+
+    return spoil
+
+
+def long_line(desk: Desk) -> int:
+    """A correct first prompt, then one of 200 MB."""
+    with desk.train.open("ab") as file:
+        file.write(b'{"prompt": "')
+        for _ in range(200):
+            file.write(b"x" * 2**20)
+        file.write(b'"}\n')
+    return desk.play()
+
+
+def splits(split: str) -> callable:
+    """A directory with the splits train and test, and a request for this one."""
+
+    def spoil(desk: Desk) -> int:
+        data = desk.root / "shards"
+        data.mkdir()
+        for name in ("train", "test"):
+            shutil.copy(desk.train, data / f"{name}.jsonl")
+        return setting("prompts.train", {"path": str(data), "split": split})(desk)
+
+    return spoil
+
+
+def hub(error: str, message: str) -> callable:
+    """A request for a set of the hub, to which the library `datasets` answers with this error."""
+
+    def spoil(desk: Desk) -> int:
+        import datasets
+
+        kind = getattr(datasets.exceptions, error, None) or getattr(builtins, error)
+        with (
+            mock.patch.object(datasets, "load_dataset", side_effect=kind(message)),
+            mock.patch.object(datasets.config, "HF_HUB_OFFLINE", False),
+        ):
+            return setting("prompts.train", {"hub_id": "a/b"})(desk)
 
     return spoil
 
@@ -464,6 +505,31 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "held-out prompts that train": (
         lambda desk: (desk.heldout.write_bytes(desk.train.read_bytes()), desk.play())[1], WRONG, ("8 prompt id(s) are both in the training",),
     ),
+    "a column that no line has": (
+        setting("prompts.columns", {"prompt": "question"}), WRONG, ("train.jsonl has no column 'question' (columns.prompt); it has prompt_id",),
+    ),
+    "a column that nothing reads": (setting("prompts.columns", {"promt": "prompt"}), WRONG, ("prompts.columns.promt",)),
+    "a split of a file": (
+        setting("prompts.train", {"path": "deploy/prompts/tiny.jsonl", "split": "test"}), WRONG, ("is a file and has no splits",),
+    ),
+    "a split that a directory does not have": (splits("dev"), WRONG, ("has no split 'dev'; there are train, test",)),
+    "two shapes in one file": (
+        train({"conversations": [{"from": "human", "value": "x"}]}), WRONG, ("mixes shapes: line 1 is read as prompts, line 2 as conversations",),
+    ),
+    "a binary file": (
+        lambda desk: (desk.train.write_bytes(b"\x7fELF\0\0\0\1" * 99), desk.play())[1], WRONG, ("train.jsonl is not text: it holds zero bytes",),
+    ),
+    "a line of 200 MB": (long_line, WRONG, ("train.jsonl line 9 is longer than 64 MiB",)),
+    "a hub set that is not there": (
+        hub("DatasetNotFoundError", "Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), WRONG, ("the hub has no data set a/b", "doesn't exist"),
+    ),
+    "a hub set that is gated": (
+        hub("DatasetNotFoundError", "Dataset 'a/b' is a gated dataset on the Hub. Visit it to ask for access."), WRONG, ("is a gated dataset",),
+    ),
+    "a hub set with another configuration": (
+        hub("ValueError", "BuilderConfig 'x' not found. Available: ['main']"), WRONG, ("the data set a/b cannot be read: BuilderConfig 'x' not found",),
+    ),
+    "a hub that does not answer": (hub("ConnectionError", "no route"), LATER, ("the data set a/b could not be fetched", "no route")),
     "a prompt file that is not there": (setting("prompts.train", "/no/p.jsonl"), WRONG, ("cannot read the prompt file /no/p.jsonl: No such",)),
     # --- models and tokenizers
     "no model": (setting("policy.path", "/no/model"), WRONG, ("the model directory /no/model does not exist",)),

@@ -5,6 +5,7 @@ Strategy: one small run as a mapping; each test changes what it is about. No mod
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -324,6 +325,18 @@ def test_a_path_in_a_config_is_looked_for_beside_it_then_where_the_command_is_ty
     assert settings.prompts.heldout.path == "data/heldout.jsonl"
     assert settings.models.teacher.path == "no/such"
     assert load_run("../runs/run.yaml").prompts.train == settings.prompts.train
+
+
+def test_a_template_in_a_config_is_looked_for_beside_it_then_where_the_command_is_typed(beside):
+    (beside / "mine.jinja").write_text("beside {{ messages[0].content }}")
+    for name in ("mine", "other"):
+        Path(f"{name}.jinja").write_text("typed {{ messages[0].content }}")
+    for name, expected in (("mine", "beside"), ("other", "typed")):
+        sampling = {"template": {"file": f"{name}.jinja"}}
+        (beside / "own.yaml").write_text(yaml.safe_dump({"extends": "run.yaml", "sampling": sampling}))
+        assert load_run(beside / "own.yaml").sampling.template.jinja.split()[0] == expected
+    typed = load_run(beside / "own.yaml", {"sampling.template": {"file": "mine.jinja"}})
+    assert typed.sampling.template.jinja.split()[0] == "typed"
 
 
 def test_a_path_that_is_typed_is_meant_where_it_is_typed(beside):

@@ -20,6 +20,7 @@ import pytest
 import flows.report.history
 import flows.report.prefect_pages
 from data_contracts.artifact import ArtifactRecord
+from data_contracts.prompts import prompt_row
 from data_contracts.shards import SCHEMAS, shard_path, to_table, write_shard
 from data_contracts.store import Store
 from flows.config import load_run
@@ -27,6 +28,7 @@ from flows.gate import Gate
 from flows.hands import read_report
 from flows.report.history import History
 from flows.report.prefect_pages import PrefectPages
+from flows.report.story import shown_prompts
 from flows.report.weights import token_pieces
 from tasks.build import Built
 from tasks.place import Place
@@ -226,6 +228,14 @@ def test_each_figure_is_a_file_of_its_own_too(history_of):
     for path in folder.iterdir():
         root = ElementTree.parse(path).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(root) > 3
+
+
+def test_an_id_that_nobody_wrote_is_not_shown(store, make_prompts):
+    rows = [prompt_row([{"role": "user", "content": text}], prompt_id=name) for text, name in (("a", None), ("b", "B"))]
+    prompts = make_prompts(store, rows)
+    names = {row["prompt_id"]: name for row, name in zip(rows, ("'a'", "B"), strict=True)}
+    assert {key: shown.name for key, shown in shown_prompts(prompts).items()} == names
+    assert [shown.text for shown in shown_prompts(prompts, ["B", "no such"]).values()] == ["b"]
 
 
 def test_two_suites_with_one_task_have_a_column_each(history_of):

@@ -178,4 +178,6 @@ def test_a_key_changes_only_where_a_teacher_is_read():
     assert key(WeightingConfig(), {}) == key(WeightingConfig(system="keep"), {})
     assert STAGES["weigh"].settings(WeightingConfig(weights={"name": "swift"}), {})["teacher_view"] == 2
     assert STAGES["weigh"].settings(WeightingConfig(teacher_tokens=True), {})["teacher_view"] == 2
+    thinking = WeightingConfig(teacher_tokens=True, template_kwargs={"enable_thinking": False})
+    assert STAGES["weigh"].settings(thinking, {})["teacher_view"] == 3
     assert "teacher_view" not in STAGES["weigh"].settings(WeightingConfig(weights={"name": "tis_dpo"}), {})
