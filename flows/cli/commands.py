@@ -5,9 +5,7 @@ Exit codes: 0 done, 2 the request is wrong and nothing was written, 130 interrup
 
 from __future__ import annotations
 
-import os
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +39,9 @@ def run(config: RUN_FILE, set: SET = None, store: STORE = None) -> None:
 
     Run it again after anything - a finish, a kill, a power cut - and it goes on.
     """
-    _play(config, set, store)
+    from flows.cli.play import play
+
+    play(config, _overrides(set), store)
 
 
 @app.command()
@@ -50,7 +50,9 @@ def resume(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
 
     With the settings it was started with last, as runs/NAME/run.json keeps them.
     """
-    _play(str(_settings_of(name, store)), set, store)
+    from flows.cli.play import play
+
+    play(str(_settings_of(name, store)), _overrides(set), store)
 
 
 @app.command()
@@ -63,21 +65,9 @@ def compare(
 
     One table, with intervals; what does not depend on the method is built once.
     """
-    from data_contracts.store import Store
-    from flows.comparison import load_comparison
+    from flows.cli.play import play_comparison
 
-    root = Store(store)
-    comparison = load_comparison(config, _overrides(set))
-    comparison.check(root)
-    for variant in comparison.variants:
-        _check_server(variant.config)
-    with _server(root) as url:
-        from flows.compare import compare as flow
-
-        print(f"watch it at {url.removesuffix('/api')}", flush=True)
-        result = flow(config=config, overrides=_overrides(set), store=str(root.root))
-    print(result["text"])
-    print(f"report: {result['report']}")
+    play_comparison(config, _overrides(set), store)
 
 
 @app.command()
@@ -265,7 +255,7 @@ def replay_batch(path: Annotated[str, typer.Argument(help="the directory that th
 
 
 def _hand_over(module: str, arguments: list[str], store: str | None) -> None:
-    """To a command that can also be called by itself: `python -m MODULE`."""
+    """Run the command `python -m MODULE ARGUMENTS` in this process. Raises: SystemExit with its exit code if not 0."""
     import importlib
 
     code = importlib.import_module(module).main([*arguments, *(["--store", store] if store else [])])
@@ -274,6 +264,7 @@ def _hand_over(module: str, arguments: list[str], store: str | None) -> None:
 
 
 def _contracts(command: str, store: str | None, *arguments: Any) -> None:
+    """Run a command of `python -m data_contracts` on the store."""
     import data_contracts.__main__ as contracts
     from data_contracts.store import Store
 
@@ -281,6 +272,7 @@ def _contracts(command: str, store: str | None, *arguments: Any) -> None:
 
 
 def _overrides(assignments: list[str] | None) -> dict[str, Any]:
+    """Return the settings that `--set section.field=value` names, by dotted name."""
     from flows.config import parse_assignment
 
     return dict(parse_assignment(text) for text in assignments or [])
@@ -297,69 +289,14 @@ def _settings_of(name: str, store: str | None) -> Path:
     runs = artifacts.runs_with(RUN_SETTINGS)
     if name not in runs:
         raise ConfigError(
-            f"{name!r} is neither a run config nor a run in {artifacts.root}; runs there: {', '.join(runs) or 'none'} (--store names another store)"
+            f"{name!r} is neither a run config nor a run in {artifacts.root}; "
+            f"runs there: {', '.join(runs) or 'none'} (--store names another store)"
         )
     return artifacts.run_directory(name) / RUN_SETTINGS
 
 
-def _server(store: Any) -> AbstractContextManager[str]:
-    from flows.cli.server import prefect_server
-
-    return prefect_server(store.root / "prefect")
-
-
-def _check_server(settings: Any) -> None:
-    """Refuse a run whose work waits for workers of a server that nobody named.
-
-    Raises: ConfigError.
-    """
-    from data_contracts.errors import ConfigError
-
-    profile = settings.execution.profile
-    if profile in ("process-pool", "kubernetes") and not os.environ.get("PREFECT_API_URL"):
-        raise ConfigError(
-            f"execution.profile is {profile}, and no Prefect server is named: export PREFECT_API_URL=http://HOST:4200/api, the server of the "
-            "workers (docs/cluster.md)"
-        )
-
-
-def _play(config: str, assignments: list[str] | None, store: str | None) -> None:
-    from data_contracts.ledger import Ledger
-    from data_contracts.store import Store
-    from flows.config import load_run
-    from flows.preflight import preflight
-
-    root, overrides = Store(store), _overrides(assignments)
-    settings = load_run(config, overrides)
-    _check_server(settings)
-    preflight(settings, root)
-    os.environ["SELFPLAY_OWN_PROCESS"] = "1"
-    with _server(root) as url:
-        # Prefect reads its settings when it is imported: after the server is known.
-        from flows.run import self_play
-
-        print(f"watch it at {url.removesuffix('/api')}", flush=True)
-        history = self_play(config=config, overrides=overrides, store=str(root.root))
-    _print_rows(settings.name, history["rows"])
-    print(history["headline"])
-    print(f"report: {history['report']} (and .html beside it, with curves)")
-    print(f"what it cost: selfplay ledger {settings.name}")
-    Ledger(root, settings.name, history["session"]).end()
-
-
-def _print_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"self-play run {name}")
-    for column in rows[-1]:
-        table.add_column(column, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in rows[-1]))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
 def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code."""
     from data_contracts.errors import PipelineError, print_error
     from data_contracts.redaction import redact_output
     from stages.running.loopback import bypass_proxies_on_loopback

@@ -13,7 +13,8 @@ from data_contracts.words import format_bytes
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import gather
-from flows.report.history import History, Nowhere
+from flows.report.channels import Nowhere
+from flows.report.history import History
 from stages.running.history import events
 from stages.stage import STAGES
 

@@ -7,11 +7,11 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
-from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.artifact import ArtifactRef
 from data_contracts.files import write_atomic
 from data_contracts.redaction import redact
 from data_contracts.rows import HeldoutRow, ReportRow
@@ -19,6 +19,7 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.gate import Verdict
+from flows.report.channels import Pages, RunTracker
 from flows.report.page import markdown_table, render, standalone_figures
 from flows.report.story import ShownPrompt, Story, WeightPicture, shown_prompts
 from flows.report.weights import weight_picture
@@ -31,43 +32,6 @@ from stages.evaluation.win_rates import win_rate_matrix
 from stages.stage import STAGES
 from tasks.build import Built
 from tasks.place import Place
-
-
-class RunTracker(Protocol):
-    """Mirrors what a run measured."""
-
-    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None: ...
-
-    def summary(self, iteration: int, values: dict[str, float]) -> None: ...
-
-
-class Pages(Protocol):
-    """Shows a run while it is played."""
-
-    def show(self, place: Place, rows: list[dict[str, Any]], summary: str, report: Path) -> None: ...
-
-    def info(self, message: str) -> None: ...
-
-    def warn(self, message: str) -> None: ...
-
-
-class Nowhere:
-    """A tracker and pages for a report that is only written: MLflow and Prefect heard of it when it was built."""
-
-    def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
-        pass
-
-    def summary(self, iteration: int, values: dict[str, float]) -> None:
-        pass
-
-    def show(self, place: Place, rows: list[dict[str, Any]], summary: str, report: Path) -> None:
-        pass
-
-    def info(self, message: str) -> None:
-        pass
-
-    def warn(self, message: str) -> None:
-        pass
 
 
 class History:
