@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from data_contracts.artifact import ArtifactRef
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.files import write_atomic
 from data_contracts.redaction import redact
 from data_contracts.rows import HeldoutRow, ReportRow
@@ -333,10 +333,9 @@ def _curve(ref: ArtifactRef) -> list[dict[str, float]]:
     return []
 
 
-def _drop_reasons(records: Any) -> dict[str, float]:
+def _drop_reasons(records: Iterable[ArtifactRecord]) -> dict[str, float]:
     """Reasons and counts, as the stages' records say: what was dropped, and what spoilt a candidate."""
     reasons: dict[str, float] = {}
-    record: ArtifactRecord
     for record in records:
         for name, count in record.metrics.items():
             kind, _, reason = name.partition("/")
