@@ -1,6 +1,7 @@
 """Contracts - the redactor: recognises secrets and masks them in every output.
 
 Errors, logs, records of a run, reports, Prefect and MLflow go through it.
+
 A secret is known by its value (an environment variable whose name says so, a password in an address that the
 environment holds) or by its shape (`user:password@` in an address, a Bearer token, a key in a query).
 """
