@@ -94,7 +94,7 @@ def prompt_row(
     if chosen is not None and chosen == rejected:
         raise UnusableRow("`chosen` and `rejected` are identical", '"chosen" and "rejected" are identical')
     encoded_messages = _encoded(messages)
-    encoded_checks = _encoded(checks)
+    encoded_checks = _encoded(checks) if checks else "[]"
     _check_unicode(encoded_messages, encoded_checks, *texts.values())
     return {
         "prompt_id": prompt_id or _id_of(encoded_messages),

@@ -17,8 +17,8 @@ from tasks.data.collector import Collector, with_unique_ids
 from tasks.data.drops import REPETITION, Drops
 from tasks.data.files import RawFile, open_source
 from tasks.data.prompt_set import PromptSet, place_of
-from tasks.data.selection import mixed
-from tasks.data.shapes import Shape, columns_read, read_row, shape_of
+from tasks.data.selection import has_single_answers, mixed
+from tasks.data.shapes import LABELS, Shape, columns_read, read_row, shape_of
 from tasks.data.source import Source
 
 WRITTEN_BY_A_POLICY = re.compile(r"generate_\d+|(all_)?generated_responses|completions")
@@ -82,10 +82,13 @@ def _read_files(source: Source, seed: int) -> Reading:
     for place, earlier in repetitions:
         reader.drops.add(REPETITION, place, f"{place} repeats {earlier}")
     prompts, more_notes = with_unique_ids(prompts)
-    ignored = [name for name in reader.names if name not in reader.used]
+    used = list(reader.used)
+    if not has_single_answers(prompts):  # then what is called a label was none
+        used = [name for name in used if reader.renamed.get(name, name) not in LABELS]
+    ignored = [name for name in reader.names if name not in used]
     notes += [*more_notes, *_notes_on(ignored)]
     shape = "" if reader.shape is None else reader.shape.name
-    return Reading(prompts, reader.count, reader.drops, notes, shape, list(reader.used), ignored)
+    return Reading(prompts, reader.count, reader.drops, notes, shape, used, ignored)
 
 
 def _notes_on(ignored: list[str]) -> list[str]:

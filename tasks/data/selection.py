@@ -70,8 +70,7 @@ def different_prompts(prompts: PromptSet) -> tuple[PromptSet, Drops]:
 def paired(prompts: PromptSet) -> tuple[PromptSet, Drops]:
     """Pairs only: a single good answer and a single bad one of the same prompt make a pair, in their order."""
     drops = Drops()
-    single = pc.xor(pc.is_null(prompts.column("chosen")), pc.is_null(prompts.column("rejected")))
-    if not pc.any(single).as_py():
+    if not has_single_answers(prompts):
         return prompts, drops
     waiting: dict[tuple[bytes, str], deque[tuple[int, PromptRow]]] = defaultdict(deque)
     rows: list[PromptRow] = []
@@ -92,6 +91,12 @@ def paired(prompts: PromptSet) -> tuple[PromptSet, Drops]:
     for index, row in sorted((item for queue in waiting.values() for item in queue), key=lambda item: item[0]):
         drops.add(NO_PARTNER, prompts.where(index), f"{prompts.where(index)}: {name_of(row)}")
     return PromptSet.of(rows, prompts.places[origins], prompts.files, prompts.unit), drops
+
+
+def has_single_answers(prompts: PromptSet) -> bool:
+    """Whether any row holds a good answer alone, or a bad one."""
+    single = pc.xor(pc.is_null(prompts.column("chosen")), pc.is_null(prompts.column("rejected")))
+    return bool(pc.any(single).as_py())
 
 
 def with_field(prompts: PromptSet, field: str, reason: str) -> tuple[PromptSet, Drops]:

@@ -13,6 +13,7 @@ The first three and the fourth may have answers beside the prompt: a pair (`chos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ Columns = Mapping[str, Any]
 PAIR = ("chosen", "rejected")
 CHATS = ("messages", "conversations")
 LABELS = ("label", "kto_tag")
+LABEL_WORDS = {"true": True, "yes": True, "1": 1, "false": False, "no": False, "0": 0}
 TWO, BETTER = ("response_0", "response_1"), "better_response_id"
 TRUTHS = ("response", "output", "completion")
 OWN = ("prompt_id", "checks", "source")
@@ -66,6 +68,10 @@ def columns_read(shape: Shape, names: Collection[str]) -> list[str]:
 
 def read_row(shape: Shape, columns: Columns) -> PromptRow:
     """The row of `prompts` that a row of this shape becomes. Raises: UnusableRow."""
+    # How tables and Python programs write that there is nothing.
+    columns = {
+        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in columns.items()
+    }
     messages, answers = shape.read(columns)
     checks, prompt_id, source = (columns.get(name) for name in ("checks", "prompt_id", "source"))
     return prompt_row(
@@ -84,7 +90,7 @@ def _read_prompts(columns: Columns) -> tuple[list[Message], Answers]:
     prompt = columns.get("prompt")
     if prompt is None or (not _has_pair(columns) and any(columns.get(name) is not None for name in CHATS)):
         return _read_conversations(columns)
-    if isinstance(prompt, list):
+    if isinstance(prompt, list | dict):
         return _with_answers(conversation(prompt, "prompt"), columns)
     prompt = text(prompt, "prompt")
     turns = dialogue(prompt) if prompt.rstrip(" ").endswith("\n\nAssistant:") else None
@@ -215,10 +221,10 @@ def _label(columns: Columns) -> Any:
     if name is None:
         return None
     value = columns[name]
+    if isinstance(value, str):
+        value = LABEL_WORDS.get(value.strip().lower(), value)
     if name == "label" and columns.get("completion") is None and not isinstance(value, bool):
         return None  # beside other columns it may be anything, a subject or a class
-    if isinstance(value, str):
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if value in (0, 1):
         return bool(value)
     return value

@@ -186,7 +186,9 @@ def test_a_system_message_is_kept_folded_or_refused(with_template):
 
 def test_a_reader_is_asked_for_what_the_policy_is_asked_for(with_template):
     """Not to think, say: a template that does not know the name does as it always does."""
-    policy = with_template("{{ messages[-1].content }}{% if not think %}<|end|>{% endif %}", think=True)
+    policy = with_template(
+        "{{ messages[-1].content }}{% if not think %}<|end|>{% endif %}", template_kwargs={"think": True}
+    )
     settings = TurnConfig(template={"plain": "{prompt}"}, template_kwargs={"think": True})
     assert turns_of_reader(policy.directory).prompt(HELLO) != turns_of_reader(policy.directory, settings).prompt(HELLO)
     assert turns_of_reader(policy.directory, settings).prompt(HELLO) == policy.prompt(HELLO)

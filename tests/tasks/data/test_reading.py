@@ -215,6 +215,13 @@ def test_a_limit_lets_go_of_rows_while_it_reads(read, monkeypatch):
     ]
 
 
+def test_a_label_that_is_a_class_of_something_is_not_read_and_that_is_said(read):
+    rows = [{"prompt": f"q{number}", "response": "a", "label": number} for number in range(2)]
+    reading = read(rows)
+    assert reading.used == ["prompt", "response"] and reading.notes == ["columns that are not read: label"]
+    assert read([row | {"label": str(row["label"] > 0)} for row in rows]).used == ["prompt", "response", "label"]
+
+
 def test_several_pairs_of_one_prompt_get_ids_of_their_own(read):
     reading = read([{"prompt": "p", "chosen": str(number), "rejected": "x"} for number in range(3)])
     ids = [row["prompt_id"] for row in reading.prompts]
