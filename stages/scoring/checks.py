@@ -33,11 +33,15 @@ from stages.scoring.table import Table
 
 _QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‘": "'", "’": "'"})
 _WRAPPING = " \n\"'*_`()[]"  # quotes, brackets and markdown emphasis around an answer are not part of it
-_BULLET = re.compile(r"\s*[-*•·+–]\s+(?=.*\w)")
-_NUMBER = re.compile(r"\s*(\d{1,3})[.)]\s+(?=.*\w)")
-_FENCED = re.compile(r"```\w*\s*\n(.*?)```", re.DOTALL)
-_SENTENCE_END = re.compile(r"[.!?…]+[\"')\]*_]*(?:\s+|$)")
+# Every pattern is linear in the length of an answer: runs are possessive (`++`) and begin where the run does (`(?<!...)`),
+# so that a run which leads nowhere is read once, not once from each of its characters.
+_BULLET = re.compile(r"(?<!\s)\s*+[-*•·+–]\s++")
+_NUMBER = re.compile(r"(?<!\s)\s*+(\d{1,3})[.)]\s++")
+_FENCE = re.compile(r"```\w*+(\s*+)")
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"')\]*_]*+(?:\s++|$)")
 _ABBREVIATION = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|etc|e\.g|i\.e|a\.m|p\.m|[^\W\d_])\.$", re.IGNORECASE)
+_LONGEST_ABBREVIATION = 8
+"""Characters before a full stop that decide whether it ends an abbreviation, with some to spare."""
 _SMALL_WORDS = frozenset(
     ("a", "an", "and", "as", "at", "but", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
 )
@@ -66,7 +70,7 @@ class Completion:
     @cached_property
     def items(self) -> list[str]:
         """The lines without their list markers."""
-        return [re.sub(_NUMBER, "", re.sub(_BULLET, "", line, count=1), count=1) for line in self.lines]
+        return [_without_marker(_without_marker(line, _BULLET), _NUMBER) for line in self.lines]
 
     @cached_property
     def words(self) -> list[str]:
@@ -77,6 +81,25 @@ class Completion:
         return sum(_sentences_in(line) for line in self.items)
 
 
+def _marker(line: str, pattern: re.Pattern[str], anywhere: bool = False) -> re.Match[str] | None:
+    """A list marker at the start of the line (or anywhere in it) with a word after it."""
+    match = pattern.search(line) if anywhere else pattern.match(line)
+    return match if match and re.search(r"\w", line[match.end() :]) else None
+
+
+def _without_marker(line: str, pattern: re.Pattern[str]) -> str:
+    match = _marker(line, pattern, anywhere=True)
+    return line if match is None else line[: match.start()] + line[match.end() :]
+
+
+def _without_closing(text: str) -> str:
+    """The text up to its last letter or digit."""
+    end = len(text)
+    while end and not text[end - 1].isalnum():
+        end -= 1
+    return text[:end]
+
+
 def _says_something(text: str) -> bool:
     return any(char.isalnum() for char in text)
 
@@ -85,7 +108,8 @@ def _sentences_in(line: str) -> int:
     count, start = 0, 0
     for end in _SENTENCE_END.finditer(line):
         is_last = end.end() == len(line)  # even an abbreviation ends its sentence there
-        if not is_last and _ABBREVIATION.search(line[start : end.end()].rstrip()):
+        stop = end.start() + len(end.group().rstrip())
+        if not is_last and _ABBREVIATION.search(line[max(start, stop - _LONGEST_ABBREVIATION) : stop]):
             continue
         count += _says_something(line[start : end.end()])
         start = end.end()
@@ -145,7 +169,7 @@ def _starts_with(completion: Completion, phrase: str) -> float:
 def _ends_with(completion: Completion, phrase: str) -> float:
     ending = _fold(phrase)
     if ending[-1].isalnum():  # a word: the punctuation that closes its sentence is not in the way
-        closed = _fold(re.sub(r"[\W_]+$", "", completion.text))
+        closed = _fold(_without_closing(completion.text))
         return float(re.search(rf"(?<!\w){re.escape(ending)}$", closed) is not None)
     return float(any(_fold(text).endswith(ending) for text in (completion.text, completion.bare)))
 
@@ -169,11 +193,11 @@ def _title_case(completion: Completion) -> float:
 
 
 def _bullets(completion: Completion) -> int:
-    return sum(_BULLET.match(line) is not None for line in completion.lines)
+    return sum(_marker(line, _BULLET) is not None for line in completion.lines)
 
 
 def _numbered_list(completion: Completion, expected: int) -> float:
-    numbers = [int(match.group(1)) for line in completion.lines if (match := _NUMBER.match(line))]
+    numbers = [int(match.group(1)) for line in completion.lines if (match := _marker(line, _NUMBER))]
     in_order = numbers == list(range(1, len(numbers) + 1))
     return _exactly(len(numbers), expected) if in_order else 0.0
 
@@ -184,8 +208,10 @@ def _refuse_constant(name: str) -> None:
 
 def _json_object(completion: Completion, keys: Sequence[str]) -> float:
     source = completion.raw.strip()  # not `completion.text`: a curly quote must not be repaired into JSON
-    if fenced := _FENCED.fullmatch(source):
-        source = fenced.group(1)
+    if fence := _FENCE.match(source):
+        begin = fence.start(1) + fence[1].rfind("\n") + 1  # 0 characters of `fence[1]`: no line ends there
+        if "\n" in fence[1] and source.endswith("```") and begin <= len(source) - 3:
+            source = source[begin:-3]
     try:
         parsed = json.loads(source, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -338,7 +364,7 @@ def repetition(text: str) -> float:
     >>> repetition("yes yes yes yes"), repetition("the owl saw a mouse")
     (1.0, 0.0)
     """
-    words = [_fold(re.sub(r"^[\W_]+|[\W_]+$", "", word)) for word in Completion(text).words]
+    words = [_fold(re.sub(r"^[\W_]+", "", _without_closing(word))) for word in Completion(text).words]
     units = list(words[0]) if len(words) == 1 and len(words[0]) > 20 else words
     grams = [tuple(units[i : i + 3]) for i in range(len(units) - 2)]
     looped = echoed = 0.0

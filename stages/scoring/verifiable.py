@@ -7,7 +7,12 @@ A policy that is paid for format alone learns to pay in gibberish. Two floors st
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Literal
 
 import numpy as np
@@ -18,6 +23,37 @@ from data_contracts.prompts import PromptRow
 from stages.registry import Named
 from stages.scoring.base import Candidates, Scorer, Scores
 from stages.scoring.checks import grade, repetition, validate_checks
+
+ANSWER_SECONDS = 10.0
+"""Longest time for the checks of one answer. Ours need a thousandth of it; those of other packages may not."""
+
+
+class OutOfTimeError(Exception):
+    """The block of `at_most` ran too long."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End the block after so many seconds, in the main thread; elsewhere it runs as long as it takes.
+
+    Raises: OutOfTimeError, in the middle of the block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfTimeError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    earlier, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        left = max(1e-3, earlier - (time.monotonic() - began)) if earlier else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, handler)
 
 
 class Checks(Scorer):
@@ -52,9 +88,13 @@ class Checks(Scorer):
         points, reasons = np.zeros(len(item.generations)), []
         for k, row in enumerate(item.generations):
             start_logp = item.start_logps[k] if item.start_logps else None
-            reason = self._missed_floor(row["completion"], start_logp)
-            if not reason:
-                points[k] = grade(row["completion"], checks, finished=row["finish_reason"] == "stop").score
+            try:
+                with at_most(ANSWER_SECONDS):
+                    reason = self._missed_floor(row["completion"], start_logp)
+                    if not reason:
+                        points[k] = grade(row["completion"], checks, finished=row["finish_reason"] == "stop").score
+            except OutOfTimeError:
+                points[k], reason = np.nan, f"checks took longer than {ANSWER_SECONDS:g} s"
             reasons.append(reason)
         return Scores.of_points(points, reasons)
 

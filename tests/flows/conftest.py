@@ -156,7 +156,7 @@ PLANTED = {
 """Secrets in the environment of the undisturbed run: test_secrets.py looks for them in everything it wrote."""
 
 
-COMPANY_PROXY = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://me:planted-password/3@127.0.0.1:9")
+COMPANY_PROXY = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://me:planted-password%2F3@127.0.0.1:9")
 """A proxy as every company network sets it, at which nobody answers: a run asks it for nothing on 127.0.0.1."""
 
 

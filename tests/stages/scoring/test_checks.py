@@ -2,10 +2,14 @@
 
 # ruff: noqa: RUF001 - typographic quotes, dashes and commas are part of the cases
 
+import math
+import time
+
 import pytest
 
 from data_contracts.errors import ConfigError
-from stages.scoring.checks import CHECKS, Graded, grade, repetition, validate_checks
+from stages.scoring import verifiable
+from stages.scoring.checks import CHECKS, Completion, Graded, grade, repetition, validate_checks
 
 
 def credit(name, text, value=None, finished=True):
@@ -260,3 +264,61 @@ def test_repetition_by_hand(text, expected):
 def test_a_long_loop_is_nearly_all_repetition():
     assert repetition("it is a magical, and " * 20) > 0.9
     assert repetition("A" * 30 + "B") > 0.9
+
+
+LONG = 20_000
+VALUES = {
+    **dict.fromkeys(("min_words", "max_words", "min_sentences", "max_sentences", "sentences", "paragraphs"), 3),
+    **dict.fromkeys(("bullet_count", "numbered_list"), 3),
+    **dict.fromkeys(("starts_with", "ends_with", "contains", "avoids"), "dots"),
+    **{"words_between": [3, 9], "on_topic": ["dot"], "json_object": ["a"]},
+}
+RUNS = (
+    ".", " ", "\n", "\n ", "```\n", "_", "a", '."', ". ", "e.g. ", "a. ", "1. ", "[", "- ", "- a\n", '"', "-", "…", "!", ",",
+    "a.", "x ......", '{"a":', "a\n\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_answer_that_is_one_long_run_is_read_in_linear_time(run):
+    """Once alone, once between words, once behind each list marker and fence: 15 s and more where a pattern begins anew
+    at every character of the run.
+    """
+    text = run * (LONG // len(run))
+    for answer in (text, f"word {text}b", f"a{text}a", f"- {text}", f"1. {text}", f"```{text}"):
+        began = time.process_time()
+        grade(answer, [{"name": name, "value": VALUES.get(name)} for name in CHECKS])
+        repetition(answer)
+        assert time.process_time() - began < 1.5  # all checks together take some 0.1 s
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences", "words", "bullets"),
+    [
+        ("Well - known. Yes...", 2, 2, 0),
+        ("- one\n  -   two\n- \n-three", 3, 3, 2),
+        ("12345. x and 1) y", 1, 4, 0),
+        ('He said "no.") Then (yes!?)... Then e.g. this.', 3, 8, 0),
+        ("See p.m. and i.e. that? Oh. . .", 2, 6, 0),
+    ],
+)
+def test_linear_patterns_read_what_the_plain_ones_read(text, sentences, words, bullets):
+    """The numbers are those of the patterns before they were made linear."""
+    completion = Completion(text)
+    assert (completion.num_sentences, len(completion.words)) == (sentences, words)
+    assert grade(text, [{"name": "bullet_count", "value": 2}]).score == max(0.0, 1 - abs(bullets - 2) / 2)
+
+
+def test_a_check_that_does_not_end_leaves_its_answer_unscored(monkeypatch, scoring):
+    def endless(completion, value):
+        while "slow" in completion.text:
+            pass
+        return 1.0
+
+    monkeypatch.setitem(CHECKS, "finished", CHECKS["finished"]._replace(credit=endless))
+    monkeypatch.setattr(verifiable, "ANSWER_SECONDS", 0.2)
+    candidates = scoring.candidates("why?", ["slow", "fast"])
+    candidates.prompt["checks"] = '[{"name": "finished"}]'
+    (scores,) = scoring.scorer({"name": "checks"}).score([candidates])
+    assert math.isnan(scores.scores[0]) and scores.scores[1] == 1
+    assert scores.reasons == ["checks took longer than 0.2 s", ""]
