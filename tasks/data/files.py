@@ -39,6 +39,7 @@ FORMATS = {
 }
 MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 DEFAULT_SPLIT = "train"
+SHOWN_FILES = 5
 
 
 class RawFile(NamedTuple):
@@ -101,12 +102,21 @@ def _directory(source: Source, path: Path) -> tuple[list[RawFile], list[str]]:
     except Exception as error:  # the library has no common base class
         raise ConfigError(f"{path} is no directory of data files: {_first_line(error)}") from None
     split, notes = _choose(list(map(str, by_split)), source)
+    known = {Path(name).resolve() for names in by_split.values() for name in names}
+    others = [file for file in sorted(path.rglob("*")) if _kind_of(file) and file.resolve() not in known]
+    if others:  # the library reads files of one format
+        notes.append(f"{path}: not read: {', '.join(str(file.relative_to(path)) for file in others[:SHOWN_FILES])}")
     return [_open(Path(name)) for name in by_split[split]], notes
 
 
-def _open(path: Path) -> RawFile:
+def _kind_of(path: Path) -> str | None:
+    """The format that a file's name says; None: no format of data."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSION]
-    kind = FORMATS.get(suffixes[-1].lower()) if suffixes else None
+    return FORMATS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _open(path: Path) -> RawFile:
+    kind = _kind_of(path)
     with open(path, "rb") as file:
         beginning = file.read(8)
     kind = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), kind)

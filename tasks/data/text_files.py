@@ -12,6 +12,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,6 +93,11 @@ def _array_items(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Row]]:
         if position == len(text):
             raise ConfigError(f"{path} ends inside of its JSON array, after {number} items: the file is cut")
         if text[position] == "]":
+            if text[position + 1 :].strip() or any(block.strip() for block in iter(partial(stream.read, CHUNK), b"")):
+                raise ConfigError(
+                    f"{path} goes on behind the end of its JSON array, after {number} items: give one array, or one "
+                    "object in each line"
+                )
             return
         number += 1
         while True:
@@ -133,10 +139,22 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
         first = next(lines, "")
         delimiter = max(",;\t", key=first.count)
         header = next(csv.reader([first], delimiter=delimiter), [])
+        is_spaced = any(name.startswith(" ") for name in header)  # `prompt, response`
+        if is_spaced:
+            header = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True))
+        header = [name.strip() for name in header]
         if len(set(header)) < len(header):
             raise ConfigError(f"{path}: the first line must name the columns, each once, got {header!r:.200}")
-        reader = csv.reader(lines, delimiter=delimiter)
+        is_at_end = False
+
+        def watched() -> Iterator[str]:
+            nonlocal is_at_end
+            yield from lines
+            is_at_end = True
+
+        reader = csv.reader(watched(), delimiter=delimiter, skipinitialspace=is_spaced)
         while True:
+            start = reader.line_num + 2
             try:
                 cells = next(reader)
             except StopIteration:
@@ -144,6 +162,11 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
             except csv.Error as error:
                 yield reader.line_num + 1, UnusableRow("the line is not valid CSV", f"is not valid CSV: {error}")
                 continue
+            if is_at_end:  # the reader asked for another line: everything up to here is one cell
+                raise ConfigError(
+                    f"{path}: a quote that opens in the row at line {start} is never closed, and takes in the "
+                    f"{reader.line_num + 1 - start} lines below: close it, or double the quotes inside of a text"
+                )
             if len(cells) == len(header):
                 yield reader.line_num + 1, dict(zip(header, cells, strict=True))
             elif cells:

@@ -127,6 +127,7 @@ LINES = "\n".join(map(json.dumps, ROWS)).encode()
         ("a.jsonl", json.dumps(ROWS, indent=4).encode()),
         ("a.csv", csv_text(",").encode()),
         ("a.csv", csv_text(";").encode("utf-8-sig")),
+        ("a.csv", csv_text(", ").encode()),
         ("a.tsv", csv_text("\t").encode()),
         ("a.parquet", parquet()),
         ("a.data", parquet()),
@@ -172,6 +173,8 @@ def test_a_directory_has_the_splits_that_its_files_are_named_for(tmp_path):
     reading = read_source(Source(path=str(tmp_path)))
     assert prompts_of(reading) == ["prompt 0", "prompt 1"] and "not read: test" in reading.notes[0]
     assert prompts_of(read_source(Source(path=str(tmp_path), split="test"))) == ["prompt 4", "prompt 5"]
+    (tmp_path / "data" / "more.csv").write_text("prompt\nc\n")  # the library reads files of one format
+    assert read_source(Source(path=str(tmp_path))).notes[1] == f"{tmp_path}: not read: data/more.csv"
 
 
 # --- columns, limits, ids
@@ -350,6 +353,9 @@ def test_all_problems_are_said_at_once_with_counts_and_three_examples(read):
         (gzip.compress(LINES * 99)[:-90], "a.jsonl.gz", "a.jsonl.gz cannot be read: Compressed file ended"),
         (b'[{"prompt": "x"}, {"prompt": "y"}', "a.json", "ends inside of its JSON array, after 2 items"),
         (b'[{"prompt": "x"}, {"prompt": ]', "a.json", "item 2 of the JSON array is not valid JSON: Expecting value"),
+        (b'[{"prompt": "x"}]\n[{"prompt": "y"}]\n', "a.jsonl", "goes on behind the end of its JSON array, after 1 items"),
+        (b'prompt,response\na,b\nc,"d\ne,f\ng,h\n', "a.csv", "a quote that opens in the row at line 3 is never closed, "
+         "and takes in the 2 lines below"),
         (b"a,b,a\n1,2,3\n", "a.csv", "the first line must name the columns, each once"),
         (b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl",
          "no column holds a prompt. It has text, body; a prompt is looked for in prompt, messages"),
