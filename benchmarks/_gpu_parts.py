@@ -218,7 +218,8 @@ def trl(check: Check) -> Figures:
 def weights(check: Check) -> Figures:
     """The weigh stage with SWIFT's weights across two tokenizers: an iteration with an empty store, and the next one."""
     from data_contracts.shards import SCHEMAS
-    from stages.models.turns import TurnConfig, Turns
+    from stages.models.turn_settings import TurnConfig
+    from stages.models.turns import Turns
     from stages.running.cost import loading
 
     count, words = (4, 8) if check.smoke else (512, 100)

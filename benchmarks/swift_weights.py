@@ -35,7 +35,8 @@ from flows.self_play import SelfPlay
 from stages.evaluation.intervals import paired_bootstrap
 from stages.models.logps import Pass
 from stages.models.policy import load_causal_lm, score_responses
-from stages.models.turns import TurnConfig, Turns
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns
 from stages.sampling.base import Prompt, candidate_seeds
 from stages.sampling.transformers import Transformers
 from tasks.data.prompt_set import PromptSet

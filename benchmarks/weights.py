@@ -39,7 +39,8 @@ from data_contracts.shards import SCHEMAS, read_shards
 from data_contracts.store import Store
 from stages.execute import execute
 from stages.models.policy import load_causal_lm, pin_threads
-from stages.models.turns import TurnConfig, Turns
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns
 from stages.stage import STAGES
 from stages.weighting.weights.spans import TokenText, encode_with_spans
 from tests.conftest import _publish

@@ -23,7 +23,7 @@ from stages.evaluation.promotion import GateConfig
 from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
 from stages.methods.base import Method
-from stages.models.turns import TurnConfig
+from stages.models.turn_settings import TurnConfig
 from stages.registry import Named
 from stages.sampling.stage import SamplingConfig
 from stages.scoring.pairing import PAIRINGS

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ConfigError
-from stages.models.turns import TurnConfig, Turns
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns
 
 
 def check_turns(rows: list[dict[str, Any]], tokenizers: Path) -> tuple[int, list[str]]:

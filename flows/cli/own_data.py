@@ -11,7 +11,8 @@ from data_contracts.checkpoint import ModelRef, has_chat_template
 from data_contracts.errors import ConfigError
 from stages.methods import METHODS
 from stages.models.tokens import context_length
-from stages.models.turns import TurnConfig, Turns
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns
 from stages.scoring.pairing import PAIRINGS
 from tasks.data.display import ANSWERS, lengths
 from tasks.data.prompt_set import PromptSet

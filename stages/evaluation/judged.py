@@ -24,7 +24,8 @@ from stages.evaluation.judging import EndpointJudge, read_rows
 from stages.job import Job
 from stages.models.memory import free_device_memory
 from stages.models.tokens import context_length
-from stages.models.turns import TurnConfig, Turns, with_room_for_system
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns, with_room_for_system
 from stages.registry import Named
 from stages.sampling import SAMPLERS
 from stages.sampling.base import Prompt, candidate_seeds

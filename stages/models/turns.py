@@ -12,16 +12,12 @@ and a prompt is a prefix of prompt and response. Text out of data never becomes 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
-
-from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_text
 from data_contracts.prompts import Message, name_of
@@ -29,93 +25,16 @@ from stages.models.data_text import TextEncoder
 from stages.models.templates import (
     ChatTemplate,
     Messages,
-    compile_template,
     literals,
-    read_controls,
     read_json,
-    read_names,
-    read_template,
 )
 from stages.models.tokens import load_tokenizer, tokenizer_digest, vocabulary_size
+from stages.models.turn_settings import MARK, JinjaFile, PlainLayout, TurnConfig
 
-MARK = "{prompt}"
 DROPPED = "a control token in the text"
 """Reason of a row that `special_tokens_in_data: drop` leaves out."""
 GIVEN_TEXTS = ("response", "chosen", "rejected")
 """Fields of a prompt row that hold answers."""
-
-
-class JinjaFile(Config):
-    """A chat template of one's own, in place of the model's."""
-
-    file: str
-    """Path of a Jinja chat template. It is read when the settings are; its text is part of the key, its path is not."""
-    jinja: str = ""
-    """The template. Set for you from `file`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("jinja") or not isinstance(value.get("file"), str):
-            return value
-        try:
-            return value | {"jinja": Path(value["file"]).expanduser().read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the chat template {value['file']} cannot be read: {error}") from None
-
-    @field_validator("jinja")
-    @classmethod
-    def _compiles(cls, source: str) -> str:
-        if not source.strip():
-            raise ValueError("the chat template is empty")
-        try:
-            compile_template(source)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return source
-
-    def identity(self) -> dict[str, Any]:
-        return {"jinja": self.jinja}
-
-
-class PlainLayout(Config):
-    """Plain text around the prompt's, e.g. SWIFT's `{plain: "\\n\\n<Human>:{prompt}\\n\\n<Assistant>:"}`."""
-
-    plain: str
-    """Must hold {prompt} once: the messages' texts, one below the other."""
-
-    @field_validator("plain")
-    @classmethod
-    def _has_one_mark(cls, layout: str) -> str:
-        if layout.count(MARK) != 1:
-            raise ValueError(f"the layout must hold {MARK} exactly once, got {layout.count(MARK)} times")
-        return layout
-
-
-Template = Literal["chat", "plain"] | JinjaFile | PlainLayout
-
-
-class TurnConfig(Config):
-    """How conversations become tokens."""
-
-    NEUTRAL: ClassVar[dict[str, Any]] = {"template_kwargs": {}, "system": "keep", "special_tokens_in_data": "text"}
-
-    template: Template = "chat"
-    """chat: the model's chat template; plain: the text as it is; {file: PATH}: a chat template of yours; {plain:
-    "...{prompt}..."}: text around the prompt."""
-    template_kwargs: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
-    """What the chat template may ask for, e.g. {enable_thinking: false}."""
-    system: Literal["keep", "fold", "refuse"] = "keep"
-    """System messages: as they are (refused if the template has no place for them); in front of the first user turn; or
-    refused."""
-    special_tokens_in_data: Literal["text", "drop", "refuse"] = "text"
-    """Data that spells a control token, e.g. `<|im_end|>`: it is tokenised as the text it is; its row is dropped; or it
-    is refused."""
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether a chat template writes the prompts."""
-        return self.template == "chat" or isinstance(self.template, JinjaFile)
 
 
 class Turns:
@@ -151,8 +70,8 @@ class Turns:
             source = source.get("default") if isinstance(source, dict) else source
         if not source:
             raise ConfigError(
-                f"the model in {self.directory} has no chat template, and chat prompts need one: use an instruct model, give "
-                "sampling.template {file: x.jinja}, or set it to plain"
+                f"the model in {self.directory} has no chat template, and chat prompts need one: "
+                "use an instruct model, give sampling.template {file: x.jinja}, or set it to plain"
             )
         return ChatTemplate(source, self.tokenizer.special_tokens_map | self.settings.template_kwargs)
 
@@ -162,26 +81,32 @@ class Turns:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ConfigError(
-                f"the tokenizer in {self.directory} has no EOS token, and its template writes no special token after an answer: a finished "
-                "response cannot be told from a cut one. Set `eos_token` in tokenizer_config.json"
+                f"the tokenizer in {self.directory} has no EOS token, and its template writes no special token after "
+                "an answer: a finished response cannot be told from a cut one. Set `eos_token` in tokenizer_config.json"
             )
         return eos
 
     def _stop_ids(self) -> list[int]:
         eos_setting = read_json(self.directory / "generation_config.json").get("eos_token_id")
-        listed = eos_setting if isinstance(eos_setting, list) else [eos_setting]
+        listed = [eos_setting]
+        if isinstance(eos_setting, list):
+            listed = eos_setting
         size = vocabulary_size(self.directory)
         for value in listed:
             if value is not None and (type(value) is not int or value < 0 or (size is not None and value >= size)):
+                below = f" below {size}" if size else ""
                 raise ConfigError(
-                    f"generation_config.json of {self.directory}: eos_token_id is {eos_setting!r}, and must be token ids"
-                    + (f" below {size}" if size else "")
+                    f"generation_config.json of {self.directory}: "
+                    f"eos_token_id is {eos_setting!r}, and must be token ids{below}"
                 )
         ids = {self.terminator, self.tokenizer.eos_token_id, *listed}
         return sorted(number for number in ids if number is not None)
 
     def _check_embedding(self, tokens: Mapping[int, Any]) -> None:
-        """A special token beyond the embedding is harmless as long as nothing writes it (Gemma 3 1B has one)."""
+        """Refuse a special token without a row in the embedding, unless nothing writes it (Gemma 3 1B has one).
+
+        Raises: ConfigError.
+        """
         size = vocabulary_size(self.directory)
         if size is None:
             return
@@ -193,8 +118,8 @@ class Turns:
         ]
         if beyond:
             raise ConfigError(
-                f"the tokenizer in {self.directory} has {len(self.tokenizer)} tokens, the model's embedding {size} rows: {beyond[:3]} "
-                "have none. Resize the embedding, or take the tokenizer that belongs to the model"
+                f"the tokenizer in {self.directory} has {len(self.tokenizer)} tokens, the model's embedding {size} "
+                f"rows: {beyond[:3]} have none. Resize the embedding, or take the tokenizer that belongs to the model"
             )
 
     # ---- prompts
@@ -262,14 +187,15 @@ class Turns:
             return messages
         if self.settings.system == "refuse":
             raise ConfigError(
-                "there is a system message, and sampling.system is refuse: remove it, or set sampling.system to keep or fold"
+                "there is a system message, and sampling.system is refuse: "
+                "remove it, or set sampling.system to keep or fold"
             )
         if self.settings.system == "fold":
             return folded(messages)
         if self.chat is not None and not self.takes_system:
             raise ConfigError(
-                f"there is a system message, and the chat template of {self.directory} has no place for it: set sampling.system to fold (it is "
-                "put in front of the first user turn), or remove it"
+                f"there is a system message, and the chat template of {self.directory} has no place for it: "
+                "set sampling.system to fold (it is put in front of the first user turn), or remove it"
             )
         return messages
 
@@ -335,45 +261,11 @@ class Turns:
         }
 
 
-class Ending(NamedTuple):
-    """What ends a model's answers, as far as its files say without a tokenizer."""
-
-    token: str | None
-    """Text of the terminator where it is not the EOS; None where it is."""
-    is_listed: bool = False
-    """Whether generation_config.json names it among the EOS ids, so that sampling stopped there ever since."""
-
-
-def ending_of(directory: str | Path, settings: TurnConfig) -> Ending:
-    """Return how the answers of a model end by its own chat template.
-
-    Loads no tokenizer: every key of a sampling asks for this.
-    """
-    if settings.template != "chat" or not Path(directory).is_dir():
-        return Ending(None)
-    names = ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
-    paths = [Path(directory) / name for name in names]
-    versions = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
-    return _ending_of(str(directory), json.dumps(settings.template_kwargs, sort_keys=True), versions)
-
-
-@lru_cache(maxsize=64)
-def _ending_of(directory: str, template_kwargs: str, versions: tuple[int, ...]) -> Ending:
-    source, names, controls = read_template(directory), read_names(directory), read_controls(directory)
-    if source is None:
-        return Ending(None)
-    try:
-        end = ChatTemplate(source, names | json.loads(template_kwargs)).end_of_turn(controls)
-    except ConfigError:  # the stage will refuse it
-        return Ending(None)
-    if end is None or end == names.get("eos_token"):
-        return Ending(None)
-    eos_setting = read_json(Path(directory) / "generation_config.json").get("eos_token_id")
-    return Ending(end, controls[end] in (eos_setting if isinstance(eos_setting, list) else [eos_setting]))
-
-
 def unusable(row: Mapping[str, Any], settings: TurnConfig, turns: Turns) -> str | None:
-    """Why a row of prompts is dropped; None if it is used. Raises: ConfigError if the settings refuse such a row."""
+    """Return why a row of prompts is dropped; None if it is used.
+
+    Raises: ConfigError if the settings refuse such a row.
+    """
     if settings.special_tokens_in_data == "text":
         return None
     texts = [message["content"] for message in row["messages"]]
@@ -382,14 +274,14 @@ def unusable(row: Mapping[str, Any], settings: TurnConfig, turns: Turns) -> str 
         return None
     if settings.special_tokens_in_data == "refuse":
         raise ConfigError(
-            f"the row {name_of(row)} spells the control token {token!r}: remove it, or set sampling.special_tokens_in_data to text (it is "
-            "tokenised as text) or drop"
+            f"the row {name_of(row)} spells the control token {token!r}: remove it, or set "
+            "sampling.special_tokens_in_data to text (it is tokenised as text) or drop"
         )
     return DROPPED
 
 
 def folded(messages: Messages) -> Messages:
-    """The messages with all system texts in front of the first user turn, a blank line between."""
+    """Return the messages with all system texts in front of the first user turn, a blank line between."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     rest = [message for message in messages if message["role"] != "system"]
     for number, message in enumerate(rest):
@@ -400,18 +292,19 @@ def folded(messages: Messages) -> Messages:
 
 
 def turns_of_reader(directory: str | Path, settings: TurnConfig | None = None) -> Turns:
-    """Return the turns of a model that reads what the policy reads (a teacher, a reward model): by its own chat
-    template, as plain text if it has none.
+    """Return the turns of a model that reads what the policy reads: a teacher, a reward model.
 
-    `settings` are the policy's. Its template is not used, what it asks for (`template_kwargs`) is: a teacher of the same
-    family must not begin to think where the policy does not, and other templates do not know the name.
+    It reads by its own chat template, as plain text if it has none.
+
+    `settings` are the policy's. Its template is not used, what it asks for (`template_kwargs`) is: a teacher of the
+    same family must not begin to think where the policy does not, and other templates do not know the name.
     """
     base = (settings or TurnConfig()).model_copy(update={"template": "chat"})
     return with_room_for_system(turns_or_plain(directory, base))
 
 
 def turns_or_plain(directory: str | Path, settings: TurnConfig) -> Turns:
-    """The turns of a model; as plain text where its own chat template is asked for and there is none."""
+    """Return the turns of a model; as plain text if its chat template is asked for and it has none."""
     tokenizer = load_tokenizer(directory)
     if settings.template == "chat" and not tokenizer.chat_template:
         settings = settings.model_copy(update={"template": "plain"})
@@ -419,7 +312,7 @@ def turns_or_plain(directory: str | Path, settings: TurnConfig) -> Turns:
 
 
 def with_room_for_system(turns: Turns) -> Turns:
-    """The same turns, which fold system messages where the template has no place for them."""
+    """Return the turns, changed to fold system messages if the template has no place for them."""
     if turns.settings.system == "keep" and not turns.takes_system:
         turns.settings = turns.settings.model_copy(update={"system": "fold"})
     return turns

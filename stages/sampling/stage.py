@@ -19,7 +19,8 @@ from stages.job import Job
 from stages.models.families import attention_addition
 from stages.models.policy import pick_device
 from stages.models.tokens import context_length
-from stages.models.turns import TurnConfig, Turns, ending_of, unusable
+from stages.models.turn_settings import TurnConfig, ending_of
+from stages.models.turns import Turns, unusable
 from stages.registry import Named
 from stages.running.cost import loading
 from stages.sampling import SAMPLERS

@@ -19,7 +19,7 @@ from data_contracts.shard_rows import RowsByPrompt, ShardRows, prompt_hashes
 from data_contracts.shards import read_shard, shard_path, shard_paths, to_table, write_shard
 from stages.job import Job
 from stages.models.logps import Pass
-from stages.models.turns import TurnConfig, ending_of
+from stages.models.turn_settings import TurnConfig, ending_of
 from stages.registry import Named
 from stages.running.cost import loading
 from stages.running.history import events

@@ -13,7 +13,8 @@ import numpy as np
 from data_contracts.checkpoint import external_model
 from data_contracts.rows import GenerationRow
 from stages.models.logps import Pass
-from stages.models.turns import TurnConfig, Turns, turns_of_reader, with_room_for_system
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns, turns_of_reader, with_room_for_system
 from stages.scoring.base import Candidates, Scores, by_prompt
 from stages.scoring.models import ModelScorer, ModelScorerConfig, locate
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from stages.models.lazy import torch
-from stages.models.turns import TurnConfig, turns_or_plain
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import turns_or_plain
 from stages.training.optimizer import make_optimizer
 from stages.training.resume import forget, seal, sealed
 from stages.training.weights import StoredWeights, load_policy

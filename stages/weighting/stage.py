@@ -21,7 +21,7 @@ from data_contracts.shard_rows import ShardRows
 from data_contracts.shards import read_shard, read_shards, shard_path, shard_paths, to_table, write_shard
 from stages.job import Job
 from stages.models.families import attention_addition
-from stages.models.turns import TurnConfig
+from stages.models.turn_settings import TurnConfig
 from stages.registry import Named
 from stages.running.history import events
 from stages.stage import StageRuntime

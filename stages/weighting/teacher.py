@@ -15,7 +15,8 @@ from stages.job import Job
 from stages.models.logps import Pass
 from stages.models.policy import batches_by_budget, collate, response_logits
 from stages.models.tokens import tokenizer_digest
-from stages.models.turns import TurnConfig, Turns, turns_of_reader, turns_or_plain, with_room_for_system
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns, turns_of_reader, turns_or_plain, with_room_for_system
 from stages.weighting.weights.base import Tokens
 from stages.weighting.weights.spans import TokenText, check_offsets
 

@@ -11,7 +11,8 @@ import pytest
 
 from data_contracts.errors import ConfigError
 from stages.models.templates import CLOCK, LONGEST, ChatTemplate, compile_template
-from stages.models.turns import TurnConfig, Turns, turns_of_reader, turns_or_plain, unusable
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns, turns_of_reader, turns_or_plain, unusable
 from tests.turn_conformance import check_turns
 
 HELLO = [{"role": "user", "content": "the sea"}]

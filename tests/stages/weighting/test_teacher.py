@@ -18,7 +18,8 @@ from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
 from stages.execute import execute
 from stages.models.tokens import load_tokenizer
-from stages.models.turns import TurnConfig, Turns
+from stages.models.turn_settings import TurnConfig
+from stages.models.turns import Turns
 from stages.stage import STAGES
 from stages.weighting.stage import WeightingConfig
 from stages.weighting.teacher import TeacherView
