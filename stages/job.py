@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_contracts import lease
 from data_contracts.artifact import ArtifactRef
@@ -23,6 +24,15 @@ from stages.running.history import EVENTS
 
 if TYPE_CHECKING:
     from stages.stage import Stage
+
+
+class Shard(NamedTuple):
+    """A shard that is to be made."""
+
+    index: int
+    items: Sequence[Any]
+    finish: Callable[[], None]
+    """To be called once it is written."""
 
 
 class Job:
@@ -111,18 +121,40 @@ class Job:
 
         Shards of an earlier try with another shard size are set aside.
         """
+        for shard in self.shards_ahead(items, size, kind, beside):
+            if shard is not None:
+                yield shard.index, shard.items
+                shard.finish()
+
+    def shards_ahead(
+        self, items: Sequence[Any], size: int, kind: str, beside: Sequence[str] = ()
+    ) -> Iterator[Shard | None]:
+        """As `missing_shards`, for a caller that reads several shards ahead and calls `finish` when one is written.
+
+        None asks to finish all of them before reading on (see Claims.share_ahead).
+        """
         count = max(1, -(-len(items) // size))
         self._agree_on(json.dumps({"items": len(items), "size": size}))
+
+        def cut(index: int) -> Sequence[Any]:
+            return items[index * size : (index + 1) * size]
+
         if self.claims is None:
             for index in range(count):
-                if not self.has_shard(index, kind, beside):
-                    yield index, items[index * size : (index + 1) * size]
-                self.on_shard(index + 1, count)
+                if self.has_shard(index, kind, beside):
+                    self.on_shard(index + 1, count)
+                else:
+                    yield Shard(index, cut(index), partial(self.on_shard, index + 1, count))
             return
-        label = lambda index: label_of(items[index * size : (index + 1) * size])  # noqa: E731
-        for index in self.claims.share("part", count, lambda index: self.has_shard(index, kind, beside), label):
-            yield index, items[index * size : (index + 1) * size]
+        claims = self.claims
+
+        def finish(index: int) -> None:
+            claims.finish(index)
             self.on_shard(len(list(self.out.glob("part-?????.parquet"))), count)
+
+        is_done = partial(self.has_shard, kind=kind, beside=beside)
+        for index in claims.share_ahead("part", count, is_done, lambda index: label_of(cut(index))):
+            yield None if index is None else Shard(index, cut(index), partial(finish, index))
 
     def share(self, name: str, parts: Sequence[Any], is_done: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
         """Yield (index, part) of the parts that this process is to do: all of them, or a worker's share.

@@ -23,6 +23,8 @@ from data_contracts.rows import ReportRow
 from stages.evaluation.rows import report_row
 from stages.evaluation.sandbox import CodeEval
 from stages.evaluation.suites import SUITES, Member
+from stages.running.cost import parameters
+from stages.running.gpus import engine_share
 
 MAX_LENGTH = 2048
 """Tokens of context and answer; longer contexts are cut on the left."""
@@ -76,6 +78,9 @@ def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, An
     if device == "cpu":
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**29, "enable_chunked_prefill": False}
         arguments["max_num_batched_tokens"] = MAX_LENGTH
+    else:
+        count = int(settings.get("tensor_parallel_size", 1))
+        arguments["gpu_memory_utilization"] = engine_share(0.9, 2 * parameters(directory), count)
     return VLLM(**({"max_model_len": MAX_LENGTH} | arguments | dict(settings)))
 
 

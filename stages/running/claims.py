@@ -63,16 +63,30 @@ class Claims:
         number, _, count = worker.partition("/")
         self.number, self.count = int(number), int(count or 1)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.claimed: TextIO | None = None
-        """The open, locked claim file of the shard that is being made."""
+        self.claimed: dict[int, TextIO] = {}
+        """The open, locked claim files of the shards that are being made."""
 
     def share(
         self, name: str, count: int, is_done: Callable[[int], bool], label: Callable[[int], str]
     ) -> Iterator[int]:
         """Yield the shards that this worker is to make, each claimed while the caller makes it.
 
-        First the shards that no worker has claimed; then, waiting while another worker makes one, those that a dead
-        worker left. When the iteration ends, every shard is made or poison. `is_done` is called under the claim.
+        When the iteration ends, every shard is made or poison.
+        """
+        for index in self.share_ahead(name, count, is_done, label):
+            if index is not None:
+                yield index  # if the caller fails, the claim stays until `failed` or the end of the process
+                self.finish(index)
+
+    def share_ahead(
+        self, name: str, count: int, is_done: Callable[[int], bool], label: Callable[[int], str]
+    ) -> Iterator[int | None]:
+        """Yield the shards that this worker is to make, each claimed until `finish`: the caller may read ahead.
+
+        None asks the caller to finish all shards before it reads on: a worker that waits must not hold what others
+        wait for. First come the shards that no worker has claimed; then, waiting while another worker makes one, those
+        that a dead worker left, one at a time: whichever of them is the bad one fails alone. `is_done` is called under
+        the claim.
         """
         first = self.number * count // self.count  # far from where the other workers begin
         order = [*range(first, count), *range(first)]
@@ -86,13 +100,21 @@ class Claims:
                 if tries is None or (tries and not patient):
                     postponed.append(index)
                 elif not is_made and tries < TRIES and not is_done(index):
-                    self.claimed = file
-                    self._note(start=time.time(), worker=self.number, host=os.uname().nodename, items=label(index))
-                    yield index  # if the caller fails, the claim stays until `failed` or the end of the process
-                    self._note(done=time.time())
-                    self.claimed = None
+                    self.claimed[index] = file
+                    _note(file, start=time.time(), worker=self.number, host=os.uname().nodename, items=label(index))
+                    yield index
+                    if patient:
+                        yield None
+                    continue
                 file.close()
+            yield None
             order = postponed
+
+    def finish(self, index: int) -> None:
+        """Write down that a claimed shard is made, and give its claim up."""
+        file = self.claimed.pop(index)
+        _note(file, done=time.time())
+        file.close()
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -128,17 +150,17 @@ class Claims:
             f"the run that started this worker is gone ({self.supervised} is free): no further shard is taken"
         )
 
-    def _note(self, **event: Any) -> None:
-        """Append a `ClaimEvent` to the claim file of the shard that is being made."""
-        assert self.claimed is not None
-        self.claimed.write(json.dumps(event) + "\n")
-        self.claimed.flush()
-        os.fsync(self.claimed.fileno())
-
     def failed(self, error: BaseException) -> None:
-        """Write down why the claimed shard was not made."""
-        if self.claimed is not None:
-            self._note(error=f"{type(error).__name__}: {error}"[:2000])
+        """Write down why the claimed shards were not made."""
+        for file in self.claimed.values():
+            _note(file, error=f"{type(error).__name__}: {error}"[:2000])
+
+
+def _note(file: TextIO, **event: Any) -> None:
+    """Append a `ClaimEvent` to a claim file."""
+    file.write(json.dumps(event) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _read(file: TextIO) -> tuple[int, bool]:

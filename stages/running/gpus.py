@@ -17,9 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_contracts.errors import TransientError
+
 GPU_EVENT = "gpu"
 HOST_PID_NAMESPACE = "pid:[4026531836]"
 """The kernel's fixed name of the namespace outside of all containers."""
+ENGINE_CONTEXT_BYTES = 2**30
+"""What CUDA's context and libraries of an engine take of a GPU before it looks what is free."""
 LEAST_BYTES = 2**28
 """A GPU that holds less than this above its start is not counted as used: contexts of other processes come and go."""
 
@@ -90,15 +94,45 @@ def _bytes_of(processes: set[int]) -> dict[str, int]:
 
 def _used_bytes() -> dict[str, int]:
     """What each GPU that this process may see holds in all."""
-    nvml, sizes = _nvml(), {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if visible is None else [name.strip() for name in visible.split(",")]
+    return {uuid: memory.used for uuid, memory in _memory().items()}
+
+
+def _memory() -> dict[str, Any]:
+    """What the driver says of the memory of each GPU that this process may see (total, free, used), by UUID.
+
+    In the order of CUDA_VISIBLE_DEVICES.
+    """
+    nvml, cards = _nvml(), {}
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        uuid = _uuid(handle)
-        if names is None or str(index) in names or any(name.removeprefix("GPU-").startswith(uuid) for name in names):
-            sizes[uuid] = nvml.nvmlDeviceGetMemoryInfo(handle).used
-    return sizes
+        cards[str(index), _uuid(handle)] = nvml.nvmlDeviceGetMemoryInfo(handle)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return {uuid: memory for (_, uuid), memory in cards.items()}
+    return {
+        uuid: memory
+        for name in visible.split(",")
+        for (index, uuid), memory in cards.items()
+        if name.strip() == index or (name.strip() and uuid.startswith(name.strip().removeprefix("GPU-")))
+    }
+
+
+def engine_share(most: float, weights: int, count: int = 1) -> float:
+    """The part of its GPUs' memory that an engine may take: `most`, or less where others hold some of it.
+
+    weights: bytes of the model. count: GPUs that share it. `most` is returned where the driver says nothing.
+    Raises: TransientError if what is free cannot even hold the weights.
+    """
+    cards = [] if _nvml() is None else list(_memory().items())[:count]
+    for uuid, memory in cards:
+        free = memory.free - ENGINE_CONTEXT_BYTES
+        if free < weights // count:
+            raise TransientError(
+                f"GPU {uuid} has {memory.free / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}, and the model's "
+                f"weights take {weights / count / 2**30:.1f}: other processes hold the rest (nvidia-smi names them)"
+            )
+        most = min(most, free / memory.total)
+    return most
 
 
 def _uuid(handle: Any) -> str:

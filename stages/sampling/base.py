@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stages.registry import Plugin
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 class Sampler(Plugin, ABC):
     """A way to draw responses from a model. A subclass writes `Config` and `generate`.
 
-    The stage makes one if a shard is missing, and calls `generate` once per shard.
+    The stage makes one if a shard is missing. An engine that takes requests while it works overrides `generate_all`.
     """
 
     def __init__(
@@ -68,6 +68,14 @@ class Sampler(Plugin, ABC):
 
         Equal prompt, seed and settings give an equal candidate.
         """
+
+    def generate_all(self, shards: Iterable[Sequence[Prompt]]) -> Iterator[list[list[Candidate]]]:
+        """Yield the candidates of each shard's prompts, in the order of the shards; here one shard at a time.
+
+        Shards may be read ahead, but for an empty one: it asks to yield all before it first.
+        """
+        for prompts in shards:
+            yield self.generate(prompts) if prompts else []
 
 
 def candidate_seeds(seed: int, prompt_id: str, count: int) -> list[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from array import array
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, overload
 
 import pyarrow.compute as pc
@@ -15,7 +17,7 @@ from data_contracts.errors import ConfigError, ContractError
 from data_contracts.prompts import name_of
 from data_contracts.shard_rows import ShardRows
 from data_contracts.shards import read_shard, shard_paths
-from stages.job import Job
+from stages.job import Job, Shard
 from stages.models.families import attention_addition
 from stages.models.policy import pick_device
 from stages.models.tokens import context_length
@@ -24,13 +26,13 @@ from stages.models.turns import Turns, unusable
 from stages.registry import Named
 from stages.running.cost import loading
 from stages.sampling import SAMPLERS
-from stages.sampling.base import Candidate, Prompt, candidate_seeds
+from stages.sampling.base import Candidate, Prompt, Sampler, candidate_seeds
 from stages.stage import StageRuntime
 
 
 class SamplingRuntime(StageRuntime):
     prompts_per_shard: int = Field(64, ge=1)
-    """How much is lost, at most, when a sampler is killed."""
+    """What a sampler writes at once; when it is killed, it loses the shards that it works on."""
 
 
 class SamplingConfig(TurnConfig):
@@ -142,29 +144,53 @@ def run(job: Job) -> None:
     if not prompts:
         raise ContractError(f"generations {job.out.name}: every prompt is dropped: {dict(prompts.dropped)}")
     device = pick_device(config.runtime.device)
-    sampler = None
-    for index, chunk in job.missing_shards(prompts, config.runtime.prompts_per_shard, "generations"):
-        if sampler is None:
-            with loading():
-                sampler_class = SAMPLERS.get(config.backend.name)
-                sampler = sampler_class(config.backend, config, model, turns.stop_ids, device, turns.blank_ids)
-        with job.timed("generate"):
-            candidates = sampler.generate(chunk)
-        job.write(
-            index,
-            [
-                row
-                for prompt, group in zip(chunk, candidates, strict=True)
-                for row in candidate_rows(prompt, group, turns)
-            ],
-        )
-        job.used(
-            model,
-            sum(len(prompt.ids) for prompt in chunk),
-            sum(len(candidate.token_ids) for group in candidates for candidate in group),
-        )
+    shards = job.shards_ahead(prompts, config.runtime.prompts_per_shard, "generations")
+    first = next((shard for shard in shards if shard is not None), None)
+    if first is not None:
+        with loading():
+            sampler_class = SAMPLERS.get(config.backend.name)
+            sampler = sampler_class(config.backend, config, model, turns.stop_ids, device, turns.blank_ids)
+        _write_shards(job, sampler, chain([first], shards), turns)
     if not job.is_worker:
         _summarise(job, turns, len(prompts), prompts.dropped, device)
+
+
+def _write_shards(job: Job, sampler: Sampler, shards: Iterator[Shard | None], turns: Turns) -> None:
+    """Write the shards in their order, as the sampler completes them; it may work on several at once."""
+    being_made: deque[Shard | None] = deque()
+    seconds_claiming = 0.0
+
+    def read() -> Iterator[Sequence[Prompt]]:
+        nonlocal seconds_claiming
+        while True:
+            began = time.monotonic()
+            try:
+                shard = next(shards)
+            except StopIteration:
+                return
+            finally:
+                seconds_claiming += time.monotonic() - began
+            being_made.append(shard)
+            yield [] if shard is None else shard.items
+
+    results = sampler.generate_all(read())
+    while True:
+        began, claiming_before = time.monotonic(), seconds_claiming
+        candidates = next(results, None)
+        seconds = time.monotonic() - began - (seconds_claiming - claiming_before)
+        if candidates is None:
+            return
+        job.event("seconds", what="generate", seconds=seconds)
+        if (shard := being_made.popleft()) is None:
+            continue
+        groups = zip(shard.items, candidates, strict=True)
+        job.write(shard.index, [row for prompt, group in groups for row in candidate_rows(prompt, group, turns)])
+        job.used(
+            job.path("policy"),
+            sum(len(prompt.ids) for prompt in shard.items),
+            sum(len(candidate.token_ids) for group in candidates for candidate in group),
+        )
+        shard.finish()
 
 
 def candidate_rows(prompt: Prompt, candidates: list[Candidate], turns: Turns) -> list[dict[str, Any]]:

@@ -6,29 +6,70 @@ vLLM patches the process it lives in (threads, RNG, environment), so it is only 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, ContractError
 from stages.registry import Named
+from stages.running.cost import parameters
+from stages.running.gpus import engine_share
 from stages.sampling.base import Candidate, Prompt, Sampler
+from stages.sampling.feeding import feed
 
 BLANK_IDS = "selfplay_blank_ids"
 """Under this name the engine's `additional_config` holds the ids that stages/sampling/vllm_mask.py masks."""
+
+SPEED_ONLY = frozenset(
+    {
+        "async_scheduling",
+        "block_size",
+        "cpu_offload_gb",
+        "disable_custom_all_reduce",
+        "distributed_executor_backend",
+        "enable_prefix_caching",
+        "long_prefill_token_threshold",
+        "max_num_batched_tokens",
+        "max_num_partial_prefills",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "pipeline_parallel_size",
+        "scheduling_policy",
+        "swap_space",
+    }
+)
+"""Engine arguments that move speed and memory, and no more than last bits: they stay out of an artifact's key."""
+SET_HERE = {
+    "model": "the policy",
+    "tokenizer": "the policy's files",
+    "dtype": "backend.dtype",
+    "seed": "sampling.seed",
+    "max_model_len": "sampling.max_prompt_tokens and max_new_tokens",
+    "enforce_eager": "backend.runtime.enforce_eager",
+    "gpu_memory_utilization": "backend.runtime.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "backend.runtime.kv_cache_gib or gpu_memory_utilization",
+    "tensor_parallel_size": "backend.runtime.tensor_parallel_size",
+    "logits_processors": "the policy's files",
+    "additional_config": "the policy's files",
+    "trust_remote_code": "nothing: code that comes with a model is never run",
+}
+"""Engine arguments that are not to be given, and what decides them."""
 
 
 class VLLMRuntime(Runtime):
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that share one copy of the model."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Part of the GPU's memory for weights and KV cache."""
+    """Part of the GPU's memory for weights and KV cache, at most: less where others hold some of it already."""
     kv_cache_gib: float = Field(0.5, gt=0)
     """KV cache on the CPU. (There, vLLM's own default would take 92 % of the machine's memory.)"""
     enforce_eager: bool = False
     """No CUDA graphs: starts sooner, samples slower. Always on for the CPU."""
+    requests_in_flight: int | None = Field(None, ge=0)
+    """Requests that the engine is kept supplied with, across shards; 0: one shard at a time. None: twice the engine's
+    max_num_seqs on GPUs; 0 on the CPU, where a resumed run so repeats every bit."""
 
 
 class VLLM(Sampler):
@@ -36,7 +77,23 @@ class VLLM(Sampler):
         name: Literal["vllm"] = "vllm"
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
         """Arithmetic of the sampler. bfloat16 also on CPUs that have it: float32 is ten times slower there."""
+        arguments: dict[str, Any] = Field(default_factory=dict)
+        """More arguments of vLLM's engine, e.g. {max_num_seqs: 512, kv_cache_dtype: fp8}. Part of the key, but for
+        those that move speed only (SPEED_ONLY in stages/sampling/vllm.py)."""
         runtime: VLLMRuntime = VLLMRuntime()
+
+        def identity(self) -> dict[str, Any]:
+            """As of any plug-in, without the arguments that move speed only."""
+            fields = super().identity()
+            moving = {name: value for name, value in fields.pop("arguments").items() if name not in SPEED_ONLY}
+            return fields | ({"arguments": moving} if moving else {})
+
+        @field_validator("arguments")
+        @classmethod
+        def _no_other_settings(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+            if taken := sorted(arguments.keys() & SET_HERE.keys()):
+                raise ValueError(f"{taken[0]} is not to be given here: {SET_HERE[taken[0]]} decides it")
+            return arguments
 
     def __init__(
         self,
@@ -81,17 +138,50 @@ class VLLM(Sampler):
         else:
             arguments |= {
                 "enforce_eager": runtime.enforce_eager,
-                "gpu_memory_utilization": runtime.gpu_memory_utilization,
+                "gpu_memory_utilization": engine_share(
+                    runtime.gpu_memory_utilization, 2 * parameters(model), runtime.tensor_parallel_size
+                ),
                 "tensor_parallel_size": runtime.tensor_parallel_size,
             }
-        self.engine = LLM(**arguments)
+        try:
+            self.engine = LLM(**arguments | config.arguments)
+        except TypeError as error:
+            if not any(name in str(error) for name in config.arguments):
+                raise
+            raise ConfigError(f"sampling.backend.arguments: vLLM's engine refuses them: {error}") from error
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
+        # A shard must not depend on which shards this process made before it: a resumed run has made fewer.
+        self.engine.reset_prefix_cache()
+        outputs = iter(self.engine.generate(*self._requests(prompts), use_tqdm=False))
+        return [[_candidate(next(outputs), prompt.prompt_id) for _ in prompt.seeds] for prompt in prompts]
+
+    def generate_all(self, shards: Iterable[Sequence[Prompt]]) -> Iterator[list[list[Candidate]]]:
+        """As in the base class; the engine gets the requests of the next shards while it works on the first."""
+        least = self._requests_in_flight()
+        if not least:
+            yield from super().generate_all(shards)
+            return
+
+        def add(prompts: Sequence[Prompt]) -> list[str]:
+            return self.engine.enqueue(*self._requests(prompts), use_tqdm=False)
+
+        for shard in feed(shards, least, add, self.engine.llm_engine.step):
+            outputs = (shard.outputs[request] for request in shard.requests)
+            yield [[_candidate(next(outputs), prompt.prompt_id) for _ in prompt.seeds] for prompt in shard.prompts]
+
+    def _requests_in_flight(self) -> int:
+        if self.config.runtime.requests_in_flight is not None:
+            return self.config.runtime.requests_in_flight
+        if self.device == "cpu":
+            return 0
+        return 2 * self.engine.llm_engine.vllm_config.scheduler_config.max_num_seqs
+
+    def _requests(self, prompts: Sequence[Prompt]) -> tuple[list[Any], list[Any]]:
+        """(prompt, sampling parameters) of every candidate, as two lists, prompt by prompt."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        # A shard must not depend on which shards this process made before it: a resumed run has made fewer.
-        self.engine.reset_prefix_cache()
         shared = {
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
@@ -101,20 +191,13 @@ class VLLM(Sampler):
             "stop_token_ids": self.stop_ids,
             "detokenize": False,
         }
-        requests = [
-            (TokensPrompt(prompt_token_ids=prompt.ids), SamplingParams(seed=seed, **shared))
-            for prompt in prompts
-            for seed in prompt.seeds
-        ]
-        outputs = iter(
-            self.engine.generate(
-                [request for request, _ in requests], [params for _, params in requests], use_tqdm=False
-            )
-        )
-        return [[_candidate(next(outputs).outputs[0], prompt.prompt_id) for _ in prompt.seeds] for prompt in prompts]
+        inputs = [TokensPrompt(prompt_token_ids=prompt.ids) for prompt in prompts for _ in prompt.seeds]
+        return inputs, [SamplingParams(seed=seed, **shared) for prompt in prompts for seed in prompt.seeds]
 
 
-def _candidate(output: Any, prompt_id: str) -> Candidate:
+def _candidate(request: Any, prompt_id: str) -> Candidate:
+    """The one candidate of a finished request."""
+    (output,) = request.outputs
     ids = list(output.token_ids)
     logps = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
     # NaN weights make vLLM emit token 0 for ever, without an error.

@@ -7,6 +7,7 @@ stages/running/supervise.py, so it ends with this process, however that ends. vL
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -21,10 +22,14 @@ from pydantic import Field
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, TransientError
+from stages.running.cost import parameters
+from stages.running.gpus import engine_share
 from stages.running.supervise import supervisor_options
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the supervisor's PYTHONPATH."""
+DEFAULT_SHARE = 0.92
+"""Of a GPU's memory, vLLM's server."""
 
 
 class ServerRuntime(Runtime):
@@ -84,7 +89,8 @@ class Served:
         if self.device == "cpu":
             # A seeded request in a chunked prefill kills vLLM's CPU engine ("CPU Generator does not use offset").
             options |= {"enforce-eager": True, "no-enable-chunked-prefill": True}
-        options |= {name.replace("_", "-"): value for name, value in self.runtime.arguments.items()}
+        arguments = self.runtime.arguments | self._smaller_share()
+        options |= {name.replace("_", "-"): value for name, value in arguments.items()}
         command = [self.runtime.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         for name, value in options.items():
             if value is True:
@@ -92,6 +98,15 @@ class Served:
             elif value is not False:
                 command += [f"--{name}", str(value)]
         return command
+
+    def _smaller_share(self) -> dict[str, Any]:
+        """The argument that leaves others what they hold of the GPU; {} if all that the server would take is free."""
+        if self.device == "cpu":
+            return {}
+        most = float(self.runtime.arguments.get("gpu_memory_utilization", DEFAULT_SHARE))
+        count = int(self.runtime.arguments.get("tensor_parallel_size", 1))
+        share = engine_share(most, 2 * parameters(str(self.model)), count)
+        return {"gpu_memory_utilization": math.floor(share * 1000) / 1000} if share < most else {}
 
     def _environment(self) -> dict[str, str]:
         settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

@@ -92,6 +92,57 @@ def test_a_lone_worker_makes_all_but_the_poison(tmp_path):
     assert together(tmp_path, 1, {0: "raise"}) == [0]  # nobody tries it a third time
 
 
+def work_ahead(directory: Path, worker: str, ahead: int, bad: int | None = None) -> None:
+    """Make shards as files, `ahead` of them claimed at once; a worker that has claimed `bad` fails."""
+    claims, claimed = Claims(directory, worker), []
+    stream = claims.share_ahead("part", COUNT, lambda index: (directory / f"{index}").exists(), str)
+    try:
+        for index in stream:
+            claimed += [] if index is None else [index]
+            if index is not None and len(claimed) < ahead:
+                continue
+            for held in claimed:
+                if held == bad:
+                    raise ValueError(f"cannot make {held}")
+                with open(directory / f"{held}", "x") as file:
+                    file.write(worker)
+                claims.finish(held)
+            claimed.clear()
+        assert not claimed and not claims.claimed
+    except ValueError as error:
+        claims.failed(error)
+        os._exit(1)
+
+
+def ahead_together(directory: Path, workers: int, bad: int | None = None) -> list[int]:
+    children = []
+    for number in range(workers):
+        child = os.fork()
+        if child == 0:
+            code = 3
+            try:
+                work_ahead(directory, f"{number}/{workers}", 4, bad)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def test_workers_that_read_ahead_make_every_shard_once_and_wait_for_no_claim_of_their_own(tmp_path):
+    assert ahead_together(tmp_path, 3) == [0, 0, 0]
+    assert made(tmp_path) == set(range(COUNT)) and not poison(tmp_path)
+
+
+def test_a_bad_shard_costs_the_shards_claimed_beside_it_one_try_only(tmp_path):
+    while 1 in ahead_together(tmp_path, 1, bad=5):
+        pass
+    assert made(tmp_path) == set(range(COUNT)) - {5}
+    assert [shard.name for shard in poison(tmp_path)] == ["part-00005"]
+    tries = {name: sum("start" in line for line in lines) for name, lines in history(tmp_path)}
+    assert max(tries.values()) == 2
+
+
 def test_failures_are_forgotten_when_the_work_is_begun_anew(tmp_path):
     together(tmp_path, 2, {3: "raise"})
     assert poison(tmp_path)

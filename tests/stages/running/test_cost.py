@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 from safetensors.torch import save_file
 
+from data_contracts.errors import TransientError
 from stages.job import Job
 from stages.running import gpus
 from stages.running.cost import MemoryWatch, cost_of, loading, parameters
@@ -143,6 +144,57 @@ def test_an_engines_child_is_seen_by_the_driver(monkeypatch, in_container):
     assert watch.peaks == {"uuid-1": 6 * 2**30}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-uuid-0")
     assert set(gpus._used_bytes()) == {"uuid-0"}
+
+
+GIB = 2**30
+
+
+def cards(monkeypatch, *free_and_total: tuple[float, float]) -> None:
+    """Cards with so many GiB free and in all."""
+    memory = [
+        SimpleNamespace(free=int(free * GIB), total=int(total * GIB), used=int((total - free) * GIB))
+        for free, total in free_and_total
+    ]
+    nvml = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: len(memory),
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda index: f"GPU-uuid-{index}",
+        nvmlDeviceGetMemoryInfo=lambda index: memory[index],
+    )
+    monkeypatch.setattr(gpus, "_nvml", lambda: nvml)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "share"),
+    [
+        (None, 1, 0.9),  # the first card is free
+        (None, 2, 0.5),  # half of the second is taken, and 1 GiB is the engine's own context
+        ("1", 1, 0.5),
+        ("GPU-uuid-1", 1, 0.5),
+        ("GPU-uuid-0,1", 1, 0.9),
+        ("1,0", 1, 0.5),
+        ("MIG-3f", 1, 0.9),  # the driver does not count it among the cards
+    ],
+)
+def test_an_engine_gets_what_is_free(monkeypatch, visible, count, share):
+    cards(monkeypatch, (79, 80), (41, 80))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.engine_share(0.9, 14 * GIB, count) == pytest.approx(share)
+
+
+def test_an_engine_whose_weights_do_not_fit_into_what_is_free_is_worth_another_try(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cards(monkeypatch, (10, 80), (79, 80))
+    with pytest.raises(TransientError, match=r"GPU uuid-0 has 10.0 GiB free of 80.0, and the model's weights take 14"):
+        gpus.engine_share(0.9, 14 * GIB)
+    assert gpus.engine_share(0.9, 14 * GIB, 2) == pytest.approx(9 / 80)  # 7 GiB on each of two
+
+
+def test_without_a_driver_an_engine_gets_what_the_settings_say(monkeypatch):
+    monkeypatch.setattr(gpus, "_nvml", lambda: None)
+    assert gpus.engine_share(0.7, 14 * GIB) == 0.7
 
 
 @pytest.mark.gpu

@@ -15,14 +15,18 @@ from data_contracts.checkpoint import external_model
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.shard_rows import ShardRows
 from data_contracts.shards import SCHEMAS, read_shards, shard_path, to_table, write_shard
+from data_contracts.store import Store
 from stages.execute import execute
 from stages.models.turns import Turns
+from stages.running.history import events
 from stages.sampling import check
 from stages.sampling.base import Candidate
 from stages.sampling.canned import Canned
 from stages.sampling.stage import SamplingConfig, UsablePrompts
 from stages.scoring.stage import ScoringConfig
 from stages.stage import STAGES
+
+THREE_SHARDS = {"device": "cpu", "prompts_per_shard": 3}
 
 
 def config(**changes) -> SamplingConfig:
@@ -152,6 +156,29 @@ def test_a_sampler_that_forgets_a_candidate_is_caught(sample, monkeypatch):
         sample(2)
 
 
+def test_a_sampler_that_works_on_several_shards_at_once_leaves_the_same_rows(
+    store, make_prompts, tiny_model, monkeypatch, tmp_path
+):
+    inputs = {"policy": external_model(tiny_model)}
+    read_ahead = []
+
+    def generate_all(self, shards):
+        shards = list(shards)  # all of them, before the first one is made
+        read_ahead.append(len(shards))
+        results = [self.generate(shard) if shard else [] for shard in reversed(shards)]
+        yield from reversed(results)
+
+    records = []
+    for mine in (store, Store(tmp_path / "other")):
+        prompts = {"prompts": make_prompts(mine, 7)}
+        records.append(execute(STAGES["sample"], config(runtime=THREE_SHARDS), inputs | prompts, mine))
+        monkeypatch.setattr(Canned, "generate_all", generate_all)
+    assert records[0].content == records[1].content and read_ahead == [3]
+    for mine in (store, Store(tmp_path / "other")):
+        history = events(mine.directory("generations", records[0].key))
+        assert [event["index"] for event in history if event["event"] == "shard"] == [0, 1, 2]
+
+
 # ---- rows that spell control tokens
 
 
@@ -201,6 +228,19 @@ def test_a_key_changes_only_for_a_model_that_was_not_stopped_at_its_turns_end(
     assert STAGES["score"].settings(given, inputs) == given.identity() | added
     ranked = ScoringConfig(pairing="best_vs_worst")
     assert STAGES["score"].settings(ranked, inputs) == ranked.identity()
+
+
+def test_engine_arguments_are_part_of_the_key_unless_they_move_speed_only():
+    def identity(arguments):
+        return config(backend={"name": "vllm", "arguments": arguments}).identity()["backend"]
+
+    assert identity({}) == {"name": "vllm", "dtype": "bfloat16"}  # as before there were any
+    assert identity({"max_num_seqs": 512, "enable_prefix_caching": False}) == identity({})
+    assert identity({"max_num_seqs": 512, "kv_cache_dtype": "fp8"}) == identity({}) | {
+        "arguments": {"kv_cache_dtype": "fp8"}
+    }
+    with pytest.raises(ValueError, match="max_model_len is not to be given here: sampling.max_prompt_tokens and"):
+        identity({"max_model_len": 100})
 
 
 # ---- the check before a run

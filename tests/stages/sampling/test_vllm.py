@@ -30,21 +30,22 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model, make_prompts, run_stage_command):
-    """Rows and directory of two runs: with two prompts per shard, and with all in one shard."""
+    """Rows and directory of two runs: two prompts per shard, their requests side by side; and all in one shard."""
 
-    def run(size: int):
+    def run(size: int, requests_in_flight: int):
         store = Store(tmp_path_factory.mktemp(f"vllm{size}") / "store")
         inputs = {"prompts": make_prompts(store, 7).key, "policy": tiny_model}
-        done = run_stage_command(
-            "sample", SETTINGS | {"runtime": {"device": "cpu", "prompts_per_shard": size}}, inputs, store
-        )
+        backend = SETTINGS["backend"]
+        backend = backend | {"runtime": backend["runtime"] | {"requests_in_flight": requests_in_flight}}
+        settings = {"backend": backend, "runtime": {"device": "cpu", "prompts_per_shard": size}}
+        done = run_stage_command("sample", SETTINGS | settings, inputs, store)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         (record,) = store.records("generations")
         directory = store.directory("generations", record.key)
         return record, read_shards(directory, "generations").to_pylist(), directory
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, (2, 64)))
+        return list(pool.map(run, (2, 64), (9, 0)))
 
 
 def test_the_stage_signs_k_candidates_per_prompt(runs):
