@@ -25,8 +25,10 @@ SHORT = 512
 """Groups up to this long take plain products in bf16 on a CPU: torch's fused kernel takes 2-4 times as long there,
 mostly backwards.
 """
-CHUNK = 1 << 22
-"""Logits that exist in float32 at a time."""
+CHUNKS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Logits that exist in float32 at a time, by type of device: what a CPU's cache holds, half a GiB of a GPU's memory."""
+MOST_LOGITS = 1 << 29
+"""A training on a GPU keeps up to so many logits for its backward pass, and computes more of them twice instead."""
 
 
 def register() -> str:
@@ -158,7 +160,7 @@ def _read(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[ids] of n tokens, with `CHUNK` logits in float32 at a time, forwards and backwards. [n, V],
+    """log softmax(logits)[ids] of n tokens, with `CHUNKS` logits in float32 at a time, forwards and backwards. [n, V],
     [n] -> [n].
     """
 
@@ -185,5 +187,77 @@ class TokenLogps(torch.autograd.Function):
 
 
 def _parts(logits: Tensor) -> list[slice]:
-    size = max(1, CHUNK // logits.shape[-1])
+    size = max(1, CHUNKS[logits.device.type] // logits.shape[-1])
     return [slice(start, start + size) for start in range(0, len(logits), size)]
+
+
+def fuses(head: torch.nn.Module | None, tokens: int) -> bool:
+    """Whether the log-probs of so many tokens are computed by `head_logps`, instead of out of logits [tokens, V].
+
+    On GPUs: always without gradients, and with them where the logits would take gigabytes.
+    """
+    if not isinstance(head, torch.nn.Linear) or not head.weight.is_cuda:
+        return False
+    return not torch.is_grad_enabled() or tokens * head.out_features > MOST_LOGITS
+
+
+def head_logps(head: torch.nn.Linear, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Return log softmax(head(hidden))[ids] in float32 or better, without ever holding [n, V]. [n, H], [n] -> [n]."""
+    return cast(Tensor, _HeadLogps.apply(hidden, head.weight, head.bias, ids))
+
+
+class _HeadLogps(torch.autograd.Function):
+    """`head_logps`: a part of the vocabulary at a time, the log-sums joined as they come; backwards computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        normaliser = torch.full(ids.shape, -torch.inf, dtype=wide, device=hidden.device)
+        scores = torch.zeros_like(normaliser)
+        for part in _columns(hidden, weight):
+            logits = _logits(hidden, weight, bias, part).to(wide)
+            normaliser = torch.logaddexp(normaliser, torch.logsumexp(logits, -1))
+            places, is_inside = _places(ids, part)
+            scores = torch.where(is_inside, logits.gather(-1, places[:, None])[:, 0], scores)
+        ctx.save_for_backward(hidden, weight, bias, ids, normaliser)
+        return scores - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """d logp / d logits = onehot(id) - softmax(logits), then as of any linear layer."""
+        (gradient,) = gradients
+        hidden, weight, bias, ids, normaliser = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        of_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype) if needs_hidden else None
+        of_weight = torch.empty_like(weight) if needs_weight else None
+        of_bias = torch.empty_like(bias) if needs_bias else None
+        for part in _columns(hidden, weight):
+            logits = _logits(hidden, weight, bias, part).to(normaliser.dtype)
+            rows = (logits - normaliser[:, None]).exp_().mul_(-gradient[:, None])
+            places, is_inside = _places(ids, part)
+            rows.scatter_add_(-1, places[:, None], torch.where(is_inside, gradient, 0.0)[:, None])
+            if of_bias is not None:
+                of_bias[part] = rows.sum(0)
+            rows = rows.to(weight.dtype)
+            if of_hidden is not None:
+                of_hidden += rows @ weight[part]
+            if of_weight is not None:
+                torch.mm(rows.t(), hidden, out=of_weight[part])
+        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, of_bias, None
+
+
+def _columns(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Parts of the vocabulary of which `CHUNKS` logits are computed at a time."""
+    size = max(128, CHUNKS[hidden.device.type] // max(1, len(hidden)) // 128 * 128)
+    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    logits = hidden @ weight[part].t()
+    return logits if bias is None else logits + bias[part]
+
+
+def _places(ids: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """The places of ids inside a part of the vocabulary (any place for those outside), and which are inside."""
+    places = ids - part.start
+    return places.clamp(0, part.stop - part.start - 1), (places >= 0) & (ids < part.stop)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -102,9 +103,7 @@ def response_logits(model: Module, batch: Batch, **inputs: Tensor) -> Tensor:
     `inputs`: what the model reads instead of `input_ids`. The head is computed for these positions alone: they are
     picked out of the hidden states on their way into the module that transformers calls the output embeddings.
     """
-    language_model = getattr(model, "module", model)
-    find_head = getattr(language_model, "get_output_embeddings", None)
-    head = find_head() if find_head else None
+    head = _head(model)
     picked = []
 
     def pick(_: Module, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -131,23 +130,70 @@ def _positions(values: Tensor, index: Tensor) -> Tensor:
 
 def response_logps(model: Module, batch: Batch | Packed) -> Tensor:
     """Return log pi(y_t | x, y_<t) of every response token, [N, T] float32, 0 outside the mask."""
+    from stages.models.kernels import fuses
+
+    is_fused = packable_type(model) and fuses(_head(model), _scored_ids(batch).numel())
     if isinstance(batch, Batch):
+        if is_fused:
+            with _head_gives_logps(model, _scored_ids(batch)):
+                logps = response_logits(model, batch)[..., 0]
+            return torch.where(batch.response_mask, logps, torch.zeros((), dtype=logps.dtype, device=logps.device))
         return token_logps(response_logits(model, batch), batch.response_ids, batch.response_mask)
     if isinstance(batch.layout, Grouped):
         mask = batch.layout.mask
     else:  # four axes keep transformers from making a mask; flash attention reads none
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=batch.sources,
-        packing=batch.layout,
-    )
-    logps = token_logps(output.logits[0], batch.targets, torch.ones_like(batch.targets, dtype=torch.bool))
+    with _head_gives_logps(model, batch.targets) if is_fused else nullcontext():
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.sources,
+            packing=batch.layout,
+        )
+    if is_fused:
+        logps = output.logits[0, :, 0]
+    else:
+        logps = token_logps(output.logits[0], batch.targets, torch.ones_like(batch.targets, dtype=torch.bool))
     shape = batch.response_ids.shape
     return logps.new_zeros(shape.numel()).scatter(0, batch.scored, logps).view(shape)
+
+
+def _scored_ids(batch: Batch | Packed) -> Tensor:
+    """The ids [n] whose log-probs the model's head is computed for."""
+    return batch.response_ids.reshape(-1) if isinstance(batch, Batch) else batch.targets
+
+
+def _head(model: Module) -> Module | None:
+    """The module that transformers calls the output embeddings."""
+    find_head = getattr(getattr(model, "module", model), "get_output_embeddings", None)
+    return find_head() if find_head else None
+
+
+@contextmanager
+def _head_gives_logps(model: Module, ids: Tensor) -> Iterator[None]:
+    """Let the model's head return the log-probs [..., 1] of the ids in place of the logits [..., V].
+
+    Its other hooks stay (ZeRO 3 gathers its weight there), so it is called as ever. For models that do no more with
+    logits than return them: those of PACKABLE.
+    """
+    from stages.models.kernels import head_logps
+
+    head = cast("torch.nn.Linear", _head(model))
+    before = vars(head).get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        return head_logps(head, hidden.reshape(-1, hidden.shape[-1]), ids).view(*hidden.shape[:-1], 1)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
 
 
 def batches_by_budget(lengths: Sequence[int], budget: int, cells: float = math.inf) -> Iterator[list[int]]:

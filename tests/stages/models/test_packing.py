@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stages.models.kernels
-from stages.models.kernels import TokenLogps
+from stages.models.kernels import TokenLogps, fuses, head_logps
 from stages.models.packing import PACKABLE, Varlen, group_prompts, pack, packable, takes_varlen
 from stages.models.policy import batches_by_sum, collate, load_causal_lm, response_logps, score_responses
 
@@ -221,7 +221,7 @@ def test_an_exported_model_does_not_name_our_attention(tiny_model, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 30, 10**6])
 def test_log_probs_in_chunks_are_those_of_log_softmax_with_the_same_gradient(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(stages.models.kernels, "CHUNK", chunk)
+    monkeypatch.setitem(stages.models.kernels.CHUNKS, "cpu", chunk)
     draw = torch.Generator().manual_seed(0)
     logits = (torch.randn(7, 11, generator=draw, dtype=torch.float64) * 3).to(dtype).requires_grad_()
     ids, weights = torch.randint(11, (7,), generator=draw), torch.randn(7, generator=draw, dtype=torch.float64)
@@ -233,6 +233,100 @@ def test_log_probs_in_chunks_are_those_of_log_softmax_with_the_same_gradient(mon
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype]
     assert (ours - plain).abs().max() < tolerance
     assert (logits.grad.double() - exact.grad).abs().max() < max(tolerance, 2 * torch.finfo(dtype).eps)
+
+
+# --- log-probs out of the head's input, without logits
+
+
+def linear(dtype: torch.dtype, bias: bool, size: int = 300) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    """A head, the input of seven tokens and their ids; the first id and the last one of the vocabulary among them."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, size, bias=bias).to(dtype)
+    hidden = (torch.randn(7, 16, dtype=torch.float64) * 3).to(dtype).requires_grad_()
+    return head, hidden, torch.tensor([0, size - 1, 127, 128, 5, 255, 256])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.02)]
+)
+@pytest.mark.parametrize("chunk", [1, 7 * 200, 10**6])  # 128 entries of the vocabulary at a time, the same, all
+def test_log_probs_without_logits_are_those_of_the_logits_with_the_same_gradients(
+    monkeypatch, dtype, tolerance, chunk, bias
+):
+    head, hidden, ids = linear(dtype, bias)
+    weights = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for fused in (False, True):
+        monkeypatch.setitem(stages.models.kernels.CHUNKS, "cpu", chunk if fused else 10**6)
+        head.zero_grad()
+        hidden.grad = None
+        logps = head_logps(head, hidden, ids) if fused else TokenLogps.apply(head(hidden), ids)
+        (logps * weights.to(logps.dtype)).sum().backward()
+        results.append([logps.detach(), hidden.grad, *(parameter.grad for parameter in head.parameters())])
+    for plain, ours in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype and (ours - plain).norm() <= tolerance * plain.norm()
+
+
+def test_a_frozen_head_gets_no_gradient_and_its_input_does():
+    head, hidden, ids = linear(torch.float32, False)
+    head.requires_grad_(False)
+    head_logps(head, hidden, ids).sum().backward()
+    assert head.weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+def test_no_tensor_of_all_logits_is_made_forwards_or_backwards(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                Largest.size = max(Largest.size, out.numel())
+            return out
+
+    head, hidden, ids = linear(torch.float32, False, 4096)
+    monkeypatch.setitem(stages.models.kernels.CHUNKS, "cpu", 7 * 128)
+    with Largest():
+        head_logps(head, hidden, ids).sum().backward()
+    # The head's weight and its gradient are the largest; of logits there are 128 a token at a time.
+    assert Largest.size == head.weight.numel()
+    Largest.size = 0
+    with Largest(), torch.no_grad():
+        head_logps(head, hidden, ids)
+    assert Largest.size <= head.weight.numel() // 2
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
+def test_a_models_log_probs_without_logits_are_those_with_them(kind, tmp_path, monkeypatch):
+    model = build(kind, tmp_path)
+    prompts, responses = texts()
+    weights = torch.rand(collate(prompts, responses).response_ids.shape, generator=torch.Generator().manual_seed(0))
+    for batch in (collate(prompts, responses), pack(prompts, responses)):
+        plain = gradients(model, batch, weights)
+        with monkeypatch.context() as patch:
+            patch.setattr(stages.models.kernels, "fuses", lambda head, tokens: isinstance(head, torch.nn.Linear))
+            fused = gradients(model, batch, weights)
+        for left, right in zip(fused, plain, strict=True):
+            assert (left - right).norm() <= 1e-6 * right.norm()
+        assert torch.equal(fused[0] == 0, plain[0] == 0)
+        assert "forward" not in vars(model.get_output_embeddings())  # the head gives logits again
+
+
+def test_gpus_go_without_logits_unless_a_training_has_few(monkeypatch):
+    def head(vocabulary: int) -> torch.nn.Module:
+        module = torch.nn.Linear(1, 1)
+        module.out_features, module.weight.data = vocabulary, torch.zeros(1)
+        return module
+
+    assert not fuses(head(152_064), 10**6) and not fuses(None, 10**6)  # the CPU's numbers stay what they were
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert fuses(head(152_064), 6_000) and not fuses(head(152_064), 2_048)
+    with torch.no_grad():
+        assert fuses(head(152_064), 2_048)
+    assert not fuses(torch.nn.Embedding(3, 2), 10**9)
 
 
 # --- the layout
