@@ -236,6 +236,8 @@ COLUMNS = {
     "tokens_in": Column("tokens in", form=",.0f"),
     "tokens_out": Column("tokens out", form=",.0f"),
     "flops": Column("TFLOP", 1e12, ",.2f"),
+    "tokens_per_second": Column("trained tokens/s", form=",.0f", is_sum=False),
+    "mfu": Column("MFU", form=".1%", is_sum=False),
     "cpu_seconds": Column("CPU s"),
     "peak_rss_bytes": Column("peak GiB", 2**30, ".2f", is_sum=False),
     "peak_gpu_bytes": Column("GPU GiB", 2**30, ".2f", is_sum=False),

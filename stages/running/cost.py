@@ -25,6 +25,8 @@ from stages.running.supervise import descendants
 FORWARD, TRAIN = 2, 6
 """FLOPs per parameter and token."""
 SUMMED = ("tokens_in", "tokens_out", "flops", "cache_hits", "cache_misses")
+SPEED_EVENT = "speed"
+"""Its `speed`: tokens_per_second and, on GPUs, mfu of a training."""
 SECONDS_BETWEEN_LOOKS = 1.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -115,6 +117,9 @@ def cost_of(events: Iterable[Mapping[str, Any]], watch: MemoryWatch) -> dict[str
                 total[name] += event.get(name, 0)
     times = os.times()
     cost = {name: value for name, value in total.items() if value}
+    for event in history:
+        if event["event"] == SPEED_EVENT:
+            cost |= event["speed"]
     cost["peak_rss_bytes"] = watch.peak_rss_bytes
     cost["cpu_seconds"] = round(times.user + times.system + times.children_user + times.children_system, 2)
     gpu_bytes, cost["gpus"] = gpu_cost(history, watch.gpus.peaks)

@@ -27,6 +27,26 @@ ENGINE_CONTEXT_BYTES = 2**30
 LEAST_BYTES = 2**28
 """A GPU that holds less than this above its start is not counted as used: contexts of other processes come and go."""
 
+PEAKS = (
+    ("B200", 2250e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+"""Dense bf16 FLOP/s by a part of the GPU's name; the first that fits counts (NVIDIA's data sheets)."""
+
+
+def peak_flops(name: str) -> float | None:
+    """The FLOP/s in bf16 of a GPU of this name; None if it is not in PEAKS."""
+    return next((flops for part, flops in PEAKS if part in name), None)
+
 
 def torch_peaks() -> dict[str, int]:
     """The most bytes that torch reserved in this process on each GPU, by the GPU's UUID; {} where CUDA was not used."""

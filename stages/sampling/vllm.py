@@ -164,7 +164,9 @@ class VLLM(Sampler):
             return
 
         def add(prompts: Sequence[Prompt]) -> list[str]:
-            return self.engine.enqueue(*self._requests(prompts), use_tqdm=False)
+            # The engine appends a random part to the ids that it gives out, which its outputs do not have.
+            ids = self.engine.enqueue(*self._requests(prompts), use_tqdm=False)
+            return [request.partition("-")[0] for request in ids]
 
         for shard in feed(shards, least, add, self.engine.llm_engine.step):
             outputs = (shard.outputs[request] for request in shard.requests)

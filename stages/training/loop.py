@@ -23,6 +23,7 @@ from stages.training.batches import (
     row_length,
 )
 from stages.training.engine import Engine
+from stages.training.speed import SPEEDS, Speed, mean_speed, sequence_tokens
 from stages.training.streams import Streams
 
 if TYPE_CHECKING:
@@ -58,12 +59,15 @@ def train(
     resume, export_steps = out / "resume", kept_steps(len(steps), config.checkpoints)
     resumed_from = engine.resume(resume)
     log = _Log(out / METRICS, resumed_from) if engine.is_main else None
+    speed = Speed(policy, config.dtype, device, engine.world_size)
     clock = SaveClock(config.runtime.save_every_seconds, config.runtime.save_every_steps)
     for step in steps[resumed_from:]:
         num_steps = step.number + 1
         # The main rank's clock decides for all: the checkpoint is a collective operation.
         asks = engine.is_main and clock.is_due(num_steps)
-        metrics, is_save_due = one_step(engine, streams, config, step, rows.pick(step.rows), asks)
+        step_rows = rows.pick(step.rows)
+        metrics, is_save_due = one_step(engine, streams, config, step, step_rows, asks)
+        metrics |= speed.of(sequence_tokens(step_rows, streams.sides), metrics["seconds"])
         if log:
             log.append(metrics)
             report(num_steps, len(steps), metrics)
@@ -193,15 +197,16 @@ class _Log:
             file.write(json.dumps(metrics) + "\n")
 
     def summary(self, epoch: int) -> Metrics:
-        """The means over an epoch, with the number of steps, the first loss and the tokens of all steps."""
+        """The means over an epoch, with the number of steps, the first loss, the tokens and the speed of all steps."""
         last = [line for line in self.lines if line["epoch"] == epoch]
-        names = [name for name in self.lines[0] if name not in ("step", "epoch", "tokens", "seconds")]
+        not_means = ("step", "epoch", "tokens", "seconds", *SPEEDS)
+        names = [name for name in self.lines[0] if name not in not_means]
         means = {name: sum(line[name] for line in last if name in line) / len(last) for name in names}
         return {
             "steps": len(self.lines),
             "first_loss": self.lines[0]["loss"],
             "tokens": sum(line["tokens"] for line in self.lines),
-        } | means
+        } | {**means, **mean_speed(self.lines)}
 
 
 def _read_lines(path: Path) -> list[Metrics]:

@@ -23,10 +23,11 @@ from stages.models.families import attention_addition
 from stages.models.policy import pick_device, pin_threads
 from stages.registry import Named
 from stages.running import rendezvous
-from stages.running.cost import TRAIN
+from stages.running.cost import SPEED_EVENT, TRAIN
 from stages.training.batches import STEPS
 from stages.training.config import TrainingConfig, TrainingInputs
 from stages.training.launch import error_of, start_ranks
+from stages.training.speed import SPEEDS
 
 Config = TrainingConfig
 
@@ -102,17 +103,23 @@ def train_rank(out: Path, config: TrainingConfig, inputs: TrainingInputs, job: J
             name: metrics[key] for name, key in (("loss", "loss"), ("margin", "rewards/margins")) if key in metrics
         }
         values = "".join(f" {name} {value:.4f}" for name, value in shown.items())
-        job.log(f"step {num_steps}/{total}{values} {metrics['seconds']:.1f} s")
+        utilisation = f", MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+        rate = f"{metrics['tokens_per_second']:,.0f} tokens/s{utilisation}"
+        job.log(f"step {num_steps}/{total}{values} {metrics['seconds']:.1f} s, {rate}")
         job.event("step", index=num_steps)
         job.progress(num_steps, total, "steps")
 
     device = pick_device(config.runtime.device)
     try:
-        return train(config, rows, inputs.policy, inputs.reference, inputs.teacher, out, device, report)
+        metrics = train(config, rows, inputs.policy, inputs.reference, inputs.teacher, out, device, report)
     except BadStep as bad:  # on every rank at once; the main rank writes it down
         if os.environ.get("RANK", "0") != "0":
             raise ContractError(bad.problem) from None
         raise save(bad, out, config, inputs, rows) from None
+    speed = {name: metrics.pop(name) for name in SPEEDS if name in metrics}
+    if job is not None:  # a cost, not a result: it is another one each time
+        job.event(SPEED_EVENT, speed=speed)
+    return metrics
 
 
 def check_rows(rows: Sequence[dict[str, Any]], method: Named) -> None:

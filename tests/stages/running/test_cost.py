@@ -197,6 +197,21 @@ def test_without_a_driver_an_engine_gets_what_the_settings_say(monkeypatch):
     assert gpus.engine_share(0.7, 14 * GIB) == 0.7
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("Quadro P1000", None),
+    ],
+)
+def test_a_gpus_peak_follows_from_its_name(name, peak):
+    assert gpus.peak_flops(name) == peak
+
+
 @pytest.mark.gpu
 def test_the_counters_of_a_real_gpu():
     import torch
