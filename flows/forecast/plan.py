@@ -19,7 +19,9 @@ from data_contracts.config import Config
 from data_contracts.errors import ConfigError, PipelineError, print_error
 from flows.config import RunConfig, load_run
 from flows.forecast.memory import (
+    BYTES,
     GIB,
+    Rows,
     Shape,
     generate_memory,
     model_shape,
@@ -29,6 +31,7 @@ from flows.forecast.memory import (
     vllm_memory,
     with_slack,
 )
+from stages.scoring.models import DEFAULT_TOKENS, GPU_TOKENS
 from stages.scoring.pairing import PAIRINGS
 from stages.stage import STAGES
 
@@ -130,10 +133,8 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
     needs: dict[str, Need] = {}
     needs["sample"] = need("sample", sampling, "policy", _sampling(sampling, policy, gpus_per_node), {})
     if "scorer" in shapes:
-        rows = rows_of(getattr(run.scoring.runtime, "batch_tokens", 4096), prompt, response, 2)
-        device = pass_memory(
-            shapes["scorer"], getattr(run.scoring.scorer, "dtype", "float32"), rows._replace(response=0)
-        )
+        budget = run.scoring.runtime.batch_tokens or (GPU_TOKENS if gpus_per_node else DEFAULT_TOKENS)
+        device = _scorer(run.scoring.scorer, shapes["scorer"], rows_of(budget, prompt, response, 2), gpus_per_node)
         needs["score"] = need("score", run.scoring, "scorer", device, {})
     rows = rows_of(run.weighting.runtime.batch_tokens, prompt, response, 1)
     passed = {role: shape for role, shape in shapes.items() if role not in ("scorer", "judge")}
@@ -149,12 +150,24 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
     rows = rows_of(run.evaluation.runtime.batch_tokens, prompt, run.sampling_for_heldout().max_new_tokens, 1)
     judged = {"policy": pass_memory(policy, "bfloat16", rows)}
     if "judge" in shapes:
-        judged["judge"] = pass_memory(
-            shapes["judge"], getattr(run.evaluation.scorer, "dtype", "float32"), rows._replace(response=0)
-        )
+        judged["judge"] = _scorer(run.evaluation.scorer, shapes["judge"], rows, gpus_per_node)
     name = max(judged, key=lambda role: sum(judged[role].values()))
     needs["evaluate"] = need("evaluate", run.evaluation, name, judged[name], {})
     return needs
+
+
+def _scorer(scorer: Any, shape: Shape, rows: Rows, gpus_per_node: int) -> Parts:
+    """The memory of a scorer's network; PairRM's also makes the scores of positions, which no fused attention covers."""
+    dtype = getattr(scorer, "dtype", "float32")
+    if dtype == "auto":
+        dtype = "bfloat16" if gpus_per_node else "float32"
+    parts = pass_memory(shape, dtype, rows._replace(response=0))
+    if scorer.name != "pairrm" or not gpus_per_node:
+        return parts
+    # Two products with the positions, their cells, and the sum: four numbers per head, query and key. A row holds the
+    # prompt and two answers.
+    length = min(shape.context, rows.length + rows.response)
+    return parts | {"position scores": 4 * BYTES[dtype] * rows.tokens * length * shape.heads}
 
 
 def _sampling(sampling: Any, policy: Shape, gpus_per_node: int) -> Parts:
@@ -266,6 +279,8 @@ def _knobs(run: RunConfig, stage: str, have: Hardware) -> Iterator[list[dict[str
                 {"training.runtime.offload_optimizer": True, "training.runtime.zero_stage": max(1, runtime.zero_stage)}
             ]
     tokens = getattr(getattr(run, section).runtime, "batch_tokens", None)
+    if tokens is None and stage == "score":
+        tokens = GPU_TOKENS
     if tokens:
         yield [{f"{section}.runtime.batch_tokens": size} for size in _halves(tokens)]
     if stage == "train":

@@ -61,8 +61,8 @@ class Services(NamedTuple):
 
     store_root: Path | None = None
     """Root of the store, where a scorer may keep what can be computed again; None: there is no store."""
-    batch_tokens: int = 4096
-    """Padded tokens per forward."""
+    batch_tokens: int | None = None
+    """Padded tokens per forward; None: what the scorer thinks right on its device."""
     log: Callable[[str], None] = lambda line: None
     """Write a line to the stage's log."""
     compared: Callable[[float], None] = lambda count: None

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from data_contracts.checkpoint import ModelRef, model_content
 from data_contracts.errors import ConfigError
 from data_contracts.prompts import PromptRow
 from stages.models.hub import model_directory
+from stages.models.lazy import torch
+from stages.models.policy import pick_device
 from stages.registry import Named
 from stages.scoring.base import Scorer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+DEFAULT_TOKENS, GPU_TOKENS = 4096, 32_768
+"""Padded tokens per forward of a scorer's network where scoring.runtime.batch_tokens is not set. A GPU is busy with that
+many; a forward keeps no activations, so memory follows one layer (`selfplay plan`)."""
 
 
 class NamedModel(ModelRef):
@@ -32,8 +38,14 @@ class ModelScorerConfig(Named):
     """Settings of every scorer with weights of its own."""
 
     model: NamedModel
-    dtype: Dtype = "float32"
-    """Arithmetic of its passes; float32 is slower, and the same on every machine up to the last bits."""
+    dtype: Dtype = "auto"
+    """Arithmetic of its passes. auto: 16 bits on a GPU (float16 for PairRM, bfloat16 for others, where the GPU has it),
+    else float32, which is slower and the same on every machine up to the last bits."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings; `auto` counts as float32, its meaning before, since both make the same choices."""
+        fields = super().identity()
+        return fields | ({"dtype": "float32"} if fields["dtype"] == "auto" else {})
 
 
 def local_directory(model: ModelRef, scorer: str) -> Path | None:
@@ -60,9 +72,28 @@ def locate(model: ModelRef, scorer: str) -> Path:
 class ModelScorer(Scorer):
     """Base of scorers by one model, `config.model`. A missing directory is refused before anything is sampled."""
 
+    ON_GPU: ClassVar[Dtype] = "bfloat16"
+    """What `dtype: auto` means on a GPU."""
+
     @classmethod
     def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:
         local_directory(config.model, config.name)
+
+    def arithmetic(self) -> str:
+        """Return the dtype of the passes; for `auto` what the device is good at."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        if pick_device(self.device) == "cpu":
+            return "float32"
+        if self.ON_GPU == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "float32"
+        return self.ON_GPU
+
+    def tokens_per_forward(self) -> int:
+        """Return the padded tokens of a forward: the setting, else what the device wants."""
+        if self.services.batch_tokens is not None:
+            return self.services.batch_tokens
+        return DEFAULT_TOKENS if pick_device(self.device) == "cpu" else GPU_TOKENS
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -77,8 +108,6 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         except Exception as error:  # safetensors raises a class of its own
             raise ConfigError(f"{path} is not a readable safetensors file ({error}): fetch it again") from None
     if not files and (directory / "pytorch_model.bin").is_file():
-        import torch
-
         tensors = torch.load(directory / "pytorch_model.bin", map_location="cpu", weights_only=True)
     if not tensors:
         raise ConfigError(f"{directory} has no *.safetensors weights")
@@ -107,6 +136,15 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], directory: 
             f"the checkpoint {directory} does not fit this network: {summary}. It is another model, or damaged"
         )
     network.load_state_dict(dict(tensors), strict=True)
+
+
+def read_in_float32(head: nn.Module) -> None:
+    """Make a network's head compute in float32, whatever the dtype before it.
+
+    It costs nothing, and a score of 20 in bfloat16 would be a multiple of 1/8: candidates would tie.
+    """
+    head.float()
+    head.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
 
 
 def refuse_remote_code(config: Mapping[str, Any], directory: Path, allowed: bool) -> None:

@@ -44,9 +44,10 @@ class Pair(NamedTuple):
 
 class PairRM(ModelScorer):
     TEXT_ONLY = True
+    ON_GPU = "float16"  # llm-blender's own choice; its logits are eight times nearer to float32's than bfloat16's
 
     class Config(ModelScorerConfig):
-        """llm-blender/PairRM-hf in float32."""
+        """llm-blender/PairRM-hf."""
 
         name: Literal["pairrm"] = "pairrm"
         model: NamedModel = NamedModel(hub_id="llm-blender/PairRM-hf")
@@ -73,7 +74,7 @@ class PairRM(ModelScorer):
             config = self.config
             self.directory = locate(config.model, config.name)
             tokenizer = None if config.tokenizer is None else model_directory(config.tokenizer)
-            self.ranker = load_ranker(self.directory, tokenizer, config.dtype, pick_device(self.device))
+            self.ranker = load_ranker(self.directory, tokenizer, self.arithmetic(), pick_device(self.device))
         return self.ranker
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
@@ -100,7 +101,7 @@ class PairRM(ModelScorer):
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Numbers of the rows of each forward."""
-        budget = self.services.batch_tokens
+        budget = self.tokens_per_forward()
         if pick_device(self.device) == "cpu":
             return batches_by_budget(lengths, min(budget, CPU_TOKENS), CPU_CELLS)
         return batches_by_budget(lengths, budget)

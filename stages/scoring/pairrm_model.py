@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data_contracts.errors import ConfigError
 from stages.scoring.deberta import Encoder, covers
-from stages.scoring.models import load_strictly, read_tensors
+from stages.scoring.models import load_strictly, read_in_float32, read_tensors
 from stages.scoring.pairrm_tokens import MARKERS, Limits, PairTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PairNetwork(nn.Module):
         source_NH, first_NH, second_NH = self._encode(input_ids_NL, lengths, markers_N3).unbind(1)
         first = self.head_layer(torch.cat([source_NH, first_NH], dim=-1))
         second = self.head_layer(torch.cat([source_NH, second_NH], dim=-1))
-        return (first.float() - second.float()).mean(dim=-1)
+        return (first - second).mean(dim=-1)
 
     def _encode(self, input_ids_NL: Tensor, lengths: Sequence[int], markers_N3: Tensor) -> Tensor:
         """The hidden states of the markers, [N, 3, H]."""
@@ -123,7 +123,9 @@ def load_ranker(directory: Path, tokenizer_directory: Path | None, dtype: str, d
             f"{len(embeddings)} "
             "embeddings: they do not belong together"
         )
-    return PairRanker(network.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer)
+    network = network.to(device=device, dtype=getattr(torch, dtype)).eval()
+    read_in_float32(network.head_layer)
+    return PairRanker(network, tokenizer)
 
 
 def _layout(directory: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Path]]:

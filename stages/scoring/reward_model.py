@@ -26,7 +26,14 @@ from stages.models.tokens import context_length
 from stages.models.turns import turns_of_reader
 from stages.scoring import pairrm_tokens
 from stages.scoring.base import Candidates, Scores, by_prompt, prompt_text
-from stages.scoring.models import ModelScorer, ModelScorerConfig, local_directory, locate, refuse_remote_code
+from stages.scoring.models import (
+    ModelScorer,
+    ModelScorerConfig,
+    local_directory,
+    locate,
+    read_in_float32,
+    refuse_remote_code,
+)
 from stages.scoring.pairrm_tokens import Limits, blank
 
 if TYPE_CHECKING:
@@ -77,12 +84,12 @@ class PointScorer(ModelScorer):
         rows = [self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations]
         points = np.full(len(rows), np.nan)
         with torch.inference_mode():
-            for numbers in batches_by_budget([len(ids) for ids in rows], self.services.batch_tokens):
+            for numbers in batches_by_budget([len(ids) for ids in rows], self.tokens_per_forward()):
                 points[numbers] = self.forward([rows[number] for number in numbers])
         self.services.used(self.directory, sum(map(len, rows)))
         if not np.isfinite(points).all():
             raise ContractError(
-                f"the scorer {self.config.name} gives NaN or infinity: its weights are damaged, or {self.config.dtype} "
+                f"the scorer {self.config.name} gives NaN or infinity: its weights are damaged, or {self.arithmetic()} "
                 "is too narrow"
             )
         return [Scores.of_points(part) for part in by_prompt(points.tolist(), batch)]
@@ -121,7 +128,7 @@ def padded(rows: list[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor
     return ids.to(device), mask.to(device)
 
 
-def load_classifier(directory: Path, config: ClassifierConfig, device: str) -> Any:
+def load_classifier(directory: Path, config: ClassifierConfig, dtype: str, device: str) -> Any:
     """The network, a transformers model, in eval mode.
 
     Raises: ConfigError for a model with code of its own, without a trained head, or without the output asked for.
@@ -132,7 +139,7 @@ def load_classifier(directory: Path, config: ClassifierConfig, device: str) -> A
     refuse_remote_code(settings, directory, config.trust_remote_code)
     model, loading_info = AutoModelForSequenceClassification.from_pretrained(
         str(directory),
-        dtype=getattr(torch, config.dtype),
+        dtype=getattr(torch, dtype),
         local_files_only=True,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
@@ -146,6 +153,9 @@ def load_classifier(directory: Path, config: ClassifierConfig, device: str) -> A
         raise ConfigError(
             f"{directory} has {model.config.num_labels} output(s); scorer.output is {config.output}, and counts from 0"
         )
+    for name in ("score", "classifier"):  # as transformers' sequence classifiers call their head
+        if (head := getattr(model, name, None)) is not None:
+            read_in_float32(head)
     return model.to(device).eval()
 
 
@@ -174,7 +184,7 @@ class RewardModel(ClassifierScorer):
                 f"the reward model {directory} has no chat template; "
                 f"for a prompt-answer encoder use {{name: pair_encoder}}"
             )
-        self.network = load_classifier(directory, self.config, pick_device(self.device))
+        self.network = load_classifier(directory, self.config, self.arithmetic(), pick_device(self.device))
         self.longest = longest_input(self.config, directory, self.turns.tokenizer.model_max_length)
 
     def encode(self, messages: Messages, answer: str) -> list[int]:
@@ -205,7 +215,7 @@ class PairEncoder(ClassifierScorer):
         name: Literal["pair_encoder"] = "pair_encoder"
 
     def load(self, directory: Path) -> None:
-        self.network = load_classifier(directory, self.config, pick_device(self.device))
+        self.network = load_classifier(directory, self.config, self.arithmetic(), pick_device(self.device))
         self.is_deberta = self.network.config.model_type == "deberta-v2"
         limit = None
         if self.is_deberta:  # transformers 5 would lose the NFKC map

@@ -25,6 +25,7 @@ from stages.running.cost import loading
 from stages.running.history import events
 from stages.scoring import SCORERS
 from stages.scoring.base import Candidates, Scorer, Scores, Services, compares, open_scorer, score_once, scorer_class
+from stages.scoring.models import DEFAULT_TOKENS
 from stages.scoring.pairing import PAIRINGS, Preference, pair_statistics
 from stages.scoring.rows import GivenTexts, RowMaker
 from stages.scoring.shortcuts import Ends, causes, sentences, told_apart
@@ -35,8 +36,9 @@ from stages.stage import StageRuntime
 class ScoringRuntime(StageRuntime):
     prompts_per_shard: int = Field(256, ge=1)
     """Prompts that are scored again, at most, after a scorer was killed."""
-    batch_tokens: int = Field(4096, ge=1)
-    """Padded tokens per forward of a scorer's model, or of the start model: what bounds its memory."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Padded tokens per forward of a scorer's model, or of the start model: what bounds its memory. None: 4,096; on a
+    GPU 32,768 for networks that give scores, whose forwards make no logits over a vocabulary."""
 
 
 class ScoringConfig(TurnConfig):
@@ -259,7 +261,8 @@ class _StartLogps:
                 "give the input `start`"
             )
         self.job, runtime = job, job.config.runtime
-        self.start = Pass(job.store_root, job.inputs["start"], "bfloat16", runtime.device, runtime.batch_tokens)
+        budget = runtime.batch_tokens or DEFAULT_TOKENS
+        self.start = Pass(job.store_root, job.inputs["start"], "bfloat16", runtime.device, budget)
 
     def of(self, groups: list[list[GenerationRow]]) -> list[list[float]]:
         """The mean of each candidate, prompt by prompt, in nats."""

@@ -16,7 +16,7 @@ from stages.models.logps import Pass
 from stages.models.turn_settings import TurnConfig
 from stages.models.turns import Turns, turns_of_reader, with_room_for_system
 from stages.scoring.base import Candidates, Scores, by_prompt
-from stages.scoring.models import ModelScorer, ModelScorerConfig, locate
+from stages.scoring.models import DEFAULT_TOKENS, ModelScorer, ModelScorerConfig, locate
 
 
 class Teacher(NamedTuple):
@@ -48,7 +48,7 @@ class TeacherLogp(ModelScorer):
             self.scratch = tempfile.TemporaryDirectory()
             root = Path(self.scratch.name)
         model = external_model(directory, root / "digests")
-        logps = Pass(root, model, self.config.dtype, self.device, self.services.batch_tokens)
+        logps = Pass(root, model, self.config.dtype, self.device, self.services.batch_tokens or DEFAULT_TOKENS)
         if self.config.template is None:
             return Teacher(logps, turns_of_reader(directory))
         return Teacher(logps, with_room_for_system(Turns(directory, TurnConfig(template=self.config.template))))

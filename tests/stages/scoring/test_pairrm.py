@@ -8,14 +8,18 @@ llm-blender 0.0.2 said of them on transformers 4.57.6 is frozen in tests/assets/
 # ruff: noqa: RUF001 - full-width letters and signs are part of the cases
 
 import json
+import random
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_contracts.errors import ConfigError
+from stages.scoring import SCORERS
+from stages.scoring.base import Services
 from stages.scoring.pairrm_tokens import MARKERS, Limits, blank, load_tokenizer
 
 CASES = (
@@ -325,3 +329,41 @@ def test_a_digest_is_remembered_in_the_store_of_whoever_computes_the_key(checkpo
         store.root.mkdir()
         assert config.identity() == without and len(list((store.root / "digests").iterdir())) == 1
     assert not list((tmp_path / "environment").iterdir())
+
+
+# --- arithmetic
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_make_the_same_choices(scoring, checkpoints, pairrm_tiny, dtype):
+    # A random network stands in for a trained one; its logits spread by 0.29.
+    chance = random.Random(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(chance.choice(pairrm_tiny.WORDS) for _ in range(chance.randint(low, high)))
+
+    batch = [scoring.candidates(text(4, 12), [text(4, 16) for _ in range(4)]) for _ in range(6)]
+    logits = {}
+    for name in ("auto", dtype):
+        scorer = scoring.scorer({"name": "pairrm", "model": {"path": str(checkpoints["hf"])}, "dtype": name})
+        logits[name] = np.stack([scores.preference_logits for scores in scorer.score(batch)])[:, ~np.eye(4, dtype=bool)]
+    gaps = abs(logits["auto"] - logits[dtype])
+    assert ((logits["auto"] > 0) == (logits[dtype] > 0)).mean() >= 0.995
+    assert gaps.max() < 0.02 if dtype == "float16" else gaps.mean() < 0.02
+
+
+def test_auto_means_sixteen_bits_on_a_gpu_and_float32_on_a_cpu(monkeypatch):
+    for name, on_gpu in (("pairrm", "float16"), ("reward_model", "bfloat16")):
+        config = SCORERS.config({"name": name, "model": {"path": "/nowhere"}})
+        exact = config.model_copy(update={"dtype": "float32"})
+        assert config.identity() == exact.identity() != config.model_copy(update={"dtype": "bfloat16"}).identity()
+        scorer = SCORERS.get(name)(config, "cpu")
+        assert (scorer.arithmetic(), scorer.tokens_per_forward()) == ("float32", 4096)
+        scorer = SCORERS.get(name)(config, "cuda")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        assert (scorer.arithmetic(), scorer.tokens_per_forward()) == (on_gpu, 32_768)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+        assert scorer.arithmetic() == ("float16" if name == "pairrm" else "float32")
+        scorer.prepare(Services(batch_tokens=100))
+        assert scorer.tokens_per_forward() == 100
+        assert SCORERS.get(name)(exact, "cuda").arithmetic() == "float32"
