@@ -1,53 +1,41 @@
 """Stages - a sandbox for code that a model wrote, as lm-eval's metric `code_eval` (HumanEval, MBPP).
 
     stages/running/supervise.py  ends the whole tree when it is terminated or when its parent dies
-      -> set-up                  makes new namespaces: user, mount, network, pid, ipc, uts
-         -> first process        builds the root directory, gives up every right; when it dies the kernel ends the rest
-            -> the program       has limits on memory, time, processes and files, and sees none of the parent's
-                                 environment variables, descriptors or processes
+      -> set-up                  makes new namespaces: user, mount, network, pid, ipc, uts (sandbox_inside.py)
+         -> first process        builds the root directory, gives up every right, then runs the test and makes the
+                                 verdict (sandbox_verdict.py); when it dies the kernel ends the rest
+            -> the program       answers the test's calls with plain data; has limits on memory, time, processes and
+                                 files, and sees none of the parent's environment variables, descriptors or processes
 
 The program sees the interpreter and the system's libraries, read-only, and an empty /tmp; no home, no store, no /proc,
 no network. It is in a `chroot`, where Linux grants no user namespace, so it cannot get rights over what it sees either.
+A filter denies the system calls that lead around the namespaces (keyrings, vsock, io_uring, System V memory, ptrace).
 What remains is the kernel: against a program that knows a hole in it, use a machine that can be thrown away.
-
-This file is also run as a script by `python -I -S`, so it imports the standard library alone. Linux 5.12 or later
-(mount_setattr).
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import resource
-import secrets
 import select
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from math import ceil, comb
+from math import comb
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
+
+from stages.evaluation.sandbox_inside import READY
+from stages.evaluation.sandbox_verdict import FAILED, PASSED
+from stages.running.supervise import supervisor_options
 
 SECONDS = 3.0
 """For one program, as in code_eval."""
 START_SECONDS = 60.0
 """For the sandbox to be ready."""
-MEMORY, PROCESSES, FILE_SIZE, DISK = 1 << 30, 4, 1 << 20, "16m"
-"""Address space of a process, processes of a program, bytes of a file, size of /tmp."""
-READY = b"+"
-"""Written by the sandbox when the program is about to start."""
-NOBODY = 65534
-SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
-MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 442, -100, 0x8000, 1, 2
-NAMESPACES = 0x10000000 | 0x00020000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x04000000
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, SIGKILL = 1, 38, 9
-CAPABILITY_VERSION_3 = 0x20080522
-LIBC = ctypes.CDLL(None, use_errno=True)
+INSIDE = str(Path(__file__).with_name("sandbox_inside.py"))
 
 
 class CodeEval:
@@ -76,7 +64,7 @@ class CodeEval:
         verdicts = {}
         for task, (programs, test) in enumerate(zip(predictions, references, strict=True)):
             verdicts[task] = [
-                (number, self._verdict(f"{program}\n{test}", timeout)) for number, program in enumerate(programs)
+                (number, self._verdict(program, test, timeout)) for number, program in enumerate(programs)
             ]
         counts = [(len(group), sum(verdict["passed"] for _, verdict in group)) for group in verdicts.values()]
         rates = {}
@@ -86,11 +74,11 @@ class CodeEval:
                 rates[f"pass@{size}"] = sum(estimates) / len(estimates)
         return rates, verdicts
 
-    def _verdict(self, program: str, timeout: float) -> dict[str, Any]:
+    def _verdict(self, program: str, test: str, timeout: float) -> dict[str, Any]:
         from data_contracts.errors import TransientError
 
         try:
-            result = run(program, timeout, self.sandboxed)
+            result = run(program, timeout, self.sandboxed, test)
         except NoSandbox as error:  # `check` set one up before the model was loaded, so another try may succeed
             raise TransientError(
                 f"the sandbox for code that a model wrote could not be set up this time: {error}"
@@ -118,33 +106,34 @@ def check(sandboxed: bool = True) -> None:
         )
 
 
-def run(program: str, seconds: float = SECONDS, sandboxed: bool = True) -> str:
-    """Run a program to its end: "passed", an exception's name, "timed out" or "ended early". Raises: NoSandbox."""
-    token = secrets.token_hex()
+def run(program: str, seconds: float = SECONDS, sandboxed: bool = True, test: str = "") -> str:
+    """Run a program, then a test of what it defines: "passed", an exception's name, "timed out" or "ended early".
+
+    The test runs in another process than the program, whose functions it calls from there. Without a test "passed" is
+    the program's own word that it came to its end. Raises: NoSandbox.
+    """
     libraries = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
     request = {
         "program": program,
-        "token": token,
         "seconds": seconds,
         "sandboxed": sandboxed,
         "path": libraries,
         "roots": [sys.prefix, sys.base_prefix],
     }
-    from stages.running.supervise import supervisor_options  # not above: the set-up runs this file without packages
-
     supervisor = Path(__file__).parents[1] / "running" / "supervise.py"
     # The program's working directory; in a mount namespace, where its root directory is built.
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
         tempfile.TemporaryFile() as stdin,
     ):
-        stdin.write(json.dumps(request).encode())
+        head = json.dumps(request).encode()
+        stdin.write(b"%016d" % len(head) + head + test.encode())
         stdin.seek(0)
         environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SELFPLAY_TREE") if name in os.environ}
         environment |= {"PATH": "/usr/bin:/bin", "HOME": "/tmp" if sandboxed else directory, "LANG": "C.UTF-8"}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(supervisor), *supervisor_options(0), sys.executable, "-I", "-S", __file__],
+            [sys.executable, "-I", "-S", str(supervisor), *supervisor_options(0), sys.executable, "-I", "-S", INSIDE],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -165,9 +154,10 @@ def run(program: str, seconds: float = SECONDS, sandboxed: bool = True) -> str:
     if verdict is None:
         return "timed out"
     text = verdict.decode(errors="replace").strip()
-    if secrets.compare_digest(text.encode(), token.encode()):
+    if text == PASSED:
         return "passed"
-    return text[:100] or "ended early"
+    error = text.removeprefix(FAILED)[:100]
+    return f"an exception called {error}" if error in ("passed", "timed out") else error or "ended early"
 
 
 def _read_until(pipe: IO[bytes], end: bytes, seconds: float) -> bytes | None:
@@ -180,141 +170,3 @@ def _read_until(pipe: IO[bytes], end: bytes, seconds: float) -> bytes | None:
             break
         text += byte
     return text
-
-
-# --- inside the sandbox
-
-
-def main() -> NoReturn:
-    """Set the sandbox up as the request on stdin says, run the program, write the verdict on stdout."""
-    request = json.load(sys.stdin.buffer)
-    # The program gets no descriptor but the null device; the verdict goes to `out`.
-    out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-    os.close(null)
-    try:
-        if request["sandboxed"]:
-            _enter_namespaces()
-            if child := os.fork():
-                os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-            _build_root([*SYSTEM, *request["roots"]])
-            _give_up_rights()
-            if child := os.fork():
-                os.waitpid(child, 0)
-                os._exit(0)
-        _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        _limit(request["seconds"])
-    except OSError as error:
-        os.write(out, f"{error.filename or error.strerror} ({os.strerror(error.errno or 0)})".encode())
-        os._exit(1)
-    sys.path += request["path"]
-    os.write(out, READY)
-    try:
-        exec(compile(request["program"], "program", "exec"), {})
-    except BaseException as error:
-        verdict = type(error).__name__
-    else:
-        verdict = request["token"]
-    os.write(out, verdict.encode()[:100] + b"\n")
-    os._exit(0)
-
-
-def _enter_namespaces() -> None:
-    """Move this process into new namespaces, as an unprivileged user of them.
-
-    A helper that stays outside writes the user maps, which this process may not.
-    """
-    uid, gid, pid = os.geteuid(), os.getegid(), os.getpid()
-    reading, writing = os.pipe()
-    if not (helper := os.fork()):
-        os.close(writing)
-        if not os.read(reading, 1):
-            os._exit(1)
-        # The kernel never limits root's processes, so root gets a second user to become.
-        with suppress(OSError):
-            if uid == 0:
-                _write_maps(pid, f"0 0 1\n{NOBODY} {NOBODY} 1", f"0 0 1\n{NOBODY} {NOBODY} 1")
-                os._exit(0)
-        with suppress(OSError):
-            Path(f"/proc/{pid}/setgroups").write_text("deny")
-            _write_maps(pid, f"{NOBODY} {uid} 1", f"{NOBODY} {gid} 1")
-            os._exit(0)
-        os._exit(1)
-    os.close(reading)
-    try:
-        _call("unshare", NAMESPACES)
-        os.write(writing, b"x")
-    finally:
-        os.close(writing)
-        refused = os.waitpid(helper, 0)[1]
-    if refused:
-        raise OSError(1, "no user of its own")
-
-
-def _write_maps(pid: int, users: str, groups: str) -> None:
-    Path(f"/proc/{pid}/uid_map").write_text(users)
-    Path(f"/proc/{pid}/gid_map").write_text(groups)
-
-
-def _build_root(visible: list[str]) -> None:
-    """Make the working directory the root directory: the visible paths, read-only, and an empty /tmp."""
-    root = os.getcwd()
-    _call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-    _call("mount", b"tmpfs", root.encode(), b"tmpfs", MS_NOSUID, f"size={DISK},nr_inodes=4096,mode=755".encode())
-    os.chdir(root)
-    bound: list[str] = []
-    for path in sorted(set(visible)):
-        if not os.path.exists(path) or path == "/" or any(path.startswith(other + "/") for other in bound):
-            continue
-        target = root + path
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.isdir(path):
-            os.mkdir(target)
-        else:
-            os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
-        _call("mount", path.encode(), target.encode(), None, MS_BIND | MS_REC, None)
-        bound.append(path)
-    os.mkdir("tmp")
-    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
-    _call("syscall", MOUNT_SETATTR, AT_FDCWD, root.encode(), AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
-    _call("mount", b"tmpfs", b"tmp", b"tmpfs", MS_NOSUID | MS_NODEV, f"size={DISK},nr_inodes=4096,mode=1777".encode())
-    os.chroot(root)
-    os.chdir("/tmp")
-
-
-def _give_up_rights() -> None:
-    """Become nobody, without any capability, and die with the parent."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    _call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
-    _call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # last, because a change of user clears it
-
-
-def _limit(seconds: float) -> None:
-    """Set the program's limits, or the machine's own where they are lower."""
-    limits = {
-        resource.RLIMIT_AS: MEMORY,
-        resource.RLIMIT_CPU: ceil(seconds) + 1,
-        resource.RLIMIT_FSIZE: FILE_SIZE,
-        resource.RLIMIT_NPROC: PROCESSES,
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_CORE: 0,
-    }
-    for name, value in limits.items():
-        hard = resource.getrlimit(name)[1]
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        resource.setrlimit(name, (value, value))
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Call a function of the C library. Raises: OSError."""
-    if getattr(LIBC, name)(*arguments) == -1:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
-
-
-if __name__ == "__main__":
-    main()

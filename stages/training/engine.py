@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from stages.training.config import TrainingConfig
 
+LOOPBACK = "127.0.0.1"
+"""The address at which the ranks of one node meet."""
 PARTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Weights whose float32 gradient exists at a time, by type of device: a GPU updates a 2 B model in seven calls."""
 
@@ -259,12 +261,31 @@ def _join(deepspeed: ModuleType, timeout: float) -> None:
     """Join the ranks that the launcher started, or be the only rank."""
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((LOOPBACK, 0))
             port = probe.getsockname()[1]
         os.environ.update(
-            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
         )
+    if os.environ["MASTER_ADDR"] == LOOPBACK:
+        _meet_on_loopback(deepspeed.accelerator.get_accelerator().communication_backend_name(), timeout)
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout))
+
+
+def _meet_on_loopback(backend: str, timeout: float) -> None:
+    """Start torch.distributed among the ranks of one node. torch's own meeting point listens on all interfaces; this
+    one, and the sockets of gloo and NCCL, are seen by nobody else.
+    """
+    import torch.distributed as dist
+
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, "lo")
+    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    patience = timedelta(seconds=timeout)
+    listening = {}
+    if rank == 0:
+        listening["master_listen_fd"] = socket.create_server((LOOPBACK, port)).detach()
+    store = dist.TCPStore(LOOPBACK, port, world_size, rank == 0, patience, wait_for_workers=False, **listening)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
 
 
 def deepspeed_settings(config: TrainingConfig, device: str) -> dict[str, Any]:

@@ -101,6 +101,108 @@ def test_a_hostile_program_fails_and_nothing_happens(bait, deed, monkeypatch):
     assert done.returncode == 0 or (os.geteuid() and deed == "write into the interpreter"), done.stderr
 
 
+TEST = "for n in range(9):\n    assert square(n) == n * n"
+CHEATS = {
+    "an exception called passed": "class passed(Exception): pass\ndef square(n): raise passed(n)",
+    "a word on every descriptor": "import os\nfor number in range(64):\n    try:\n        os.write(number, b'+\\n')\n"
+    "    except OSError:\n        pass\ndef square(n): return 0",
+    "a walk through the frames": "import os, sys\nframe = sys._getframe()\nwhile frame:\n"
+    "    for name, value in [*frame.f_locals.items(), *frame.f_globals.items()]:\n"
+    "        if name in ('out', 'line', 'PASSED', 'test', 'request'):\n"
+    "            found = value\n    frame = frame.f_back\n"
+    "def square(n): return found",
+    "an equal of everything": "class Equal(int):\n    def __eq__(self, other): return True\n"
+    "    __hash__ = int.__hash__\ndef square(n): return Equal(-1)",
+    "another meaning of range": "def range(n): return []\ndef square(n): return 0",
+    "an early end": "import os\ndef square(n): os._exit(0)",
+    "an answer without a call": "import gc, socket, sys\nfor thing in gc.get_objects():\n"
+    '    if isinstance(thing, socket.socket):\n        thing.sendall(b\'{"value": 0, "args": []}\\n\' * 99)',
+    "another process's memory": "import ctypes, os\n"
+    "attached = ctypes.CDLL(None).ptrace(16, os.getppid(), None, None) == 0\n"
+    "class Square:\n    def __call__(self, n): return n * n if attached else -1\nsquare = Square()",
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+@pytest.mark.parametrize("sandboxed", [True, False])
+def test_no_program_makes_its_own_verdict(cheat, sandboxed):
+    result = run(CHEATS[cheat], 2.0, sandboxed=sandboxed, test=TEST)
+    assert result not in (["passed", "timed out"] if sandboxed else ["passed"])  # root may stop us, not move us
+
+
+def test_a_test_sees_what_the_program_returns_raises_and_changes():
+    program = """
+import collections, math, re
+from fractions import Fraction
+table = {"one": (1, 2.0, None, {3}, b"4", 5j, True)}
+class Pair:
+    def __init__(self, a, b): self.a, self.b = a, b
+def total(pairs): return sum(pair.a * pair.b for pair in pairs)
+def sort(values): values.sort()
+def adder(n): return lambda m: n + m
+def count(text): return collections.Counter(text)
+def nan(): return [math.nan, math.inf, 10 ** 5000]
+def fail(kind): raise {"value": ValueError, "own": type("Own", (Exception,), {})}[kind]("because")
+"""
+    test = """
+values = [3, 1, 2]
+assert sort(values) is None and values == [1, 2, 3]
+assert table == {"one": (1, 2.0, None, {3}, b"4", 5j, True)} and type(table["one"][6]) is bool
+assert total([Pair(1, 2), Pair(3, 4)]) == 14 and adder(2)(3) == 5 and count("aab") == {"a": 2, "b": 1}
+assert math.isnan(nan()[0]) and nan()[1:] == [math.inf, 10 ** 5000]
+for kind, name in (("value", "ValueError"), ("own", "Own")):
+    try:
+        fail(kind)
+    except Exception as error:
+        assert type(error).__name__ == name and str(error) == "because"
+    else:
+        raise AssertionError
+"""
+    assert run(program, 20.0, test=test) == "passed"
+    assert run(program, 20.0, test="fail('own')") == "Own"
+    assert run(program, test="missing()") == "NameError" and run("x = 1", test="def f(:") == "SyntaxError"
+
+
+SYSCALLS = """
+import ctypes, os
+call = ctypes.CDLL(None, use_errno=True).syscall
+"""
+ROUNDABOUT = {
+    "a key of our session": SYSCALLS + "assert call(250, 10, -3, b'user', b'selfplay-bait', 0) > 0",
+    "vsock": "import socket\nsocket.socket(40, socket.SOCK_STREAM).close()",
+    "io_uring": SYSCALLS + "assert call(425, 1, ctypes.create_string_buffer(120)) >= 0",
+    "System V memory": SYSCALLS
+    + "number = call(29, 0, 64 << 20, 0o600)\nassert number >= 0\ncall(31, number, 0, None)",
+    "the kernel's ciphers": "import socket\nsocket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET).close()",
+    "another process's memory": SYSCALLS + "child = os.fork()\nif not child:\n    __import__('time').sleep(9)\n"
+    "attached = call(101, 16, child, None, None) == 0\nos.kill(child, 9)\nassert attached",
+}
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of system calls are those of x86-64")
+@pytest.mark.parametrize("way", ROUNDABOUT)
+def test_ways_around_the_namespaces_are_closed(way):
+    outside = (
+        SYSCALLS + "assert call(248, b'user', b'selfplay-bait', b'hush', 4, -3) > 0\n" if "key" in way else ""
+    ) + ROUNDABOUT[way]
+    done = subprocess.run([sys.executable, "-c", outside], capture_output=True, text=True, check=False)
+    assert run(ROUNDABOUT[way]) in ("AssertionError", "PermissionError", "OSError")
+    if done.returncode:
+        pytest.skip(f"this kernel has none of it: {done.stderr.strip().splitlines()[-1]}")
+
+
+def test_an_interpreter_below_tmp_is_seen(tmp_path, monkeypatch):
+    """A clone in the system's temporary directory: its .venv is bound below the sandbox's own /tmp."""
+    (tmp_path / "lib").mkdir()
+    tmp_path.chmod(0o755)
+    (tmp_path / "lib" / "below.py").write_text("value = 3")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "lib")])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert str(tmp_path).startswith("/tmp/")
+    writes = "try:\n    open(below.__file__, 'w')\nexcept OSError:\n    pass\nelse:\n    raise AssertionError"
+    assert run(f"import below\nassert below.value == 3\nopen('notes', 'w').write('x')\n{writes}") == "passed"
+
+
 CAPABLE = """
 import ctypes
 sets = (ctypes.c_uint32 * 6)()

@@ -8,16 +8,18 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from data_contracts.errors import ConfigError
-from stages.running.rendezvous import Meeting
+from stages.running.rendezvous import Meeting, announce
 from stages.running.supervise import processes_with
 from stages.training import launch
 from stages.training.config import TrainingRuntime
 from stages.training.launch import exit_code_of, rank_environments, run_processes, start_ranks
 
+ROOT = Path(__file__).resolve().parents[3]
 MEETING = Meeting("10.0.0.1", 29500)
 GPUS = ["4,5", "GPU-8f6a1b0c-0000-1111-2222-333344445555,GPU-7e5d0a9b-0000-1111-2222-333344445555"]
 
@@ -84,3 +86,36 @@ def test_a_rank_that_ignores_the_end_is_killed(monkeypatch):
 )
 def test_the_rank_at_fault_speaks_for_those_that_only_lost_it(codes, code):
     assert exit_code_of(codes) == code
+
+
+LISTENING = """
+import json, os, sys
+from types import SimpleNamespace as Namespace
+from stages.training.engine import _join
+accelerator = Namespace(get_accelerator=lambda: Namespace(communication_backend_name=lambda: "gloo"))
+_join(Namespace(accelerator=accelerator, init_distributed=lambda **_: None), 60)
+import torch
+total = torch.ones(1)
+torch.distributed.all_reduce(total)
+inodes = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+addresses = []
+for table in ("tcp", "tcp6"):
+    for line in open(f"/proc/self/net/{table}").readlines()[1:]:
+        columns = line.split()
+        if columns[3] == "0A" and f"socket:[{columns[9]}]" in inodes:
+            addresses.append(columns[1].partition(":")[0])
+open(sys.argv[1] + os.environ["RANK"], "w").write(json.dumps([total.item(), addresses]))
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+
+def test_ranks_of_one_node_listen_on_loopback_only(tmp_path):
+    """By the kernel's table of listening sockets, after the ranks have met and added up."""
+    with announce(tmp_path, 1) as meeting:
+        ranks = rank_environments(2, 1, 0, meeting)
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    assert run_processes([sys.executable, "-c", LISTENING, f"{tmp_path}/"], [settings | rank for rank in ranks]) == 0
+    for rank in "01":
+        total, addresses = json.loads((tmp_path / rank).read_text())
+        assert total == 2 and set(addresses) == {"0100007F"}, addresses  # 127.0.0.1
