@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 KEY_BYTES = 16
-UNSORTED = 2**16
+UNSORTED = 2**15
 """Keys that wait in a dict, at 200 bytes each, until they are sorted in."""
 
 
@@ -51,12 +51,13 @@ class KeyIndex:
 
     def _sort_in(self) -> None:
         first, second = _halves(list(self._unsorted))
-        columns = ((self._first, first), (self._second, second), (self._numbers, list(self._unsorted.values())))
-        self._first, self._second, self._numbers = (np.concatenate(column, dtype=column[0].dtype) for column in columns)
-        order = np.argsort(self._first, kind="stable")
-        self._first, self._second = self._first[order], self._second[order]
-        self._numbers = self._numbers[order]
+        numbers = np.fromiter(self._unsorted.values(), np.int64, len(self._unsorted))
         self._unsorted = {}
+        # One column after the other: of millions of keys, no two columns are held twice at a time.
+        order = np.argsort(np.concatenate([self._first, first]), kind="stable")
+        self._first = np.concatenate([self._first, first])[order]
+        self._second = np.concatenate([self._second, second])[order]
+        self._numbers = np.concatenate([self._numbers, numbers])[order]
 
 
 def _halves(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
