@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Shard(NamedTuple):
     """A shard that is to be made."""
 
-    index: int
+    number: int
     items: Sequence[Any]
     finish: Callable[[], None]
     """To be called once it is written."""
@@ -123,7 +123,7 @@ class Job:
         """
         for shard in self.shards_ahead(items, size, kind, beside):
             if shard is not None:
-                yield shard.index, shard.items
+                yield shard.number, shard.items
                 shard.finish()
 
     def shards_ahead(

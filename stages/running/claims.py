@@ -84,10 +84,11 @@ class Claims:
         """Yield the shards that this worker is to make, each claimed until `finish`: the caller may read ahead.
 
         None asks the caller to finish all shards before it reads on: a worker that waits must not hold what others
-        wait for. First come the shards that no worker has claimed; then, waiting while another worker makes one, those
+        wait for, nor more than its part of the whole while they have nothing. First come the shards that no worker has claimed; then, waiting while another worker makes one, those
         that a dead worker left, one at a time: whichever of them is the bad one fails alone. `is_done` is called under
         the claim.
         """
+        fair_share = -(-count // self.count)
         first = self.number * count // self.count  # far from where the other workers begin
         order = [*range(first, count), *range(first)]
         for patient in (False, True):
@@ -103,7 +104,7 @@ class Claims:
                     self.claimed[index] = file
                     _note(file, start=time.time(), worker=self.number, host=os.uname().nodename, items=label(index))
                     yield index
-                    if patient:
+                    if patient or len(self.claimed) >= fair_share:
                         yield None
                     continue
                 file.close()

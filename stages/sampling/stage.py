@@ -184,7 +184,7 @@ def _write_shards(job: Job, sampler: Sampler, shards: Iterator[Shard | None], tu
         if (shard := being_made.popleft()) is None:
             continue
         groups = zip(shard.items, candidates, strict=True)
-        job.write(shard.index, [row for prompt, group in groups for row in candidate_rows(prompt, group, turns)])
+        job.write(shard.number, [row for prompt, group in groups for row in candidate_rows(prompt, group, turns)])
         job.used(
             job.path("policy"),
             sum(len(prompt.ids) for prompt in shard.items),

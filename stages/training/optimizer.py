@@ -42,7 +42,7 @@ class FusedRMSprop(torch.optim.RMSprop):
             for step in steps:
                 step += 1
             far = torch.full((), FAR_STEP, dtype=torch.float32, device=weights[0].device)
-            torch._fused_adam_(
+            torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
                 weights,
                 gradients,
                 gradients,

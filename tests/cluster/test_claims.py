@@ -134,6 +134,17 @@ def test_workers_that_read_ahead_make_every_shard_once_and_wait_for_no_claim_of_
     assert made(tmp_path) == set(range(COUNT)) and not poison(tmp_path)
 
 
+def test_a_worker_that_reads_ahead_leaves_the_others_their_part(tmp_path):
+    claims, held = Claims(tmp_path, "1/5"), []
+    for index in claims.share_ahead("part", COUNT, lambda index: False, str):
+        held.append(len(claims.claimed))
+        if index is None:
+            for claimed in list(claims.claimed):
+                claims.finish(claimed)
+    assert max(held) == 3 and not claims.claimed  # a fifth of twelve, rounded up
+    assert sum("start" in line for _, lines in history(tmp_path) for line in lines) == COUNT
+
+
 def test_a_bad_shard_costs_the_shards_claimed_beside_it_one_try_only(tmp_path):
     while 1 in ahead_together(tmp_path, 1, bad=5):
         pass

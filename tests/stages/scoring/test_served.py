@@ -4,6 +4,7 @@ Strategy: the interpreter that is to run vLLM is a script that answers as `vllm 
 slow test of tests/flows/test_scoring_loop.py.
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from data_contracts.errors import ConfigError, TransientError
 from stages.running.supervise import processes_with
-from stages.scoring import SCORERS
+from stages.scoring import SCORERS, served
 
 ROOT = Path(__file__).resolve().parents[3]
 FAKE = """#!{python}
@@ -149,3 +150,15 @@ def test_weights_that_are_not_there_are_found_before_anything_runs():
     config = SCORERS.config({"name": "llm_judge", "model": "own", "serve": {"path": "/nowhere/at/all"}})
     with pytest.raises(ConfigError, match="no config.json"):
         SCORERS.get("llm_judge").check_prompts(config, [])
+
+
+@pytest.mark.parametrize(
+    ("free", "arguments", "share"),
+    [(0.95, {}, None), (0.61288, {}, "0.612"), (0.5, {"gpu_memory_utilization": 0.3}, "0.3")],
+)
+def test_the_server_takes_what_is_free_of_its_gpu(tiny_model, monkeypatch, free, arguments, share):
+    monkeypatch.setattr(served, "engine_share", lambda most, weights, count: min(most, free))
+    runtime = served.ServerRuntime(arguments=arguments)
+    command = served.Served(runtime, tiny_model, "own", "cuda").command(80)
+    given = dict(itertools.pairwise(command)).get("--gpu-memory-utilization")
+    assert given == share
