@@ -22,6 +22,7 @@ from flows.gate import Verdict
 from flows.report.channels import Pages, RunTracker
 from flows.report.page import markdown_table, render, standalone_figures
 from flows.report.story import ShownPrompt, Story, WeightPicture, shown_prompts
+from flows.report.text import as_markdown, visible
 from flows.report.weights import weight_picture
 from flows.tournament import Standing, spread, standing
 from stages.evaluation.heldout import per_prompt
@@ -219,11 +220,11 @@ class History:
         if self.tournament:
             lines += ["## Tournament", "", *_tournament_lines(self.tournament), ""]
         if self.data:
-            lines += ["## The data", "", "```", *self.data, "```", ""]
+            lines += ["## The data", "", "```", *(line.replace("```", "'''") for line in self.data), "```", ""]
         lines += ["## The same prompts, iteration by iteration", ""]
         lines += self._examples(8)
         lines += ["", "## Settings", "", "```json", self._settings(), "```", ""]
-        write_atomic(path, redact("\n".join(lines)))
+        write_atomic(path, visible(redact("\n".join(lines))))
         story = self.story()
         write_atomic(path.with_suffix(".html"), redact(render(story)))
         if plots:
@@ -281,14 +282,14 @@ class History:
         lines = []
         for row in first[::step][:count]:
             shown = self._prompts.get(row["prompt_id"])
-            lines += [f"**{shown.name if shown else row['prompt_id']}**", ""]
+            lines += [f"**{as_markdown(shown.name if shown else row['prompt_id'])}**", ""]
             for iteration, rows in enumerate(self.heldout):
                 match = next(
                     r for r in rows if (r["prompt_id"], r["candidate"]) == (row["prompt_id"], row["candidate"])
                 )
                 text = re.sub(r"\s+", " ", match["completion"]).strip()
                 score = "unscored" if match["score"] is None else f"{match['score']:.2f}"
-                lines.append(f"- iteration {iteration} ({score}): {text}")
+                lines.append(f"- iteration {iteration} ({score}): {as_markdown(text)}")
             lines.append("")
         return lines
 

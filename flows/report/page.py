@@ -1,7 +1,7 @@
 """Flows - report.html and comparison.html: pages in one file that ask no network and run no script.
 
 The HTML is in report.jinja and comparison.jinja, on the frame of document.jinja; what they show comes from sections.py.
-Every text is escaped (autoescape); the drawings of figures.py escape theirs. A part without data is left out.
+Every text is escaped (autoescape), the drawings of figures.py escape theirs, and text.py shows hidden characters. A part without data is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from markupsafe import Markup
 from flows.report.figures import WIDTH, Figure
 from flows.report.sections import Table, headline_numbers, sections_of
 from flows.report.story import Story
+from flows.report.text import as_markdown, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -42,15 +43,20 @@ def standalone_figures(story: Story) -> dict[str, str]:
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table; None is "unscored", a missing column is empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    lines = ["| " + " | ".join(map(_cell, names)) + " |", "|" + " --- |" * len(names)]
     for row in rows:
         cells = [row.get(name, "") for name in names]
-        lines.append("| " + " | ".join("unscored" if cell is None else str(cell) for cell in cells) + " |")
+        lines.append("| " + " | ".join("unscored" if cell is None else _cell(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
 
+def _cell(value: Any) -> str:
+    """The text of a cell. A name keeps its underscores: inside a word they are no markup."""
+    return as_markdown(" ".join(str(value).split())).replace("\\_", "_")
+
+
 def _fill(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(values)
+    return visible(_environment().get_template(template).render(values))
 
 
 @cache

@@ -68,6 +68,13 @@ def compile_template(source: str) -> jinja2.Template:
         raise ConfigError(f"line {error.lineno} of the chat template is not valid Jinja: {error.message}") from None
     except RecursionError:
         raise ConfigError("the chat template is nested too deeply to be compiled") from None
+    except (MemoryError, TimeoutError):
+        raise
+    except Exception as error:  # constants are computed while it is compiled, and Python has limits of its own
+        raise ConfigError(
+            f"the chat template cannot be compiled ({type(error).__name__}: {error!s:.200}): mend it, or give "
+            "another one as sampling.template {file: x.jinja}"
+        ) from None
 
 
 class ChatTemplate:

@@ -33,7 +33,10 @@ from flows.report.weights import token_pieces
 from tasks.build import Built
 from tasks.place import Place
 
-HOSTILE = "<script>document.title='broken'</script> & <b>bold</b> https://example.com/x.js\x00"
+HOSTILE = (
+    "<script>document.title='broken'</script> & <b>bold</b> https://example.com/x.js\x00 "
+    "[here](javascript:document.title='broken') ![i](https://example.com/i.png) pay \u202eeno\u202c | # x `code`"
+)
 FIGURES = (
     "score gain win-rates benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 "
     "heat lengths fluency rates dropped seconds"
@@ -254,8 +257,22 @@ def test_judgments_that_failed_are_counted_and_a_benchmark_without_any_is_unscor
 
 def test_what_a_model_wrote_is_text(history_of):
     page = page_of(history_of())
-    assert "&lt;script&gt;document.title=" in page
-    assert "<b>bold</b>" not in page
+    assert "&lt;script&gt;document.title=" in page and "pay [U+202E]eno[U+202C]" in page
+    assert "<b>bold</b>" not in page and '<a href="javascript' not in page and "\u202e" not in page
+
+
+def test_what_a_model_wrote_is_text_in_markdown_too(history_of):
+    """Read by the Markdown reader that Prefect's and MLflow's dependencies bring (rich's)."""
+    from markdown_it import MarkdownIt
+
+    text = history_of().write_report().read_text()
+    tokens = MarkdownIt("commonmark", {"html": True, "linkify": False}).parse(text)
+    kinds = {child.type for token in tokens for child in token.children or ()} | {token.type for token in tokens}
+    assert not kinds & {"html_inline", "html_block", "link_open", "image"} and "code_inline" not in kinds
+    assert "pay [U+202E]eno" in " ".join(token.content for token in tokens).replace("\\", "")
+    assert not re.search(r"[\u202a-\u202e\u2066-\u2069\x00-\x08]", text)
+    shown = [child.content for token in tokens for child in token.children or () if child.type.startswith("text")]
+    assert any("document.title=" in content for content in shown)
 
 
 def test_weights_show_their_histogram_clamps_and_tokens(history_of):
