@@ -153,6 +153,8 @@ def test_the_generation_mark_is_its_body():
         ("{{ messages[0].nothing.more }}", "refuses the messages: 'dict object' has no attribute 'nothing'"),
         ("{{ 1 // 0 }}", "division"),
         ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
+        ("{% for a in b %}" * 25 + "{% endfor %}" * 25, "cannot be compiled .SyntaxError: too many statically nested"),
+        ("{{ 10 ** 5000 }}", "cannot be compiled .ValueError: Exceeds the limit"),
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
             "did not end",
