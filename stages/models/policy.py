@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from stages.models.families import attention_in
-from stages.models.lazy import torch
+from stages.models.lazy import import_transformers, torch
 from stages.models.numerics import token_logps
 from stages.models.packing import (
     GROUP_TOKENS,
@@ -72,10 +72,9 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
     """
     from stages.models.kernels import register
 
+    transformers = import_transformers()
     with loading():
-        from transformers import AutoModelForCausalLM
-
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
             attn_implementation=attention_in(directory),

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file, digest_text
+from stages.models.lazy import import_transformers
 from stages.running.cost import loading
 
 SAMPLES = (
@@ -30,11 +31,12 @@ def load_tokenizer(directory: str | Path) -> Any:
     Raises: ConfigError if it cannot be loaded.
     """
     path = Path(directory) / "tokenizer.json"
+    transformers = import_transformers()
     with loading():
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
             if path.is_file():
                 status = path.stat()
                 if not _is_as_file(tokenizer, path, (status.st_ino, status.st_mtime_ns, status.st_size)):

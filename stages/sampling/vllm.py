@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, ContractError
+from stages.models.lazy import absent
 from stages.registry import Named
 from stages.running.cost import parameters
 from stages.running.gpus import engine_share
@@ -107,7 +108,8 @@ class VLLM(Sampler):
         super().__init__(config, sampling, model, stop_ids, device, blank_ids)
         prepare_environment(device)
         try:
-            from vllm import LLM
+            with absent("scipy"):  # for resampling audio: a second of processor time
+                from vllm import LLM
         except ImportError as error:
             raise ConfigError(
                 f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
-from stages.models.lazy import torch
+from stages.models.lazy import absent, import_transformers, torch
 from stages.models.turn_settings import TurnConfig
 from stages.models.turns import turns_or_plain
 from stages.training.optimizer import make_optimizer
@@ -43,9 +43,8 @@ class Engine:
     """A policy, its optimizer and its schedule."""
 
     def __init__(self, config: TrainingConfig, model: str, num_steps: int, device: str):
+        get_scheduler = import_transformers().get_scheduler
         deepspeed = _import_deepspeed(device)
-        from transformers import get_scheduler
-
         self.config, self.device = config, device
         _join(deepspeed, config.runtime.collective_timeout_seconds)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -207,7 +206,8 @@ def _import_deepspeed(device: str) -> ModuleType:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its JIT needs a compiler
     try:
-        import deepspeed
+        with absent("mlflow"):  # its autotuner would import it: 2 s of processor time
+            import deepspeed
     except ImportError as error:
         raise ConfigError(
             f"deepspeed does not import ({error}). Install the extra `cpu` or `gpu`, "

@@ -1,0 +1,25 @@
+"""What a stage's process does not load: libraries that others import beside what they need."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL_AND_ENGINE = """
+import sys
+from stages.models.lazy import import_transformers
+import_transformers()
+import transformers.models.llama.modeling_llama
+from stages.training.engine import _import_deepspeed
+_import_deepspeed("cpu")
+print([name for name in ("scipy", "sklearn", "mlflow") if name in sys.modules])
+import scipy, sklearn, mlflow  # still installed for whoever wants them
+"""
+
+
+def test_models_and_the_training_engine_load_without_libraries_that_no_stage_uses():
+    done = subprocess.run(
+        [sys.executable, "-c", MODEL_AND_ENGINE], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == "[]"
