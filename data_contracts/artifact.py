@@ -76,7 +76,7 @@ class ArtifactRecord(_FrozenModel):
     provenance: dict[str, Any] = Field(default_factory=dict)
     """Who built it, when and on what: commit, host, python, runtime settings, number of starts."""
     format: int = Field(default=RECORD_FORMAT, ge=1)
-    """Version of this class. Raised when an older program could misread a record; it then refuses the record by name."""
+    """Version of this class. It goes up when an older program could misread a record; that program then refuses it."""
 
     def ref(self, path: str) -> ArtifactRef:
         """Return the reference to this artifact, which lies at `path`."""

@@ -122,8 +122,8 @@ def without_secrets(env: dict[str, str]) -> dict[str, str]:
     for name, value in env.items():
         if is_secret_name(name) or secret_in({name: value}):
             raise ValueError(
-                f"{name} looks like a secret, or holds a password, and settings are written to records, logs and MLflow: "
-                "remove it from `env` and export it in the shell; every stage inherits it"
+                f"{name} looks like a secret, or holds a password, and settings are written to records, logs and "
+                "MLflow: remove it from `env` and export it in the shell; every stage inherits it"
             )
     return env
 
@@ -180,7 +180,7 @@ class _RedactingStream:
 
 
 def redact_output() -> None:
-    """Hide secrets in all that this process prints or logs from now on, tracebacks and other libraries' logs included."""
+    """Hide secrets in all further output of this process, tracebacks and other libraries' logs included."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _RedactingStream):

@@ -98,8 +98,9 @@ def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -
         differing = [field for field in sorted(first.keys() | other.keys()) if first.get(field) != other.get(field)]
         if strange := [field for field in differing if not _may_differ(field, (*config.vary, "name", "seed"))]:
             raise ConfigError(
-                f"{path}: variant {variant.name} differs from {variants[0].name} in {', '.join(strange)}, and `vary` names only "
-                f"{', '.join(config.vary)}: the comparison would be of more than it says. Make them equal, or name them in `vary`"
+                f"{path}: variant {variant.name} differs from {variants[0].name} in {', '.join(strange)}, and `vary` "
+                f"names only {', '.join(config.vary)}: the comparison would be of more than it says. "
+                "Make them equal, or name them in `vary`"
             )
     return Comparison(config, variants)
 
@@ -149,7 +150,8 @@ def outcomes(comparison: Comparison, store: Store) -> list[Outcome]:
         steps = rehearse(variant.config, store).steps
         if missing := [step.name for step in steps if step.record is None]:
             raise ConfigError(
-                f"{variant.config.name} is not complete ({missing[0]} is not built): run the comparison again, it goes on"
+                f"{variant.config.name} is not complete ({missing[0]} is not built): "
+                "run the comparison again, it goes on"
             )
         reports = [step for step in steps if step.stage == "evaluate"]
         heldout = [
@@ -207,9 +209,7 @@ def _mean(values: dict[str, float]) -> float | None:
 
 
 def _interval(before: dict[str, float], after: dict[str, float]) -> Interval | None:
-    if before.keys() & after.keys():
-        return paired_bootstrap(before, after)
-    return None
+    return paired_bootstrap(before, after) if before.keys() & after.keys() else None
 
 
 def seconds_table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]]:
@@ -237,9 +237,7 @@ def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
     names, paper, lines = list(comparison.config.variants), comparison.config.paper, []
 
     def beside(name: str) -> str:
-        if name in paper:
-            return f" (paper: {paper[name]:g})"
-        return ""
+        return f" (paper: {paper[name]:g})" if name in paper else ""
 
     for suffix, label in (
         ("", "wall"),
@@ -250,7 +248,8 @@ def ratios(comparison: Comparison, seconds: list[dict[str, Any]]) -> list[str]:
         for other in names[1:]:
             if total[names[0]] > 0:
                 lines.append(
-                    f"weights, {other} / {names[0]}: {total[other] / total[names[0]]:.2f}{beside('weights_ratio')} [{label}]"
+                    f"weights, {other} / {names[0]}: "
+                    f"{total[other] / total[names[0]]:.2f}{beside('weights_ratio')} [{label}]"
                 )
         first_rows = [row for row in seconds if row["variant"] == names[0]]
         shares = ", ".join(
@@ -271,9 +270,10 @@ def text(comparison: Comparison, results: list[Outcome]) -> str:
         "",
         markdown_table(_cells(table(comparison, results))),
         "",
-        f"Intervals: 95 %, paired bootstrap over prompts, seeds pooled ({len(comparison.config.seeds)}). Seconds per seed, without iteration 0.",
-        f"{share['asked for']} artifacts asked for, {share['built']} built, {share['shared']} of them shared by several runs. "
-        "Log-probs of one model and response are computed once: who comes first pays.",
+        f"Intervals: 95 %, paired bootstrap over prompts, seeds pooled ({len(comparison.config.seeds)}). "
+        "Seconds per seed, without iteration 0.",
+        f"{share['asked for']} artifacts asked for, {share['built']} built, {share['shared']} of them shared by "
+        "several runs. Log-probs of one model and response are computed once: who comes first pays.",
         "",
         "## Seconds per iteration",
         "",
@@ -319,6 +319,13 @@ def write_report(comparison: Comparison, results: list[Outcome], store: Store) -
     return page
 
 
+def _part(gain: Interval | None, name: str) -> float | None:
+    """Return the mean, low or high end of a gain; None without a gain."""
+    if gain is None:
+        return None
+    return getattr(gain, name)
+
+
 def _page(
     comparison: Comparison, results: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]
 ) -> str:
@@ -328,12 +335,8 @@ def _page(
         group = [outcome for outcome in results if outcome.variant.name == name]
         count = min(len(outcome.heldout) for outcome in group)
         gains = [_interval(_pooled(group, 0), _pooled(group, i)) for i in range(count)]
-        curves.append(
-            figures.Series(
-                name, list(range(count)), [outcome.mean if outcome else None for outcome in gains],
-                [outcome.low if outcome else None for outcome in gains], [outcome.high if outcome else None for outcome in gains],
-            )
-        )  # fmt: skip
+        means, lows, highs = ([_part(gain, name) for gain in gains] for name in ("mean", "low", "high"))
+        curves.append(figures.Series(name, list(range(count)), means, lows, highs))
     bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
     stacked = [(phase, [row[phase] for row in seconds]) for phase in PAPER_PHASES]
     gain = figures.lines("gain", curves, "iteration", "gain", zero=True)

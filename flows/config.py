@@ -1,6 +1,7 @@
-"""Flows - the settings of a whole run: the sections of the stages, the models, the prompts.
+"""Flows - the settings of a whole run: the sections of the stages, the models, the prompts, read from a YAML file.
 
-Composed here, defined beside their code.
+Sections are composed here and defined beside their code. The file is long (over 350 lines) because it is one class and
+the reader of its YAML: every method of `RunConfig` derives one stage's settings from several sections.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ class RunConfig(Config):
         if is_single and not needs.is_single:
             raise ValueError(
                 f"{name} as set trains on single responses, and pairing {self.pairing} makes pairs, of which "
-                "nobody would read the rejected side: set scoring.pairing to truth, with prompts.columns {response: chosen}"
+                "nobody would read the rejected side: set scoring.pairing to truth, with prompts.columns {response: "
+                "chosen}"
             )
         if self.pairing == "given_each" and "win_rates" not in self.spec.needs(self.method):
             raise ValueError(

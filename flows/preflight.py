@@ -130,7 +130,8 @@ def _check_gpus(run: RunConfig) -> None:
         if needed > available:
             raise ConfigError(
                 f"{stage}: one worker asks for {needed} GPUs on a node, and no node has more than {available} "
-                f"(execution.gpus_per_node): lower execution.gpus.{stage}, sampling.backend.runtime.tensor_parallel_size or "
+                f"(execution.gpus_per_node): lower execution.gpus.{stage}, "
+                "sampling.backend.runtime.tensor_parallel_size or "
                 "training.runtime.num_processes, or set execution.gpus_per_node"
             )
 
@@ -142,8 +143,8 @@ def _check_processes(run: RunConfig) -> None:
     on_cpu = run.training.runtime.device == "cpu" or not has_gpu
     if run.execution.profile == "local" and on_cpu and processes > cores:
         raise ConfigError(
-            f"training.runtime.num_processes is {processes}, and this machine has {cores} processors and trains on them: "
-            f"set it to at most {cores}"
+            f"training.runtime.num_processes is {processes}, and this machine has {cores} processors and trains on "
+            f"them: set it to at most {cores}"
         )
 
 
@@ -160,11 +161,13 @@ def _check_models(run: RunConfig, policy: Path) -> None:
         directory = locate(named, chat_template=False)
         if role != "teacher" and tokenizer_digest(directory) != tokenizer_digest(policy):
             raise ConfigError(
-                f"models.{role} ({directory}) has another tokenizer than the policy ({policy}): its log-probs are of other tokens. Train it from the same base model"
+                f"models.{role} ({directory}) has another tokenizer than the policy ({policy}): "
+                "its log-probs are of other tokens. Train it from the same base model"
             )
         if role == "teacher" and not (directory / "tokenizer.json").is_file():
             raise ConfigError(
-                f"models.teacher ({directory}) has no tokenizer.json: a tokenizer without character offsets cannot be aligned with the policy's"
+                f"models.teacher ({directory}) has no tokenizer.json: "
+                "a tokenizer without character offsets cannot be aligned with the policy's"
             )
         if role == "teacher":
             check_vocabularies(run, directory, policy)

@@ -127,7 +127,7 @@ class SelfPlay:
         return self.refined("score", self.config.scoring_for_pairs(), place, **inputs)
 
     def auxiliary_models(self, pairs: ArtifactRef, policy: ArtifactRef, place: Place) -> dict[str, Built]:
-        """Train the positive, negative and reward models that the user did not give: the same stages, on these pairs."""
+        """Train the positive, negative and reward models that the user did not give, on these pairs."""
         training, built = self.config.auxiliary_training(), {}
         for role in self.config.roles:
             if role in self.models:
@@ -146,7 +146,7 @@ class SelfPlay:
     def weigh_again(
         self, previous_pairs: ArtifactRef | None, roles: dict[str, ArtifactRef], place: Place
     ) -> ArtifactRef | None:
-        """Return the previous iteration's pairs, weighed under this one's reference; None unless `mix_previous` is set."""
+        """Return the previous iteration's pairs, weighed under this one's reference; None without `mix_previous`."""
         if not self.config.mix_previous or previous_pairs is None:
             return None
         place = place.serving(Purpose.PREVIOUS)
@@ -171,7 +171,7 @@ class SelfPlay:
         return self.hands.run("train", self.config.training_for(place.iteration - 1), place, **inputs)
 
     def measure(self, policy: ArtifactRef, heldout: ArtifactRef, place: Place) -> Measurement | None:
-        """Return a policy's scores, lengths and benchmarks on the held-out prompts; None in a rehearsal without them."""
+        """Return a policy's scores, lengths and benchmarks on the held-out prompts; None in a rehearsal."""
         place = place.serving(Purpose.HELDOUT)
         answers = self.hands.run("sample", self.config.sampling_for_heldout(), place, prompts=heldout, policy=policy)
         inputs = {"prompts": heldout, "generations": answers.ref, "policy": policy, "start": self.start}

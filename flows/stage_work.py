@@ -1,4 +1,4 @@
-"""Flow - one piece of a stage's work on the node that takes it: what runs under the profiles process-pool and kubernetes."""
+"""Flow - one piece of a stage's work on the node that takes it, under the profiles process-pool and kubernetes."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def train_once(
     if PAIRINGS.get(run.pairing).candidates:
         usable = ", ".join(name for name in PAIRINGS.names() if not PAIRINGS.get(name).candidates)
         raise ConfigError(
-            f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}, which needs generations: "
-            f"use the flow self-play, or set it to one of {usable}"
+            f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}, which needs "
+            f"generations: use the flow self-play, or set it to one of {usable}"
         )
     return run_self_play(run, Store(store))

@@ -87,7 +87,8 @@ def _check_inputs_are_there(stage: Stage, inputs: Mapping[str, ArtifactRef]) -> 
     for name, ref in inputs.items():
         if not Path(ref.path).is_dir():
             raise ArtifactError(
-                f"the input {name!r} of the stage {stage.name} is gone: no directory {ref.path}. Run again: it is built anew"
+                f"the input {name!r} of the stage {stage.name} is gone: no directory {ref.path}. Run again: "
+                "it is built anew"
             )
 
 

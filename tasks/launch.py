@@ -191,7 +191,7 @@ class StageProcess:
 
 
 def end_tree(process: subprocess.Popen[str], marker: str) -> None:
-    """End a supervisor, which ends its tree; then whatever else inherited the marker (NAME=value in the environment)."""
+    """End a supervisor and its tree, then other processes with the marker (NAME=value) in their environment."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:

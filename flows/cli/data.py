@@ -111,7 +111,8 @@ def _describe_rows(prompts: PromptSet, drops: Drops, model: Path | None, samplin
     yield from histograms(counts)
     if counts:
         longer = int((counts["prompt"] > sampling.max_prompt_tokens).sum())
-        yield f"{longer} of {len(counts['prompt'])} prompts that were counted have more than {sampling.max_prompt_tokens} tokens"
+        num_counted = len(counts["prompt"])
+        yield f"{longer} of {num_counted} prompts that were counted have more than {sampling.max_prompt_tokens} tokens"
     if len(prompts) > SAMPLED:
         yield f"tokens are those of {len(counts['prompt'])} rows, evenly spaced"
 

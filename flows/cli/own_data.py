@@ -1,4 +1,4 @@
-"""Flows - a first run config for a method on somebody's own data and model: what the data holds decides how rows are made."""
+"""Flows - a first run config for somebody's own data and model: what the data holds decides how rows are made."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def _better_answers_as_truth(method: str, reading: Reading) -> dict[str, str]:
     """Columns that make the better answer of a pair the truth."""
     if "chosen" not in reading.used or not {"prompt", "messages"} & set(reading.used):
         raise ConfigError(
-            f"{method} trains on a `response`, and the data has pairs without a prompt column: write it with `selfplay data "
+            f"{method} trains on a `response`, and the data has pairs without a prompt column: "
+            "write it with `selfplay data "
             "--out FILE.jsonl`, and read that with columns {prompt: prompt, response: chosen}"
         )
     prompt = next(name for name in ("prompt", "messages") if name in reading.used)

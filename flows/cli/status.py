@@ -48,8 +48,10 @@ def _set_aside_lines(store: Store) -> list[str]:
 
 
 def _state(step: Step, store: Store, locked: list[tuple[str, str]]) -> str:
+    """Return whether the step's artifact is built, being built, begun, next or to come, in words."""
     if step.record is not None:
-        return f"built {str(step.record.provenance.get('time', '?'))[:19].replace('T', ' ')}, {step.record.seconds.get('wall', 0):.1f} s"
+        time_built = str(step.record.provenance.get("time", "?"))[:19].replace("T", " ")
+        return f"built {time_built}, {step.record.seconds.get('wall', 0):.1f} s"
     if step.key is None:
         return "to come"
     kind = STAGES[step.stage].produces
@@ -88,7 +90,8 @@ def report_again(config: RunConfig, store: Store) -> Path:
     rehearse(config, store, checked, history)
     if not history.rows:
         raise ConfigError(
-            f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; see `selfplay status`"
+            f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; "
+            "see `selfplay status`"
         )
     try:
         return history.write_report()

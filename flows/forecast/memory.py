@@ -81,8 +81,8 @@ def model_shape(model: ModelRef | Path | str) -> Shape:
                 return KNOWN[model.hub_id]
             if cached is None:
                 raise ConfigError(
-                    f"the model {model.hub_id} is neither in the local cache nor among those whose size is known ({', '.join(sorted(KNOWN))}): "
-                    "fetch it, or give `path:` of a directory"
+                    f"the model {model.hub_id} is neither in the local cache nor among those whose size is known "
+                    f"({', '.join(sorted(KNOWN))}): fetch it, or give `path:` of a directory"
                 )
             return model_shape(cached)
         model = Path(model.path).expanduser()

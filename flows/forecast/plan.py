@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError, PipelineError, print_error
+from data_contracts.words import plural
 from flows.config import RunConfig, load_run
 from flows.forecast.memory import (
     BYTES,
@@ -78,7 +79,8 @@ def hardware(run: RunConfig) -> Hardware:
     count = len(gpu_sizes) if execution.gpus_per_node is None else execution.gpus_per_node
     if count and execution.gpu_memory_gib is None and not gpu_sizes:
         raise ConfigError(
-            f"execution.gpus_per_node is {count}, and this machine shows no GPU to take the size from: set execution.gpu_memory_gib"
+            f"execution.gpus_per_node is {count}, and this machine shows no GPU to take the size from: "
+            "set execution.gpu_memory_gib"
         )
     memory = (execution.gpu_memory_gib or 0) * GIB
     if execution.gpu_memory_gib is None and gpu_sizes:
@@ -223,9 +225,7 @@ def plan(run: RunConfig) -> list[Line]:
 def _utilisation(run: RunConfig, stage: str) -> float:
     """Part of a GPU's memory that the stage may take: an engine reserves its own."""
     runtime = getattr(run.sampling.backend, "runtime", None)
-    if stage == "sample":
-        return getattr(runtime, "gpu_memory_utilization", 1.0)
-    return 1.0
+    return getattr(runtime, "gpu_memory_utilization", 1.0) if stage == "sample" else 1.0
 
 
 def _what_helps(run: RunConfig, stage: str, shapes: dict[str, Shape], have: Hardware) -> Iterator[str]:
@@ -324,11 +324,14 @@ def refuse_what_cannot_fit(run: RunConfig) -> list[Line]:
 def show(run: RunConfig, lines: list[Line], have: Hardware) -> str:
     """The plan as text."""
     gpus = f"{have.gpus_per_node} x {have.gpu_bytes / GIB:.0f} GiB GPU" if have.gpus_per_node else "no GPU"
-    head = f"{run.name}: profile {run.execution.profile}; {have.nodes} node(s) with {gpus} and {have.host_bytes / GIB:.0f} GiB of memory"
-    out = [head, f"{'stage':9} {'where':26} {'GiB each':>8}  made of (GiB)"]
+    nodes = f"{plural(have.nodes, 'node')} with {gpus} and {have.host_bytes / GIB:.0f} GiB of memory"
+    out = [
+        f"{run.name}: profile {run.execution.profile}; {nodes}",
+        f"{'stage':9} {'where':26} {'GiB each':>8}  made of (GiB)",
+    ]
     for need, problem, _ in lines:
-        unit = f"{need.workers} worker(s) x " if need.nodes == 1 else f"{need.nodes} nodes x "
-        where = unit + (f"{need.gpus} GPU" if need.gpus else "CPU")
+        unit = plural(need.workers, "worker") if need.nodes == 1 else plural(need.nodes, "node")
+        where = f"{unit} x " + (f"{need.gpus} GPU" if need.gpus else "CPU")
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.device.items() if size >= 0.05 * GIB)
         host = "".join(
             f", {name} {size / GIB:.0f} on the host"
@@ -337,7 +340,8 @@ def show(run: RunConfig, lines: list[Line], have: Hardware) -> str:
         )
         verdict = f"   DOES NOT FIT: {problem}" if problem else ""
         out.append(
-            f"{need.stage:9} {where:26} {need.device_bytes / GIB:8.1f}  {need.models}: {parts or 'little'}{host}{verdict}"
+            f"{need.stage:9} {where:26} {need.device_bytes / GIB:8.1f}  {need.models}: "
+            f"{parts or 'little'}{host}{verdict}"
         )
     return "\n".join(out)
 

@@ -323,7 +323,9 @@ def _tournament_lines(standing: Standing) -> list[str]:
         }
         for name, line in zip(standing.names, standing.rates, strict=True)
     ]
-    caption = f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed and are in no mean."
+    caption = (
+        f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed: in no mean."
+    )
     return [caption, "", markdown_table(rows)]
 
 

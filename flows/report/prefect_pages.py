@@ -1,4 +1,4 @@
-"""Flows - a run's table, summaries and link to its report in the Prefect UI. A server that went away costs the picture, not the run."""
+"""Flows - a run's table, summaries and link to its report in the Prefect UI. A run goes on without a server."""
 
 from __future__ import annotations
 

@@ -182,8 +182,8 @@ def run(job: Job) -> None:
         job.metrics[name] = row["value"]
         if row["metric"] == "failed_judgments" and row["value"]:
             job.log(
-                f"{row['task']}: {row['value']:.0f} of {row['n']} judgments of {row['task_version']} could not be read; "
-                f"they are in no mean"
+                f"{row['task']}: {row['value']:.0f} of {row['n']} judgments of {row['task_version']} could not be "
+                f"read; they are in no mean"
             )
 
 

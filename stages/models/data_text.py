@@ -98,8 +98,9 @@ def _twin(tokenizer: Any, controls: tuple[str, ...]) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} ({type(tokenizer).__name__}) has no tokenizer.json, so "
-            "special tokens in the data cannot be written as text: set sampling.special_tokens_in_data to drop or refuse"
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} ({type(tokenizer).__name__}) has no "
+            "tokenizer.json, so special tokens in the data cannot be written as text: "
+            "set sampling.special_tokens_in_data to drop or refuse"
         )
     names = {control: _name(controls, control) for control in controls}
     description = json.loads(backend.to_str())

@@ -82,7 +82,10 @@ def attention(
 
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Varlen, scale: float | None) -> Tensor:
-    """Flash attention of all responses in one call: [1, H, S, D], keys and values with H or fewer heads -> [1, S, H, D]."""
+    """Return flash attention of all responses in one call: [1, H, S, D] -> [1, S, H, D].
+
+    Keys and values may have fewer heads than H.
+    """
     rows = query[0].transpose(0, 1).contiguous()
     keys, values = (copy_keys(part[0].transpose(0, 1), layout.keys, layout.copies) for part in (key, value))
     return flash(rows, keys, values, layout, scale)[None]

@@ -9,7 +9,8 @@ import sys
 def free_device_memory() -> None:
     """Collect what nobody refers to any more, and return the allocator's unused GPU memory to the driver.
 
-    torch keeps freed memory for itself; an engine that starts in another process sees it as taken. The caller has dropped its references.
+    torch keeps freed memory for itself; an engine that starts in another process sees it as taken. Drop your references
+    to the model before the call.
     """
     gc.collect()
     torch = sys.modules.get("torch")

@@ -46,13 +46,15 @@ def load_tokenizer(directory: str | Path) -> Any:
         except Exception as error:  # tokenizers raises bare Exception
             message = (str(error) or type(error).__name__).partition("\n")[0]
             raise ConfigError(
-                f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {message:.300}): fetch the model again"
+                f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {message:.300}): "
+                "fetch the model again"
             ) from error
     text = SAMPLES[0]
     again = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids, skip_special_tokens=False)
     if again.split() != text.split() and "".join(again.split()) == "".join(text.split()):
         raise ConfigError(
-            f"the tokenizer in {directory} loses spaces: {text!r} comes back as {again!r}. Fetch the tokenizer files of the model again"
+            f"the tokenizer in {directory} loses spaces: {text!r} comes back as {again!r}. "
+            "Fetch the tokenizer files of the model again"
         )
     return tokenizer
 
@@ -104,8 +106,9 @@ def _from_file(tokenizer: Any, path: Path) -> Any:
     exact.chat_template = tokenizer.chat_template
     if not _agree(exact, backend):
         raise ConfigError(
-            f"transformers cuts text otherwise than {path} says, and so does the file loaded by itself: the ids would be of other tokens "
-            "than the model was trained on. Fetch the tokenizer files again, or save them anew with the library that made the model"
+            f"transformers cuts text otherwise than {path} says, and so does the file loaded by itself: "
+            "the ids would be of other tokens than the model was trained on. "
+            "Fetch the tokenizer files again, or save them anew with the library that made the model"
         )
     return exact
 

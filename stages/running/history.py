@@ -1,4 +1,4 @@
-"""Stages - the history of a build: what its processes wrote down while they worked, over all tries, and the seconds it tells.
+"""Stages - the history of a build: events that its processes wrote, over all tries, and the seconds they tell.
 
 <artifact>/.events.jsonl, .events-<worker>.jsonl     one JSON object per line: start, shard, step, used, seconds, end
 """
@@ -30,11 +30,14 @@ def events(directory: Path) -> list[dict[str, Any]]:
 
 
 def seconds_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of all tries together.
+    """Return seconds by name, of all tries together.
 
-    wall: each try from the launch of its process to the last thing it is known to have done. start_up: importing libraries and loading
-    models (of tries that were killed: until the stage began). waiting: for others, e.g. a judge's server. busy: wall less these two.
-    last_try: the wall of the last one. And whatever the stage timed by name; workers/...: what several workers took, added up.
+    wall: each try from the launch of its process to its last event
+    start_up: importing libraries and loading models (of tries that were killed: until the stage began)
+    waiting: for others, e.g. a judge's server
+    busy: wall less start_up and waiting
+    last_try: the wall of the last try
+    others: what the stage timed under a name of its own; workers/NAME: the same of several workers, added up
     """
     tries: list[list[float]] = []
     named: dict[str, float] = {}

@@ -49,8 +49,8 @@ def limits(model: str) -> Iterator[None]:
     except (TimeoutError, MemoryError) as error:
         limit = f"{TEMPLATE_SECONDS} s" if isinstance(error, TimeoutError) else f"{TEMPLATE_BYTES >> 30} GiB"
         raise ConfigError(
-            f"the chat template of {model} did not come to an end within {limit}: it has a loop too many. Mend it, or give another one as "
-            "sampling.template {file: x.jinja}"
+            f"the chat template of {model} did not come to an end within {limit}: it has a loop too many. "
+            "Mend it, or give another one as sampling.template {file: x.jinja}"
         ) from None
     finally:
         signal.alarm(0)

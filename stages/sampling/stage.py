@@ -63,14 +63,20 @@ Config = SamplingConfig
 
 
 def key_additions(config: SamplingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
-    """Before the turn contract, a model was not stopped where its own template ends a turn, unless its files listed
-    that token; and see `attention_addition`.
+    """Return what enters the key for some models only: their attention, and a terminator that sampling once ignored.
+
+    Before the turn contract, a model did not stop where its template ends a turn, unless generation_config.json listed
+    that token. `attention_addition` says for which models the attention counts.
     """
     if "policy" not in inputs:
         return {}
-    attention = attention_addition(inputs.values()) if config.backend.name == "transformers" else {}
+    additions: dict[str, Any] = {}
+    if config.backend.name == "transformers":
+        additions |= attention_addition(inputs.values())
     ending = ending_of(inputs["policy"].path, config)
-    return attention | ({} if ending.token is None or ending.is_listed else {"terminator": ending.token})
+    if ending.token is not None and not ending.is_listed:
+        additions["terminator"] = ending.token
+    return additions
 
 
 class UsablePrompts(Sequence[Prompt]):
@@ -223,7 +229,11 @@ def _problem(candidate: Candidate, turns: Turns) -> str | None:
         return f"finish_reason {candidate.finish_reason!r} but the last token is {ids[-1]} (stop ids {turns.stop_ids})"
     early = [position for position, token in enumerate(ids[:-1]) if token in turns.stop_ids]
     if early:
-        return f"the stop id {ids[early[0]]} stands at position {early[0]} of {len(ids)}: the sampler went on after the turn's end"
+        first = early[0]
+        return (
+            f"the stop id {ids[first]} stands at position {first} of {len(ids)}: "
+            "the sampler went on after the turn's end"
+        )
     if unknown := [token for token in ids if token not in turns.known_ids]:
         return f"no token of the tokenizer has the id {unknown[0]}: the sampler drew from the embedding's padding"
     return None
@@ -240,7 +250,8 @@ def _summarise(job: Job, turns: Turns, num_prompts: int, dropped: Mapping[str, i
     expected = num_prompts * job.config.num_candidates
     if rows != expected:
         raise ContractError(
-            f"generations {job.out.name}: {rows} rows for {num_prompts} prompts x {job.config.num_candidates} candidates"
+            f"generations {job.out.name}: {rows} rows for {num_prompts} prompts x {job.config.num_candidates} "
+            "candidates"
         )
     job.metrics |= {
         "candidates": expected,

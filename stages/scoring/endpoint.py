@@ -246,8 +246,8 @@ class _Round:
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise ConfigError(
-                f"the proxy that the environment names (HTTPS_PROXY, ALL_PROXY) cannot be used for {self.endpoint.url}: "
-                f"{redact(str(error))}. Name an http proxy, or the judge's host in NO_PROXY"
+                "the proxy that the environment names (HTTPS_PROXY, ALL_PROXY) cannot be used for "
+                f"{self.endpoint.url}: {redact(str(error))}. Name an http proxy, or the judge's host in NO_PROXY"
             ) from None
 
     async def _answer(self, client: httpx.AsyncClient, key: str) -> None:

@@ -5,8 +5,8 @@ r"""Stages - the `llm_judge` scorer: a language model behind an OpenAI-compatibl
     pairwise   which of two is better, both orders; L_ij = +v, -v or 0 for [[A]], [[B]], [[C]] with i shown as A
     logprob    the same question answered by one token; L_ij = log p(A) - log p(B) (as AlpacaEval 2 weighs its verdicts)
 
-A reply that cannot be read, or is out of range, gives no number: the candidate (or the comparison) is unscored, with the
-reason. A judge that does not answer ends the stage (endpoint.py). The wording of the prompts is ours.
+A reply that cannot be read, or is out of range, gives no number: the candidate (or the comparison) is unscored, with
+the reason. A judge that does not answer ends the stage (endpoint.py). The wording of the prompts is ours.
 
 Axes: K candidates of one prompt.
 """

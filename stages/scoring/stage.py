@@ -60,8 +60,8 @@ class ScoringConfig(TurnConfig):
     pairing: Annotated[str, PAIRINGS] | None = None
     """best_vs_worst: of the K candidates; each: every candidate by itself; truth_vs_generation: the prompt's `response`
     over candidate 0 (SPIN); truth: the `response` alone (SFT); given: the prompt's `chosen` over its `rejected`;
-    given_each: `chosen` and `rejected`, each by itself (what `given` is for KTO); random_pair: any unequal two, drawn by
-    `seed`; length_matched: the widest difference among candidates of about the same length; all_pairs: every unequal
+    given_each: `chosen` and `rejected`, each by itself (what `given` is for KTO); random_pair: any unequal two, drawn
+    by `seed`; length_matched: the widest difference among candidates of about the same length; all_pairs: every unequal
     two, K(K-1)/2 rows. None: the method's own."""
     preference: Preference = "both_orders"
     """Of a pair scorer's raw logits L, P(i beats j) = sigmoid of: both_orders, (L_ij - L_ji) / 2; one_order, L_ij;

@@ -46,7 +46,8 @@ class TeacherView:
         self.teacher = turns_of_reader(teacher, job.config) if chat else Turns(teacher, TurnConfig(template="plain"))
         if prompt_style == "chat_template" and self.teacher.chat is None:
             raise ConfigError(
-                f"the teacher in {teacher} has no chat template, and weights.teacher_prompt is chat_template: set it to raw or auto"
+                f"the teacher in {teacher} has no chat template, and weights.teacher_prompt is chat_template: "
+                "set it to raw or auto"
             )
         self.reader = TokenText(self.student.tokenizer)
         check_offsets(self.teacher.tokenizer)

@@ -1,4 +1,4 @@
-"""Tasks - prompts as people look at them: what there is, how long it is, and rows exactly as the policy will see them."""
+"""Tasks - prompts for people to look at: how many, how long, and rows exactly as the policy will see them."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ ENGINES = {
     "ray": "tasks.execution.ray_tasks:RayTasks",
     "slurm": "tasks.execution.slurm:Slurm",
 }
-"""Profile -> "module:Class", called as Class(execution, store, log, inherit). Another package adds one by an entry point in
-the group `selfplay.engines`."""
+"""Profile -> "module:Class", called as Class(execution, store, log, inherit).
+
+Another package adds an engine by an entry point in the group `selfplay.engines`."""
 
 
 def profiles() -> list[str]:
@@ -45,6 +46,7 @@ def executor_for(
         engine = getattr(importlib.import_module(module), name)
     except Exception as error:  # another package's module may fail in any way
         raise ConfigError(
-            f"the engine {execution.profile!r} ({targets[execution.profile]}) does not load: {type(error).__name__}: {error}"
+            f"the engine {execution.profile!r} ({targets[execution.profile]}) does not load: {type(error).__name__}: "
+            f"{error}"
         ) from error
     return engine(execution, store, log, inherit)

@@ -44,8 +44,15 @@ def run_work(
     workers = execution.workers_of(stage)
     if execution.profile == "local" and workers == 1:
         run_stage(
-            arguments, log_file=directory / "stage.log", log=log, on_progress=on_progress, python=python, env=env, inherit=[lock], timeout=timeout
-        )  # fmt: skip
+            arguments,
+            log_file=directory / "stage.log",
+            log=log,
+            on_progress=on_progress,
+            python=python,
+            env=env,
+            inherit=[lock],
+            timeout=timeout,
+        )
         return
     if execution.profile != "local":
         env[REMOTE] = "1"

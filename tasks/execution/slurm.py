@@ -145,7 +145,8 @@ def _submit(path: Path, name: str) -> str:
     process = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
     if process.returncode:
         raise ConfigError(
-            f"Slurm takes no job for {name}: {process.stderr.strip()}. Check execution.sbatch and execution.gpus against "
+            f"Slurm takes no job for {name}: {process.stderr.strip()}. "
+            "Check execution.sbatch and execution.gpus against "
             "`sinfo -o '%P %D %G'`"
         )
     return process.stdout
