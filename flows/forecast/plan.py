@@ -1,5 +1,4 @@
-"""python -m flows.forecast.plan RUN.yaml [--set section.field=value ...]: what will run where, whether it fits, and
-what helps if not.
+"""python -m flows.forecast.plan RUN.yaml [--set section.field=value ...]: what runs where, does it fit, what helps.
 
 Paper and pencil: no model is loaded, no GPU is touched, nothing is written. Exit codes: 0 it fits, 2 it does not (or
 the request is wrong).
@@ -315,7 +314,7 @@ def refuse_what_cannot_fit(run: RunConfig) -> list[Line]:
     lines = plan(run)
     if problems := [line for line in lines if line.problem]:
         raise ConfigError(
-            f"{run.name}: {len(problems)} stage(s) do not fit\n"
+            f"{run.name}: {plural(len(problems), 'stage')} without enough memory\n"
             + "\n".join(f"  {line.need.stage}: {line.problem}. Try " + "; or ".join(line.help) for line in problems)
         )
     return lines
@@ -325,10 +324,8 @@ def show(run: RunConfig, lines: list[Line], have: Hardware) -> str:
     """The plan as text."""
     gpus = f"{have.gpus_per_node} x {have.gpu_bytes / GIB:.0f} GiB GPU" if have.gpus_per_node else "no GPU"
     nodes = f"{plural(have.nodes, 'node')} with {gpus} and {have.host_bytes / GIB:.0f} GiB of memory"
-    out = [
-        f"{run.name}: profile {run.execution.profile}; {nodes}",
-        f"{'stage':9} {'where':26} {'GiB each':>8}  made of (GiB)",
-    ]
+    head = f"{'stage':9} {'where':26} {'GiB each':>8}  made of (GiB)"
+    out = [f"{run.name}: profile {run.execution.profile}; {nodes}", head]
     for need, problem, _ in lines:
         unit = plural(need.workers, "worker") if need.nodes == 1 else plural(need.nodes, "node")
         where = f"{unit} x " + (f"{need.gpus} GPU" if need.gpus else "CPU")

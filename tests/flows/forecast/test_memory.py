@@ -197,7 +197,7 @@ def test_the_command_prints_a_table_and_says_no_by_its_exit_code(capsys, tiny_mo
     assert main(["deploy/runs/swift.yaml", *settings]) == 2
     shown = capsys.readouterr()
     assert re.search(r"^train +1 worker\(s\) x 1 GPU .*DOES NOT FIT", shown.out, re.M)
-    assert "1 stage(s) do not fit" in shown.err
+    assert "1 stage without enough memory" in shown.err
     assert (
         main(
             ["deploy/runs/quickstart.yaml", "--set", "execution.gpus_per_node=0", "--set", f"policy.path={tiny_model}"]
