@@ -196,7 +196,7 @@ def test_the_command_prints_a_table_and_says_no_by_its_exit_code(capsys, tiny_mo
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     assert main(["deploy/runs/swift.yaml", *settings]) == 2
     shown = capsys.readouterr()
-    assert re.search(r"^train +1 worker\(s\) x 1 GPU .*DOES NOT FIT", shown.out, re.M)
+    assert re.search(r"^train +1 worker x 1 GPU .*DOES NOT FIT", shown.out, re.M)
     assert "1 stage without enough memory" in shown.err
     assert (
         main(
