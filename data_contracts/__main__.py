@@ -24,7 +24,8 @@ from data_contracts.artifact import EXTERNAL, RECORD, ArtifactRecord, ArtifactRe
 from data_contracts.config import flatten
 from data_contracts.errors import ArtifactError, NewerRecordError, PipelineError, print_error
 from data_contracts.identity import fingerprint
-from data_contracts.store import ARTIFACTS, Store, content_digest, data_files
+from data_contracts.store import Store, content_digest, data_files
+from data_contracts.streams import open_standard_streams
 from data_contracts.words import plural
 
 ABSENT = object()
@@ -94,7 +95,9 @@ def verify(store: Store, keys: Sequence[str]) -> None:
     records = [store.resolve(key) for key in keys]
     directories = [store.directory(record.kind, record.key) for record in records]
     if not directories:
-        directories = sorted(path for path in (store.root / ARTIFACTS).glob("*/*") if path.is_dir())
+        directories = [store.directory(kind, key) for kind, key in store.artifact_names()]
+        for path in store.strangers():
+            print(f"{path.relative_to(store.root)}: no artifact has such a name; it is left alone")
     num_signed = num_damaged = 0
     for directory in directories:
         name = f"{directory.parent.name}/{directory.name}"
@@ -267,4 +270,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from data_contracts.artifact import EXTERNAL, ArtifactRef, FileDigest
 from data_contracts.config import Config
@@ -20,10 +20,15 @@ from data_contracts.files import write_atomic
 from data_contracts.identity import digest_file
 from data_contracts.store import Store, content_digest
 
+WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OPTIONAL_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
+ADAPTER_CONFIG = "adapter_config.json"
+GIT_LFS = b"version https://git-lfs"
+"""How the file that stands for a large one begins where Git LFS has not fetched it."""
 CACHED_FROM_BYTES = 1 << 20
 """Smaller files are hashed again each time: that is faster than to look the digest up."""
 
@@ -39,6 +44,13 @@ class ModelRef(Config):
     """`owner/name` on the Hugging Face hub; fetched once, then read from the local cache."""
     revision: str | None = None
     """Commit, tag or branch of `hub_id`. Pin a commit if results are to be reproduced."""
+
+    @field_validator("hub_id")
+    @classmethod
+    def _is_a_name(cls, hub_id: str | None) -> str | None:
+        if hub_id is not None and not HUB_ID.fullmatch(hub_id):
+            raise ValueError("a model of the hub is named owner/name, of letters, digits, dots, dashes and underscores")
+        return hub_id
 
     @model_validator(mode="after")
     def _has_one_source(self) -> ModelRef:
@@ -94,6 +106,11 @@ def check_model_directory(directory: Path | str, chat_template: bool = True) -> 
     for name in OPTIONAL_JSON_FILES:
         _check_json_object(directory / name)
     files = weight_files(directory)
+    if not (directory / WEIGHTS_INDEX).is_file() and len(files) > 1 and not (directory / WEIGHTS).is_file():
+        raise ConfigError(
+            f"{directory} has {len(files)} weight files and no {WEIGHTS_INDEX}: nothing says which tensor is where; fetch "
+            "the index too"
+        )
     if not files:
         raise ConfigError(f"{directory} has no *.safetensors weights (pickled .bin files are not read)")
     for path in files:
@@ -104,6 +121,10 @@ def _check_architecture(directory: Path) -> None:
     try:
         config: Any = json.loads((directory / "config.json").read_text())
     except FileNotFoundError:
+        if (directory / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"{directory} holds an adapter and no model: merge it into its base model and give that directory"
+            ) from None
         raise ConfigError(f"{directory} has no config.json: not a Hugging Face model directory") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{directory}/config.json is not valid JSON: {error}") from None
@@ -141,6 +162,10 @@ def check_safetensors(path: Path) -> None:
 def _safetensors_size(path: Path, size: int) -> int:
     """Return the size that the header promises: 8 bytes of length, the header, the tensors up to the last offset."""
     with open(path, "rb") as file:
+        start = file.read(len(GIT_LFS))
+        if start == GIT_LFS:
+            raise ValueError("it is a Git LFS pointer: fetch the file itself with `git lfs pull`")
+        file.seek(0)
         (header_size,) = struct.unpack("<Q", file.read(8))
         if header_size >= size:
             raise ValueError("its header is longer than the file")
@@ -149,6 +174,14 @@ def _safetensors_size(path: Path, size: int) -> int:
     if not isinstance(last_offset, int):
         raise TypeError("an offset is not a whole number")
     return 8 + header_size + last_offset
+
+
+def header_of(path: Path) -> str:
+    """Return the header of a safetensors file that `check_safetensors` has passed: JSON, tensor name -> dtype, shape,
+    place."""
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return file.read(size).decode()
 
 
 def has_chat_template(directory: Path) -> bool:

@@ -7,6 +7,7 @@ interpreter) is left out of the key: it may move the last bits of a bf16 result,
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, dataclass_transform
 
@@ -17,6 +18,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.redaction import redact_value, secret_in
 from data_contracts.words import plural
 
+LONGEST_PIPE = 16 << 20
 Model = TypeVar("Model", bound=BaseModel)
 
 if TYPE_CHECKING:
@@ -155,11 +157,31 @@ def load_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {str(error) or type(error).__name__}") from None
 
 
+_PIPES: dict[tuple[int, int], str] = {}
+"""What was read of pipes, by device and inode: a command asks for its config more than once."""
+
+
+def _read_once(path: os.PathLike[str] | str) -> str:
+    with open(path, encoding="utf-8") as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode):
+            return file.read()
+        key = (status.st_dev, status.st_ino)
+        if key not in _PIPES:
+            text = file.read(LONGEST_PIPE + 1)
+            if len(text) > LONGEST_PIPE:
+                raise ConfigError(f"{path} does not end within {LONGEST_PIPE >> 20} MiB: it is no run config")
+            _PIPES[key] = text
+        return _PIPES[key]
+
+
 def read_yaml(path: os.PathLike[str] | str) -> dict[str, Any]:
-    """Return a YAML file as a mapping. Raises: ConfigError if it is missing, malformed or no mapping."""
+    """Return a YAML file as a mapping. A pipe (`<(cat run.yaml)`) is read once, and remembered in this process.
+
+    Raises: ConfigError if it is missing, too long, malformed or no mapping.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = _read_once(path)
     except OSError as error:
         raise ConfigError(f"cannot read the run config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

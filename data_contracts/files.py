@@ -170,6 +170,15 @@ def bytes_below(path: Path) -> int:
     return total
 
 
+def follow_umask(directory: Path) -> None:
+    """Give the files of a directory the mode of new files; safetensors writes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` another name of the same bytes, or a copy where the file system has no hard links."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from data_contracts.errors import ArtifactError, ConfigError, NewerRecordError, 
 from data_contracts.files import bytes_below
 from data_contracts.set_aside import SET_ASIDE, list_set_aside, set_aside
 from data_contracts.store import Store
+from data_contracts.streams import open_standard_streams
 from data_contracts.words import format_bytes, plural
 
 YOUNG_SECONDS = 3600.0
@@ -282,4 +283,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     sys.exit(main(sys.argv[1:]))

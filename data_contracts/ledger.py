@@ -302,13 +302,20 @@ def estimate_lines(store: Store, run: str) -> list[str]:
     path = store.run_directory(run) / ESTIMATE
     if not path.is_file():
         return []
-    estimate = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        estimate = json.loads(path.read_text(encoding="utf-8"))
+        predicted = [
+            (step["step"], step["shown_as"], step["source"], float(step["seconds"])) for step in estimate["steps"]
+        ]
+        whole, half_width = float(estimate["seconds"]), float(estimate["half_width"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return [f"{path} is damaged ({type(error).__name__}): no comparison with the estimate. Delete it"]
     account = read_account(store, run)
     measured = {(row["step"], row["shown_as"]): row["wall"] for row in cost_rows(account) if not row["cached"]}
     pairs = [
-        (step["seconds"], measured[step["step"], step["shown_as"]])
-        for step in estimate["steps"]
-        if step["source"] != "built" and (step["step"], step["shown_as"]) in measured
+        (seconds, measured[step, shown_as])
+        for step, shown_as, source, seconds in predicted
+        if source != "built" and (step, shown_as) in measured
     ]
     lines: list[str] = []
     if pairs:
@@ -320,7 +327,7 @@ def estimate_lines(store: Store, run: str) -> list[str]:
     if len(account.sessions) == 1 and account.sessions[0].is_finished:
         seconds = account.sessions[0].wall_seconds
         lines.append(
-            f"predicted for the run: {estimate['seconds']:.1f} s +- {estimate['half_width']:.1f} s, "
-            f"measured {seconds:.1f} s ({estimate['seconds'] / seconds - 1:+.0%})"
+            f"predicted for the run: {whole:.1f} s +- {half_width:.1f} s, "
+            f"measured {seconds:.1f} s ({whole / seconds - 1:+.0%})"
         )
     return lines

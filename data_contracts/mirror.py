@@ -30,6 +30,7 @@ from data_contracts.files import temporary_beside, write_atomic
 from data_contracts.identity import digest_file
 from data_contracts.redaction import redact, redact_output
 from data_contracts.store import Store
+from data_contracts.streams import open_standard_streams
 
 MIRROR = "SELFPLAY_MIRROR"
 """Environment variable: the URL, e.g. s3://bucket/selfplay?endpoint_override=objects:9000&scheme=http. Credentials are
@@ -97,7 +98,7 @@ class Mirror:
                 if file.name not in fetched:
                     self._fetch_file(record, file.name, file.sha256, directory / file.name)
         write_atomic(directory / RECORD, record.model_dump_json(indent=1))
-        return record
+        return store.load(kind, key)  # with the paths of this store
 
     def _fetch_file(self, record: ArtifactRecord, name: str, sha256: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,4 +215,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     sys.exit(main(sys.argv[1:]))

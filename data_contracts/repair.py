@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data_contracts.artifact import EXTERNAL, NOT_DATA, RECORD, ArtifactRecord, ArtifactRef
+from data_contracts.artifact import NOT_DATA, RECORD, ArtifactRecord
 from data_contracts.errors import ArtifactError, NewerRecordError
 from data_contracts.files import link_or_copy, open_atomic
 from data_contracts.identity import digest_file
@@ -73,13 +73,7 @@ def repair_from_inputs(store: Store, record: ArtifactRecord) -> list[str]:
 def _equal_file(store: Store, record: ArtifactRecord, name: str, sha256: str) -> Path | None:
     """Return the file of an input that has this name and digest, or None."""
     for ref in record.inputs.values():
-        path = _directory_of(store, ref) / Path(name).name
+        path = Path(store.here(ref).path) / Path(name).name
         if path.is_file() and digest_file(path) == sha256:
             return path
     return None
-
-
-def _directory_of(store: Store, ref: ArtifactRef) -> Path:
-    if ref.key == EXTERNAL:
-        return Path(ref.path)
-    return store.root / "artifacts" / ref.kind / ref.key

@@ -170,6 +170,7 @@ class Store:
     def load(self, kind: str, key: str) -> ArtifactRecord | None:
         """Return the record, None for an artifact that was not signed. The files are not looked at; see `problems`.
 
+        Its inputs have the paths that they have in this store: those in the file are where the builder found them.
         Raises: ArtifactError for a damaged record, NewerRecordError for one of a later version of this program.
         """
         path = self.directory(kind, key) / RECORD
@@ -184,7 +185,14 @@ class Store:
                 f"{kind} {key}: record.json is damaged ({str(error).splitlines()[0]}). Run again: the artifact is set "
                 f"aside and what is whole in it is used; it lies in {path.parent}"
             ) from None
-        return record
+        return record.model_copy(update={"inputs": {name: self.here(ref) for name, ref in record.inputs.items()}})
+
+    def here(self, ref: ArtifactRef) -> ArtifactRef:
+        """Return the reference with the path in this store, found by kind and key; a model of the user's as it is."""
+        key, *rest = ref.key.split("/")  # "<key>/steps/000004": a checkpoint from the middle of a training
+        if ref.key == EXTERNAL or not all(map(NAME_PART.fullmatch, (ref.kind, key, *rest))):
+            return ref
+        return ref.model_copy(update={"path": str(self.directory(ref.kind, key).joinpath(*rest))})
 
     def problems(self, record: ArtifactRecord, deep: bool = False) -> list[str]:
         """Return what is wrong with the files of a signed artifact, a sentence each; [] if they are intact.
@@ -244,6 +252,11 @@ class Store:
         names = sorted((path.parent.name, path.name) for path in paths if path.is_dir())
         return [(kind, key) for kind, key in names if NAME_PART.fullmatch(kind) and NAME_PART.fullmatch(key)]
 
+    def strangers(self) -> list[Path]:
+        """Return the directories among the artifacts whose names no artifact can have; nothing here touches them."""
+        ours = {self.directory(kind, key) for kind, key in self.artifact_names()}
+        return sorted(path for path in (self.root / ARTIFACTS).glob("*/*") if path.is_dir() and path not in ours)
+
     def records(self, kind: str | None = None, start: str = "") -> Iterator[ArtifactRecord]:
         """Yield every signed artifact whose key begins with `start`, oldest first.
 
@@ -253,7 +266,7 @@ class Store:
         for path in sorted((self.root / ARTIFACTS).glob(pattern), key=lambda path: path.stat().st_mtime):
             try:
                 record = self.load(path.parent.parent.name, path.parent.name)
-            except ArtifactError:
+            except (ArtifactError, ConfigError):  # a ConfigError: a name that no artifact has
                 continue
             if record is not None:
                 yield record

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from flows.cli.commands import main
+from flows.cli.commands import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command()

@@ -31,7 +31,7 @@ from stages.scoring.pairing import PAIRINGS
 from stages.scoring.stage import ScoringConfig
 from stages.stage import STAGES
 from stages.training.stage import TrainingConfig
-from stages.training.streams import LIVE_REFERENCE
+from stages.training.streams import LIVE_REFERENCE, PADDED
 from stages.weighting.stage import WeightingConfig
 from stages.weighting.weights import WEIGHTS
 from tasks.data.preparation import Reads
@@ -292,8 +292,10 @@ class RunConfig(Config):
     def weighting_for_pairs(self) -> WeightingConfig:
         """What the weigh stage must supply, from what the method declares."""
         needs = self.spec.needs(self.method)
+        packing = self.training.runtime.packing and not needs & PADDED
         return self.weighting.model_copy(
             update={
+                "runtime": self.weighting.runtime.model_copy(update={"packing": packing}),
                 "weights": self.weights,
                 "dtype": self.training.dtype,
                 "reference": "reference" in needs,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRef, FileDigest
+from data_contracts.checkpoint import check_model_directory
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
 from stages.evaluation.judged import BENCHMARKS, check_files
-from stages.evaluation.lm_eval import load_task
-from stages.evaluation.stage import EvaluationConfig, check_sandbox
+from stages.evaluation.lm_eval import check_suite, load_task
+from stages.evaluation.stage import EvaluationConfig, LMEvalSuite, check_sandbox
+from stages.evaluation.suites import check_data, clones_of
+from stages.models.hub import directory_here, model_directory
 from stages.models.tokens import tokenizer_digest, vocabulary_size
 from stages.registry import Named
 from stages.scoring.base import scorer_class
@@ -26,7 +29,7 @@ from tasks.data.lengths import fit_to_model
 from tasks.data.memory import Memory
 from tasks.data.preparation import Prepared, hold_out, prepare
 from tasks.data.prompt_set import PromptSet
-from tasks.models import locate, resolve
+from tasks.models import LoadedModel, locate, resolve
 
 
 class Checked(NamedTuple):
@@ -54,6 +57,9 @@ def _preflight(settings: str, store_root: Path) -> Checked:
     Store(store_root).check_writable()
     if run.execution.profile == "local":  # elsewhere the stage itself asks
         check_sandbox(run.evaluation)
+        for suite in run.evaluation.suites:
+            members = check_suite(suite.name, suite.only, suite.allow_code)
+            check_data(suite.name, members, suite.data_root, os.environ | run.evaluation.runtime.env)
     memory = Memory(store_root)
     prepared = prepare(run.prompts, run.seed, run.reads)
     prepared.check(run.prompts)
@@ -71,6 +77,10 @@ def _preflight(settings: str, store_root: Path) -> Checked:
     evaluation = _with_digests(run.evaluation)
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
+    if run.execution.profile == "local":  # elsewhere the stage's machine fetches and keeps them
+        for scorer in _scorer_settings(run):
+            for named, _ in scorer_class(scorer).models(scorer):
+                model_directory(named)
     prepared = _fitted(run, prepared, model, memory)
     prepared.check(run.prompts)
     _check_amount(run, len(prepared.train))
@@ -96,18 +106,45 @@ def _checked(prepared: Prepared, evaluation: EvaluationConfig) -> Checked:
 def _fitted(run: RunConfig, prepared: Prepared, model: Path, memory: Memory) -> Prepared:
     """The prompts that the policy can read, those that measure apart from those that train."""
     samplings = (run.sampling_for_training(), run.sampling_for_heldout())
-    prepared = fit_to_model(prepared, run.prompts, samplings, model, memory)
+    prepared = fit_to_model(prepared, run.prompts, samplings, model, memory, _loaded_models(run, model))
     return hold_out(prepared, run.prompts, run.seed, memory)
+
+
+def _loaded_models(run: RunConfig, policy: Path) -> list[LoadedModel]:
+    """Every model on this disk that a stage of the run will load, once each.
+
+    Raises: ConfigError for a scorer's directory that is no complete model.
+    """
+    models = [LoadedModel(policy, "causal")]
+    named = [getattr(run.models, role) for role in run.roles]
+    for ref in (*named, *run.baselines.values()):
+        if ref is not None and (directory := directory_here(ref)) is not None:
+            models.append(LoadedModel(directory, "causal"))
+    for scorer in _scorer_settings(run):
+        for ref, task in scorer_class(scorer).models(scorer):
+            directory = directory_here(ref)
+            if task and directory is not None:
+                check_model_directory(directory, chat_template=False)
+                models.append(LoadedModel(directory, task))
+    return list(dict.fromkeys(models))
+
+
+def _scorer_settings(run: RunConfig) -> list[Named]:
+    """The scorers of the run: of the pairs, where their pairing asks for scores, of the evaluation, the tournament."""
+    scorers = [run.evaluation.scorer]
+    if PAIRINGS.get(run.pairing).needs_scores and run.scoring.scorer is not None:
+        scorers.insert(0, run.scoring.scorer)
+    if run.tournament is not None:
+        scorers.append(run.tournament.scorer)
+    return scorers
 
 
 def _scorers(run: RunConfig, prepared: Prepared) -> Iterator[tuple[Named, PromptSet]]:
     """Every scorer of the run, and the prompts whose answers it will score."""
     heldout = prepared.heldout or prepared.train  # of which a part will be held out
-    if PAIRINGS.get(run.pairing).needs_scores and run.scoring.scorer is not None:
-        yield run.scoring.scorer, prepared.train
-    yield run.evaluation.scorer, heldout
-    if run.tournament is not None:
-        yield run.tournament.scorer, heldout
+    is_of_pairs = PAIRINGS.get(run.pairing).needs_scores and run.scoring.scorer is not None
+    for number, scorer in enumerate(_scorer_settings(run)):
+        yield scorer, prepared.train if is_of_pairs and number == 0 else heldout
 
 
 def _check_amount(run: RunConfig, count: int) -> None:
@@ -194,6 +231,7 @@ def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
     for task in evaluation.lm_eval:
         load_task(task.path)
     update: dict[str, Any] = {"lm_eval": tuple(_with_digest(task) for task in evaluation.lm_eval)}
+    update["suites"] = tuple(_suite_with_digest(suite) for suite in evaluation.suites)
     for name in BENCHMARKS:
         if (settings := getattr(evaluation, name)) is not None:
             check_files(name, settings)
@@ -203,12 +241,28 @@ def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
 
 def _with_digest(task: Any) -> Any:
     directory = Path(task.path)
+    return task.model_copy(update={"digest": _content(directory, [directory])})
+
+
+def _suite_with_digest(suite: LMEvalSuite) -> LMEvalSuite:
+    """A suite with the digest of the clones that its members read, unless the user gave one."""
+    if suite.data_root is None or suite.digest:
+        return suite
+    root = Path(suite.data_root)
+    members = check_suite(suite.name, suite.only, suite.allow_code)
+    clones = [next(filter(Path.is_dir, clones_of(root, member.data)), None) for member in members]
+    return suite.model_copy(update={"digest": _content(root, [clone for clone in clones if clone is not None])})
+
+
+def _content(root: Path, directories: Iterable[Path]) -> str:
+    """The digest over all files below these directories, by their names below `root`; the history of a clone (.git) is left out."""
+    paths = {path for directory in directories for path in directory.rglob("*") if path.is_file()}
     files = [
-        FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        FileDigest(name=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
+        for path in sorted(paths)
+        if ".git" not in path.relative_to(root).parts
     ]
-    return task.model_copy(update={"digest": content_digest(files)})
+    return content_digest(files)
 
 
 def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:

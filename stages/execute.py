@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts import lease
-from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.artifact import EXTERNAL, ArtifactRecord, ArtifactRef
+from data_contracts.checkpoint import digests_kept_in, external_model
 from data_contracts.config import Config
 from data_contracts.errors import ArtifactError
 from data_contracts.lease import LockOwner
+from data_contracts.set_aside import set_files_aside
 from data_contracts.shards import count_rows
-from data_contracts.store import Store
+from data_contracts.store import Store, data_files
 from stages.job import Job
 from stages.running.claims import Claims, forget
 from stages.running.cost import MemoryWatch, cost_of, loading
@@ -25,6 +28,10 @@ from stages.running.gpus import GPU_EVENT, torch_peaks
 from stages.running.history import events, seconds_of
 from stages.stage import Stage
 
+CHANGES_NUMBERS = re.compile(
+    r"(NVIDIA_TF32|TORCH_ALLOW_TF32|TORCH_BLAS|CUBLAS_|CUDNN_|MKL_|ONEDNN_|DNNL_|OMP_NUM|VLLM_(ATTENTION|USE|CPU)|HF_HUB_OFF)"
+)
+"""Names of environment variables that choose arithmetic, kernels or the number of threads; kept in the record."""
 LOCK_HELD = "SELFPLAY_LOCK_HELD"
 """Environment variable: kind-key of the artifact whose lock the launcher already holds for this process."""
 REMOTE = "SELFPLAY_REMOTE"
@@ -110,6 +117,7 @@ def _build(
         job.event(GPU_EVENT, peaks=peaks)
     job.event("end")
     history = events(out)
+    _refuse_changed_inputs(stage, config, inputs, store, key)
     forget(out)
     record = ArtifactRecord(
         kind=stage.produces,
@@ -133,6 +141,37 @@ def _build(
     return signed
 
 
+def _refuse_changed_inputs(
+    stage: Stage, config: Config, inputs: Mapping[str, ArtifactRef], store: Store, key: str
+) -> None:
+    """Take the digests of the user's models again, those of inputs and those that the settings name.
+
+    Raises: ArtifactError if one was overwritten while the stage read it. What was made of two models is set aside, so
+    that nobody goes on from it.
+    """
+    changed = [
+        f"{name} ({ref.path})"
+        for name, ref in inputs.items()
+        if ref.key == EXTERNAL and external_model(Path(ref.path), store.root / "digests").content != ref.content
+    ]
+    with digests_kept_in(store):
+        if not changed and stage.key(config, inputs) != key:
+            changed.append("a model that the settings name")
+    if not changed:
+        return
+    out = store.directory(stage.produces, key)
+    why = f"while the stage {stage.name} read it, the files of {', '.join(changed)} were overwritten"
+    aside = set_files_aside(store.root, out, data_files(out), why, by="a build")
+    raise ArtifactError(
+        f"{why}: nothing is signed, what was made lies in {aside}. Run again once the model is complete"
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Return the variables of this process that may change a number and are in no key."""
+    return {name: value for name, value in sorted(os.environ.items()) if CHANGES_NUMBERS.match(name)}
+
+
 def provenance(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return who built the artifact, when and on which host, with library versions. Never part of a key."""
     return {
@@ -142,6 +181,7 @@ def provenance(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str
         "argv": sys.argv,
         "starts": sum(event["event"] == "start" for event in history),
         "settings": config.model_dump(mode="json"),
+        "environment": _environment(),
         "versions": {
             name: getattr(module, "__version__", "?")
             for name in ("torch", "transformers", "vllm", "deepspeed", "lm_eval", "pyarrow")

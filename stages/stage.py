@@ -20,6 +20,16 @@ from data_contracts.identity import fingerprint
 from data_contracts.redaction import without_secrets
 
 
+def check_variables(env: dict[str, str]) -> dict[str, str]:
+    """Return variables that a process can be started with. Raises: ValueError for others."""
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise ValueError(
+                f"{name!r} cannot be an environment variable: a name has no `=`, and neither name nor value has a NUL"
+            )
+    return env
+
+
 class StageRuntime(Runtime):
     """How a stage is executed; shared by all of them."""
 
@@ -31,6 +41,11 @@ class StageRuntime(Runtime):
     """More environment variables for the stage process. CUDA_VISIBLE_DEVICES says among which GPUs to choose."""
     timeout_seconds: float | None = Field(None, gt=0)
     """Stop the stage after so long; None: never."""
+
+    @field_validator("env")
+    @classmethod
+    def _are_variables(cls, env: dict[str, str]) -> dict[str, str]:
+        return check_variables(env)
 
     @field_validator("env")
     @classmethod

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from data_contracts.artifact import ArtifactRef
-from data_contracts.checkpoint import ModelRef, check_model_directory, external_model
+from data_contracts.checkpoint import ModelRef, check_model_directory, external_model, header_of, weight_files
+from data_contracts.identity import digest_file, digest_text
 from data_contracts.store import Store
 from stages.models.hub import model_directory
+
+
+class LoadedModel(NamedTuple):
+    """A model that a run will load."""
+
+    directory: Path
+    task: str
+    """What it is loaded as: stages/models/architecture.py."""
+
+    def digests(self) -> list[list[str]]:
+        """Return name and digest of all that says which tensors there must be, and which there are."""
+        paths = sorted(path for path in self.directory.iterdir() if path.suffix == ".json")
+        headers = [[path.name, digest_text(header_of(path))] for path in weight_files(self.directory)]
+        return [[path.name, digest_file(path)] for path in paths] + headers
 
 
 def locate(model: ModelRef, chat_template: bool) -> Path:

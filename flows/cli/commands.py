@@ -328,5 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_command() -> None:
-    """Entry point of an installed package."""
+    """The command, as a process of its own."""
+    from data_contracts.streams import open_standard_streams
+
+    open_standard_streams()
     sys.exit(main())

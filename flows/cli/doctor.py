@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from data_contracts.errors import PipelineError
 from data_contracts.store import Store
+from data_contracts.streams import open_standard_streams
 from data_contracts.words import plural
 from flows.cli.diagnosis import Finding
 from flows.cli.diagnosis.environment import compiler, gpu, memory, open_files, versions
@@ -81,4 +82,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     sys.exit(main(sys.argv[1:]))

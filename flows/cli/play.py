@@ -12,7 +12,7 @@ from rich.table import Table
 from data_contracts.errors import ConfigError
 from data_contracts.ledger import Ledger
 from data_contracts.store import Store
-from flows.cli.server import prefect_server
+from flows.cli.server import prefect_server, server_errors_explained
 from flows.comparison import load_comparison
 from flows.config import RunConfig, load_run
 from flows.preflight import preflight
@@ -31,7 +31,8 @@ def play(config: str, overrides: dict[str, Any], root: str | None) -> None:
         from flows.run import self_play
 
         print(f"watch it at {url.removesuffix('/api')}", flush=True)
-        history = self_play(config=config, overrides=overrides, store=str(store.root))
+        with server_errors_explained(url):
+            history = self_play(config=config, overrides=overrides, store=str(store.root))
     _print_rows(settings.name, history["rows"])
     print(history["headline"])
     print(f"report: {history['report']} (and .html beside it, with curves)")
@@ -50,7 +51,8 @@ def play_comparison(config: str, overrides: dict[str, Any], root: str | None) ->
         from flows.compare import compare
 
         print(f"watch it at {url.removesuffix('/api')}", flush=True)
-        result = compare(config=config, overrides=overrides, store=str(store.root))
+        with server_errors_explained(url):
+            result = compare(config=config, overrides=overrides, store=str(store.root))
     print(result["text"])
     print(f"report: {result['report']}")
 

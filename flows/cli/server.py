@@ -71,6 +71,10 @@ def _import_clients() -> None:
         import_client()
 
 
+UNREACHABLE = "Failed to reach API"
+"""How the RuntimeError of Prefect's client begins when its version check gets no answer."""
+
+
 class _Server:
     """The server's process, under the supervisor, started again if it dies.
 
@@ -157,6 +161,21 @@ def _check_answers(url: str) -> None:
                     "server start), or unset PREFECT_API_URL: then the run starts a server of its own"
                 ) from None
         time.sleep(0.2)
+
+
+@contextmanager
+def server_errors_explained(url: str) -> Iterator[None]:
+    """Raises: TransientError where Prefect's client lost its server, as when that starts again during the client's
+    version check; every other error passes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(UNREACHABLE):
+            raise
+        raise TransientError(
+            f"the Prefect server at {url} went away while the run was starting ({error.__cause__ or error}). Run the same "
+            "command again: what is built is found"
+        ) from error
 
 
 def _wait_for_start(server: _Server, url: str) -> None:

@@ -54,7 +54,7 @@ def weight_picture(weighed: Built, trained: Built, prompts: ArtifactRef | None =
     clamped = {
         name.removeprefix("weights/"): value for name, value in metrics.items() if re.search(r"\bat_[LU]\b", name)
     }
-    tokenizer = Path(trained.record.inputs["policy"].path) / "tokenizer.json"
+    tokenizer = Path(trained.ref.path) / "tokenizer.json"  # the policy's; the policy itself may lie elsewhere now
     return WeightPicture(
         list(map(float, edges)),
         bins["chosen"],

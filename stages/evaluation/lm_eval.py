@@ -22,7 +22,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.rows import ReportRow
 from stages.evaluation.rows import report_row
 from stages.evaluation.sandbox import CodeEval
-from stages.evaluation.suites import SUITES, Member
+from stages.evaluation.suites import SUITES, Member, clones_of
 from stages.running.cost import parameters
 from stages.running.gpus import engine_share
 
@@ -47,6 +47,11 @@ def load_task(directory: str) -> dict[str, Any]:
         data = path.parent / name
         if not data.is_file():
             raise ConfigError(f"{path} names the {split} file {name}, which does not exist beside it")
+        if not data.resolve().is_relative_to(path.parent.resolve()):
+            raise ConfigError(
+                f"{path} names the {split} file {name}, which lies outside of {path.parent}: the key of a result holds the "
+                "content of that directory alone; copy the file into it"
+            )
         files[split] = str(data.absolute())
     return task
 
@@ -204,7 +209,7 @@ def mirrored(data_root: str | None) -> Iterator[None]:
     load = datasets.load_dataset
 
     def load_local(path: str, *arguments: Any, **keywords: Any) -> Any:
-        clones = [Path(data_root) / path, Path(data_root) / path.rpartition("/")[2]]
+        clones = clones_of(Path(data_root), path)
         for clone in clones:
             if clone.is_dir():
                 return load(str(clone.absolute()), *arguments, **keywords)

@@ -75,7 +75,7 @@ class LMEvalSuite(BaseConfig):
     allow_code: bool = False
     """Run code that the model wrote (HumanEval), in a sandbox: see runtime.sandbox."""
     digest: str = ""
-    """Any text, part of the key: change it when you change the data in `data_root`."""
+    """Filled in by the flow: hash of the data sets in `data_root` that its tasks read. Any text of yours is kept."""
 
     @model_validator(mode="after")
     def _known(self) -> LMEvalSuite:

@@ -36,5 +36,19 @@ def model_directory(model: ModelRef) -> Path:
         ) from None
 
 
+def directory_here(model: ModelRef) -> Path | None:
+    """The directory of a model that is on this disk; None for one of the hub that was not fetched yet. Asks no network."""
+    if model.path is not None:
+        return Path(model.path).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(model.hub_id), revision=model.revision, allow_patterns=FETCHED, local_files_only=True)
+        )
+    except (OSError, ValueError):
+        return None
+
+
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,6 +1,6 @@
 """Stages - the log-prob store: log-probs of a response under a frozen model, computed once for all stages and runs.
 
-    <root>/logps/<model content>-<dtype>-<kind>/part-<digest>.parquet
+    <root>/logps/<model content>-<dtype>-<kind>[-padded]/part-<digest>.parquet
                                    rows (digest of prompt and response ids, one number per token)
 
 A model is addressed by the content of its files, so a changed model cannot hit an old entry. SWIFT's policy pass is the
@@ -15,6 +15,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -73,10 +74,16 @@ class Pass:
         budget: int,
         kind: str = "logps",
         score: Score = score_responses,
+        packing: bool = True,
     ):
+        """packing: the layout of a bf16 pass of log-probs, which is another function of the ids in each layout."""
         # Where a model must run with another attention than transformers' choice, older rows are of that choice.
         attention = f"{name}-" if (name := attention_in(model.path)) else ""
-        self.directory = logps_directory(root, model.content, f"{dtype}-{kind}-{attention}{VERSION}")
+        layout = ""
+        if not packing and kind == "logps":
+            score = partial(score_responses, packing=False)
+            layout = "padded-" if dtype != "float32" else ""
+        self.directory = logps_directory(root, model.content, f"{dtype}-{kind}-{attention}{layout}{VERSION}")
         self.model, self.dtype, self.device, self.budget, self.score = model, dtype, device, budget, score
         self.loaded: Module | None = None
         self.hits, self.misses = 0, 0

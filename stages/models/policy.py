@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
+from stages.models.architecture import refuse_misfit
 from stages.models.families import attention_in
 from stages.models.lazy import import_transformers, torch
 from stages.models.numerics import token_logps
@@ -69,12 +70,14 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
     """Return the model of a directory on a device, without dropout and without a generation cache.
 
     Policy and reference must be the same function at the start of training: dropout would make their log-ratios noise.
+    Raises: ConfigError for files that lack a tensor of the model, have one of another shape, or more layers.
     """
     from stages.models.kernels import register
 
     transformers = import_transformers()
     with loading():
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
             attn_implementation=attention_in(directory),
@@ -83,7 +86,10 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
+    refuse_misfit(directory, model, report)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -241,13 +247,20 @@ def batches_by_sum(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def score_responses(
-    model: Module, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int
+    model: Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    budget: int,
+    packing: bool = True,
 ) -> list[np.ndarray]:
-    """Return the per-token log-probs of every response under a frozen model, float32, in the order given."""
+    """Return the per-token log-probs of every response under a frozen model, float32, in the order given.
+
+    packing: without padding, where the model can be packed; False: in padded rows
+    """
     results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(prompts)
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     device = next(model.parameters()).device
-    packed, varlen = packable(model, max(lengths, default=0)), takes_varlen(model)
+    packed, varlen = packing and packable(model, max(lengths, default=0)), takes_varlen(model)
     if packed:
         groups = group_prompts(prompts, responses, math.inf if varlen else GROUP_TOKENS)
         sizes = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]

@@ -1,7 +1,8 @@
-"""Stages - python -m stages.sampling.check REQUEST.json: do these prompts fit this model? Loads a tokenizer, no model.
+"""Stages - python -m stages.sampling.check REQUEST.json: can these models be loaded, and do these prompts fit the
+policy? Reads configs, headers and tokenizers, no weights.
 
-REQUEST.json: {"model": directory, "sets": [{"sampling": config, "prompts": Arrow file, "truncate": bool}, ...]}.
-Prints the `Verdicts` of each set (stages/sampling/prompt_lengths.py). Exit code 2 and one sentence on stdout where no
+REQUEST.json: {"model": directory, "sets": [{"sampling": config, "prompts": Arrow file, "truncate": bool}, ...],
+"models": [[directory, task], ...]}; tasks: stages/models/architecture.py. Prints the `Verdicts` of each set (stages/sampling/prompt_lengths.py). Exit code 2 and one sentence on stdout where no
 prompt could be used, whatever it says.
 
 A chat template is a program that came with a model: here, in a process of its own, it runs under limits of time and
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ConfigError
+from stages.models.architecture import check_model
 from stages.models.tokens import load_tokenizer
 from stages.models.turns import Turns, unusable
 from stages.sampling.prompt_lengths import PromptChecker, Verdicts, check_file
@@ -62,6 +64,8 @@ def main(path: str) -> int:
     """Answer one request. Returns: the exit code."""
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
+        for directory, task in request["models"]:
+            check_model(Path(directory), task)
         tokenizer = load_tokenizer(request["model"])
         verdicts = [_check_set(item, request["model"], tokenizer) for item in request["sets"]]
     except ConfigError as error:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, ContractError
+from stages.models.architecture import check_model
 from stages.models.lazy import absent
 from stages.registry import Named
 from stages.running.cost import parameters
@@ -115,6 +117,7 @@ class VLLM(Sampler):
                 f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter "
                 "that has it in sampling.runtime.python"
             ) from error
+        check_model(Path(model), "causal")
         runtime = config.runtime
         arguments: dict[str, Any] = {
             "model": os.path.abspath(model),

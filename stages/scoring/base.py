@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
+from data_contracts.checkpoint import ModelRef
 from data_contracts.prompts import Message, PromptRow
 from data_contracts.rows import GenerationRow
 from stages.registry import Named, Plugin
@@ -103,6 +104,12 @@ class Scorer(Plugin, ABC):
     def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:
         """Refuse prompts that cannot be scored, before anything is sampled. Raises: ConfigError."""
         return None
+
+    @classmethod
+    def models(cls, config: Any) -> list[tuple[ModelRef, str]]:
+        """The models that the scorer loads, each with what it is loaded as (stages/models/architecture.py; "" for a
+        network of the scorer's own, which compares tensors while it loads)."""
+        return []
 
     def prepare(self, services: Services) -> None:
         """Take the stage's services; called once, before the first `score`."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config as BaseConfig
 from data_contracts.prompts import PromptRow
 from stages.registry import Named
@@ -56,6 +57,10 @@ class Combination(Scorer):
     def check_prompts(cls, config: Config, prompts: Sequence[PromptRow]) -> None:
         for part in config.parts:
             scorer_class(part.scorer).check_prompts(part.scorer, prompts)
+
+    @classmethod
+    def models(cls, config: Config) -> list[tuple[ModelRef, str]]:
+        return [model for part in config.parts for model in scorer_class(part.scorer).models(part.scorer)]
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         if not self.scorers:

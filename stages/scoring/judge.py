@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from data_contracts.checkpoint import ModelRef
 from data_contracts.identity import canonical_json, digest_text
 from data_contracts.prompts import PromptRow
 from stages.models.policy import pick_device
@@ -152,6 +153,10 @@ class LLMJudge(Scorer):
     def check_prompts(cls, config: Config, prompts: Sequence[PromptRow]) -> None:
         if config.serve is not None:
             local_directory(config.serve, config.name)
+
+    @classmethod
+    def models(cls, config: Config) -> list[tuple[ModelRef, str]]:
+        return [] if config.serve is None else [(config.serve, "served")]
 
     def prepare(self, services: Services) -> None:
         super().prepare(services)

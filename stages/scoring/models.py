@@ -74,6 +74,12 @@ class ModelScorer(Scorer):
 
     ON_GPU: ClassVar[Dtype] = "bfloat16"
     """What `dtype: auto` means on a GPU."""
+    TASK: ClassVar[str] = ""
+    """What the model is loaded as, see `Scorer.models`."""
+
+    @classmethod
+    def models(cls, config: Any) -> list[tuple[ModelRef, str]]:
+        return [(config.model, cls.TASK)]
 
     @classmethod
     def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:
@@ -107,10 +113,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except Exception as error:  # safetensors raises a class of its own
             raise ConfigError(f"{path} is not a readable safetensors file ({error}): fetch it again") from None
-    if not files and (directory / "pytorch_model.bin").is_file():
-        tensors = torch.load(directory / "pytorch_model.bin", map_location="cpu", weights_only=True)
     if not tensors:
-        raise ConfigError(f"{directory} has no *.safetensors weights")
+        raise ConfigError(f"{directory} has no *.safetensors weights (pickled .bin files are not read)")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
 
 

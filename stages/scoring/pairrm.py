@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from data_contracts.checkpoint import model_content
 from stages.models.hub import model_directory
 from stages.models.policy import batches_by_budget, pick_device, pin_threads
+from stages.models.templates import read_json
 from stages.scoring.base import Candidates, Scores, prompt_text
 from stages.scoring.models import ModelScorer, ModelScorerConfig, NamedModel, locate
 
@@ -54,6 +56,14 @@ class PairRM(ModelScorer):
         """A checkpoint of `llm-blender/PairRM` or `llm-blender/PairRM-hf`, or one of the same layout."""
         tokenizer: NamedModel | None = None
         """Where the tokenizer lies, if not beside the weights: microsoft/deberta-v3-large for `llm-blender/PairRM`."""
+
+        def identity(self) -> dict[str, Any]:
+            """The settings, with the content of a directory that the checkpoint's config.json names."""
+            path = None if self.model.path is None else Path(self.model.path).expanduser() / "config.json"
+            backbone = None if path is None else read_json(path).get("model_name")
+            if not isinstance(backbone, str) or not Path(backbone).is_dir():
+                return super().identity()
+            return super().identity() | {"backbone": model_content(Path(backbone))}
 
     def __init__(self, config: Config, device: str):
         super().__init__(config, device)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from data_contracts.checkpoint import ModelRef
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.prompts import Message, PromptRow
 from stages.models import tokens
+from stages.models.architecture import refuse_misfit
 from stages.models.data_text import TextEncoder
 from stages.models.lazy import torch
 from stages.models.policy import batches_by_budget, pick_device, pin_threads
@@ -137,18 +139,16 @@ def load_classifier(directory: Path, config: ClassifierConfig, dtype: str, devic
 
     settings = json.loads((directory / "config.json").read_text())
     refuse_remote_code(settings, directory, config.trust_remote_code)
-    model, loading_info = AutoModelForSequenceClassification.from_pretrained(
+    model, report = AutoModelForSequenceClassification.from_pretrained(
         str(directory),
         dtype=getattr(torch, dtype),
         local_files_only=True,
         trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported below, by name
         output_loading_info=True,
     )
-    if missing := sorted(loading_info["missing_keys"]):
-        raise ConfigError(
-            f"{directory} lacks {len(missing)} tensors of a sequence classifier, e.g. {missing[:3]}: "
-            "it is no reward model"
-        )
+    refuse_misfit(directory, model, report)
     if config.output >= model.config.num_labels:
         raise ConfigError(
             f"{directory} has {model.config.num_labels} output(s); scorer.output is {config.output}, and counts from 0"
@@ -161,6 +161,13 @@ def load_classifier(directory: Path, config: ClassifierConfig, dtype: str, devic
 
 class ClassifierScorer(PointScorer):
     """Base of scorers by a transformers sequence classifier; its raw output is the score."""
+
+    TASK = "classifier"
+
+    @classmethod
+    def models(cls, config: Any) -> list[tuple[ModelRef, str]]:
+        # With code of its own, only that code knows which tensors there must be; `load_classifier` compares them.
+        return [(config.model, "" if config.trust_remote_code else cls.TASK)]
 
     @classmethod
     def check_prompts(cls, config: Any, prompts: Sequence[PromptRow]) -> None:

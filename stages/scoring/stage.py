@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from data_contracts.artifact import ArtifactRef
@@ -287,12 +288,19 @@ def _score_row(prompt: PromptRow, scores: Scores) -> dict[str, Any]:
 
 def _summarise(job: Job, num_prompts: int) -> None:
     """Metrics of the whole artifact, shard by shard. Raises: ContractError if too many prompts give no row."""
-    totals = ScoreTotals()
+    totals, rows_in = ScoreTotals(), 0
     for path in shard_paths(job.out, "scored_pairs"):
         index = path.stem.removeprefix("part-")
         raw, dropped = (read_shard(path.with_name(f"{kind}-{index}.parquet"), kind) for kind in ("scores", "dropped"))
-        totals.add(read_shard(path, "scored_pairs"), raw, dropped)
-    job.metrics |= totals.metrics(num_prompts) | _rates(job.out)
+        pairs = read_shard(path, "scored_pairs")
+        check_every_prompt_counts(pairs, dropped, raw.num_rows, f"{job.out.name}, shard {index}")
+        rows_in += raw.num_rows
+        totals.add(pairs, raw, dropped)
+    if rows_in != num_prompts:
+        raise ContractError(
+            f"scored_pairs {job.out.name}: its shards are of {rows_in} prompts, and there are {num_prompts}"
+        )
+    job.metrics |= {"rows_in": rows_in} | totals.metrics(num_prompts) | _rates(job.out)
     if lines := totals.warnings():
         job.facts["told_apart"] = lines
     if job.metrics["drop_rate"] > job.config.max_drop_rate or not totals.pairs:
@@ -300,6 +308,16 @@ def _summarise(job: Job, num_prompts: int) -> None:
             f"scored_pairs {Path(job.out).name}: {totals.dropped.total()} of {num_prompts} prompts give no row "
             f"(limit {job.config.max_drop_rate:.0%}): {dict(totals.dropped)}, e.g. {totals.examples}. "
             "More candidates or a higher temperature give more varied ones; scoring.max_drop_rate moves the limit"
+        )
+
+
+def check_every_prompt_counts(pairs: pa.Table, dropped: pa.Table, num_prompts: int, key: str) -> None:
+    """Raises: ContractError for prompts that gave no row and no reason, or both."""
+    with_rows, without = set(pairs["prompt_id"].to_pylist()), set(dropped["prompt_id"].to_pylist())
+    if with_rows & without or len(with_rows) + len(without) != num_prompts:
+        raise ContractError(
+            f"scored_pairs {key}: {len(with_rows)} prompts have rows and {len(without)} a reason to have none, of "
+            f"{num_prompts} in all: some were lost or counted twice. Remove the directory and run again"
         )
 
 

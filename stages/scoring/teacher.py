@@ -27,6 +27,8 @@ class Teacher(NamedTuple):
 
 
 class TeacherLogp(ModelScorer):
+    TASK = "causal"
+
     class Config(ModelScorerConfig):
         """Mean log-prob per token, in bfloat16."""
 

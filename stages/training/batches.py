@@ -20,6 +20,10 @@ from stages.models.policy import Batch, batches_by_budget, batches_by_sum, colla
 if TYPE_CHECKING:
     from torch import Tensor
 
+MARGIN_AT_STEP_1 = "margin_at_step_1"
+"""Metric of a checkpoint: |margin| of the first step's rows, before any update."""
+METRICS = "metrics.jsonl"
+"""A line per step."""
 STEPS = "steps"
 """Directory of the checkpoints kept from the middle of a training; each is named by its number of steps."""
 

@@ -28,6 +28,9 @@ class TrainingRuntime(StageRuntime):
     """Tokens per micro-batch: the setting that bounds memory. A micro-batch holds at least one pair."""
     packing: bool = True
     """Compute a prompt once for its responses, without padding, where model and method allow. Moves last bits."""
+    max_first_margin: float = Field(0.3, gt=0)
+    """Nats of |margin| at step 1 from which the stage warns where the reference is the policy itself: both should be one
+    function there, and bf16 makes them two (docs/performance.md)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
     save_every_seconds: float = Field(900, ge=0)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
+from data_contracts.files import follow_umask
 from stages.models.lazy import absent, import_transformers, torch
 from stages.models.turn_settings import TurnConfig
 from stages.models.turns import turns_or_plain
@@ -191,6 +192,7 @@ class Engine:
             path = directory / "config.json"
             settings = json.loads(path.read_text()) | {"dtype": self.config.save_dtype}
             path.write_text(json.dumps(settings, indent=2) + "\n")
+            follow_umask(directory)
         self.barrier()
 
     def barrier(self) -> None:

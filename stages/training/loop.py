@@ -14,6 +14,8 @@ from stages.running.cost import loading
 from stages.running.gpus import report_rank
 from stages.training.bad_step import BadStep, what_is_wrong
 from stages.training.batches import (
+    MARGIN_AT_STEP_1,
+    METRICS,
     STEPS,
     OptimizerStep,
     WeightedPair,
@@ -24,14 +26,13 @@ from stages.training.batches import (
 )
 from stages.training.engine import Engine
 from stages.training.speed import SPEEDS, Speed, mean_speed, sequence_tokens
-from stages.training.streams import Streams
+from stages.training.streams import ABSOLUTE_MARGIN, Streams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.training.config import TrainingConfig
 
-METRICS = "metrics.jsonl"
 Metrics = dict[str, float]
 Report = Callable[[int, int, Metrics], None]
 """(steps done, steps in all, metrics of the step)."""
@@ -144,6 +145,7 @@ def one_step(
     metrics["learning_rate"] = learning_rate
     if norm is not None:
         metrics["grad_norm"] = norm
+    metrics["rows"] = float(len(rows))
     metrics["tokens"] = float(sum(len(row[f"{side}_ids"]) for row in rows for side in streams.sides))
     metrics["seconds"] = time.monotonic() - began
     return metrics, bool(votes)
@@ -199,13 +201,14 @@ class _Log:
     def summary(self, epoch: int) -> Metrics:
         """The means over an epoch, with the number of steps, the first loss, the tokens and the speed of all steps."""
         last = [line for line in self.lines if line["epoch"] == epoch]
-        not_means = ("step", "epoch", "tokens", "seconds", *SPEEDS)
+        not_means = ("step", "epoch", "rows", "tokens", "seconds", *SPEEDS)
         names = [name for name in self.lines[0] if name not in not_means]
         means = {name: sum(line[name] for line in last if name in line) / len(last) for name in names}
         return {
             "steps": len(self.lines),
             "first_loss": self.lines[0]["loss"],
             "tokens": sum(line["tokens"] for line in self.lines),
+            **({MARGIN_AT_STEP_1: self.lines[0][ABSOLUTE_MARGIN]} if ABSOLUTE_MARGIN in self.lines[0] else {}),
         } | {**means, **mean_speed(self.lines)}
 
 

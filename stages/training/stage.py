@@ -16,7 +16,8 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.errors import ConfigError, ContractError
 from data_contracts.files import write_atomic
-from data_contracts.shards import read_shard, shard_paths
+from data_contracts.shards import count_rows, read_shard, shard_paths
+from data_contracts.store import Store
 from stages.job import Job
 from stages.methods import METHODS
 from stages.models.families import attention_addition
@@ -24,7 +25,7 @@ from stages.models.policy import pick_device, pin_threads
 from stages.registry import Named
 from stages.running import rendezvous
 from stages.running.cost import SPEED_EVENT, TRAIN
-from stages.training.batches import STEPS
+from stages.training.batches import MARGIN_AT_STEP_1, METRICS, STEPS, plan_steps
 from stages.training.config import TrainingConfig, TrainingInputs
 from stages.training.launch import error_of, start_ranks
 from stages.training.speed import SPEEDS
@@ -59,8 +60,44 @@ def run(job: Job) -> None:
         metrics = _train_on_ranks(job)
     _adopt(job)
     _account(job)
-    job.metrics |= metrics
+    warn_of_first_margin(job, metrics)
+    rows_in = sum(count_rows(job.path(name)) for name in ("pairs", "more_pairs") if name in job.inputs)
+    job.metrics |= metrics | check_rows_trained(job.out, rows_in, config)
     job.facts |= {"device": pick_device(config.runtime.device), "world_size": world_size}
+
+
+def warn_of_first_margin(job: Job, metrics: Mapping[str, float]) -> None:
+    """Say, in log and record, that policy and reference differ before the first update although they are one model."""
+    margin, limit = metrics.get(MARGIN_AT_STEP_1, 0.0), job.config.runtime.max_first_margin
+    pairs = Store(job.store_root).load("weighted_pairs", job.inputs["pairs"].key)
+    reference = pairs.inputs.get("reference") if pairs else None
+    if reference is None or reference.content != job.inputs["policy"].content or margin <= limit:
+        return
+    sentence = (
+        f"before the first update the margin is {margin:.2f} nats on average, and policy and reference are one model: the "
+        f"arithmetic of {job.config.dtype} tells them apart. Long responses do that; training.dtype: float32 does not "
+        f"(training.runtime.max_first_margin is {limit:g})"
+    )
+    job.log(f"warning: {sentence}")
+    job.facts["first_margin"] = sentence
+
+
+def check_rows_trained(out: Path, rows_in: int, config: TrainingConfig) -> dict[str, float]:
+    """Return the rows that were given and those that each epoch trained on, from the lines of metrics.jsonl.
+
+    Raises: ContractError where an epoch trained on more or fewer rows than there are.
+    """
+    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    plan = plan_steps(rows_in, config.batch_size, config.epochs, config.seed)
+    for epoch in range(config.epochs):
+        # Steps of a try that an older program began have no count of their own.
+        trained = sum(line.get("rows", len(plan[line["step"] - 1].rows)) for line in lines if line["epoch"] == epoch)
+        if trained != rows_in:
+            raise ContractError(
+                f"checkpoint {out.name}: epoch {epoch} trained on {trained} of {rows_in} rows: a step is missing in "
+                f"{METRICS}, or was done twice. Remove the directory and run again"
+            )
+    return {"rows_in": rows_in, "rows_trained": rows_in}
 
 
 def _inputs(job: Job) -> TrainingInputs:
@@ -123,7 +160,8 @@ def train_rank(out: Path, config: TrainingConfig, inputs: TrainingInputs, job: J
 
 
 def check_rows(rows: Sequence[dict[str, Any]], method: Named) -> None:
-    """Check every per-token column that the method needs: present, as long as its tokens, and finite.
+    """Check every per-token column that the method needs: present, as long as its tokens, and finite; and that the
+    method reads every response there is.
 
     Raises: ContractError naming row and column.
     """
@@ -135,7 +173,14 @@ def check_rows(rows: Sequence[dict[str, Any]], method: Named) -> None:
         columns.append("reference_logps")
     if "old_policy" in needs:
         columns.append("old_logps")
+    unread = {"chosen", "rejected"} - set(sides)
     for number, row in enumerate(rows):
+        for side in unread:
+            if row.get(f"{side}_ids"):
+                raise ContractError(
+                    f"weighted_pairs row {number} (pair_id {row['pair_id']}) has a {side} response, which {method.name} "
+                    "does not read: make rows of single responses (scoring.pairing each, truth or given_each)"
+                )
         for side in sides:
             count = len(row[f"{side}_ids"])
             for name in columns:

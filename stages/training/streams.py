@@ -35,6 +35,8 @@ LIVE_REFERENCE = frozenset({"kl_policy_reference", "kl_reference_policy", "ancho
 PADDED = frozenset({"kl_policy_reference", "kl_reference_policy", "policy_logits", "importance"})
 """Needs for which the policy's logits or embeddings must lie in padded rows."""
 
+ABSOLUTE_MARGIN = "margins/absolute"
+"""Metric of every step: mean distance of chosen and rejected log-ratio, in nats."""
 GROUPS = ("advantage", "log_z")
 """Needs that compare a row's candidate with the other candidates of its prompt."""
 
@@ -101,7 +103,8 @@ class Streams:
         """Return the method's loss of a micro-batch, not yet averaged."""
         pairs = self.pairs(rows, partners)
         constants = {name: value.to(pairs.chosen.logps) for name, value in step_means.items()}
-        return self.method.pair_loss(self.method_config, pairs._replace(step_means=constants))
+        result = self.method.pair_loss(self.method_config, pairs._replace(step_means=constants))
+        return result._replace(metrics=result.metrics | absolute_margin(pairs))
 
     def pairs(self, rows: Sequence[WeightedPair], partners: Sequence[WeightedPair]) -> Pairs:
         """Return everything the method needs, after one forward of the policy.
@@ -249,6 +252,19 @@ class Streams:
         engine.module.train()
         by_pair = {rows[number]["pair_id"]: answer for number, answer in zip(share, answers, strict=True)}
         self.anchors |= gathered(by_pair, engine.world_size)
+
+
+def absolute_margin(pairs: Pairs) -> dict[str, Tensor]:
+    """Return |log-ratio of the chosen response - that of the rejected one| in nats, [B]; nothing without a reference.
+
+    Where the reference is the policy itself, it is 0 at step 1 but for rounding.
+    """
+    if pairs.chosen.reference_logps is None:
+        return {}
+    margin = pairs.chosen.log_ratio().detach().float().mul(pairs.chosen.mask).sum(-1)
+    if pairs.rejected is not None and pairs.rejected.reference_logps is not None:
+        margin = margin - pairs.rejected.log_ratio().detach().float().mul(pairs.rejected.mask).sum(-1)
+    return {ABSOLUTE_MARGIN: margin.abs()}
 
 
 def _held(model: PreTrainedModel | None) -> PreTrainedModel:

@@ -86,6 +86,7 @@ class Sources:
             runtime.device,
             runtime.batch_tokens,
             kind,
+            packing=runtime.packing,
             **options,
         )
         system = {"positive": self.config.positive_system, "negative": self.config.negative_system}.get(role)

@@ -37,6 +37,9 @@ class WeightingRuntime(StageRuntime):
     """How much is lost, at most, when the stage is killed."""
     batch_tokens: int = Field(4096, ge=1)
     """Padded tokens per forward."""
+    packing: bool = True
+    """Pack the passes of the student's models, as training packs the policy: in bf16 two layouts are two models. Set for
+    you from the run's method and `training.runtime.packing`."""
 
 
 class WeightingConfig(TurnConfig):
@@ -112,12 +115,15 @@ def run(job: Job) -> None:
         write_shard(shard_path(job.out, index, "dropped"), to_table(dropped, "dropped"))
         job.write(index, weighted)
     if not job.is_worker:
-        job.metrics |= _summary(job.out, sources)
+        job.metrics |= _summary(job.out, sources, len(rows))
         job.facts |= {"weights": settings.name, "weights_version": provider.VERSION}
 
 
-def _summary(directory: Path, sources: Sources) -> dict[str, float]:
-    """Metrics of the finished artifact, shard by shard. Raises: ContractError if no pair is left."""
+def _summary(directory: Path, sources: Sources, rows_in: int) -> dict[str, float]:
+    """Metrics of the finished artifact, shard by shard.
+
+    Raises: ContractError if no pair is left, or if one is neither there nor dropped.
+    """
     pairs = 0
     numbers = ("weights", "reference_logps")
     totals = {f"{side}_{name}": _Total() for side in SIDES for name in numbers}
@@ -127,13 +133,18 @@ def _summary(directory: Path, sources: Sources) -> dict[str, float]:
         for name, total in totals.items():
             total.add(_flat(table, name))
     dropped = read_shards(directory, "dropped", "dropped")
+    if pairs + dropped.num_rows != rows_in:
+        raise ContractError(
+            f"weighted_pairs {directory.name}: of {rows_in} scored pairs {pairs} were weighted and {dropped.num_rows} "
+            "dropped: the others are lost. Remove the directory and run again"
+        )
     if not pairs:
         raise ContractError(
             f"weighted_pairs {directory.name}: all {dropped.num_rows} pairs have equal responses, e.g. of the prompts "
             f"{dropped['prompt_id'].to_pylist()[:3]}: nothing to train on. A higher sampling.temperature gives more "
             "varied ones"
         )
-    metrics: dict[str, float] = {"pairs": pairs, "dropped": dropped.num_rows}
+    metrics: dict[str, float] = {"rows_in": rows_in, "pairs": pairs, "dropped": dropped.num_rows}
     for side in SIDES:
         weights, logps = (totals[f"{side}_{name}"] for name in numbers)
         metrics[f"tokens/{side}"] = weights.count

@@ -27,6 +27,7 @@ from tasks.data.prompt_set import PromptSet
 from tasks.data.selection import without
 from tasks.data.source import PromptsConfig
 from tasks.launch import CHECKOUT
+from tasks.models import LoadedModel
 
 OVERLONG = "longer than sampling.max_prompt_tokens"
 SHOWN = 3
@@ -51,14 +52,20 @@ class Findings(NamedTuple):
 
 
 def fit_to_model(
-    prepared: Prepared, config: PromptsConfig, samplings: Sequence[SamplingConfig], model: Path, memory: Memory
+    prepared: Prepared,
+    config: PromptsConfig,
+    samplings: Sequence[SamplingConfig],
+    model: Path,
+    memory: Memory,
+    models: Sequence[LoadedModel] = (),
 ) -> Prepared:
-    """The prompts that the policy can read. samplings: of the training prompts, and of the held-out ones.
+    """The prompts that the policy can read. samplings: of the training prompts, and of the held-out ones; models: every
+    model of the run, checked by the same process.
 
     A part of `train` that will be held out is bound to the limits of the training prompts.
 
-    Raises: ConfigError for prompts that the template cannot write; for such that are too long, where the settings
-    refuse them.
+    Raises: ConfigError for a model that cannot be loaded whole, prompts that the template cannot write, and such that are
+    too long, where the settings refuse them.
     """
     sets = (prepared.train, prepared.heldout)
     truncate = config.overlong == "truncate_left"
@@ -69,8 +76,9 @@ def fit_to_model(
         "python": samplings[0].runtime.python or sys.executable,
         "sets": [[dump, prompts.digest, truncate] for dump, prompts in zip(settings, sets, strict=True)],
         "files": [[path.name, digest_file(path)] for path in files],
+        "models": [[loaded.task, *loaded.digests()] for loaded in models],
     }
-    answers = memory.recall(question, lambda: _ask(sets, settings, truncate, model, question["python"]))
+    answers = memory.recall(question, lambda: _ask(sets, settings, truncate, model, question["python"], models))
     fitted = [
         _fitted(prompts, Findings.of(answer), config, sampling, model)
         for prompts, answer, sampling in zip(sets, answers, samplings, strict=True)
@@ -127,11 +135,20 @@ def _said(what: str, rows: Sequence[str], advice: str = "") -> str:
 
 
 def _ask(
-    sets: Sequence[PromptSet], samplings: Sequence[dict[str, Any]], truncate: bool, model: Path, python: str
+    sets: Sequence[PromptSet],
+    samplings: Sequence[dict[str, Any]],
+    truncate: bool,
+    model: Path,
+    python: str,
+    models: Sequence[LoadedModel],
 ) -> Any:
     """The answers of stages/sampling/check.py. Raises: ConfigError as the check says; StageError if it broke."""
     with tempfile.TemporaryDirectory() as directory:
-        request: dict[str, Any] = {"model": str(model), "sets": []}
+        request: dict[str, Any] = {
+            "model": str(model),
+            "sets": [],
+            "models": [[str(path), task] for path, task in models],
+        }
         for number, (prompts, sampling) in enumerate(zip(sets, samplings, strict=True)):
             path = Path(directory) / f"{number}.arrow"
             prompts.write(path)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, mod
 
 from data_contracts.config import Runtime
 from data_contracts.redaction import without_secrets
-from stages.stage import STAGES
+from stages.stage import STAGES, check_variables
 from tasks.execution.engines import profiles
 
 
@@ -67,7 +67,7 @@ class ExecutionConfig(Runtime):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        return without_secrets(env)
+        return without_secrets(check_variables(env))
 
     @model_validator(mode="after")
     def _known_stages(self) -> ExecutionConfig:

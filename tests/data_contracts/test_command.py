@@ -12,9 +12,11 @@ import pytest
 
 from data_contracts.__main__ import main
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
+from data_contracts.gc import gc
 from data_contracts.identity import fingerprint
 from data_contracts.shards import shard_path
 from data_contracts.store import Store
+from flows.cli.diagnosis.store import artifacts
 
 ROOT = Path(__file__).resolve().parents[2]
 COLD = {"temperature": 0.7, "backend": {"name": "vllm", "dtype": "float32"}, "stop": [1, 2]}
@@ -214,3 +216,16 @@ def test_the_command_uses_the_store_of_the_environment_and_its_exit_code(store):
         check=False,
     )
     assert done.returncode == 4 and "other content" in done.stdout
+
+
+def test_a_directory_that_no_artifact_can_be_is_named_and_left_alone(store, command, make_prompts):
+    ref = make_prompts(store, 3)
+    odd = store.root / "artifacts" / "a b" / "k"
+    odd.mkdir(parents=True)
+    (odd / RECORD).write_text("{}")
+    code, out, _ = command("verify")
+    assert code == 0 and "artifacts/a b/k: no artifact has such a name; it is left alone" in out
+    assert "intact: 1 of 1 finished artifact" in out
+    assert [record.key for record in store.records()] == [ref.key] and store.strangers() == [odd]
+    assert list(artifacts(store)) == [] and gc(store, 0, young_seconds=-1)
+    assert (odd / RECORD).is_file() and not Path(ref.path).exists()

@@ -181,3 +181,15 @@ def test_a_ledger_without_a_whole_line_is_none(store, run):
     run.path.write_bytes(b'{"event": "beg')
     with pytest.raises(ConfigError, match="the ledger of 'demo' in .* has no whole line"):
         ledgers.read_account(store, "demo")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"steps": 3}', '{"steps": [{"step": 1}]}', '{"steps": [], "seconds": "x"}']
+)
+def test_a_damaged_estimate_costs_its_comparison_alone(store, run, capsys, content):
+    path = run.path.with_name("estimate.json")
+    path.write_text(content)
+    (line,) = ledgers.estimate_lines(store, "demo")
+    assert str(path) in line and "is damaged" in line
+    contracts.ledger(store, "demo", False)
+    assert "is damaged" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import data_contracts.store
-from data_contracts.artifact import RECORD, ArtifactRecord, FileDigest
+from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef, FileDigest
 from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.files import write_atomic
 from data_contracts.lease import LockOwner
@@ -49,6 +49,32 @@ def test_a_signed_artifact_is_found_with_its_content(store):
         [FileDigest(name="data.txt", size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824")]
     )
     assert store.load(ref.kind, ref.key) == signed
+
+
+def test_inputs_are_found_by_kind_and_key_wherever_the_store_lies(store, tmp_path):
+    def ref(kind: str, key: str) -> ArtifactRef:
+        return ArtifactRef(kind=kind, key=key, path="/old/place", content="c")
+
+    inputs = {
+        "prompts": ref("prompts", "a1"),
+        "policy": ref("checkpoint", "b2/steps/000004"),
+        "teacher": ref("checkpoint", "external"),
+    }
+    directory = store.directory("generations", "k")
+    directory.mkdir(parents=True)
+    (directory / "part").write_text("x")
+    store.sign(
+        ArtifactRecord(
+            kind="generations", key="k", stage="t", version="1", config={}, inputs=inputs, content="", files=[], rows=1
+        )
+    )
+    moved = Store(store.root.rename(tmp_path / "elsewhere"))
+    record = moved.load("generations", "k")
+    assert {name: ref.path for name, ref in record.inputs.items()} == {
+        "prompts": f"{moved.root}/artifacts/prompts/a1",
+        "policy": f"{moved.root}/artifacts/checkpoint/b2/steps/000004",
+        "teacher": "/old/place",
+    }
 
 
 def test_opening_a_store_and_looking_for_something_writes_nothing(store):

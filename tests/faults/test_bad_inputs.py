@@ -87,6 +87,8 @@ class Desk:
             "evaluation": {"scorer": {"name": "length", "target_tokens": 8}},
         }
         self.config = root / "run.yaml"
+        self.spoilt: set[Path] = set()
+        """Files that the case itself made."""
 
     def play(self, *words: str) -> int:
         if not self.config.exists():
@@ -235,6 +237,78 @@ def truncated_weights(desk: Desk) -> int:
     path = desk.model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     return desk.play()
+
+
+def tensors(change) -> callable:
+    """The model's weights, changed: `change` takes name -> tensor and returns such a mapping."""
+
+    def spoil(desk: Desk) -> int:
+        from safetensors.torch import load_file, save_file
+
+        path = desk.model / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+        return desk.play()
+
+    return spoil
+
+
+def tokenizer_beyond(desk: Desk) -> int:
+    """A word added to the tokenizer, and no row of the embedding for it."""
+    path = desk.model / "tokenizer.json"
+    data = json.loads(path.read_text())
+    token = data["added_tokens"][0] | {"id": 320, "content": "newword", "special": False}
+    path.write_text(json.dumps(data | {"added_tokens": [*data["added_tokens"], token]}))
+    return desk.play()
+
+
+def no_eos(desk: Desk) -> int:
+    (desk.model / "generation_config.json").unlink()
+    (desk.model / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
+        path = desk.model / name
+        data = json.loads(path.read_text())
+        data.pop(key, None)
+        path.write_text(json.dumps(data))
+    return desk.play()
+
+
+def shards_without_index(desk: Desk) -> int:
+    path = desk.model / "model.safetensors"
+    for number in (1, 2):
+        desk.spoilt.add(Path(shutil.copy(path, desk.model / f"model-0000{number}-of-00002.safetensors")))
+    path.unlink()
+    return desk.play()
+
+
+def only_an_adapter(desk: Desk) -> int:
+    (desk.model / "config.json").unlink()
+    (desk.model / "adapter_config.json").write_text("{}")
+    moved = (desk.model / "model.safetensors").rename(desk.model / "adapter_model.safetensors")
+    desk.spoilt |= {desk.model / "adapter_config.json", moved}
+    return desk.play()
+
+
+def other_model(name: str, **changes) -> callable:
+    """Another model beside the policy, at the dotted setting `name`, with these changes of its config.json."""
+
+    def spoil(desk: Desk) -> int:
+        other = Path(shutil.copytree(desk.model, desk.root / "other"))
+        desk.spoilt |= {other, *other.iterdir()}
+        path = other / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        section, _, field = name.rpartition(".")
+        if section == "models":
+            desk.run["method"] = {"name": "swift"}
+            desk.run["scoring"] = {}
+        if section == "tournament.baselines":
+            desk.run["tournament"] = {"scorer": {"name": "length"}, "baselines": {field: {"path": str(other)}}}
+        elif section == "models":
+            desk.run["models"] = {field: {"path": str(other)}}
+        else:
+            desk.run["evaluation"] = {"scorer": {"name": field, "model": {"path": str(other)}}}
+        return desk.play()
+
+    return spoil
 
 
 def environment(name: str, value: str) -> callable:
@@ -555,6 +629,50 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "limits beyond the context": (setting("sampling.max_new_tokens", 200), WRONG, ("= 264 exceeds the context of 256 positions",)),
     "a prompt longer than its limit": (setting("sampling.max_prompt_tokens", 3), WRONG, ("tokens, allowed are 1 to 3",)),
     "an interpreter that is not there": (setting("sampling.runtime.python", "/no/python"), WRONG, ("'/no/python' cannot be run",)),
+    # --- models whose parts do not fit (the table of models in cases/)
+    "a tensor that is missing": (
+        tensors(lambda weights: {name: value for name, value in weights.items() if name != "model.norm.weight"}),
+        WRONG, ("lack 1 tensors of a LlamaForCausalLM, e.g. ['model.norm.weight']", "which would be random"),
+    ),
+    "tensors of other names": (
+        tensors(lambda weights: {f"x.{name}": value for name, value in weights.items()}), WRONG, ("lack 21 tensors of a LlamaForCausalLM",),
+    ),
+    "more layers than the file has": (json_of_model("config.json", num_hidden_layers=3), WRONG, ("lack 9 tensors", "model.layers.2.")),
+    "fewer layers than the file has": (
+        json_of_model("config.json", num_hidden_layers=1), WRONG, ("have 9 tensors of layers that config.json does not describe", "model.layers.1."),
+    ),
+    "a tensor of another shape": (json_of_model("config.json", intermediate_size=96), WRONG, ("have other shapes", "down_proj.weight (64, 128), not (64, 96)")),
+    "whole numbers for weights": (
+        tensors(lambda weights: {name: value.char() for name, value in weights.items()}), WRONG, ("are I8, e.g. ", "must be floating-point"),
+    ),
+    "no positions": (json_of_model("config.json", max_position_embeddings=0), WRONG, ("max_position_embeddings is 0, and must be at least 1",)),
+    "no end of a response": (no_eos, WRONG, ("has no EOS token",)),
+    "an end beyond the vocabulary": (json_of_model("generation_config.json", eos_token_id=999), WRONG, ("eos_token_id is 999, and must be token ids below 320",)),
+    "an end that is a word": (json_of_model("generation_config.json", eos_token_id="x"), WRONG, ("eos_token_id is 'x'",)),
+    "an end in the config that is a word": (json_of_model("config.json", eos_token_id="x"), WRONG, ("config.json of", "eos_token_id is 'x'")),
+    "an end in the config beyond the vocabulary": (json_of_model("config.json", eos_token_id=[1, 320]), WRONG, ("eos_token_id is [1, 320]",)),
+    "more tokens than rows": (tokenizer_beyond, WRONG, ("has 321 tokens, the model's embedding 320 rows: ['newword']",)),
+    "an activation nobody knows": (json_of_model("config.json", hidden_act="xilu"), WRONG, ("describes no model that can be built", "xilu")),
+    "an encoder-decoder": (json_of_model("config.json", model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True), WRONG, ("is an encoder-decoder",)),
+    "an encoder": (json_of_model("config.json", model_type="bert", architectures=["BertForMaskedLM"]), WRONG, ("is a BertForMaskedLM, not a causal language model",)),
+    "a classifier as policy": (json_of_model("config.json", architectures=["LlamaForSequenceClassification"]), WRONG, ("not a causal language model",)),
+    "code of a model's own": (
+        json_of_model("config.json", model_type="mine", auto_map={"AutoModelForCausalLM": "m.M"}), WRONG, ("brings Python code of its own", "'mine'"),
+    ),
+    "a type nobody knows": (json_of_model("config.json", model_type="mine"), WRONG, ("describes no model",)),
+    "quantised weights": (json_of_model("config.json", quantization_config={"quant_method": "gptq"}), WRONG, ("has quantised weights (gptq)",)),
+    "only an adapter": (only_an_adapter, WRONG, ("holds an adapter and no model: merge it",)),
+    "shards without an index": (shards_without_index, WRONG, ("has 2 weight files and no model.safetensors.index.json",)),
+    "a Git LFS pointer": (
+        model("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), WRONG, ("is a Git LFS pointer: fetch the file",),
+    ),
+    "a teacher with a layer too many": (other_model("models.teacher", num_hidden_layers=3), WRONG, ("/other lack 9 tensors",)),
+    "a baseline with a layer too many": (other_model("tournament.baselines.x", num_hidden_layers=3), WRONG, ("/other lack 9 tensors",)),
+    "a teacher that scores with a layer too many": (other_model("scorer.teacher_logp", num_hidden_layers=3), WRONG, ("/other lack 9 tensors",)),
+    "a reward model without its head": (
+        other_model("scorer.reward_model"), WRONG, ("lack 1 tensors of a LlamaForSequenceClassification, e.g. ['score.weight']", "it is no reward model"),
+    ),
+    "a hub id that is none": (setting("policy", {"hub_id": "no such name"}), WRONG, ("policy.hub_id", "owner/name", "'no such name'")),
     # --- stage specs
     "a spec that is not there": (stages_words("sample", "/no/spec.json"), WRONG, ("cannot read /no/spec.json: No such file",)),
     "a spec that is not JSON": (spec_text("{"), WRONG, ("spec.json is not valid JSON",)),
@@ -625,7 +743,8 @@ def test_a_wrong_input_is_refused_in_a_sentence(name, desk, capsys):
         assert part in said
     assert "Traceback" not in said
     assert not desk.store.root.exists(), sorted(desk.store.root.rglob("*"))
-    made = {path for path in desk.root.rglob("*") if path.name not in ("run.yaml", "spec.json")} - before
+    made = {path for path in desk.root.rglob("*") if path.name not in ("run.yaml", "spec.json")}
+    made -= before | desk.spoilt
     assert not {path for path in made if path.parts[-2:] and "shards" not in path.parts and path.name != "outside.safetensors"} - {
         desk.model / "pytorch_model.bin", desk.model / "model.safetensors.index.json"
     }  # fmt: skip

@@ -4,6 +4,7 @@ Strategy: one small run as a mapping; each test changes what it is about. No mod
 """
 
 import copy
+import os
 import re
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from data_contracts.config import parse
 from data_contracts.errors import ConfigError
 from flows.config import RunConfig, load_run, parse_assignment
 from flows.preflight import preflight
+from stages.evaluation.lm_eval import check_suite
+from stages.evaluation.suites import check_data
 from stages.methods import METHODS
 from stages.stage import STAGES
 
@@ -300,6 +303,44 @@ def test_more_ranks_than_processors_are_refused_where_training_runs_on_them(make
     run = load_run(make_run("ranks", training={"runtime": {"num_processes": 1000, "device": "cpu"}}))
     with pytest.raises(ConfigError, match=r"num_processes is 1000, and this machine has \d+ processors"):
         preflight(run, store)
+
+
+@pytest.mark.parametrize("name", ["A=B", "", "A\0"])
+@pytest.mark.parametrize("section", ["sampling.runtime", "execution"])
+def test_a_name_that_no_environment_can_hold_is_refused(make_run, section, name):
+    with pytest.raises(ConfigError, match="cannot be an environment variable"):
+        load_run(make_run("variables"), {f"{section}.env": {name: "x"}})
+
+
+def test_a_config_that_comes_through_a_pipe_is_read_once(make_run):
+    path = make_run("piped")
+    for _ in range(2):  # each pipe may have the number of the one before
+        reader, writer = os.pipe()
+        os.write(writer, path.read_bytes())
+        os.close(writer)
+        runs = [load_run(f"/dev/fd/{reader}") for _ in range(2)]
+        os.close(reader)
+        assert runs == [load_run(path)] * 2
+    with pytest.raises(ConfigError, match="/dev/zero does not end within 16 MiB"):
+        load_run("/dev/zero")
+
+
+def test_a_suite_whose_questions_are_nowhere_is_refused(make_run, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "mirror" / "ai2_arc").mkdir(parents=True)
+    suite = {"name": "open_llm_v1", "only": ["arc_challenge", "gsm8k"]}
+    missing = r"the suite open_llm_v1 reads data sets that are not here: openai/gsm8k \(gsm8k\)"
+    scorer = {"name": "length", "target_tokens": 8}
+    evaluation = {"scorer": scorer, "suites": [suite | {"data_root": str(tmp_path / "mirror")}]}
+    with pytest.raises(ConfigError, match=missing + "; clone them there"):
+        preflight(load_run(make_run("suite", evaluation=evaluation)), store)
+    with pytest.raises(ConfigError, match=r"allenai/ai2_arc .*set data_root to a directory of clones"):
+        preflight(load_run(make_run("suite", evaluation={"scorer": scorer, "suites": [suite]})), store)
+    members = check_suite("open_llm_v1", ["arc_challenge", "gsm8k"])
+    check_data("open_llm_v1", members, None, {"HF_HUB_OFFLINE": "0"})
+    for name in ("hub/datasets--allenai--ai2_arc", "datasets/openai___gsm8k"):
+        (tmp_path / "hub" / name).mkdir(parents=True)
+    check_data("open_llm_v1", members, None, os.environ)
 
 
 # --- paths

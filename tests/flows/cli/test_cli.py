@@ -90,6 +90,23 @@ def test_init_refuses_to_overwrite_and_an_unknown_method(tmp_path, capsys):
     assert "Did you mean 'dpo'" in capsys.readouterr().err
 
 
+def test_a_server_that_goes_away_during_the_clients_version_check_is_worth_another_try():
+    """The error is the one that Prefect's own check raises, of a server that refuses the connection."""
+    from prefect.client.orchestration import SyncPrefectClient
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        closed = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{closed}/api"
+    client = SyncPrefectClient(url, httpx_settings={"timeout": 1})
+    client._client.enable_retries = False
+    client.api_version = lambda: (_ for _ in ()).throw(OSError("Connection refused"))  # its retries take a minute
+    gone = "went away while the run was starting .Connection refused"
+    with pytest.raises(TransientError, match=gone), server.server_errors_explained(url):
+        client.raise_for_api_version_mismatch()
+    with pytest.raises(RuntimeError, match="^another$"), server.server_errors_explained(url):
+        raise RuntimeError("another")
+
+
 @pytest.mark.parametrize("command", ["resume", "status", "report", "ledger"])
 def test_a_name_that_no_run_has_is_refused_with_the_names_there_are(command, tmp_path, capsys):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
@@ -129,6 +146,34 @@ def test_its_report_is_written_again_as_it_was(undisturbed, tmp_path, capsys):
     text.unlink()
     assert main(["report", "tiny", "--store", str(store)]) == 0
     assert (page.read_text(), text.read_text()) == before
+
+
+def test_a_store_moves_and_what_it_holds_is_found_where_it_lies_now(undisturbed, make_run, tmp_path, capsys):
+    """All that is built is found, and the report is made, where every path in the records leads nowhere any more."""
+    import shutil
+
+    from data_contracts.gc import gc
+    from data_contracts.store import Store
+
+    root = shutil.copytree(undisturbed.store, tmp_path / "moved" / "store", symlinks=True)
+    for path in root.glob("artifacts/*/*/record.json"):
+        path.write_text(path.read_text().replace(str(undisturbed.store.resolve()), "/old/place"))
+    assert "/old/place/artifacts/" in next(root.glob("artifacts/checkpoint/*/record.json")).read_text()
+    for name in ("report.html", "report.md"):
+        (root / "runs/tiny" / name).unlink()
+    assert main(["status", "tiny", "--store", str(root)]) == 0
+    assert "14 of 14 artifacts are built: the run is complete" in capsys.readouterr().out
+    assert main(["report", "tiny", "--store", str(root)]) == 0
+    for name in ("report.html", "report.md"):
+        written, before = ((store / "runs/tiny" / name).read_text() for store in (root, undisturbed.store))
+        assert written == before
+    store = Store(root)
+    for record in store.records():
+        for ref in record.inputs.values():
+            assert ref.key == "external" or ref.path == str(store.directory(ref.kind, ref.key))
+        for ref in record.inputs.values():
+            assert "/old/place" not in ref.path
+    assert all("artifacts" not in removal.path.parts for removal in gc(store, 1, dry_run=True, young_seconds=-1))
 
 
 def test_its_ledger_accounts_for_all_of_its_time(undisturbed):

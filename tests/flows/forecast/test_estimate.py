@@ -80,6 +80,8 @@ def test_a_model_larger_than_memory_is_refused_with_what_would_help(tmp_path, un
     run = load_run(
         undisturbed.config, {"execution": {"host_memory_gib": 0.002}, "training.runtime.batch_tokens": 100_000}
     )
-    with pytest.raises(ConfigError, match=r"(?s)stages? without enough memory\n.*train: .* of host memory on a node.*Try "):
+    with pytest.raises(
+        ConfigError, match=r"(?s)stages? without enough memory\n.*train: .* of host memory on a node.*Try "
+    ):
         estimate(run, Store(tmp_path))
     assert not list(tmp_path.iterdir())

@@ -9,9 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_contracts.errors import ContractError
@@ -19,7 +21,7 @@ from data_contracts.shards import read_shards
 from stages.execute import execute
 from stages.running.history import events
 from stages.scoring.pairrm import PairRM
-from stages.scoring.stage import ScoringConfig
+from stages.scoring.stage import ScoringConfig, check_every_prompt_counts
 from stages.stage import STAGES
 
 
@@ -260,3 +262,17 @@ def test_llm_blender_itself_writes_the_same_logits(
                     row["preference_logits"] for row in read_shards(path.parent, "scores", "scores").to_pylist()
                 ]
     assert np.abs(np.array(found["pairrm"]) - np.array(found["llm_blender"])).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("with_rows", "without", "is_whole"),
+    [(["a", "a", "b"], ["c"], True), (["a"], ["c"], False), (["a", "b"], ["b"], False), (["a", "b", "c"], [], True)],
+)
+def test_every_prompt_has_rows_or_a_reason_to_have_none(with_rows, without, is_whole):
+    pairs, dropped = (pa.table({"prompt_id": pa.array(ids, pa.string())}) for ids in (with_rows, without))
+    with (
+        nullcontext()
+        if is_whole
+        else pytest.raises(ContractError, match="of 3 in all: some were lost or counted twice")
+    ):
+        check_every_prompt_counts(pairs, dropped, 3, "key")

@@ -3,6 +3,8 @@
 Strategy: properties over many sizes; the layout of one small batch by hand.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 
 from data_contracts.errors import ContractError
 from stages.methods import METHODS
-from stages.training.batches import collate_rows, column, micro_batches, plan_steps, row_length
-from stages.training.stage import check_rows
+from stages.training.batches import METRICS, collate_rows, column, micro_batches, plan_steps, row_length
+from stages.training.config import TrainingConfig
+from stages.training.stage import check_rows, check_rows_trained
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 3), st.integers(0, 5))
@@ -178,3 +181,46 @@ def test_a_method_without_a_reference_asks_for_none_and_one_on_single_responses_
 def test_no_rows_are_nothing_to_train_on():
     with pytest.raises(ContractError, match="no rows to train on"):
         check_rows([], METHODS.config("sppo"))
+
+
+# --- every row is trained on
+
+
+def lines_of(tmp_path, config: TrainingConfig, count: int, spoil=lambda lines: lines) -> TrainingConfig:
+    """metrics.jsonl as a training of `count` rows leaves it."""
+    steps = plan_steps(count, config.batch_size, config.epochs, config.seed)
+    lines = [{"step": step.number + 1, "epoch": step.epoch, "rows": float(len(step.rows))} for step in steps]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in spoil(lines)))
+    return config
+
+
+def test_a_record_counts_the_rows_that_were_given_and_trained_on(tmp_path):
+    config = lines_of(tmp_path, TrainingConfig(batch_size=4, epochs=2), 10)
+    assert check_rows_trained(tmp_path, 10, config) == {"rows_in": 10, "rows_trained": 10}
+    lines_of(tmp_path, config, 10, lambda lines: [{"step": line["step"], "epoch": line["epoch"]} for line in lines])
+    assert check_rows_trained(tmp_path, 10, config) == {"rows_in": 10, "rows_trained": 10}
+    for spoil in (
+        lambda lines: lines[:-1],
+        lambda lines: [*lines, lines[0]],
+        lambda lines: [lines[0] | {"rows": 3}, *lines[1:]],
+    ):
+        lines_of(tmp_path, config, 10, spoil)
+        with pytest.raises(ContractError, match=r"epoch \d trained on \d+(\.0)? of 10 rows"):
+            check_rows_trained(tmp_path, 10, config)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_a_response_that_the_method_would_not_read_is_an_error(method):
+    """Rows of pairs and of single responses, by every method: read whole, or refused."""
+    config = METHODS.config(method)
+    columns = ("weights", "reference_logps", "old_logps")
+    chosen = {"pair_id": "q", "chosen_ids": [3, 1]} | {f"chosen_{name}": [1.0, 1.0] for name in columns}
+    pair = chosen | {"rejected_ids": [4, 1]} | {f"rejected_{name}": [1.0, 1.0] for name in columns}
+    single = chosen | {"rejected_ids": []} | {f"rejected_{name}": [] for name in columns}
+    sides = METHODS.get(method).sides(config)
+    whole, other = (pair, single) if len(sides) == 2 else (single, pair)
+    check_rows([whole], config)
+    with pytest.raises(
+        ContractError, match="does not read" if len(sides) == 1 else "0 values for 0 tokens|for 0 tokens"
+    ):
+        check_rows([whole, other], config)

@@ -92,7 +92,7 @@ def test_long_files_are_shared_by_processes(tmp_path, monkeypatch):
 def fit(tmp_path, tiny_model, monkeypatch):
     """fit(overlong, limit, texts ...) -> Prepared; the check runs in this process, with words for tokens."""
 
-    def ask(sets, samplings, truncate, model, python):
+    def ask(sets, samplings, truncate, model, python, models):
         answers = []
         for number, (prompts, sampling) in enumerate(zip(sets, samplings, strict=True)):
             prompts.write(tmp_path / f"{number}.arrow")
