@@ -470,3 +470,12 @@ def test_what_a_run_reads_of_its_prompts():
     assert reads("spin", "truth_vs_generation") == reads("sft", "truth") == "response"
     assert run(method={"name": "spin"}, scoring={"pairing": "truth_vs_generation"}, models={"teacher": {"path": "t"}},
                prompts={"answers_from_teacher": True}).reads == "prompts"  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "packing"), [("dpo", True), ("sppo", True), ("tdpo", False), ("tidpo", False)])
+def test_the_reference_is_computed_in_the_layout_that_trains(method, packing):
+    for is_on in (True, False):
+        config = run(method={"name": method}, training={"runtime": {"packing": is_on}})
+        weighting = config.weighting_for_pairs()
+        assert weighting.runtime.packing == (packing and is_on)
+        assert weighting.identity() == run(method={"name": method}).weighting_for_pairs().identity()

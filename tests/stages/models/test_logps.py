@@ -14,6 +14,7 @@ from data_contracts.checkpoint import external_model
 from data_contracts.errors import ContractError
 from stages.models.key_index import KeyIndex
 from stages.models.logps import Pass, row_key
+from stages.models.policy import load_causal_lm, score_responses
 
 PROMPTS, RESPONSES = [[1, 2], [3], [4, 5, 6]], [[7], [8, 9], [1, 1, 1]]
 
@@ -121,3 +122,17 @@ def test_an_index_of_keys_keeps_the_first_number_of_each(monkeypatch):
             expected.setdefault(key, number)
         assert index.find([*keys, b"\xff" * 16]) == [expected.get(key, -1) for key in keys] + [-1]
     assert len(index) == len(expected) and index.find([]) == []
+
+
+def test_bf16_rows_of_the_two_layouts_lie_apart_and_float32_rows_together(tiny_model, tmp_path):
+    model = external_model(tiny_model)
+    packed, padded = (Pass(tmp_path, model, "bfloat16", "cpu", 64, packing=packing) for packing in (True, False))
+    assert packed.directory != padded.directory and "padded" in padded.directory.name
+    exact = [Pass(tmp_path, model, "float32", "cpu", 64, packing=packing) for packing in (True, False)]
+    assert exact[0].directory == exact[1].directory
+    prompts, responses = [[5, 6, 7], [5, 6, 7]], [[8, 9, 10, 11], [12, 13]]
+    for model_pass in (padded, exact[1]):
+        model_pass.fill(prompts, responses)
+    network = load_causal_lm(str(tiny_model), "bfloat16", "cpu").eval()
+    expected = score_responses(network, prompts, responses, 64, packing=False)
+    assert all(map(np.array_equal, padded.get(prompts, responses), expected))
