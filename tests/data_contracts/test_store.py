@@ -19,6 +19,7 @@ from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef, FileDig
 from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.files import write_atomic
 from data_contracts.lease import LockOwner
+from data_contracts.mirror import Mirror
 from data_contracts.store import Store, content_digest, data_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,12 @@ def test_inputs_are_found_by_kind_and_key_wherever_the_store_lies(store, tmp_pat
         "policy": f"{moved.root}/artifacts/checkpoint/b2/steps/000004",
         "teacher": "/old/place",
     }
+    mirror, other = Mirror(f"file://{tmp_path}/mirror"), Store(tmp_path / "another" / "machine")
+    assert mirror.push(moved, record)
+    fetched = mirror.fetch(other, "generations", "k")
+    assert fetched.inputs["prompts"].path == f"{other.root}/artifacts/prompts/a1" and fetched == other.load(
+        "generations", "k"
+    )
 
 
 def test_opening_a_store_and_looking_for_something_writes_nothing(store):

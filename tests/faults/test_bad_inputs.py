@@ -23,7 +23,7 @@ import yaml
 
 import data_contracts.__main__ as store_command
 import data_contracts.gc
-import flows.cli.commands
+import flows.cli.play
 import flows.cli.server
 import flows.preflight
 import stages.__main__ as stages_command
@@ -761,6 +761,6 @@ def test_an_interrupted_command_does_not_say_that_it_is_done(desk, monkeypatch, 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flows.cli.commands, "_play", interrupted)
+    monkeypatch.setattr(flows.cli.play, "play", interrupted)
     assert desk.play() == 130
     assert "interrupted; run the same command again to resume" in capsys.readouterr().err
