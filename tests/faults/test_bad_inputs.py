@@ -24,7 +24,6 @@ import yaml
 import data_contracts.__main__ as store_command
 import data_contracts.gc
 import flows.cli.play
-import flows.cli.server
 import flows.preflight
 import stages.__main__ as stages_command
 import stages.models.policy
@@ -61,7 +60,7 @@ def nothing_may_load(monkeypatch):
 
     monkeypatch.setattr(stages.models.policy, "load_causal_lm", refuse)
     monkeypatch.setattr(tasks.build, "run_work", refuse)
-    monkeypatch.setattr(flows.cli.server, "prefect_server", refuse)
+    monkeypatch.setattr(flows.cli.play, "prefect_server", refuse)
     monkeypatch.setattr(tasks.data.lengths.subprocess, "run", check_here)
     flows.preflight._preflight.cache_clear()
 
