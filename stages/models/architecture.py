@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stderr
 from io import StringIO
+from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,11 +140,12 @@ def _load_headers(
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         with redirect_stderr(StringIO()):
-            return model_class.from_pretrained(None, config=config, ignore_mismatched_sizes=True, **settings)
+            load: Any = model_class.from_pretrained  # whose type knows no report
+            return load(None, config=config, ignore_mismatched_sizes=True, **settings)
     except Exception as error:  # an activation that nobody knows, a width that does not divide, ...
         raise ConfigError(
             f"config.json of {directory} describes no model that can be built: {_first_line(error)}"
