@@ -47,7 +47,7 @@ def load_task(directory: str) -> dict[str, Any]:
         data = path.parent / name
         if not data.is_file():
             raise ConfigError(f"{path} names the {split} file {name}, which does not exist beside it")
-        if not data.resolve().is_relative_to(path.parent.resolve()):
+        if not Path(os.path.normpath(data.absolute())).is_relative_to(os.path.normpath(path.parent.absolute())):
             raise ConfigError(
                 f"{path} names the {split} file {name}, which lies outside of {path.parent}: the key of a result holds the "
                 "content of that directory alone; copy the file into it"

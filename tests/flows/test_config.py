@@ -14,8 +14,9 @@ import yaml
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError
 from flows.config import RunConfig, load_run, parse_assignment
-from flows.preflight import preflight
+from flows.preflight import _suite_with_digest, preflight
 from stages.evaluation.lm_eval import check_suite
+from stages.evaluation.stage import LMEvalSuite
 from stages.evaluation.suites import check_data
 from stages.methods import METHODS
 from stages.stage import STAGES
@@ -336,6 +337,14 @@ def test_a_suite_whose_questions_are_nowhere_is_refused(make_run, store, tmp_pat
         preflight(load_run(make_run("suite", evaluation=evaluation)), store)
     with pytest.raises(ConfigError, match=r"allenai/ai2_arc .*set data_root to a directory of clones"):
         preflight(load_run(make_run("suite", evaluation={"scorer": scorer, "suites": [suite]})), store)
+    clone = tmp_path / "mirror" / "ai2_arc" / "test.jsonl"
+    digests = []
+    for text in ("a", "b", "a"):  # what a suite reads of data_root is part of the key
+        clone.write_text(text)
+        settings = LMEvalSuite(name="open_llm_v1", only=("arc_challenge",), data_root=str(tmp_path / "mirror"))
+        digests.append(_suite_with_digest(settings).digest)
+    assert digests[0] == digests[2] != digests[1]
+    assert _suite_with_digest(settings.model_copy(update={"digest": "mine"})).digest == "mine"
     members = check_suite("open_llm_v1", ["arc_challenge", "gsm8k"])
     check_data("open_llm_v1", members, None, {"HF_HUB_OFFLINE": "0"})
     for name in ("hub/datasets--allenai--ai2_arc", "datasets/openai___gsm8k"):

@@ -77,3 +77,12 @@ def test_a_task_whose_packages_are_missing_is_refused_by_name(monkeypatch):
     ):
         lm_eval.check_packages("open_llm_v2", members)
     lm_eval.check_packages("open_llm_v2", lm_eval.check_suite("open_llm_v2", only=("leaderboard_musr",)))
+
+
+def test_the_data_of_a_task_lies_in_its_directory(tmp_path):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "outside.jsonl").write_text("{}")
+    task = {"dataset_kwargs": {"data_files": {"test": "../outside.jsonl"}}}
+    (tmp_path / "task" / "task.yaml").write_text(json.dumps(task))
+    with pytest.raises(ConfigError, match="names the test file ../outside.jsonl, which lies outside of"):
+        lm_eval.load_task(str(tmp_path / "task"))

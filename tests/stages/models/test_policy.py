@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from data_contracts.errors import ConfigError
 from stages.models.policy import (
     batches_by_budget,
     collate,
@@ -184,3 +187,18 @@ def test_batches_take_every_row_once_within_the_budget_longest_first(lengths, bu
 def test_batches_by_hand():
     assert list(batches_by_budget([3, 10, 4, 4, 1], 12)) == [[1], [2, 3, 0], [4]]
     assert list(batches_by_budget([], 12)) == []
+
+
+def test_a_model_is_compared_with_its_files_at_every_load(tiny_model, tmp_path, capsys):
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"score.weight": torch.zeros(1, 64)}, path, metadata={"format": "pt"})
+    load_causal_lm(str(directory), "float32", "cpu")
+    assert "1 tensors are of another task and are not read, e.g. ['score.weight']" in capsys.readouterr().out
+    save_file({name: value for name, value in weights.items() if name != "model.norm.weight"}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack 1 tensors of a LlamaForCausalLM, e.g. \['model.norm.weight'\]"):
+        load_causal_lm(str(directory), "float32", "cpu")
+    save_file(weights | {"model.norm.weight": torch.ones(3)}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model.norm.weight \(3,\), not \(64,\)"):
+        load_causal_lm(str(directory), "float32", "cpu")
