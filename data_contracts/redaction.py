@@ -104,12 +104,12 @@ def secret_in(settings: Any, name: str = "") -> str:
             inner = f"{name}.{key}" if name else str(key)
             if _is_secret_variable(key) and value:
                 return inner
-            if found := secret_in(value, inner):
-                return found
+            if dotted_name := secret_in(value, inner):
+                return dotted_name
     elif isinstance(settings, (list, tuple)):
         for number, value in enumerate(cast("list[Any]", settings)):
-            if found := secret_in(value, f"{name}.{number}"):
-                return found
+            if dotted_name := secret_in(value, f"{name}.{number}"):
+                return dotted_name
     elif isinstance(settings, str):
         assigned = any(is_secret_name(match[1]) for match in _ASSIGNMENT.finditer(settings))
         if assigned or redact(settings) != settings:

@@ -90,13 +90,13 @@ def _check_settings(directory: Path, settings: Mapping[str, Any], task: Task) ->
 
 def _check_eos(directory: Path, settings: Mapping[str, Any]) -> None:
     """Raises: ConfigError for an `eos_token_id` in config.json that is no id of the vocabulary."""
-    given, size = settings.get("eos_token_id"), settings.get("vocab_size")
-    for value in given if isinstance(given, list) else [given]:
+    eos_ids, size = settings.get("eos_token_id"), settings.get("vocab_size")
+    for value in eos_ids if isinstance(eos_ids, list) else [eos_ids]:
         if value is None:
             continue
         if type(value) is not int or value < -1 or (type(size) is int and value >= size):
             limit = f" below {size}" if type(size) is int else ""
-            raise ConfigError(f"config.json of {directory}: eos_token_id is {given!r}, and must be token ids{limit}")
+            raise ConfigError(f"config.json of {directory}: eos_token_id is {eos_ids!r}, and must be token ids{limit}")
 
 
 def _model_class(directory: Path, task: Task) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -171,7 +171,8 @@ def refuse_misfit(directory: Path | str, model: PreTrainedModel, report: Mapping
             f"the weights in {directory} lack {len(missing)} tensors of a {name}, e.g. {missing[:3]}, which would be "
             f"random: {remedy}"
         )
-    shapes = [f"{name} {tuple(given)}, not {tuple(own)}" for name, given, own in sorted(report["mismatched_keys"])]
+    mismatched = sorted(report["mismatched_keys"])
+    shapes = [f"{name} {tuple(stored)}, not {tuple(expected)}" for name, stored, expected in mismatched]
     if shapes:
         raise ConfigError(
             f"the weights in {directory} have other shapes than config.json describes: {'; '.join(shapes[:3])}"

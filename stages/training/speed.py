@@ -50,7 +50,7 @@ def mean_speed(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the speed over all steps: each counts by its seconds."""
     means = {}
     for name in SPEEDS:
-        known = [step for step in steps if name in step]
-        if seconds := sum(step["seconds"] for step in known):
-            means[name] = sum(step[name] * step["seconds"] for step in known) / seconds
+        measured = [step for step in steps if name in step]
+        if seconds := sum(step["seconds"] for step in measured):
+            means[name] = sum(step[name] * step["seconds"] for step in measured) / seconds
     return means

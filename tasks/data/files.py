@@ -102,8 +102,8 @@ def _directory(source: Source, path: Path) -> tuple[list[RawFile], list[str]]:
     except Exception as error:  # the library has no common base class
         raise ConfigError(f"{path} is no directory of data files: {_first_line(error)}") from None
     split, notes = _choose(list(map(str, by_split)), source)
-    known = {Path(name).resolve() for names in by_split.values() for name in names}
-    others = [file for file in sorted(path.rglob("*")) if _kind_of(file) and file.resolve() not in known]
+    split_paths = {Path(name).resolve() for names in by_split.values() for name in names}
+    others = [file for file in sorted(path.rglob("*")) if _kind_of(file) and file.resolve() not in split_paths]
     if others:  # the library reads files of one format
         notes.append(f"{path}: not read: {', '.join(str(file.relative_to(path)) for file in others[:SHOWN_FILES])}")
     return [_open(Path(name)) for name in by_split[split]], notes
