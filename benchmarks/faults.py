@@ -1,6 +1,6 @@
 """Benchmark - faults: strike builds with faults and print what came of each.
 
-    python -m benchmarks.faults [--count 240] [--seed 1] [--jobs 2] [--only WORD] [--whole]
+    python -m benchmarks.faults [--count 280] [--seed 1] [--jobs 2] [--only WORD] [--whole]
     python -m benchmarks.faults --smoke
 
 The harness is tests/faults/harness.py; docs/reliability.md shows the table (kind x stage x outcome). Exit code 1 if a
@@ -43,7 +43,7 @@ def table(verdicts: list[Verdict], scenes: Iterable[str]) -> str:
         outcome = "failed" if verdict.problems else verdict.outcome
         cells[verdict.fault.kind, verdict.fault.scene][outcome] += 1
     struck = [verdict.fault.kind for verdict in verdicts]
-    order = list(dict.fromkeys([*harness.INSIDE, *harness.ANYTIME, *harness.AT_REST, *struck]))
+    order = list(dict.fromkeys([*harness.INSIDE, *harness.ANYTIME, *harness.ELSEWHERE, *harness.AT_REST, *struck]))
     lines = ["| fault | " + " | ".join(stages) + " |", "|---|" + "---|" * len(stages)]
     for kind in order:
         row = [cells[kind, stage] for stage in stages]
@@ -93,7 +93,7 @@ def strike_whole_runs(only: str, seed: int, root: Path) -> Iterator[Verdict]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults")
-    parser.add_argument("--count", type=int, default=240)
+    parser.add_argument("--count", type=int, default=280)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="kinds and stages that contain this word")

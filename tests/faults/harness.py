@@ -27,8 +27,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_contracts.artifact import RECORD
+from data_contracts.artifact import RECORD, RECORD_FORMAT
 from data_contracts.checkpoint import external_model
+from data_contracts.errors import NewerRecordError
+from data_contracts.set_aside import set_aside
 from data_contracts.store import Store
 from stages.running.history import events
 from stages.running.supervise import processes_with
@@ -244,14 +246,20 @@ AT_REST = (
     "cut shard", "flipped shard", "empty shard", "lost shard", "lost companion", "flipped companion", "half record", "empty record", "foreign record", "garbage in .plan",
     "garbage in .events.jsonl", "cut .events.jsonl", "garbage in digests", "cut log-probs", "flipped log-probs", "cut checkpoint to resume from",
     "empty `latest`", "cut input", "flipped input", "lost input", "half record of input", "stale temporary files",
+    "odd record", "set aside input",
 )  # fmt: skip
 """Between two tries: of work half done, of a finished artifact, of its input."""
+
+
+ELSEWHERE = ("moved store", "newer record", "dead proxy")
+"""Around the store: it is killed and then lies at another path, another program wrote its record, a company's proxy is set."""
+PROXY = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
 
 
 def kinds_for(scene: Scene) -> list[str]:
     if scene.name == TWO_RANKS:
         return ["kill", "term", "ENOSPC", "short write", "kill supervisor", "kill flow", "kill anything"]
-    kinds = [*INSIDE, *ANYTIME]
+    kinds = [*INSIDE, *ANYTIME, *ELSEWHERE]
     sharded = scene.name in ("sample", "score", "weigh")
     left_out = set()
     if not sharded:
@@ -285,15 +293,18 @@ def strike(scene: Scene, fault: Fault, work: Path) -> Verdict:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     store = work / "store"
+    problems: list[str] = []
+    redone = 1
     if fault.kind in AT_REST:
         how, disturbed, first, redone = _at_rest(scene, fault.kind, chance, store, work)
+    elif fault.kind in ELSEWHERE:
+        how, disturbed, first, store, problems = _elsewhere(scene, fault.kind, chance, store, work)
     else:
         shutil.copytree(scene.before, store, symlinks=True)
         how, disturbed, first = (_inside if fault.kind in INSIDE else _anytime)(scene, fault.kind, chance, store, work)
-        redone = 1
     if first is None:
         return Verdict(fault, "", "not reached", [], time.monotonic() - began)
-    problems = [f"left running: {command}" for command in first.remains()]
+    problems += [f"left running: {command}" for command in first.remains()]
     if disturbed.code is None:
         problems.append("the disturbed command hangs")
     again = disturbed
@@ -357,6 +368,43 @@ def _anytime(scene: Scene, kind: str, chance: random.Random, store: Path, work: 
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     return how, command.end(), command
+
+
+def _elsewhere(
+    scene: Scene, kind: str, chance: random.Random, store: Path, work: Path
+) -> tuple[str, Ended, Command, Path, list[str]]:
+    """What happens around the store; returns also where it lies now, and what is wrong already."""
+    if kind == "newer record":
+        shutil.copytree(scene.after, store, symlinks=True)
+        record = store / "artifacts" / scene.directory / RECORD
+        ours = record.read_text()
+        record.write_text(json.dumps(json.loads(ours) | {"format": RECORD_FORMAT + 1, "surprise": {}}))
+        files = _files_of(record.parent)
+        command = Command(scene.steps, store, work)
+        ended = command.end()
+        problems = []
+        if ended.code != NewerRecordError.exit_code or "newer version of this program" not in ended.out:
+            problems.append(f"other content: a newer record ended the command with {ended.code}")
+        if _files_of(record.parent) != files:
+            problems.append("lost: a newer program's artifact was touched")
+        record.write_text(ours)
+        return "format of the next version", ended, command, store, problems
+    shutil.copytree(scene.before, store, symlinks=True)
+    if kind == "dead proxy":
+        command = Command(scene.steps, store, work, **PROXY)
+        return "HTTP_PROXY and its kin at a port where nobody answers", command.end(), command, store, []
+    at = chance.randint(1, len(scene.changes))
+    settings = {"under": str(store), "module": "stages", "once": str(work / "struck"), "do": "kill", "at": at}
+    command = Command(scene.steps, store, work, FAULT=json.dumps(settings))
+    ended = command.end()
+    moved = work / "another place" / "störe"
+    moved.parent.mkdir()
+    store.rename(moved)
+    return f"killed at change {at}, then moved", ended, command, moved, []
+
+
+def _files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def _module(pid: int) -> str:
@@ -433,6 +481,10 @@ def _damage(scene: Scene, kind: str, chance: random.Random, store: Path, directo
         ),
         "empty `latest`": ([directory / "resume" / "latest"], lambda path: path.write_bytes(b"")),
         "stale temporary files": ([directory], _litter),
+        "odd record": (
+            [directory / RECORD],
+            lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"surprise": 1})),
+        ),
     }
     if "input" in kind:
         record = json.loads((directory / RECORD).read_text())
@@ -440,6 +492,9 @@ def _damage(scene: Scene, kind: str, chance: random.Random, store: Path, directo
         chosen = chance.choice(inputs)
         shutil.rmtree(directory)  # else nobody would look at its inputs
         theirs = store / "artifacts" / chosen["kind"] / chosen["key"]
+        if kind == "set aside input":
+            set_aside(store, theirs, "a fault", "tests")
+            return chosen["kind"], 1
         if kind == "half record of input":
             _cut(theirs / RECORD, chance)
             return f"{chosen['kind']} {RECORD}", 1

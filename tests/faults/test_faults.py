@@ -9,7 +9,7 @@ SAMPLE = [
     ("score", "kill"), ("score", "stop"), ("score", "kill flow"), ("score", "ENOSPC"), ("score", "short write"), ("score", "clock -1 day"),
     ("score", "lost companion"), ("score", "flipped shard"), ("score", "foreign record"), ("score", "garbage in .plan"), ("score", "cut input"),
     ("score", "stale temporary files"), ("weigh", "kill supervisor"), ("weigh", "flipped log-probs"), ("sample", "no memory"),
-    ("train", "kill"), ("train", "cut checkpoint to resume from"), ("evaluate", "int flow"),
+    ("train", "kill"), ("train", "cut checkpoint to resume from"), ("evaluate", "int flow"), ("score", "moved store"), ("score", "newer record"),
 ]  # fmt: skip
 
 
