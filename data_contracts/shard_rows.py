@@ -24,7 +24,7 @@ Row = dict[str, Any]
 Int64s = npt.NDArray[np.int64]
 JOINED_BYTES = 2**26
 """Shards are joined up to this size: rows that lie in many small tables cost ten times as much as in few."""
-RESIDENT_ROWS = 128
+RESIDENT_ROWS = 16
 """Rows that are read from the file before its pages are given back to the system, which maps 64 KiB around every value
 that is touched."""
 ROWS_AT_ONCE = 256
@@ -85,9 +85,9 @@ class ShardRows(Sequence[Row]):
             positions = np.flatnonzero(table_numbers == number)
             for position, row in zip(positions, self._take(int(number), row_numbers[positions]), strict=True):
                 rows[position] = row
-        self._picked += len(rows)
-        if self._picked >= RESIDENT_ROWS:
-            self._release()
+            self._picked += len(positions)
+            if self._picked >= RESIDENT_ROWS:
+                self._release()
         return rows
 
     def texts(self, name: str) -> Iterator[str]:
