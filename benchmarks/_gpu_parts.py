@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._gpu_models import kind_of, model_directory, model_flops, random_text, shape_of_kind, texts
+from stages.running.gpus import peak_flops
 
 GIB = 2**30
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}
-"""Dense bf16 products with float32 accumulation, by the card's name (NVIDIA's data sheets); else the measured product."""
-
 Figures = dict[str, Any]
 
 
@@ -63,8 +61,8 @@ def machine(check: Check) -> Figures:
     block = torch.zeros(side * side * 4, device=check.device)
     target = torch.empty_like(block)
     figures["copy_tb_per_second"] = 8 * block.numel() / _seconds(check, lambda: target.copy_(block)) / 1e12
-    names = [name for name in PEAK_TFLOPS if name in str(figures.get("card"))]
-    figures["peak_tflops"] = PEAK_TFLOPS[names[-1]] if names else figures["product_tflops"]
+    peak = peak_flops(str(figures.get("card")))
+    figures["peak_tflops"] = figures["product_tflops"] if peak is None else peak / 1e12
     return figures
 
 

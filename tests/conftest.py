@@ -51,6 +51,15 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch sees none")
+
+
 @pytest.fixture
 def store(tmp_path) -> Store:
     """An empty store; nothing of it is on disk yet."""

@@ -534,3 +534,21 @@ def test_a_killed_training_resumes_bit_by_bit_with_ranks_and_zero_too(
         shas.append(sha256(train.run().model / "model.safetensors"))
     check_resumed(train, 2)
     assert shas[0] == shas[1]
+
+
+@pytest.mark.gpu
+def test_a_training_killed_on_a_gpu_goes_on_from_its_last_checkpoint(command):
+    train = command(dtype="bfloat16", runtime={"device": "cuda", "save_every_steps": 2})
+    train.kill_after(3)
+    run = train.run()
+    check_resumed(train, 2)
+    assert len(run.losses) == 10 and np.isfinite(run.losses).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_ranks_on_two_gpus_train_as_one(command, trained, stage):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    run = command(runtime={"device": "cuda", "num_processes": 2, "zero_stage": stage}).run()
+    assert run.losses == pytest.approx(trained("base").losses, rel=1e-3)
