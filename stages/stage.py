@@ -135,7 +135,9 @@ class Stages(dict[str, Stage]):
             return False
 
 
-MODELS = ("reference", "policy", "teacher", "positive", "negative", "reward_model")
+EARLIER = tuple(f"earlier_policy_{number}" for number in range(1, 8))
+"""Inputs of the weigh stage: the policies before the current one, newest first (MNPO)."""
+MODELS = ("reference", "policy", "teacher", "positive", "negative", "reward_model", *EARLIER)
 STAGES = Stages(
     (stage.name, stage)
     for stage in (

@@ -27,6 +27,7 @@ from stages.methods.tidpo import triplet_loss
 from stages.models.numerics import kl_divergence, token_logps
 from stages.scoring.base import Scores
 from stages.scoring.pairing import best_vs_worst, group_of
+from stages.weighting.rows import mixture
 from stages.weighting.weights import WEIGHTS, swift, swift_released, tis_dpo
 from stages.weighting.weights.alignment import align, merge_empty
 from stages.weighting.weights.base import ResponseBatch, Tokens
@@ -196,6 +197,37 @@ def tgdpo_loss(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     return loss_of("tgdpo", {"beta": args["beta"]}, batcher.pairs(*sides))
 
 
+def inpo(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
+    """INPO, or with a history MNPO: the opponents' log-probs are mixed as the weigh stage mixes them."""
+    config, sides = settings(args, eta="eta", rho="rho"), []
+    for role in "wl":
+        old = args.get(f"old_{role}")
+        if old is None:
+            method = METHODS.get("mnpo")
+            config |= {"lambdas": args["lambdas"]}
+            lambdas = method.opponents(method.Config(**config), len(args["lambdas"]))
+            old = mixture([np.asarray(row, dtype=np.float64) for row in args[f"history_{role}"]], lambdas).tolist()
+        side = batcher.side(args[f"pol_{role}"], args[f"start_{role}"])
+        sides.append(side._replace(old_logps=batcher.pad(batcher.around(old))[0].detach()))
+    return loss_of("mnpo" if "lambdas" in config else "inpo", config, batcher.pairs(*sides))
+
+
+def opd(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
+    provider, config = "opd", settings(args, coef="coef")
+    if args.get("gamma") is not None:
+        provider, config = "iw_opd", {"gamma": args["gamma"], "of": {"name": "opd"} | config}
+    weights = teacher_weights(provider, config, args)
+    side = batcher.responses([batcher.tensor(args["pol"])], None, [batcher.tensor(weights)])
+    side = side._replace(old_logps=batcher.pad([batcher.tensor(args["old"])])[0].detach())
+    return batch_loss("opd", {}, batcher.pairs(side, None))
+
+
+def teacher_weights(provider: str, config: dict[str, Any], args: dict[str, Any]) -> np.ndarray:
+    """What a provider that compares with a teacher of the same tokenizer gives the case's response."""
+    tokens, teacher = flat(args["teacher"])
+    return provided(provider, config, {"reference": args["old"]}, True, teacher=tokens, teacher_logps=teacher)[0]
+
+
 def tidpo(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     config = settings(args, beta="beta", gamma="gamma", margin="margin", lengths="lengths") | {"importance": "given"}
     pairs = batcher.pairs(
@@ -328,6 +360,11 @@ def _single(batcher: Batcher, policy: Row, teacher: Row, ids: Sequence[int] | No
 
 def kd(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
     config = settings(args, tau="tau", direction="direction", scale_tau2="scale_tau2") | {"rate": 1.0}
+    return batch_loss("kd", config, _single(batcher, args["student_logits"], args["teacher_logits"]))
+
+
+def jsd(batcher: Batcher, args: dict[str, Any]) -> torch.Tensor:
+    config = settings(args, tau="tau", beta="beta") | {"rate": 1.0, "direction": "jsd"}
     return batch_loss("kd", config, _single(batcher, args["student_logits"], args["teacher_logits"]))
 
 
@@ -530,6 +567,15 @@ def tgdpo_weights(args: dict[str, Any]) -> dict[str, Any]:
     return {"result": values, "nonpositive": stats["nonpositive"][0]}
 
 
+def iw_opd_weights(args: dict[str, Any]) -> dict[str, Any]:
+    return {"result": teacher_weights("iw_opd", settings(args, gamma="gamma", eps="eps"), args)}
+
+
+def tidpo_hybrid_weights(args: dict[str, Any]) -> dict[str, Any]:
+    config = settings(args, lam="lam", sigma_div="sigma_div", variant="variant")
+    return {"result": provided("tidpo_v3", config, {"importance_max_logit": args["scores"]}, True)[0]}
+
+
 def sppo_labels(args: dict[str, Any]) -> dict[str, Any]:
     logits = np.asarray(args["s"], dtype=np.float64)
     matrix, code = preferences.preference_matrix(logits), preferences.aggregated_preference_matrix(logits)
@@ -585,6 +631,10 @@ LOSSES: dict[str, Callable[[Batcher, dict[str, Any]], torch.Tensor]] = {
     "triplet": triplet,
     "tidpo": tidpo,
     "grpo": grpo,
+    "inpo": inpo,
+    "mnpo": inpo,
+    "opd": opd,
+    "jsd": jsd,
     "kd": kd,
     "kd_mixed": kd_mixed,
     "uld": uld,
@@ -601,6 +651,8 @@ WEIGHT_CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "swift_code_weights": swift_code,
     "swift_code_normalise": swift_code_normalise,
     "tgdpo_weights": tgdpo_weights,
+    "iw_opd_weights": iw_opd_weights,
+    "tidpo_hybrid_weights": tidpo_hybrid_weights,
     "sppo_pref_from_scores": sppo_labels,
     "group_advantages": advantages,
 }

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 NEEDS = {
     "reference": "log-probs of the response tokens under the reference -> Responses.reference_logps",
-    "old_policy": "log-probs of the tokens under the policy that sampled them -> Responses.old_logps",
+    "old_policy": "log-probs of the tokens under the policy that sampled them -> Responses.old_logps (see `opponents`)",
     "kl_policy_reference": "KL(policy || reference) of every position, full vocabulary -> Responses.kl",
     "kl_reference_policy": "KL(reference || policy) of every position, full vocabulary -> Responses.kl",
     "policy_logits": "the policy's logits of the response positions -> Responses.logits",
     "teacher_logits": "a teacher's logits of its own tokens of the response -> Responses.teacher_logits, teacher_mask",
     "importance": "gradient attribution under the current policy -> Responses.importance (importance.token_importance)",
+    "importance_max_logit": "the same of the largest logit behind the last token -> Responses.importance",
     "anchor": "an answer sampled during training as config.anchor says, under policy and reference -> Pairs.anchor",
     "mismatched": "each prompt with another row's response, under policy and reference -> Pairs.mismatched",
     "win_rates": "mean preference over the K candidates -> Pairs.win_rate_chosen, win_rate_rejected",
@@ -70,7 +71,7 @@ class Responses(NamedTuple):
     importance_range: Tensor | None = None
     """Smallest and largest importance over prompt and response [B, 2]; a constant."""
     old_logps: Tensor | None = None
-    """The same tokens under the policy that sampled them [B, T]; a constant."""
+    """The same tokens under the policy that sampled them, or the mixture of `Method.opponents` [B, T]; a constant."""
     logits: Tensor | None = None
     """Policy logits [B, T, V], with gradient."""
     teacher_logits: Tensor | None = None
@@ -216,7 +217,10 @@ class Method(Plugin):
     """Weight provider when the run does not say: a name of stages/weighting/weights. None: the formula has no place for
     token weights, and any but ones are refused."""
     REFERENCE: ClassVar[Literal["iterate", "start"]] = "iterate"
-    """The reference of iteration t: the policy as the iteration finds it, or the model the run started from."""
+    """The reference of iteration t when the run does not say (`reference`): the policy as the iteration finds it, or
+    the model the run started from."""
+    HISTORY: ClassVar[int] = 1
+    """How many policies `opponents` mixes when the run does not say (`history`)."""
 
     @classmethod
     def needs(cls, config: Any) -> frozenset[str]:
@@ -232,6 +236,14 @@ class Method(Plugin):
     def drops_identical(cls, config: Any) -> bool:
         """Whether the weigh stage drops pairs of equal responses; rows of single responses are never dropped."""
         return cls.DROPS_IDENTICAL and len(cls.sides(config)) == 2
+
+    @classmethod
+    def opponents(cls, config: Any, count: int) -> tuple[float, ...]:
+        """lambda_j of the last `count` policies, newest first, sum 1: `old_policy` supplies sum_j lambda_j log pi_(t-j).
+
+        Unless overridden, the policy that sampled is the only one; a run's `history` above 1 is then refused.
+        """
+        return (1.0,)
 
     @staticmethod
     def row_values(config: Any, scores: np.ndarray, win_rates: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,31 +1,38 @@
-"""Method - KD: the teacher's whole next-token distribution on the ground truth; both models share a vocabulary."""
+"""Method - KD: the teacher's whole next-token distribution on ground truths or own samples (GKD); one vocabulary."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.methods.base import Method, MethodConfig, PairLoss, Pairs, single_metrics, supplied
 from stages.models.lazy import torch
-from stages.models.numerics import kl_divergence, masked_sum
+from stages.models.numerics import js_divergence, kl_divergence, masked_sum
 
 
 class KD(Method):
-    SOURCE = "Hinton et al. 2015 (arXiv:1503.02531), per token; settings of DSKD's baselines"
+    SOURCE = "Hinton et al. 2015 (arXiv:1503.02531), per token; settings of DSKD's baselines; jsd: GKD (arXiv:2306.13649)"
     NEEDS = frozenset({"policy_logits", "teacher_logits"})
     SIDES = ("chosen",)
     PAIRING = "truth"
     WEIGHTS = None
 
     class Config(MethodConfig):
-        """Vetted setting: half cross-entropy, half forward KL at temperature 1."""
+        """Vetted setting: half cross-entropy, half forward KL at temperature 1. GKD is `direction: jsd, rate: 1` on the
+        policy's own samples (`scoring: {pairing: generations}`)."""
+
+        NEUTRAL: ClassVar[dict[str, Any]] = {"beta": 0.5}
 
         name: Literal["kd"] = "kd"
-        direction: Literal["forward", "reverse"] = "forward"
-        """forward: KL(teacher || policy), covers the teacher's modes; reverse: KL(policy || teacher), seeks one."""
+        direction: Literal["forward", "reverse", "jsd"] = "forward"
+        """forward: KL(teacher || policy), covers the teacher's modes; reverse: KL(policy || teacher), seeks one; jsd:
+        the generalised Jensen-Shannon divergence between them."""
+        beta: float = Field(0.5, gt=0, lt=1)
+        """jsd: share of the teacher in the mixture m = beta teacher + (1 - beta) policy; near 0 it is forward KL scaled
+        by beta, near 1 reverse KL scaled by 1 - beta."""
         rate: float = Field(0.5, ge=0, le=1)
-        """Share of the KL; the rest is cross-entropy with the ground truth. 1: KL alone."""
+        """Share of the divergence; the rest is cross-entropy with the response. 1: the divergence alone."""
         tau: float = Field(1.0, gt=0)
         """Temperature of both distributions in the KL; 0.5-4."""
         scale_tau2: bool = False
@@ -37,7 +44,9 @@ class KD(Method):
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
         r"""token_loss = sum_t (1 - rate) (-log pi(y_t)) + rate KL_t, a mean per token over the whole step.
 
+        KL_t is D(teacher || policy), D(policy || teacher), or beta D(teacher || m) + (1 - beta) D(policy || m).
         Shapes: logps [B, T], logits and teacher_logits [B, T, V] of one response a row -> token_loss [B].
+        At equal logits: KL_t 0; jsd is at most log 2.
         Deviates from the paper: (1) a mean over tokens where SWIFT's supplement prints a sum, as the code it cites.
         Raises: ContractError if the two vocabularies differ in size and `common_vocabulary` is off.
 
@@ -55,9 +64,12 @@ class KD(Method):
             size = min(policy.shape[-1], teacher.shape[-1])
             policy, teacher = policy[..., :size], teacher[..., :size]
         if config.direction == "forward":
-            kl = masked_sum(kl_divergence(teacher, policy, side.mask), side.mask)
+            divergence = kl_divergence(teacher, policy, side.mask)
+        elif config.direction == "reverse":
+            divergence = kl_divergence(policy, teacher, side.mask)
         else:
-            kl = masked_sum(kl_divergence(policy, teacher, side.mask), side.mask)
+            divergence = js_divergence(teacher, policy, side.mask, config.beta)
+        kl = masked_sum(divergence, side.mask)
         if config.scale_tau2:
             kl = kl * config.tau**2
         nll = -masked_sum(side.logps, side.mask)

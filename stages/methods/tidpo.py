@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,23 +17,32 @@ from stages.methods.base import (
     preference_margin,
     supplied,
 )
-from stages.methods.importance import min_max
+from stages.methods.importance import HybridSettings, hybrid, min_max
 from stages.models.lazy import torch
-from stages.models.numerics import left_align
+from stages.models.numerics import left_align, masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class TIDPO(Method):
-    SOURCE = "TI-DPO v1, Eq. 6-9 and 12-15"
+    SOURCE = "TI-DPO v1, Eq. 6-9 and 12-15; version v3: ICLR 2026"
     NEEDS = frozenset({"reference", "importance", "anchor"})
 
     class Config(MethodConfig):
         """Vetted setting: ours, since the paper gives no number: beta 0.1, gamma 0.1, margin 0.5; anchors of up to 64
         tokens at temperature 0.8, top_k 50, top_p 0.95 (the public fork's)."""
 
+        NEUTRAL: ClassVar[dict[str, Any]] = {"version": "v1", "hybrid": HybridSettings(), "alpha": 0.5}
+
         name: Literal["tidpo"] = "tidpo"
+        version: Literal["v1", "v3"] = "v1"
+        """v3: weights mixed with a prior over positions, attribution of the largest logit behind the response, and
+        TDPO2 as the base loss, which holds all logits of the reference."""
+        hybrid: HybridSettings = HybridSettings()
+        """v3: how importances become weights."""
+        alpha: float = Field(0.5, ge=0)
+        """v3: TDPO2's weight of the KL difference; 0.01-1."""
         beta: float = Field(0.1, gt=0)
         """Inverse temperature of the implicit reward; 0.01-0.5 is usual."""
         gamma: float = Field(0.1, ge=0)
@@ -54,20 +63,27 @@ class TIDPO(Method):
     @classmethod
     def needs(cls, config: Config) -> frozenset[str]:
         needs = cls.NEEDS
+        if config.version == "v3":
+            needs = needs - {"importance"} | {"importance_max_logit", "kl_reference_policy"}
         if config.importance == "given":
-            needs -= {"importance"}
+            needs -= {"importance", "importance_max_logit"}
         if config.gamma == 0:
             needs -= {"anchor"}
         return needs
 
+    @classmethod
+    def drops_identical(cls, config: Config) -> bool:
+        # TDPO2 stops one of two equal KL terms: the other still pushes.
+        return config.version == "v1"
+
     @staticmethod
     def pair_loss(config: Config, pairs: Pairs) -> PairLoss:
-        r"""loss = l(beta (sum_t w_t lr_t(y_w) - sum_t w_t lr_t(y_l))) + gamma max(0, near - far + margin).
+        r"""loss = l(beta (sum_t w_t lr_t(y_w) - sum_t w_t lr_t(y_l) - v)) + gamma max(0, near - far + margin).
 
         near = sum_t (d_t - b_t)^2, far = sum_t (c_t - d_t)^2 with d, b, c the log-ratios of anchor, chosen and
-        rejected.
-        Shapes: logps, reference_logps and importance [B, T] of both sides, the anchor's logps and reference_logps [B,
-        T'] -> loss [B]. Importance and weights w are constants.
+        rejected. v is 0 (v1) or TDPO2's alpha (K_l - sg K_w), K = sum_t KL(reference || policy) (v3).
+        Shapes: logps, reference_logps and importance (v3: and kl) [B, T] of both sides, the anchor's logps and
+        reference_logps [B, T'] -> loss [B]. Importance and weights w are constants.
         At policy = reference: log 2 + gamma margin.
         Deviates from the paper: (1) Eq. 14 sums over unequal lengths; see `lengths`. (2) beta also in Eq. 12-13, as its
         Algorithm 1.
@@ -81,7 +97,11 @@ class TIDPO(Method):
         """
         chosen, rejected = pairs.both()
         weights = (_weights(config, chosen), _weights(config, rejected))
-        margin, metrics = preference_margin(pairs, config.beta, weights)
+        offset: Tensor | float = 0.0
+        if config.version == "v3":
+            kl_chosen, kl_rejected = _summed_kl(chosen), _summed_kl(rejected)
+            offset = -config.beta * config.alpha * (kl_rejected - kl_chosen.detach())
+        margin, metrics = preference_margin(pairs, config.beta, weights, offset=offset)
         loss = logistic(margin)
         if config.gamma:
             anchor = supplied(pairs.anchor, "anchor")
@@ -95,10 +115,17 @@ def _weights(config: TIDPO.Config, side: Responses) -> Tensor:
     """The weight of each token [B, T], a constant."""
     if config.importance == "given":
         return side.weights
+    if config.version == "v3":
+        return hybrid(supplied(side.importance, "importance_max_logit"), side.mask, config.hybrid)
     importance = supplied(side.importance, "importance")
     if config.normalise_over == "sequence":
         return min_max(importance, side.mask, supplied(side.importance_range, "importance"))
     return min_max(importance, side.mask)
+
+
+def _summed_kl(side: Responses) -> Tensor:
+    """K = sum_t KL(reference || policy), [B]."""
+    return masked_sum(supplied(side.kl, "kl_reference_policy"), side.mask)
 
 
 def triplet_loss(anchor: Responses, chosen: Responses, rejected: Responses, margin: float, lengths: str) -> Tensor:

@@ -6,6 +6,8 @@ outside the mask.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from data_contracts.errors import ContractError
@@ -80,6 +82,29 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, mask: Tensor, chunk: int =
     backward pass, so that the float32 copies of both models' logits never exist for the whole length. A logit of -inf
     marks a token that cannot occur: it adds 0 where p excludes it.
     """
+    return _over_vocabulary(_kl, p_logits, q_logits, mask, chunk)
+
+
+def js_divergence(p_logits: Tensor, q_logits: Tensor, mask: Tensor, beta: float, chunk: int = 256) -> Tensor:
+    r"""Return beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, of p = softmax(p_logits) and q =
+    softmax(q_logits) at each position; 0 outside the mask. Shapes and memory as in `kl_divergence`.
+    """
+
+    def divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+        log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+        # A token that neither can produce: its log would be -inf, whose gradient is NaN.
+        never = torch.isneginf(log_p) & torch.isneginf(log_q)
+        p_part, q_part = torch.where(never, 0.0, log_p), torch.where(never, 0.0, log_q)
+        log_m = torch.logaddexp(p_part + math.log(beta), q_part + math.log1p(-beta))
+        return beta * _kl_of_logps(log_p, log_m) + (1 - beta) * _kl_of_logps(log_q, log_m)
+
+    return _over_vocabulary(divergence, p_logits, q_logits, mask, chunk)
+
+
+def _over_vocabulary(
+    divergence: Callable[[Tensor, Tensor], Tensor], p_logits: Tensor, q_logits: Tensor, mask: Tensor, chunk: int
+) -> Tensor:
+    """A divergence of two models' logits [N, T, V] at each position, `chunk` positions at a time; [N, T]."""
     if p_logits.shape != q_logits.shape:
         raise ContractError(
             "a full-vocabulary KL needs two models of one vocabulary; "
@@ -89,14 +114,19 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, mask: Tensor, chunk: int =
     pieces = []
     for start in range(0, p_logits.shape[1], chunk):
         part = (p_logits[:, start : start + chunk], q_logits[:, start : start + chunk])
-        tracked = torch.is_grad_enabled() and any(piece.requires_grad for piece in part)
-        pieces.append(torch.utils.checkpoint.checkpoint(_kl, *part, use_reentrant=False) if tracked else _kl(*part))
+        if torch.is_grad_enabled() and any(piece.requires_grad for piece in part):
+            pieces.append(torch.utils.checkpoint.checkpoint(divergence, *part, use_reentrant=False))
+        else:
+            pieces.append(divergence(*part))
     values = torch.cat(pieces, dim=1) if pieces else p_logits.new_zeros(mask.shape)
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    return _kl_of_logps(log_softmax(p_logits), log_softmax(q_logits))
+
+
+def _kl_of_logps(log_p: Tensor, log_q: Tensor) -> Tensor:
     possible = ~torch.isneginf(log_p)
     # Two wheres: the inner one keeps inf - inf out of the backward pass.
     gap = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)

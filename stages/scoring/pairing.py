@@ -198,6 +198,11 @@ def each(group: Group, rules: Rules = Rules()) -> Choices:  # noqa: B008 - a Nam
     return [Choice(k, None) for k in _usable(group)] or "no candidate could be scored"
 
 
+def generations(group: Group, rules: Rules) -> Choices:
+    """Every candidate by itself, scored or not: distillation on the policy's own samples."""
+    return [Choice(k, None) for k in range(len(group.rewards))] or "no candidate"
+
+
 def given(group: Group, rules: Rules) -> Choices:
     """The prompt's `chosen` over its `rejected`."""
     return [Choice("chosen", "rejected")]
@@ -244,6 +249,7 @@ PAIRINGS = Table(
     {
         "best_vs_worst": Pairing(best_vs_worst),
         "each": Pairing(each, candidates=1, is_single=True),
+        "generations": Pairing(generations, "generations", 1, needs_scores=False, is_single=True),
         "random_pair": Pairing(random_pair),
         "length_matched": Pairing(length_matched),
         "all_pairs": Pairing(all_pairs),

@@ -59,7 +59,8 @@ class ScoringConfig(TurnConfig):
     scorer: Annotated[Named, SCORERS] | None = None
     """By name, with its settings; docs/scoring.md lists them all. None: for pairings that need no score."""
     pairing: Annotated[str, PAIRINGS] | None = None
-    """best_vs_worst: of the K candidates; each: every candidate by itself; truth_vs_generation: the prompt's `response`
+    """best_vs_worst: of the K candidates; each: every candidate that could be scored, by itself;
+    generations: every candidate by itself, without a scorer; truth_vs_generation: the prompt's `response`
     over candidate 0 (SPIN); truth: the `response` alone (SFT); given: the prompt's `chosen` over its `rejected`;
     given_each: `chosen` and `rejected`, each by itself (what `given` is for KTO); random_pair: any unequal two, drawn
     by `seed`; length_matched: the widest difference among candidates of about the same length; all_pairs: every unequal

@@ -14,7 +14,7 @@ import numpy as np
 from data_contracts.errors import ConfigError, ContractError
 from stages.methods import METHODS
 from stages.methods.base import AnchorSampling, Method, PairLoss, Pairs, Responses
-from stages.methods.importance import token_importance
+from stages.methods.importance import max_logit, mean_logp, token_importance
 from stages.models.lazy import torch
 from stages.models.numerics import kl_divergence, token_logps
 from stages.models.packing import Packed, packable, takes_varlen, to_device
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 LIVE_REFERENCE = frozenset({"kl_policy_reference", "kl_reference_policy", "anchor", "mismatched"})
 """Needs for which the reference model itself is in memory while training."""
 
-PADDED = frozenset({"kl_policy_reference", "kl_reference_policy", "policy_logits", "importance"})
+IMPORTANCE = {"importance": mean_logp, "importance_max_logit": max_logit}
+"""Needs for gradient attribution, and what is attributed."""
+
+PADDED = frozenset({"kl_policy_reference", "kl_reference_policy", "policy_logits", *IMPORTANCE})
 """Needs for which the policy's logits or embeddings must lie in padded rows."""
 
 ABSOLUTE_MARGIN = "margins/absolute"
@@ -54,7 +57,7 @@ class Streams:
         self.varlen = takes_varlen(engine.module)
         self.anchors: dict[str, list[int]] = {}
         """Sampled answers by pair_id."""
-        if self.needs & {"importance", "anchor"} and config.runtime.zero_stage == 3:
+        if self.needs & {"anchor", *IMPORTANCE} and config.runtime.zero_stage == 3:
             raise ConfigError(
                 f"the method {config.method.name} uses the whole model outside of DeepSpeed's forward, and ZeRO 3 cuts "
                 "it over the ranks: use training.runtime.zero_stage 0-2"
@@ -129,8 +132,9 @@ class Streams:
     def _padded(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy's log-probs [N, T], and what methods need that takes padded rows: logits, KL or importance."""
         extra: dict[str, Tensor] = {}
-        if "importance" in self.needs:
-            extra["importance"], extra["importance_range"] = token_importance(self.engine.module, batch)
+        for need in self.needs & IMPORTANCE.keys():
+            importance = token_importance(self.engine.module, batch, IMPORTANCE[need])
+            extra["importance"], extra["importance_range"] = importance
         if not self.needs & {"kl_policy_reference", "kl_reference_policy", "policy_logits"}:
             return response_logps(self.engine.model, batch), extra
         logits = response_logits(self.engine.model, batch)

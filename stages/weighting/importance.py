@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.methods.importance import token_importance
+from stages.methods.importance import Target, max_logit, mean_logp, token_importance
 from stages.models.policy import batches_by_budget, collate
 
 if TYPE_CHECKING:
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def score_importance(
-    model: Module, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int
+    model: Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    budget: int,
+    target: Target = mean_logp,
 ) -> list[np.ndarray]:
     """Raw attribution of every response token (methods/importance.py), float32, one array per response in their order.
 
@@ -26,7 +31,11 @@ def score_importance(
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for rows in batches_by_budget(lengths, budget):
         batch = collate([prompts[row] for row in rows], [responses[row] for row in rows]).to(device)
-        importance = token_importance(model, batch)[0].float().cpu().numpy()
+        importance = token_importance(model, batch, target)[0].float().cpu().numpy()
         for row, values in zip(rows, importance, strict=True):
             results[row] = values[: len(responses[row])].copy()
     return results
+
+
+score_max_logit_importance = partial(score_importance, target=max_logit)
+"""The same of the largest logit behind each response (TI-DPO v3)."""

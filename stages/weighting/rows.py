@@ -63,6 +63,18 @@ class TokenNumbers(NamedTuple):
         return cls(empty, empty if has_reference else None, empty if has_old_policy else None)
 
 
+def mixture(logps: Sequence[np.ndarray], lambdas: Sequence[float]) -> np.ndarray:
+    """sum_j lambda_j log pi_j of the same tokens under several policies, [T] each -> [T]; lambda is scaled to sum 1.
+
+    `logps` may be fewer than `lambdas`: the first ones count.
+
+    >>> mixture([np.array([-1.0, -2.0]), np.array([-3.0, -2.0])], [3.0, 1.0, 4.0]).tolist()
+    [-1.5, -2.0]
+    """
+    weights = np.asarray(lambdas[: len(logps)], dtype=np.float64)
+    return np.tensordot(weights / weights.sum(), np.stack(logps).astype(np.float64, copy=False), axes=1)
+
+
 class TeacherIds(NamedTuple):
     """A prompt and its chosen response as the teacher's tokenizer cuts them."""
 

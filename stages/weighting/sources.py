@@ -16,7 +16,8 @@ from data_contracts.rows import ScoredPairRow, WeightedPairRow
 from stages.job import Job
 from stages.models.logps import Pass, Score
 from stages.registry import Named
-from stages.weighting.rows import TeacherIds, TokenNumbers, responses_of, swapped, weighted_pair
+from stages.stage import EARLIER
+from stages.weighting.rows import TeacherIds, TokenNumbers, mixture, responses_of, swapped, weighted_pair
 from stages.weighting.teacher import SystemPrompts, TeacherView
 from stages.weighting.weights.base import ResponseBatch, Stat, Tokens, WeightProvider
 
@@ -53,6 +54,9 @@ class Sources:
             self._add("reference_logps", "reference")
         if self.config.old_policy:
             self._add("old_logps", "policy")
+            for model in EARLIER[: len(self.config.history) - 1]:
+                if model in job.inputs:  # there are fewer in a run's first iterations
+                    self._add(model, model)
         if "reference" in needs:
             # The weights compare with the policy as the iteration finds it; the loss may have the start model as its
             # reference.
@@ -60,10 +64,12 @@ class Sources:
         for role in ROLES:
             if role in needs:
                 self._add(role, role)
-        if "importance" in needs:
-            from stages.weighting.importance import score_importance
+        if needs & {"importance", "importance_max_logit"}:
+            from stages.weighting.importance import score_importance, score_max_logit_importance
 
-            self._add("importance", policy, kind="importance", score=score_importance)
+            scores = {"importance": score_importance, "importance_max_logit": score_max_logit_importance}
+            for role in needs & scores.keys():
+                self._add(role, policy, kind=role.replace("_", "-"), score=scores[role])
         is_scored = bool(needs & {"teacher", "teacher_unshifted"})
         if is_scored or self.config.teacher_tokens:
             self.teacher = TeacherView(job, is_scored, unshifted="teacher_unshifted" in needs)
@@ -160,7 +166,7 @@ class Sources:
         responses = responses_of(pairs)
         has_reference, has_old_policy = "reference_logps" in self.sources, "old_logps" in self.sources
         reference_logps = self.logps("reference_logps", pairs) if has_reference else [None] * len(responses)
-        old_logps = self.logps("old_logps", pairs) if has_old_policy else [None] * len(responses)
+        old_logps = self._opponent_logps(pairs) if has_old_policy else [None] * len(responses)
         columns = zip(responses, weights, reference_logps, old_logps, strict=True)
         numbers = {
             (response.number, response.side): TokenNumbers(token_weights, reference, old)
@@ -179,6 +185,14 @@ class Sources:
             )
             for number, pair in enumerate(pairs)
         ]
+
+    def _opponent_logps(self, pairs: Pairs) -> list[np.ndarray]:
+        """Log-probs of each response under the policy that sampled it, or the mixture of the last policies."""
+        newest = self.logps("old_logps", pairs)
+        earlier = [self.logps(model, pairs) for model in EARLIER if model in self.sources]
+        if not earlier:
+            return newest
+        return [mixture(logps, self.config.history) for logps in zip(newest, *earlier, strict=True)]
 
     def cache_counts(self) -> dict[str, float]:
         """Rows of each pass that were stored already, and rows that were computed; by name for the record."""

@@ -49,16 +49,18 @@ class WeightingConfig(TurnConfig):
     a teacher, or under another system prompt. It is the sampler's then, and set for you from the run's `sampling`.
     """
 
-    NEUTRAL: ClassVar[dict[str, Any]] = TurnConfig.NEUTRAL | {"template": "chat"}
+    NEUTRAL: ClassVar[dict[str, Any]] = TurnConfig.NEUTRAL | {"template": "chat", "history": ()}
 
     weights: Annotated[Named, WEIGHTS] | None = None
     """Weight provider, e.g. {name: swift}. None: the method's own (ones for most)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the passes; the trainer's, or policy and reference differ before the first step."""
     reference: bool = True
-    """Make the reference pass. Set for you from the method, as are the next four."""
+    """Make the reference pass. Set for you from the method, as are the next five."""
     old_policy: bool = False
     """Also the pass of the policy that sampled the responses (GRPO)."""
+    history: tuple[float, ...] = ()
+    """Mix that pass with those of earlier policies: lambda of each, newest first. (): that policy alone (MNPO)."""
     teacher_tokens: bool = False
     """Also the responses as the teacher's tokenizer cuts them (KD, ULD)."""
     drop_identical: bool = True

@@ -25,6 +25,7 @@ NEEDS = {
     "negative": "the bad model of a contrastive pair -> logps['negative']",
     "reward_model": "a model of the student's tokenizer trained on the preferences -> logps['reward_model']",
     "importance": "gradient attribution under the reference (methods.importance) -> logps['importance']",
+    "importance_max_logit": "the same of the largest logit behind the response -> logps['importance_max_logit']",
 }
 """Everything a provider may ask of the weigh stage, and where the provider finds it."""
 

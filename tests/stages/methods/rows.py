@@ -105,6 +105,7 @@ def stack(
     ids = pad([response.ids for response in responses]).clamp(0, VOCABULARY - 1)
     policy, reference = (pad([getattr(response, name) for response in responses]) for name in ("policy", "reference"))
     logps, reference_logps = (torch.where(mask, token_logps(logits, ids, mask), fill) for logits in (policy, reference))
+    has_importance = bool(needs & {"importance", "importance_max_logit"})
     both = {"kl_policy_reference": (policy, reference), "kl_reference_policy": (reference, policy)}
     kl = next((kl_divergence(*both[need], mask) for need in needs if need in both), None)
     return Responses(
@@ -113,10 +114,8 @@ def stack(
         pad([response.weights for response in responses]),
         mask,
         kl=kl,
-        importance=pad([response.importance for response in responses]) if "importance" in needs else None,
-        importance_range=torch.tensor([[0.0, 4.0]] * len(responses), dtype=torch.float64)
-        if "importance" in needs
-        else None,
+        importance=pad([response.importance for response in responses]) if has_importance else None,
+        importance_range=torch.tensor([[0.0, 4.0]] * len(responses), dtype=torch.float64) if has_importance else None,
         old_logps=pad([response.old_logps for response in responses]) if "old_policy" in needs else None,
         logits=policy if "policy_logits" in needs else None,
         teacher_logits=pad([response.teacher for response in responses]) if "teacher_logits" in needs else None,
@@ -197,6 +196,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("tidpo", {"lengths": "mean", "importance": "given"}),
     ("tidpo", {"normalise_over": "sequence"}),
     ("tidpo", {"gamma": 0.0}),
+    ("tidpo", {"version": "v3"}),
+    ("tidpo", {"version": "v3", "hybrid": {"variant": "code"}, "gamma": 0.0}),
+    ("inpo", {"rho": 0.0}),
+    ("kd", {"direction": "jsd", "rate": 1.0, "beta": 0.1}),
     ("kd", {"direction": "reverse", "rate": 1.0, "tau": 2.0, "scale_tau2": True}),
     ("uld", {"rate": 1.0}),
 ]

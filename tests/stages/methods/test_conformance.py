@@ -13,8 +13,10 @@ import torch
 from tests.conformance import check, main, run
 
 SHARED = Path(os.environ.get("SELFPLAY_SHARED") or Path(__file__).resolve().parents[4] / "shared")
-VECTORS = SHARED / "conformance" / "vectors.json"
-NO_VECTORS = pytest.mark.skipif(not VECTORS.is_file(), reason=f"no vector file at {VECTORS}; set SELFPLAY_SHARED")
+VECTORS = [SHARED / "conformance" / name for name in ("vectors.json", "vectors_2026.json")]
+NO_VECTORS = pytest.mark.skipif(
+    not all(path.is_file() for path in VECTORS), reason=f"no vector files {VECTORS}; set SELFPLAY_SHARED"
+)
 
 LOG2 = math.log(2)
 SIGMOID_HALF = 1 / (1 + math.exp(-0.5))
@@ -87,6 +89,39 @@ BY_HAND = [
         },
         "diff": ["pols"],
         "expect": {"value": -2.4, "grad": {"pols": [[0.0]]}},
+    },
+    # h_w = 1 - (0.5 * 0 + 0.5 * 0.5) = 0.75 beside -1; h_l = 0: (0.75 - 1/(2 * 1))^2, twice 0.25 per chosen token
+    {
+        "call": "inpo",
+        "args": {
+            "pol_w": [-1.0], "start_w": [-2.0], "old_w": [-1.5], "pol_l": [-3.0], "start_l": [-3.0], "old_l": [-3.0],
+            "eta": 1.0, "rho": 0.5,
+        },
+        "diff": ["pol_w", "pol_l"],
+        "expect": {"value": 0.0625, "grad": {"pol_w": [0.5], "pol_l": [-0.5]}},
+    },
+    # the opponents' mixture is 3/4 (-1.5) + 1/4 (-1.5): the same loss
+    {
+        "call": "mnpo",
+        "args": {
+            "pol_w": [-1.0], "start_w": [-2.0], "history_w": [[-1.0], [-3.0]],
+            "pol_l": [-3.0], "start_l": [-3.0], "history_l": [[-3.0], [-3.0]],
+            "lambdas": [3.0, 1.0], "eta": 1.0, "rho": 0.5,
+        },
+        "expect": {"value": 0.0625},
+    },
+    # A = 1 and -2, rho = 1 and e^0.5: -(1 - 2 e^0.5) / 2
+    {
+        "call": "opd",
+        "args": {"pol": [-1.0, -0.5], "old": [-1.0, -1.0], "teacher": [0.0, -3.0]},
+        "diff": ["pol"],
+        "expect": {"value": (2 * math.exp(0.5) - 1) / 2, "grad": {"pol": [-0.5, math.exp(0.5)]}},
+    },
+    # |A| = 1 and 3: 1 + gamma (1 - 0/4), 1 + gamma (1 - 1/4)
+    {
+        "call": "iw_opd_weights",
+        "args": {"old": [-1.0, -1.0], "teacher": [0.0, -4.0], "gamma": 2.0},
+        "expect": {"result": [3.0, 2.5]},
     },
     # (1/2, 1/2) against (1/4, 3/4): 1/2 log 2 + 1/2 log(2/3)
     {
@@ -183,7 +218,8 @@ def test_an_unknown_call_counts_as_failed(tmp_path, capsys):
 
 
 @NO_VECTORS
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_shared_vector_passes(dtype):
-    passed, failures = run(VECTORS, dtype)
+def test_every_shared_vector_passes(path, dtype):
+    passed, failures = run(path, dtype)
     assert not failures and passed > 0

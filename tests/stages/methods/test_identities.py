@@ -12,7 +12,7 @@ import torch
 
 from stages.methods import METHODS
 from stages.methods.importance import min_max
-from stages.models.numerics import masked_sum
+from stages.models.numerics import js_divergence, masked_sum
 from tests.stages.methods.rows import VARIANTS, gradients, make_row, stack, stack_pairs, step_loss, variant_id
 
 LOG2 = math.log(2)
@@ -50,6 +50,10 @@ AT_REFERENCE = [
     ("kto_pair", {}, 1.0),
     ("tidpo", {"gamma": 0.1, "margin": 0.5}, LOG2 + 0.1 * 0.5),
     ("tidpo", {"gamma": 0.0}, LOG2),
+    ("tidpo", {"version": "v3", "gamma": 0.1, "margin": 0.5}, LOG2 + 0.1 * 0.5),
+    ("inpo", {}, (1 / (2 * 0.0075)) ** 2),
+    ("inpo", {"eta": 0.5, "rho": 0.8}, 1.0),
+    ("mnpo", {"eta": 0.25}, 4.0),
 ]
 
 
@@ -106,6 +110,9 @@ PARENTS = [
     ("tidpo", {"gamma": 0.0, "importance": "given"}, "dpo", {}),
     ("dpo", {"label_smoothing": 0.0, "robust": True}, "dpo", {}),
     ("cpo", {}, "tpo", {}),
+    ("mnpo", {}, "inpo", {}),
+    ("inpo", {"eta": 0.05, "rho": 1.0}, "ipo", {"tau": 0.05}),
+    ("tidpo", {"version": "v3", "gamma": 0.0, "importance": "given"}, "tdpo", {}),
 ]
 
 
@@ -120,6 +127,38 @@ def test_weights_of_one_give_the_parent_loss(name, settings, parent, parent_sett
     assert all(
         torch.allclose(a, b, atol=1e-13) for a, b in zip(gradients(mine, data), gradients(theirs, data), strict=True)
     )
+
+
+def test_opd_on_policy_has_minus_the_mean_advantage_as_loss_and_gradient():
+    data = rows(same=True)
+    method, config = METHODS.get("opd"), METHODS.get("opd").Config()
+    pairs = stack_pairs(data, method, config)
+    logps = pairs.chosen.logps.detach().requires_grad_()
+    tokens = pairs.chosen.mask.sum()
+    pairs = pairs._replace(chosen=pairs.chosen._replace(logps=logps))
+    loss = method.pair_loss(config, pairs).share(len(data), float(tokens))
+    (gradient,) = torch.autograd.grad(loss, logps)
+    advantages = torch.where(pairs.chosen.mask, pairs.chosen.weights, 0.0)
+    assert loss.item() == pytest.approx(-advantages.sum().item() / tokens.item())
+    assert torch.allclose(gradient, -advantages / tokens)
+    # The teacher is the policy: every advantage is 0.
+    silent = pairs._replace(chosen=pairs.chosen._replace(weights=torch.zeros_like(logps)))
+    assert not torch.autograd.grad(method.pair_loss(config, silent).share(1, 1), logps)[0].any()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_the_jensen_shannon_divergence_is_0_at_equal_logits_symmetric_at_a_half_and_never_above_log_two(beta):
+    random = torch.Generator().manual_seed(0)
+    left, right = (3 * torch.randn(2, 3, 7, generator=random, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    divergence = js_divergence(left, right, mask, beta, chunk=2)
+    assert (divergence[mask] > 0).all() and (divergence <= LOG2).all() and not divergence[~mask].any()
+    assert torch.allclose(divergence, js_divergence(right, left, mask, 1 - beta), atol=1e-14)
+    assert js_divergence(left, left + 1.0, mask, beta).abs().max() < 1e-14
+    apart = torch.tensor([[[0.0, -math.inf, -math.inf]]], dtype=torch.float64).requires_grad_()
+    value = js_divergence(apart, apart.detach().flip(-1), torch.tensor([[True]]), 0.5)
+    assert value.item() == pytest.approx(LOG2)  # no token that both can produce
+    assert torch.isfinite(torch.autograd.grad(value.sum(), apart)[0]).all()
 
 
 def test_tis_dpo_with_eta_and_weights_of_one_is_dpo_less_the_kl_difference():
@@ -178,6 +217,8 @@ def test_padding_order_and_micro_batches_change_neither_loss_nor_gradient(name, 
         "tdpo",
         "tidpo",
         "spin_lengthnorm",
+        "inpo",
+        "mnpo",
     ],
 )
 def test_swapping_chosen_and_rejected_flips_the_margin(name):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.methods.importance import min_max, token_importance
+from stages.methods.importance import HybridSettings, hybrid, max_logit, min_max, token_importance
 from stages.models.policy import collate
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import ResponseBatch, Tokens
@@ -42,6 +42,34 @@ def test_one_backward_per_batch_equals_one_per_token_and_row(model):
         )  # RMSNorm is float32 inside
         assert not importance[number, len(response) :].any()
     assert (span[:, 0] == 0).all() and (span[:, 1] >= importance.amax(-1)).all()
+
+
+def test_the_largest_logit_behind_the_response_is_attributed_row_by_row(model):
+    importance, _ = token_importance(model, collate(PROMPTS, RESPONSES), max_logit)
+    for number, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        embeddings = model.get_input_embeddings()(torch.tensor([prompt + response])).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=embeddings).logits[0, -1].max(), embeddings)
+        expected = gradient[0, len(prompt) :].abs().sum(-1).tolist()
+        assert importance[number, : len(response)].tolist() == pytest.approx(expected, rel=1e-5)
+        assert expected[-1] > 0 and not importance[number, len(response) :].any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "code"}, {"lam": 0.2, "sigma_div": 2.0}])
+def test_the_weights_of_tidpo_v3_are_the_same_in_loss_and_provider(settings):
+    mask = torch.tensor([[False, True, True, True, False], [True, False, False, False, False], [True] * 5])
+    importance = torch.where(mask, torch.rand(3, 5, generator=torch.Generator().manual_seed(1)).double(), 9.0)
+    importance[2] = 0.0
+    provider = WEIGHTS.get("tidpo_v3")
+    tokens = Tokens.of([range(3), range(1), range(5)], None, [False] * 3)
+    batch = ResponseBatch(
+        ["a", "b", "c"], np.ones(3, dtype=bool), tokens, {"importance_max_logit": importance[mask].numpy()}
+    )
+    result = provider.weights(provider.Config(**settings), batch)
+    weights = hybrid(importance, mask, HybridSettings(**settings))
+    assert weights[mask].tolist() == pytest.approx(result.values.tolist()) and not weights[~mask].any()
+    assert result.stats["degenerate"] == (1.0, 3.0)
+    if settings.get("variant") == "code":
+        assert (weights.sum(-1) / mask.sum(-1)).tolist() == pytest.approx([1.0] * 3)
 
 
 def test_the_last_token_has_weight_zero_and_the_largest_is_one(model):
