@@ -11,7 +11,7 @@ import glob
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,7 +29,7 @@ from stages.registry import Named
 from stages.sampling.stage import SamplingConfig
 from stages.scoring.pairing import PAIRINGS
 from stages.scoring.stage import ScoringConfig
-from stages.stage import STAGES
+from stages.stage import EARLIER, STAGES
 from stages.training.stage import TrainingConfig
 from stages.training.streams import LIVE_REFERENCE, PADDED
 from stages.weighting.stage import WeightingConfig
@@ -59,6 +59,13 @@ class ModelsConfig(Config):
     """TIS-DPO: pi-."""
 
 
+class Every(Config):
+    """The reference follows the policy in steps (COMAL)."""
+
+    every: int = Field(ge=1)
+    """Iterations after which the policy becomes the reference; 1: `iterate`."""
+
+
 AUXILIARY_METHOD = {"name": "dpo", "beta": 0.1}
 REFINABLE = ("sample", "score", "weigh")
 """Stages whose output another package's stage may refine."""
@@ -83,6 +90,12 @@ class RunConfig(Config):
     prompts: PromptsConfig
     method: Annotated[Named, METHODS]
     """The loss and its settings, e.g. {name: sppo}."""
+    reference: Literal["iterate", "start"] | Every | ModelRef | None = None
+    """The model that log-ratios are against: iterate, the policy as the iteration finds it; start, the model the run
+    began with; {every: k}, the policy of every k-th iteration (COMAL); {path: DIR} or {hub_id: ID}, a fixed model of
+    the policy's tokenizer. None: the method's own."""
+    history: int | None = Field(None, ge=1, le=len(EARLIER) + 1)
+    """How many of the last policies the loss compares with (MNPO), the current one included. None: the method's own."""
     sampling: SamplingConfig = SamplingConfig()
     scoring: ScoringConfig
     weighting: WeightingConfig = WeightingConfig()
@@ -178,6 +191,7 @@ class RunConfig(Config):
             if getattr(settings, field) != default:
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
         self._refuse_unread_sides()
+        self._refuse_unread_models()
         if self.spec.WEIGHTS is None and self.weights.name != "ones":
             raise ValueError(
                 f"the method {self.method.name} has no place for per-token weights: remove weighting.weights"
@@ -208,10 +222,41 @@ class RunConfig(Config):
                 f"{name} does not tell a bad answer from a good one, and pairing given_each makes rows of both: set "
                 "scoring.pairing to truth, with prompts.columns {response: chosen}"
             )
+        compared = self.spec.needs(self.method) & {"win_rates", "scores", "advantage", "log_z"}
+        if compared and self.pairing == "generations":
+            raise ValueError(
+                f"{name} reads the {' and '.join(sorted(compared))} of generations, and pairing generations scores none: "
+                "set scoring.pairing to each, with a scoring.scorer"
+            )
         if not is_single and needs.is_single:
             raise ValueError(f"{name} as set trains on pairs, and pairing {self.pairing} makes single responses")
         if needs.needs_scores and self.scoring.scorer is None:
             raise ValueError(f"pairing {self.pairing} needs scoring.scorer")
+
+    def _refuse_unread_models(self) -> None:
+        """Raises: ValueError for a reference or a history that the method does not read."""
+        needs, name = self.spec.needs(self.method), self.method.name
+        if self.reference is not None and not needs & {"reference", *LIVE_REFERENCE}:
+            raise ValueError(f"the method {name} compares with no reference: remove `reference`")
+        if len(self.opponents) != self.policies_compared:
+            raise ValueError(
+                f"the method {name} compares with one policy, and `history` is {self.history}: remove it, or use mnpo"
+            )
+
+    @property
+    def reference_rule(self) -> Literal["iterate", "start"] | Every | ModelRef:
+        """The run's `reference`, or the method's own."""
+        return self.reference or self.spec.REFERENCE
+
+    @property
+    def policies_compared(self) -> int:
+        """The run's `history`, or the method's own."""
+        return self.history or self.spec.HISTORY
+
+    @property
+    def opponents(self) -> tuple[float, ...]:
+        """Weight of each of the last policies in what the loss compares with, newest first."""
+        return self.spec.opponents(self.method, self.policies_compared)
 
     @property
     def spec(self) -> type[Method]:
@@ -300,6 +345,7 @@ class RunConfig(Config):
                 "dtype": self.training.dtype,
                 "reference": "reference" in needs,
                 "old_policy": "old_policy" in needs,
+                "history": self.opponents if len(self.opponents) > 1 else (),
                 "teacher_tokens": "teacher_logits" in needs,
                 "drop_identical": self.spec.drops_identical(self.method),
                 **(self.turn_settings() if self.writes_prompts_anew else TurnConfig().model_dump()),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRef, FileDigest
-from data_contracts.checkpoint import check_model_directory
+from data_contracts.checkpoint import ModelRef, check_model_directory
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file
 from data_contracts.store import Store, content_digest
@@ -191,14 +191,17 @@ def _check_models(run: RunConfig, policy: Path) -> None:
         if re.fullmatch(r"\d+|start", name):
             raise ConfigError(f"tournament.baselines: {name!r} would be taken for an iteration; give it another name")
         locate(model, run.sampling.template == "chat")
-    for role in run.roles:
-        named = getattr(run.models, role)
+    named_models = {role: getattr(run.models, role) for role in run.roles}
+    if isinstance(run.reference, ModelRef):
+        named_models["reference"] = run.reference
+    for role, named in named_models.items():
         if named is None:
             continue  # trained by the run itself
         directory = locate(named, chat_template=False)
         if role != "teacher" and tokenizer_digest(directory) != tokenizer_digest(policy):
+            setting = role if role == "reference" else f"models.{role}"
             raise ConfigError(
-                f"models.{role} ({directory}) has another tokenizer than the policy ({policy}): "
+                f"{setting} ({directory}) has another tokenizer than the policy ({policy}): "
                 "its log-probs are of other tokens. Train it from the same base model"
             )
         if role == "teacher" and not (directory / "tokenizer.json").is_file():
@@ -273,6 +276,8 @@ def models_of(config: RunConfig, store: Store) -> tuple[ArtifactRef, dict[str, A
         for role in config.roles
         if (model := getattr(config.models, role)) is not None
     }
+    if isinstance(config.reference, ModelRef):
+        models["reference"] = resolve(config.reference, False, store)
     if config.weighting.positive_system is not None or config.weighting.negative_system is not None:
         models |= {"positive": start, "negative": start}  # TIS-DPO (P): one model, two system prompts
     return start, models

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_contracts.artifact import ArtifactRef
+from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config
 from data_contracts.errors import TransientError
 from data_contracts.store import Store, content_digest
@@ -23,7 +24,7 @@ from flows.preflight import Checked
 from flows.tournament import scoring_of, spread
 from stages.evaluation.promotion import Measurement, select_checkpoint
 from stages.scoring.pairing import PAIRINGS
-from stages.stage import STAGES
+from stages.stage import EARLIER, STAGES
 from stages.training.batches import STEPS
 from stages.weighting.stage import WeightingConfig
 from tasks.build import Built
@@ -54,6 +55,10 @@ class SelfPlay:
         """Iteration -> its policy's answers to the held-out prompts."""
         self.unanswered: TransientError | None = None
         """Set if the tournament's judge did not answer: nothing of it is kept as a result, the next try plays it."""
+        self.latest_reference = start
+        """The reference of the last iteration, where it follows the policy."""
+        self.policies: list[ArtifactRef] = []
+        """The policies that iterations began with, newest first."""
 
     def play(self, place: Place) -> ArtifactRef:
         """Play all iterations. Returns the run's final policy: the best one under a gate, else the last."""
@@ -64,13 +69,15 @@ class SelfPlay:
 
         for iteration in range(1, config.iterations + 1):
             place = place._replace(iteration=iteration)
-            reference = policy if config.spec.REFERENCE == "iterate" else self.start
+            reference = self.reference(policy, iteration)
+            earlier_policies = self.earlier_policies(policy)
 
             prompts = self.prompts(place)
             generations = self.sample(prompts, policy, place)
             pairs = self.score(prompts, generations, policy, place)
             helpers = self.auxiliary_models(last(pairs), policy, place)
-            roles = {"prompts": prompts, "reference": reference, "policy": policy} | self.models | references(helpers)
+            models = {"policy": policy} | earlier_policies | self.models | references(helpers)
+            roles = {"prompts": prompts} | models | {"reference": reference}
             weighted = self.weigh(last(pairs), roles, place)
             earlier = self.weigh_again(previous_pairs, roles, place)
             trained = self.train(last(weighted), earlier, reference, policy, place)
@@ -87,6 +94,25 @@ class SelfPlay:
         if config.tournament is not None:
             self.tournament(heldout, place)
         return gate.final(policy)
+
+    def reference(self, policy: ArtifactRef, iteration: int) -> ArtifactRef:
+        """The model that the iteration's log-ratios are against, as the run's `reference` says."""
+        rule = self.config.reference_rule
+        if rule == "start":
+            return self.start
+        if isinstance(rule, ModelRef):
+            return self.models["reference"]
+        if rule == "iterate" or (iteration - 1) % rule.every == 0:
+            self.latest_reference = policy
+        return self.latest_reference
+
+    def earlier_policies(self, policy: ArtifactRef) -> dict[str, ArtifactRef]:
+        """The policies before this one that the loss compares with too, by role; fewer in the first iterations.
+
+        A policy that the gate went back to counts once, as the current one.
+        """
+        self.policies = [policy, *(earlier for earlier in self.policies if earlier != policy)]
+        return dict(zip(EARLIER, self.policies[1 : self.config.policies_compared], strict=False))
 
     def prompts(self, place: Place) -> ArtifactRef:
         """Return the iteration's prompts, with the teacher's answers as responses if `answers_from_teacher` is set."""

@@ -104,6 +104,8 @@ def model_shapes(run: RunConfig) -> dict[str, Shape]:
     """The shapes of all models of a run, by role. Raises: ConfigError for one whose size cannot be known."""
     refs: dict[str, ModelRef] = {"policy": run.policy}
     refs |= {role: model for role in run.roles if (model := getattr(run.models, role)) is not None}
+    if isinstance(run.reference, ModelRef):
+        refs["reference"] = run.reference
     for name, scorer in (
         ("scorer", run.scoring.scorer if PAIRINGS.get(run.pairing).needs_scores else None),
         ("judge", run.evaluation.scorer),
@@ -184,7 +186,7 @@ def _sampling(sampling: Any, policy: Shape, gpus_per_node: int) -> Parts:
 
 def _training(run: RunConfig, shapes: dict[str, Shape], rows: Any, need: Any) -> Need:
     runtime = run.training.runtime
-    others = [("reference", shapes["policy"])] if run.live_reference else []
+    others = [("reference", shapes.get("reference", shapes["policy"]))] if run.live_reference else []
     if "teacher_logits" in run.spec.needs(run.method):
         others.append(("teacher", shapes["teacher"]))
     ranks = runtime.num_processes * runtime.num_nodes

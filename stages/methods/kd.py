@@ -12,7 +12,9 @@ from stages.models.numerics import js_divergence, kl_divergence, masked_sum
 
 
 class KD(Method):
-    SOURCE = "Hinton et al. 2015 (arXiv:1503.02531), per token; settings of DSKD's baselines; jsd: GKD (arXiv:2306.13649)"
+    SOURCE = (
+        "Hinton et al. 2015 (arXiv:1503.02531), per token; settings of DSKD's baselines; jsd: GKD (arXiv:2306.13649)"
+    )
     NEEDS = frozenset({"policy_logits", "teacher_logits"})
     SIDES = ("chosen",)
     PAIRING = "truth"

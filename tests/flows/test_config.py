@@ -469,6 +469,44 @@ def test_no_side_of_a_row_is_left_unread(method, pairing):
         assert "pairing" in refused(**changes)
 
 
+def test_generations_without_scores_are_for_methods_that_read_none():
+    def paired(method: str) -> dict:
+        teacher = {"path": "teacher"}
+        return {"method": {"name": method}, "scoring": {"pairing": "generations"}, "models": {"teacher": teacher}}
+
+    assert run(**paired("opd")).pairing == run(**paired("kd")).pairing == "generations"
+    assert run(method="opd", scoring={}, models={"teacher": {"path": "t"}}).pairing == "generations"
+    assert "needs models.teacher" in refused(method="opd", scoring={})
+    for method, number in (("grpo", "advantage"), ("kto", "win_rates")):
+        assert f"reads the {number} of generations, and pairing generations scores none" in refused(**paired(method))
+    assert "trains on pairs" in refused(**paired("dpo"))
+
+
+def test_a_reference_or_a_history_that_nothing_reads_is_refused():
+    assert run(method="inpo").reference_rule == "start" and run(method="dpo").reference_rule == "iterate"
+    assert run(method="dpo", reference={"every": 3}).reference_rule.every == 3
+    assert run(reference={"path": "models/start"}).reference_rule.path == "models/start"
+    assert "simpo compares with no reference" in refused(method="simpo", reference="start")
+    assert "every" in refused(reference={"every": 0}) and "reference" in refused(reference="previous")
+    assert run(method="mnpo").opponents == (0.5, 0.5) and run(method="mnpo", history=1).opponents == (1.0,)
+    weighted = {"name": "mnpo", "lambdas": [3, 1, 0]}
+    assert run(method=weighted, history=3).weighting_for_pairs().history == (0.75, 0.25, 0.0)
+    assert "has 3 weights and `history` is 2" in refused(method=weighted)
+    assert "the first one > 0" in refused(method={"name": "mnpo", "lambdas": [0, 1]})
+    assert "dpo compares with one policy, and `history` is 2" in refused(method="dpo", history=2)
+    assert "history" in refused(method="mnpo", history=9)
+
+
+def test_a_history_is_in_the_key_only_where_there_is_one():
+    alone, mixed = run(method={"name": "mnpo"}, history=1), run(method={"name": "mnpo"}, history=2)
+    assert "history" not in alone.weighting_for_pairs().identity()
+    assert mixed.weighting_for_pairs().identity()["history"] == [0.5, 0.5]
+    as_before = {"version", "hybrid", "alpha", "beta"}
+    assert not as_before & METHODS.config("tidpo").identity().keys() - {"beta"}
+    assert not as_before & METHODS.config("kd").identity().keys()
+    assert METHODS.config({"name": "tidpo", "version": "v3"}).identity()["version"] == "v3"
+
+
 def test_what_a_run_reads_of_its_prompts():
     def reads(method: str, pairing: str, **prompts) -> str:
         scoring = {"pairing": pairing, "scorer": {"name": "length"}}

@@ -95,12 +95,12 @@ class Events:
 def play(make_run):
     """play(scores, last_built=99, **settings) -> (final policy's key, hands, what the listener was told)"""
 
-    def go(scores, last_built=99, **settings):
+    def go(scores, last_built=99, models=None, **settings):
         config = load_run(make_run("loop", iterations=len(scores) - 1, **settings))
         start = ArtifactRef(kind="checkpoint", key="external", path="", content="start")
         hands, events = Hands(scores, last_built), Events()
         checked = Checked(PROMPTS, PROMPTS, config.evaluation)
-        final = SelfPlay(config, checked, start, {}, hands, UntilUnbuilt(events)).play(Place("store", "loop"))
+        final = SelfPlay(config, checked, start, models or {}, hands, UntilUnbuilt(events)).play(Place("store", "loop"))
         return final.key, hands, events.told
 
     return go
@@ -126,6 +126,43 @@ def test_the_checkpoint_is_the_next_policy_and_its_own_reference(play):
 def test_a_method_against_the_start_model_keeps_it_as_reference(play):
     _, hands, _ = play([0.5, 0.6, 0.7], method={"name": "tdpo"}, prompts={"per_iteration": 8})
     assert hands.of("weigh2")["reference"] == ("external" if load_reference("tdpo") == "start" else "train1")
+
+
+def test_the_reference_is_a_setting_of_the_run(play):
+    def references_of(**settings) -> list[str]:
+        hands = play([0.5, 0.6, 0.7, 0.8, 0.9], prompts={"per_iteration": 8}, **settings)[1]
+        return [hands.of(f"weigh{iteration}")["reference"] for iteration in (1, 2, 3, 4)]
+
+    assert references_of() == references_of(reference="iterate") == references_of(reference={"every": 1})
+    assert references_of(reference="iterate") == ["external", "train1", "train2", "train3"]
+    assert references_of(reference="start") == ["external"] * 4 == references_of(method={"name": "inpo"})
+    comal = {"method": {"name": "inpo"}, "reference": {"every": 2}}
+    assert references_of(**comal) == ["external", "external", "train2", "train2"]
+    assert references_of(method={"name": "grpo"}, scoring={"pairing": "each"}, reference="iterate")[1] == "train1"
+
+
+def test_a_fixed_model_is_the_reference_of_every_iteration_where_training_holds_it_too(play):
+    fixed = ArtifactRef(kind="checkpoint", key="fixed", path="", content="fixed")
+    settings = {"method": {"name": "tdpo"}, "reference": {"path": "somewhere"}, "prompts": {"per_iteration": 8}}
+    _, hands, _ = play([0.5, 0.6, 0.7], models={"reference": fixed}, **settings)
+    assert [hands.of(f"{stage}{i}")["reference"] for stage in ("weigh", "train") for i in (1, 2)] == ["fixed"] * 4
+    assert hands.of("weigh2")["policy"] == "train1"
+
+
+def test_the_last_policies_are_inputs_of_the_weights_as_far_as_there_are_any(play):
+    def earlier(hands, iteration: int) -> list[str]:
+        return [hands.of(f"weigh{iteration}").get(f"earlier_policy_{number}", "") for number in (1, 2, 3)]
+
+    settings = {"method": {"name": "mnpo"}, "prompts": {"per_iteration": 8}}
+    _, hands, _ = play([0.5, 0.6, 0.7, 0.8, 0.9], history=3, **settings)
+    assert [earlier(hands, iteration) for iteration in (1, 2, 3, 4)] == [
+        ["", "", ""], ["external", "", ""], ["train1", "external", ""], ["train2", "train1", ""]
+    ]  # fmt: skip
+    assert hands.of("weigh4")["policy"] == "train3" and hands.of("weigh4")["reference"] == "external"
+    assert earlier(play([0.5, 0.6, 0.7, 0.8], **settings)[1], 3) == ["train1", "", ""], "two policies by default"
+    gate = {"enabled": True, "length_controlled": False, "patience": 3}
+    _, hands, _ = play([0.5, 0.6, 0.2, 0.7], gate=gate, **settings)
+    assert hands.of("weigh3")["policy"] == "train1" and earlier(hands, 3)[0] == "external"
 
 
 def load_reference(method: str) -> str:

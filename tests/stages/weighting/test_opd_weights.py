@@ -71,7 +71,9 @@ def test_the_end_of_a_response_is_compared_with_the_teachers():
 
 def test_responses_of_one_batch_do_not_touch_each_other():
     cut = batch_of([-1, -3, -2], [-1, -0.5], text="ab c", student=[(0, 1), (1, 2), (2, 4)], teacher=[(0, 2), (2, 4)])
-    student = Tokens.of([[9], [100, 101, 102], [7, 8]], [[(0, 1)], [(0, 1), (1, 2), (2, 4)], [(0, 1), (1, 2)]], [False] * 3)
+    student = Tokens.of(
+        [[9], [100, 101, 102], [7, 8]], [[(0, 1)], [(0, 1), (1, 2), (2, 4)], [(0, 1), (1, 2)]], [False] * 3
+    )
     teacher = Tokens.of([[9], [0, 1], [7, 8]], [[(0, 1)], [(0, 2), (2, 4)], [(0, 1), (1, 2)]], [False] * 3)
     batch = ResponseBatch(
         ["a", "b", "c"],
