@@ -225,8 +225,8 @@ class RunConfig(Config):
         compared = self.spec.needs(self.method) & {"win_rates", "scores", "advantage", "log_z"}
         if compared and self.pairing == "generations":
             raise ValueError(
-                f"{name} reads the {' and '.join(sorted(compared))} of generations, and pairing generations scores none: "
-                "set scoring.pairing to each, with a scoring.scorer"
+                f"{name} reads the {' and '.join(sorted(compared))} of generations, and "
+                "pairing generations scores none: set scoring.pairing to each, with a scoring.scorer"
             )
         if not is_single and needs.is_single:
             raise ValueError(f"{name} as set trains on pairs, and pairing {self.pairing} makes single responses")

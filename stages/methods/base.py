@@ -239,7 +239,7 @@ class Method(Plugin):
 
     @classmethod
     def opponents(cls, config: Any, count: int) -> tuple[float, ...]:
-        """lambda_j of the last `count` policies, newest first, sum 1: `old_policy` supplies sum_j lambda_j log pi_(t-j).
+        """lambda_j of the last `count` policies, newest first; `old_policy` supplies sum_j lambda_j log pi_(t-j).
 
         Unless overridden, the policy that sampled is the only one; a run's `history` above 1 is then refused.
         """

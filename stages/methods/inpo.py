@@ -41,9 +41,9 @@ class INPO(Method):
 
         >>> chosen = Responses.unpadded([[-1.0, -0.5]], reference_logps=[[-1.2, -0.9]])  # B = 1, T = 2
         >>> rejected = Responses.unpadded([[-2.0]], reference_logps=[[-1.9]])
-        >>> pairs = Pairs(
-        ...     chosen._replace(old_logps=chosen.reference_logps), rejected._replace(old_logps=rejected.reference_logps))
-        >>> INPO.pair_loss(INPO.Config(eta=0.5), pairs).loss  # (0.6 + 0.1 - 1)^2
+        >>> chosen = chosen._replace(old_logps=chosen.reference_logps)  # the first iteration: pi_t is the start model
+        >>> rejected = rejected._replace(old_logps=rejected.reference_logps)
+        >>> INPO.pair_loss(INPO.Config(eta=0.5), Pairs(chosen, rejected)).loss  # (0.6 + 0.1 - 1)^2
         tensor([0.0900])
         """
         return nash_loss(config, pairs)

@@ -54,7 +54,7 @@ class Sources:
             self._add("reference_logps", "reference")
         if self.config.old_policy:
             self._add("old_logps", "policy")
-            for model in EARLIER[: len(self.config.history) - 1]:
+            for model in EARLIER[: max(len(self.config.history), 1) - 1]:
                 if model in job.inputs:  # there are fewer in a run's first iterations
                     self._add(model, model)
         if "reference" in needs:
@@ -68,8 +68,9 @@ class Sources:
             from stages.weighting.importance import score_importance, score_max_logit_importance
 
             scores = {"importance": score_importance, "importance_max_logit": score_max_logit_importance}
-            for role in needs & scores.keys():
-                self._add(role, policy, kind=role.replace("_", "-"), score=scores[role])
+            for role, score in scores.items():
+                if role in needs:
+                    self._add(role, policy, kind=role.replace("_", "-"), score=score)
         is_scored = bool(needs & {"teacher", "teacher_unshifted"})
         if is_scored or self.config.teacher_tokens:
             self.teacher = TeacherView(job, is_scored, unshifted="teacher_unshifted" in needs)

@@ -36,7 +36,8 @@ class TIDPOv3Weights(WeightProvider):
 
         >>> from stages.weighting.weights.base import Tokens
         >>> tokens = Tokens.of([[5, 6]], None, ended=[False])  # N = 1, S = 2; mu 0.5, sigma 0.5
-        >>> batch = ResponseBatch(["a/chosen"], np.array([True]), tokens, {"importance_max_logit": np.array([3.0, 1.0])})
+        >>> batch = ResponseBatch(
+        ...     ["a/chosen"], np.array([True]), tokens, {"importance_max_logit": np.array([3.0, 1.0])})
         >>> TIDPOv3Weights.weights(TIDPOv3Weights.Config(), batch).values.round(4).tolist()
         [0.707, 0.357]
         """
