@@ -75,6 +75,11 @@ def played(tmp_path_factory, make_model, tiny_model):
     ]
     cases += [
         {"id": "outside method", "config": plain, "set": base | {"method": "slack", "mix_previous": False}},
+        {
+            "id": "fixed reference",
+            "config": plain,
+            "set": base | {"method": {"name": "dpo"}, "mix_previous": False, "reference": {"path": str(same)}},
+        },
         {"id": "outside weights", "config": plain, "set": base | {"weighting.weights": "first_tokens"}},
     ]
     for case in cases:
@@ -145,6 +150,12 @@ def test_a_method_of_another_package_trains_and_a_provider_of_another_package_we
     assert iteration["train"]["first_loss"] == pytest.approx(1.0, abs=1e-4)  # max(0, 1 - h) at policy = reference
     (iteration,) = result_of(played, "outside weights")["iterations"]
     assert (iteration["weigh"]["weights/chosen/min"], iteration["weigh"]["weights/chosen/max"]) == (0.0, 1.0)
+
+
+def test_a_fixed_model_may_be_the_reference(played):
+    (iteration,) = result_of(played, "fixed reference")["iterations"]
+    assert math.isfinite(iteration["train"]["first_loss"])
+    assert iteration["train"]["first_loss"] != pytest.approx(math.log(2), abs=1e-3), "policy and reference differ"
 
 
 @pytest.mark.parametrize("name", EXTRA)
