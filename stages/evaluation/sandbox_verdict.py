@@ -23,8 +23,9 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BufferedRWPair
 from types import CodeType, ModuleType
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 PASSED, FAILED = "+", "-"
 """First character of the verdict; after FAILED stands the name of the exception."""
@@ -209,12 +210,12 @@ def _error(error: BaseException) -> dict[str, list[str]]:
     return {"error": [type(error).__name__[:100], text]}
 
 
-def _send(file: IO[bytes], message: dict[str, Any]) -> None:
+def _send(file: BufferedRWPair, message: dict[str, Any]) -> None:
     file.write(json.dumps(message).encode() + b"\n")
     file.flush()
 
 
-def _receive(file: IO[bytes]) -> dict[str, Any] | None:
+def _receive(file: BufferedRWPair) -> dict[str, Any] | None:
     """The next line, None at the end. Raises: ValueError for what is no message."""
     line = file.readline(LONGEST_LINE)
     if not line.endswith(b"\n"):

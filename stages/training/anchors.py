@@ -26,7 +26,7 @@ class RowDraws:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.generators = generators
-        self.warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
+        self.warpers: list[Callable[[Any, Any], Tensor]] = []
         if sampling.temperature != 1.0:
             self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:

@@ -286,7 +286,10 @@ def _meet_on_loopback(backend: str, timeout: float) -> None:
     listening = {}
     if rank == 0:
         listening["master_listen_fd"] = socket.create_server((LOOPBACK, port)).detach()
-    store = dist.TCPStore(LOOPBACK, port, world_size, rank == 0, patience, wait_for_workers=False, **listening)
+    # torch documents TCPStore and leaves it out of __all__.
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        LOOPBACK, port, world_size, rank == 0, patience, wait_for_workers=False, **listening
+    )
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
 
 
