@@ -227,6 +227,20 @@ def pass_memory(shape: Shape, dtype: str, rows: Rows) -> dict[str, int]:
     }
 
 
+def scorer_memory(scorer: Any, shape: Shape, rows: Rows, on_gpu: bool) -> dict[str, int]:
+    """Bytes of a scorer's network; PairRM's also makes the scores of positions, which no fused attention covers."""
+    dtype = getattr(scorer, "dtype", "float32")
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    parts = pass_memory(shape, dtype, rows._replace(response=0))
+    if scorer.name != "pairrm" or not on_gpu:
+        return parts
+    # Two products with the positions, their cells, and the sum: four numbers per head, query and key. A row holds the
+    # prompt and two answers.
+    length = min(shape.context, rows.length + rows.response)
+    return parts | {"position scores": 4 * BYTES[dtype] * rows.tokens * length * shape.heads}
+
+
 def vllm_memory(shape: Shape, context: int, ranks: int, sequences: int) -> dict[str, int]:
     """Return bytes that vLLM needs on each of `ranks` tensor-parallel GPUs.
 

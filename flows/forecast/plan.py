@@ -19,14 +19,13 @@ from data_contracts.errors import ConfigError, PipelineError, print_error
 from data_contracts.words import plural
 from flows.config import RunConfig, load_run
 from flows.forecast.memory import (
-    BYTES,
     GIB,
-    Rows,
     Shape,
     generate_memory,
     model_shape,
     pass_memory,
     rows_of,
+    scorer_memory,
     training_memory,
     vllm_memory,
     with_slack,
@@ -137,7 +136,9 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
     needs["sample"] = need("sample", sampling, "policy", _sampling(sampling, policy, gpus_per_node), {})
     if "scorer" in shapes:
         budget = run.scoring.runtime.batch_tokens or (GPU_TOKENS if gpus_per_node else DEFAULT_TOKENS)
-        device = _scorer(run.scoring.scorer, shapes["scorer"], rows_of(budget, prompt, response, 2), gpus_per_node)
+        device = scorer_memory(
+            run.scoring.scorer, shapes["scorer"], rows_of(budget, prompt, response, 2), gpus_per_node > 0
+        )
         needs["score"] = need("score", run.scoring, "scorer", device, {})
     rows = rows_of(run.weighting.runtime.batch_tokens, prompt, response, 1)
     passed = {role: shape for role, shape in shapes.items() if role not in ("scorer", "judge")}
@@ -153,24 +154,10 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
     rows = rows_of(run.evaluation.runtime.batch_tokens, prompt, run.sampling_for_heldout().max_new_tokens, 1)
     judged = {"policy": pass_memory(policy, "bfloat16", rows)}
     if "judge" in shapes:
-        judged["judge"] = _scorer(run.evaluation.scorer, shapes["judge"], rows, gpus_per_node)
+        judged["judge"] = scorer_memory(run.evaluation.scorer, shapes["judge"], rows, gpus_per_node > 0)
     name = max(judged, key=lambda role: sum(judged[role].values()))
     needs["evaluate"] = need("evaluate", run.evaluation, name, judged[name], {})
     return needs
-
-
-def _scorer(scorer: Any, shape: Shape, rows: Rows, gpus_per_node: int) -> Parts:
-    """The memory of a scorer's network; PairRM's also makes the scores of positions, which no fused attention covers."""
-    dtype = getattr(scorer, "dtype", "float32")
-    if dtype == "auto":
-        dtype = "bfloat16" if gpus_per_node else "float32"
-    parts = pass_memory(shape, dtype, rows._replace(response=0))
-    if scorer.name != "pairrm" or not gpus_per_node:
-        return parts
-    # Two products with the positions, their cells, and the sum: four numbers per head, query and key. A row holds the
-    # prompt and two answers.
-    length = min(shape.context, rows.length + rows.response)
-    return parts | {"position scores": 4 * BYTES[dtype] * rows.tokens * length * shape.heads}
 
 
 def _sampling(sampling: Any, policy: Shape, gpus_per_node: int) -> Parts:
