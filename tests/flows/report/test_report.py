@@ -179,6 +179,7 @@ def history_of(store, make_run, tiny_model, make_prompts, make_rows, published):
             place = Place(str(store.root), "paper", iteration)
             directory = store.directory("checkpoint", f"c{iteration}")
             directory.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tiny_model / "tokenizer.json", directory)
             names = (
                 "rewards/chosen",
                 "rewards/rejected",
