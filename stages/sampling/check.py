@@ -2,8 +2,9 @@
 policy? Reads configs, headers and tokenizers, no weights.
 
 REQUEST.json: {"model": directory, "sets": [{"sampling": config, "prompts": Arrow file, "truncate": bool}, ...],
-"models": [[directory, task], ...]}; tasks: stages/models/architecture.py. Prints the `Verdicts` of each set (stages/sampling/prompt_lengths.py). Exit code 2 and one sentence on stdout where no
-prompt could be used, whatever it says.
+"models": [[directory, task], ...]}; tasks: stages/models/architecture.py. Prints the `Verdicts` of each set
+(stages/sampling/prompt_lengths.py). Exit code 2 and one sentence on stdout where no prompt could be used, whatever it
+says.
 
 A chat template is a program that came with a model: here, in a process of its own, it runs under limits of time and
 memory before any stage runs it.

@@ -277,6 +277,6 @@ def test_a_template_is_checked_under_limits(
         "truncate": False,
     }
     request = tmp_path / "request.json"
-    request.write_text(json.dumps({"model": str(model), "sets": [prompts]}))
+    request.write_text(json.dumps({"model": str(model), "sets": [prompts], "models": []}))
     assert check.main(str(request)) == code
     assert message in capsys.readouterr().out
