@@ -279,6 +279,8 @@ def _meet_on_loopback(backend: str, timeout: float) -> None:
     """
     import torch.distributed as dist
 
+    if dist.is_initialized():  # by an earlier training of this process
+        return
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, "lo")
     rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
