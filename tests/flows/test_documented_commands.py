@@ -218,7 +218,9 @@ def test_the_lines_of_a_page_work_in_their_order(page, checkout):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", PAGES_WITH_SERVER)
+@pytest.mark.parametrize(
+    "page", [PAGES_WITH_SERVER[0], *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES_WITH_SERVER[1:])]
+)
 def test_the_lines_of_a_page_with_a_server_work_in_their_order(page, checkout):
     """A server and a worker keep running, as in terminals of their own. Port 4200 may be taken: another is written."""
     port = free_port()

@@ -20,6 +20,8 @@ from data_contracts.store import Store
 from stages.running.history import events
 
 KILLS = 10
+FEW_KILLS = 4
+"""In the default suite: a kill and what follows it take 20 s."""
 REMAINS_SECONDS = 20
 """A stage gets 10 s of grace to end by itself; its tree must be gone soon after."""
 
@@ -186,11 +188,13 @@ class Experiment:
         assert not [process for run in self.runs for process in run.processes()]
 
 
-def kill_ten_times(tools, config: Path, directory: Path, unit: float, check: Callable[[Path, int], None]) -> None:
+def kill_often(
+    tools, config: Path, directory: Path, unit: float, check: Callable[[Path, int], None], kills: int = KILLS
+) -> None:
     chance = random.Random(int(os.environ.get("KILL_TEST_SEED", "1")))
     experiment = Experiment(tools, config, directory, check)
     try:
-        for _ in range(KILLS):
+        for _ in range(kills):
             experiment.kill(chance, unit)
         experiment.until_done()
     finally:
@@ -252,18 +256,19 @@ def assert_tidy(store: Store) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if anyone still holds it
 
 
-def test_ten_kills_at_random_moments_change_nothing(undisturbed, tools, tmp_path):
+@pytest.mark.parametrize("kills", [FEW_KILLS, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(undisturbed, tools, tmp_path, kills):
     wanted = tools.table_of(undisturbed.store, "tiny")
 
-    def check(directory: Path, kills: int) -> None:
+    def check(directory: Path, kills_in_store: int) -> None:
         store = Store(directory)
         assert tools.table_of(directory, "tiny") == wanted
         assert not [problem for record in store.records() for problem in store.problems(record, deep=True)]
         assert_same_artifacts(store, Store(undisturbed.store))
-        assert_little_was_done_twice(store, kills, save_every_steps=1)
+        assert_little_was_done_twice(store, kills_in_store, save_every_steps=1)
         assert_tidy(store)
 
-    kill_ten_times(tools, undisturbed.config, tmp_path, undisturbed.first.seconds / 14, check)
+    kill_often(tools, undisturbed.config, tmp_path, undisturbed.first.seconds / 14, check, kills)
 
 
 @pytest.mark.slow
@@ -279,4 +284,4 @@ def test_ten_kills_at_random_moments_change_nothing_with_vllm(make_run, tools, t
         assert_little_was_done_twice(Store(directory), kills, save_every_steps=1)
         assert_tidy(Store(directory))
 
-    kill_ten_times(tools, config, tmp_path, calm.seconds / 14, check)
+    kill_often(tools, config, tmp_path, calm.seconds / 14, check)

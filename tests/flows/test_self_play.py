@@ -119,6 +119,7 @@ def test_mlflow_being_away_costs_one_line_and_not_the_run(undisturbed, copy, too
     assert run.seconds < 90
 
 
+@pytest.mark.slow
 def test_two_iterations_with_vllm_build_once_and_are_found_again(make_run, tmp_path, tools):
     pytest.importorskip("vllm")
     config = make_run("engine", sampling={"backend": {"name": "vllm"}, "runtime": {"prompts_per_shard": 12}})

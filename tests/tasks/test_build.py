@@ -82,8 +82,9 @@ def test_a_stage_builds_signs_and_describes_its_artifact(built, tiny):
 
 def test_a_built_artifact_is_found_and_nothing_is_started(copy, built, no_launch):
     store, inputs, _ = copy
-    found = build("sample", sampling(), inputs, store)
-    assert found.cached and found.record == built[2].record
+    found, wanted = build("sample", sampling(), inputs, store), built[2].record
+    assert found.cached and found.record.model_copy(update={"inputs": wanted.inputs}) == wanted
+    assert found.record.inputs["prompts"].path == str(store.directory("prompts", wanted.inputs["prompts"].key))
 
 
 def test_another_runtime_finds_the_same_artifact(copy, no_launch):
