@@ -367,11 +367,13 @@ class RunConfig(Config):
 
     def auxiliary_training(self) -> TrainingConfig:
         """Settings of the auxiliary trainings. Default: TIS-DPO (D)'s, on the run's own hardware settings."""
+        training = self.auxiliary or self.training
+        runtime = training.runtime.model_copy(update={"may_leave_a_side": True})
         if self.auxiliary is not None:
-            return self.auxiliary.model_copy(update={"seed": self.seed})
-        method = METHODS.config(AUXILIARY_METHOD)
+            return self.auxiliary.model_copy(update={"seed": self.seed, "runtime": runtime})
         update = {
-            "method": method,
+            "runtime": runtime,
+            "method": METHODS.config(AUXILIARY_METHOD),
             "learning_rate": 1e-5,
             "batch_size": 16,
             "epochs": 1,

@@ -31,6 +31,9 @@ class TrainingRuntime(StageRuntime):
     max_first_margin: float = Field(0.3, gt=0)
     """Nats of |margin| at step 1 from which the stage warns where the reference is the policy itself: both should be one
     function there, and bf16 makes them two (docs/performance.md)."""
+    may_leave_a_side: bool = False
+    """Whether a method of single responses may read one side of pairs. The run sets it for the models that weigh for
+    TIS-DPO (S), which are fine-tuned on chosen or on rejected responses; elsewhere an unread response is refused."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a third more work, far less memory."""
     save_every_seconds: float = Field(900, ge=0)

@@ -130,7 +130,7 @@ def train_rank(out: Path, config: TrainingConfig, inputs: TrainingInputs, job: J
     from stages.training.loop import train
 
     rows = inputs.rows()
-    check_rows(rows, config.method)
+    check_rows(rows, config.method, config.runtime.may_leave_a_side)
     pin_threads(max(1, len(os.sched_getaffinity(0)) // config.runtime.num_processes))
 
     def report(num_steps: int, total: int, metrics: dict[str, float]) -> None:
@@ -159,7 +159,7 @@ def train_rank(out: Path, config: TrainingConfig, inputs: TrainingInputs, job: J
     return metrics
 
 
-def check_rows(rows: Sequence[dict[str, Any]], method: Named) -> None:
+def check_rows(rows: Sequence[dict[str, Any]], method: Named, may_leave_a_side: bool = False) -> None:
     """Check every per-token column that the method needs: present, as long as its tokens, and finite; and that the
     method reads every response there is.
 
@@ -173,7 +173,7 @@ def check_rows(rows: Sequence[dict[str, Any]], method: Named) -> None:
         columns.append("reference_logps")
     if "old_policy" in needs:
         columns.append("old_logps")
-    unread = {"chosen", "rejected"} - set(sides)
+    unread: set[str] = set() if may_leave_a_side else {"chosen", "rejected"} - set(sides)
     for number, row in enumerate(rows):
         for side in unread:
             if row.get(f"{side}_ids"):
