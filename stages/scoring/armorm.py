@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from data_contracts.errors import ConfigError
-from stages.models.lazy import torch
+from stages.models.lazy import import_transformers, torch
 from stages.models.policy import pick_device
 from stages.models.turns import turns_of_reader
 from stages.scoring.base import Candidates, Scores
@@ -37,8 +37,6 @@ class ArmoRM(PointScorer):
         """Ids of `<|eot_id|><|start_header_id|>assistant<|end_header_id|>` and two line feeds: where the gate reads."""
 
     def load(self, directory: Path) -> None:
-        from transformers import LlamaConfig
-
         from stages.scoring.armorm_model import ArmoNetwork
 
         settings = json.loads((directory / "config.json").read_text())
@@ -46,7 +44,7 @@ class ArmoRM(PointScorer):
         if missing := [name for name in needed if name not in settings]:
             raise ConfigError(f"{directory}/config.json has no {missing}: not an ArmoRM model")
         settings = {name: value for name, value in settings.items() if name not in ("auto_map", "architectures")}
-        network = ArmoNetwork(LlamaConfig(**settings))
+        network = ArmoNetwork(import_transformers().LlamaConfig(**settings))
         load_strictly(network, read_tensors(directory), directory)
         self.network = network.to(device=pick_device(self.device), dtype=getattr(torch, self.config.dtype)).eval()
         self.turns = turns_of_reader(directory)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from data_contracts.errors import ConfigError
+from stages.models.lazy import import_transformers
 from stages.scoring.deberta import Encoder, covers
 from stages.scoring.models import load_strictly, read_in_float32, read_tensors
 from stages.scoring.pairrm_tokens import MARKERS, Limits, PairTokenizer, load_tokenizer
@@ -151,9 +152,7 @@ def _layout(directory: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def _encoder_config(settings: dict[str, Any], vocabulary: int) -> DebertaV2Config:
     """transformers' config of the encoder, without dropout."""
-    from transformers import DebertaV2Config
-
     unused = ("architectures", "auto_map", "transformers_version", "dtype")
     described = {name: value for name, value in settings.items() if name not in unused}
     fixed = {"vocab_size": vocabulary, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return DebertaV2Config(**described | fixed)
+    return import_transformers().DebertaV2Config(**described | fixed)

@@ -22,7 +22,7 @@ from data_contracts.prompts import Message, PromptRow
 from stages.models import tokens
 from stages.models.architecture import refuse_misfit
 from stages.models.data_text import TextEncoder
-from stages.models.lazy import torch
+from stages.models.lazy import import_transformers, torch
 from stages.models.policy import batches_by_budget, pick_device, pin_threads
 from stages.models.tokens import context_length
 from stages.models.turns import turns_of_reader
@@ -135,11 +135,9 @@ def load_classifier(directory: Path, config: ClassifierConfig, dtype: str, devic
 
     Raises: ConfigError for a model with code of its own, without a trained head, or without the output asked for.
     """
-    from transformers import AutoModelForSequenceClassification
-
     settings = json.loads((directory / "config.json").read_text())
     refuse_remote_code(settings, directory, config.trust_remote_code)
-    model, report = AutoModelForSequenceClassification.from_pretrained(
+    model, report = import_transformers().AutoModelForSequenceClassification.from_pretrained(
         str(directory),
         dtype=getattr(torch, dtype),
         local_files_only=True,
