@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+import os
+import sys
+from functools import lru_cache
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -62,10 +64,10 @@ class Registry(Generic[P]):
         return sorted(self.table.keys() | {point.name for point in self._entry_points()})
 
     def __contains__(self, name: str) -> bool:
-        return name in self.table or any(point.name == name for point in self._entry_points())
+        return name in self.table or name in self._entry_points().names
 
-    def _entry_points(self) -> Iterable[EntryPoint]:
-        return entry_points(group=f"selfplay.{self.family}")
+    def _entry_points(self) -> EntryPoints:
+        return entry_points_of(self.family)
 
     def get(self, name: str) -> type[P]:
         """The plug-in called `name`.
@@ -123,6 +125,30 @@ class Registry(Generic[P]):
             # Prefect enforces this schema; the options belong to each plug-in and are validated by its own class.
             "additionalProperties": True,
         }
+
+
+def entry_points_of(family: str) -> EntryPoints:
+    """The entry points of all installed packages in the group `selfplay.<family>`.
+
+    Reading them opens a file of every installed package, 20 ms, and a run config asks hundreds of times; so they are
+    read again only after the import path, or a directory on it, has changed.
+    """
+    groups = _entry_points_on(tuple((path, _changed_at(path)) for path in sys.path))
+    return groups.get(f"selfplay.{family}", EntryPoints())
+
+
+@lru_cache(maxsize=4)
+def _entry_points_on(search_path: tuple[tuple[str, int], ...]) -> dict[str, EntryPoints]:
+    """Return the entry points by group, those of this project's groups alone."""
+    points = entry_points()
+    return {group: points.select(group=group) for group in points.groups if group.startswith("selfplay.")}
+
+
+def _changed_at(directory: str) -> int:
+    try:
+        return os.stat(directory or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 FAMILIES: list[Registry[Any]] = []

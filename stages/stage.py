@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
@@ -18,6 +17,7 @@ from data_contracts.config import Config, Runtime, parse
 from data_contracts.errors import ConfigError
 from data_contracts.identity import fingerprint
 from data_contracts.redaction import without_secrets
+from stages.registry import entry_points_of
 
 
 def check_variables(env: dict[str, str]) -> dict[str, str]:
@@ -123,7 +123,7 @@ class Stages(dict[str, Stage]):
     """
 
     def __missing__(self, name: str) -> Stage:
-        for point in entry_points(group="selfplay.stages"):
+        for point in entry_points_of("stages"):
             if point.name == name:
                 return point.load()
         raise KeyError(name)

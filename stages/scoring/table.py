@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -12,6 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from data_contracts.errors import ConfigError
+from stages.registry import entry_points_of
 
 T = TypeVar("T")
 
@@ -27,22 +27,19 @@ class Table(Generic[T]):
 
     def names(self) -> list[str]:
         """Every name: those of this package in their order, then those of other packages."""
-        return list(dict.fromkeys([*self.entries, *sorted(point.name for point in self._entry_points())]))
+        return list(dict.fromkeys([*self.entries, *sorted(entry_points_of(self.family).names)]))
 
     def get(self, name: str) -> T:
         """Return an entry. Raises: ConfigError for an unknown name or an entry point that does not load."""
         if name in self.entries:
             return self.entries[name]
-        for point in self._entry_points():
+        for point in entry_points_of(self.family):
             if point.name == name:
                 return self._load(point)
         message = f"unknown {self.family} {name!r}; known: {', '.join(self.names())}."
         if close := difflib.get_close_matches(name, self.names(), 1):
             message += f" Did you mean {close[0]!r}?"
         raise ConfigError(message)
-
-    def _entry_points(self) -> Iterable[EntryPoint]:
-        return entry_points(group=f"selfplay.{self.family}")
 
     def _load(self, point: EntryPoint) -> T:
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
+from stages.registry import entry_points_of
 
 if TYPE_CHECKING:
     from tasks.execution.base import Executor
@@ -28,8 +28,7 @@ Another package adds an engine by an entry point in the group `selfplay.engines`
 
 def profiles() -> list[str]:
     """The names of all engines, those of other packages last."""
-    others = {point.name for point in entry_points(group="selfplay.engines")}
-    return [*ENGINES, *sorted(others - ENGINES.keys())]
+    return [*ENGINES, *sorted(entry_points_of("engines").names - ENGINES.keys())]
 
 
 def executor_for(
@@ -40,7 +39,7 @@ def executor_for(
     log: takes lines for people. inherit: file descriptors (locks) that processes on this machine keep open.
     Raises: ConfigError if the engine is not installed or cannot be reached.
     """
-    targets = {point.name: point.value for point in entry_points(group="selfplay.engines")} | ENGINES
+    targets = {point.name: point.value for point in entry_points_of("engines")} | ENGINES
     module, _, name = targets[execution.profile].partition(":")
     try:
         engine = getattr(importlib.import_module(module), name)

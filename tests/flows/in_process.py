@@ -5,6 +5,7 @@ its own per stage is in test_self_play.py. REQUEST: {"store", "cases": [{"id", "
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -110,6 +111,7 @@ def main(request: str, out: str) -> None:
                 result = {"error": traceback.format_exc()}
             file.write(json.dumps({"id": case["id"], **result}) + "\n")
             file.flush()
+            gc.freeze()  # what a case imported stays; each stage would look through it again, half a second each
 
 
 if __name__ == "__main__":
