@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import os
 
-# Read when the OpenMP runtime loads, so before anything imports torch: threads that spin while they wait make each
-# other slow as soon as the machine has other work (measured: vLLM 65 against 450 tokens/s beside one busy process on 2
-# cores).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-for _name, _value in {
-    "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TRITON_PRINT_AUTOTUNING": "0",
-    # To ask whether there is a GPU must not initialise CUDA: a process that did cannot fork vLLM's engine any more.
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    # CUDA_VISIBLE_DEVICES then counts GPUs as nvidia-smi and the pipeline's locks do, not by their speed.
-    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-    # Packed batches have another shape at each step: segments that grow lose less to fragments.
-    **({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if os.path.exists("/dev/nvidiactl") else {}),
-}.items():
-    os.environ.setdefault(_name, _value)
+
+def set_defaults() -> None:
+    """Set the variables that a stage needs in its environment, unless the user has set them."""
+    defaults = {
+        # Read when the OpenMP runtime loads, so before anything imports torch: threads that spin while they wait make
+        # each other slow as soon as the machine has other work (measured: vLLM 65 against 450 tokens/s beside one busy
+        # process on 2 cores).
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TRITON_PRINT_AUTOTUNING": "0",
+        # To ask whether there is a GPU must not initialise CUDA: a process that did cannot fork vLLM's engine any more.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # CUDA_VISIBLE_DEVICES then counts GPUs as nvidia-smi and the pipeline's locks do, not by their speed.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+    if os.path.exists("/dev/nvidiactl"):
+        # Packed batches have another shape at each step: segments that grow lose less to fragments.
+        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+set_defaults()
 
 import json
 import sys
@@ -42,6 +50,7 @@ from data_contracts.redaction import redact_output
 from data_contracts.store import Store
 from stages.execute import LOCK_HELD, execute, execute_share
 from stages.running.claims import WORKER
+from stages.running.cost import before_fork
 from stages.running.loopback import bypass_proxies_on_loopback
 from stages.running.rendezvous import node_rank
 from stages.stage import STAGES
@@ -85,7 +94,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _launched() -> float:
-    """When the kernel started this process, in seconds since the epoch."""
+    """When this process was asked for, in seconds since the epoch: when the kernel started it, unless it is a fork."""
+    if before_fork.launched is not None:
+        return before_fork.launched
     with open("/proc/self/stat") as file:
         ticks = int(file.read().rsplit(")", 1)[1].split()[19])
     since_boot = ticks / os.sysconf("SC_CLK_TCK")

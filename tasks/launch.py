@@ -12,16 +12,19 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import stages
 from data_contracts.errors import BY_NAME, StageError, TransientError
 from data_contracts.redaction import redact
+from stages.forkserver import TREE
 from stages.running.supervise import processes_with, signal_all, supervisor_options
+from tasks.forkserver import SWITCH, ForkedProcess
 
 CHECKOUT = Path(stages.__file__).resolve().parent.parent
 LINES_PER_SECOND = 10
@@ -108,8 +111,39 @@ def _message(line: str, fields: set[str]) -> dict[str, Any]:
     return {}
 
 
+class Process(Protocol):
+    """What this module needs of a process; subprocess.Popen has it."""
+
+    returncode: Any
+    stdout: IO[str] | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+def _start_interpreter(
+    python: str, arguments: Sequence[str], environment: Mapping[str, str], inherit: Sequence[int], output: int
+) -> subprocess.Popen[str]:
+    """Start `python -m stages ARGUMENTS` below a supervisor; its output goes to the file descriptor."""
+    supervisor = [sys.executable, "-m", "stages.running.supervise", *supervisor_options(GRACE_SECONDS)]
+    return subprocess.Popen(
+        [*supervisor, python, "-m", "stages", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env=environment,
+        pass_fds=tuple(inherit),
+    )
+
+
 class StageProcess:
-    """`python -m stages ARGUMENTS` and its process tree, started.
+    """`python -m stages ARGUMENTS` and its process tree, started: a fork of a server that has imported its libraries,
+    or an interpreter of its own where `python` is another one.
 
     Call `wait` until it returns True, and `end` in any case.
     inherit: file descriptors (a lock) that the tree keeps open.
@@ -128,21 +162,16 @@ class StageProcess:
     ):
         self.stage, self.log_file, self.timeout = arguments[0], log_file, timeout
         tree = uuid.uuid4().hex
-        self.marker = f"SELFPLAY_TREE={tree}"
-        supervisor = [sys.executable, "-m", "stages.running.supervise", *supervisor_options(GRACE_SECONDS)]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path(), "SELFPLAY_TREE": tree}
+        self.marker = f"{TREE}={tree}"
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path(), TREE: tree}
+        environment |= env or {}
         self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            [*supervisor, python or sys.executable, "-m", "stages", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            env=environment | (env or {}),
-            pass_fds=tuple(inherit),
-        )
+        start_plainly = partial(_start_interpreter, python or sys.executable, arguments, environment, inherit)
+        self.process: Process
+        if python in (None, sys.executable) and os.environ.get(SWITCH) != "off":
+            self.process = ForkedProcess(arguments, environment, GRACE_SECONDS, inherit, start_plainly)
+        else:
+            self.process = start_plainly(subprocess.PIPE)
         assert self.process.stdout is not None
         self.output = _Output(self.process.stdout, log_file, log)
 
@@ -190,7 +219,7 @@ class StageProcess:
         )
 
 
-def end_tree(process: subprocess.Popen[str], marker: str) -> None:
+def end_tree(process: Process, marker: str) -> None:
     """End a supervisor and its tree, then other processes with the marker (NAME=value) in their environment."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

@@ -22,6 +22,7 @@ from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
 from stages.evaluation.rows import column_names
 from stages.job import Job
 from stages.models.families import attention_addition
+from stages.models.lazy import import_auto_classes
 from stages.models.memory import free_device_memory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads
 from stages.models.tokens import load_tokenizer
@@ -139,6 +140,11 @@ Config = EvaluationConfig
 def key_additions(config: EvaluationConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
     """See `attention_addition`."""
     return attention_addition(inputs.values())
+
+
+def preload(config: EvaluationConfig) -> None:
+    """Import what `run` will; once for many stages, before any is forked (stages/forkserver.py)."""
+    import_auto_classes()
 
 
 class Part(NamedTuple):

@@ -55,6 +55,18 @@ def import_transformers() -> ModuleType:
     return transformers
 
 
+def import_auto_classes() -> None:
+    """Import what transformers needs to load a model or a tokenizer of any family."""
+    import_transformers()
+    with loading():
+        from transformers import (  # noqa: F401
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoTokenizer,
+        )
+
+
 if TYPE_CHECKING:
     import torch
 else:

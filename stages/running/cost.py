@@ -52,6 +52,18 @@ class _Loading:
 loading = _Loading()
 
 
+class _BeforeFork:
+    """What was spent on this process before it was forked (stages/forkserver.py); nothing for one that was not."""
+
+    launched: float | None = None
+    """When it was asked for, in seconds since the epoch."""
+    seconds = 0.0
+    """Processor time of the imports that were made for it."""
+
+
+before_fork = _BeforeFork()
+
+
 @cache
 def parameters(directory: str) -> int:
     """The number of parameters in a model's safetensors files, read from their headers; 0 without such files."""
@@ -121,7 +133,8 @@ def cost_of(events: Iterable[Mapping[str, Any]], watch: MemoryWatch) -> dict[str
         if event["event"] == SPEED_EVENT:
             cost |= event["speed"]
     cost["peak_rss_bytes"] = watch.peak_rss_bytes
-    cost["cpu_seconds"] = round(times.user + times.system + times.children_user + times.children_system, 2)
+    cpu_seconds = times.user + times.system + times.children_user + times.children_system
+    cost["cpu_seconds"] = round(before_fork.seconds + cpu_seconds, 2)
     gpu_bytes, cost["gpus"] = gpu_cost(history, watch.gpus.peaks)
     if gpu_bytes:
         cost["peak_gpu_bytes"] = gpu_bytes

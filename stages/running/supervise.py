@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -89,23 +91,51 @@ def main(arguments: list[str]) -> int:
             grace = float(value)
         else:
             raise SystemExit(f"stages.running.supervise: no option {name}")
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:  # the parent died before the kernel watched it, maybe before our first line
         return 143
+    supervisor = os.getpid()
+
+    def start() -> Child:
+        return subprocess.Popen(
+            arguments,
+            start_new_session=True,
+            close_fds=False,
+            preexec_fn=lambda: die_with_supervisor(supervisor),
+        )
+
+    return supervise(start, grace)
+
+
+def die_with_supervisor(supervisor: int) -> None:
+    """Have the kernel kill this process, a new child of the supervisor, when the supervisor ends."""
+    die_with_parent()
+    if os.getppid() != supervisor:
+        os._exit(143)
+
+
+class Child(Protocol):
+    """A process that was started, as subprocess.Popen shows it."""
+
+    def poll(self) -> int | None:
+        """Return its exit code, negative for a signal; None while it runs."""
+        ...
+
+
+def supervise(start: Callable[[], Child], grace: float, is_deserted: Callable[[], bool] = lambda: False) -> int:
+    """Start a child, wait for it and end what it leaves behind; returns its exit code, 128 + signal for a signal.
+
+    is_deserted: asked twenty times a second; once it says so, the tree is ended as at SIGTERM.
+    """
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: signals.append(received))
-    supervisor = os.getpid()
-
-    def die_with_supervisor() -> None:
-        die_with_parent()
-        if os.getppid() != supervisor:
-            os._exit(143)
-
-    child = subprocess.Popen(arguments, start_new_session=True, close_fds=False, preexec_fn=die_with_supervisor)
+    child = start()
     deadline = None
     while (code := child.poll()) is None:
+        if not signals and is_deserted():
+            signals.append(signal.SIGTERM)
         if signals and deadline is None:
             deadline = time.monotonic() + grace
             signal_all(descendants(), signal.SIGTERM)

@@ -62,6 +62,10 @@ class Sampler(Plugin, ABC):
         )
         self.blank_ids = list(blank_ids)
 
+    @classmethod
+    def preload(cls, device: str) -> None:
+        """Import the engine's library; once for many stages, before any is forked."""
+
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
         """Return the candidates of each prompt, one per seed.

@@ -19,6 +19,7 @@ from data_contracts.shard_rows import ShardRows
 from data_contracts.shards import read_shard, shard_paths
 from stages.job import Job, Shard
 from stages.models.families import attention_addition
+from stages.models.lazy import import_auto_classes
 from stages.models.policy import pick_device
 from stages.models.tokens import context_length
 from stages.models.turn_settings import TurnConfig, ending_of
@@ -140,6 +141,12 @@ def check_context(config: SamplingConfig, turns: Turns) -> None:
             f"max_prompt_tokens + max_new_tokens = {config.context_tokens} exceeds the context of {context} positions "
             f"of the model in {turns.directory}: lower one of them"
         )
+
+
+def preload(config: SamplingConfig) -> None:
+    """Import what `run` will; once for many stages, before any is forked (stages/forkserver.py)."""
+    import_auto_classes()
+    SAMPLERS.get(config.backend.name).preload(pick_device(config.runtime.device))
 
 
 def run(job: Job) -> None:

@@ -98,6 +98,18 @@ class VLLM(Sampler):
                 raise ValueError(f"{taken[0]} is not to be given here: {SET_HERE[taken[0]]} decides it")
             return arguments
 
+    @classmethod
+    def preload(cls, device: str) -> None:
+        prepare_environment(device)
+        try:
+            with absent("scipy"):  # for resampling audio: a second of processor time
+                from vllm import LLM  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter "
+                "that has it in sampling.runtime.python"
+            ) from error
+
     def __init__(
         self,
         config: Config,
@@ -108,15 +120,9 @@ class VLLM(Sampler):
         blank_ids: Sequence[int] = (),
     ):
         super().__init__(config, sampling, model, stop_ids, device, blank_ids)
-        prepare_environment(device)
-        try:
-            with absent("scipy"):  # for resampling audio: a second of processor time
-                from vllm import LLM
-        except ImportError as error:
-            raise ConfigError(
-                f"the sampler vllm does not import ({error}). Install the extra `cpu` or `gpu`, or name an interpreter "
-                "that has it in sampling.runtime.python"
-            ) from error
+        self.preload(device)
+        from vllm import LLM
+
         check_model(Path(model), "causal")
         runtime = config.runtime
         arguments: dict[str, Any] = {

@@ -19,6 +19,7 @@ from data_contracts.rows import GenerationRow
 from data_contracts.shard_rows import RowsByPrompt, ShardRows, prompt_hashes
 from data_contracts.shards import read_shard, shard_path, shard_paths, to_table, write_shard
 from stages.job import Job
+from stages.models.lazy import import_auto_classes
 from stages.models.logps import Pass
 from stages.models.turn_settings import TurnConfig, ending_of
 from stages.registry import Named
@@ -95,6 +96,11 @@ def key_additions(config: ScoringConfig, inputs: Mapping[str, ArtifactRef]) -> d
     if ending.token is None:
         return {}
     return {"terminator": ending.token}
+
+
+def preload(config: ScoringConfig) -> None:
+    """Import what `run` will; once for many stages, before any is forked (stages/forkserver.py)."""
+    import_auto_classes()
 
 
 def run(job: Job) -> None:

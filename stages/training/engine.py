@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, config: TrainingConfig, model: str, num_steps: int, device: str):
         get_scheduler = import_transformers().get_scheduler
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         self.config, self.device = config, device
         _join(deepspeed, config.runtime.collective_timeout_seconds)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -203,7 +203,7 @@ class Engine:
         torch.distributed.destroy_process_group()
 
 
-def _import_deepspeed(device: str) -> ModuleType:
+def import_deepspeed(device: str) -> ModuleType:
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its JIT needs a compiler

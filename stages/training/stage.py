@@ -21,6 +21,7 @@ from data_contracts.store import Store
 from stages.job import Job
 from stages.methods import METHODS
 from stages.models.families import attention_addition
+from stages.models.lazy import import_auto_classes
 from stages.models.policy import pick_device, pin_threads
 from stages.registry import Named
 from stages.running import rendezvous
@@ -36,6 +37,15 @@ Config = TrainingConfig
 def key_additions(config: TrainingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
     """See `attention_addition`."""
     return attention_addition(inputs.values())
+
+
+def preload(config: TrainingConfig) -> None:
+    """Import what `run` will; once for many stages, before any is forked (stages/forkserver.py)."""
+    import_auto_classes()
+    if config.runtime.num_processes == config.runtime.num_nodes == 1:  # several ranks are interpreters of their own
+        from stages.training.engine import import_deepspeed
+
+        import_deepspeed(pick_device(config.runtime.device))
 
 
 TOKENIZER_FILES = (

@@ -21,6 +21,7 @@ from data_contracts.shard_rows import ShardRows
 from data_contracts.shards import read_shard, read_shards, shard_path, shard_paths, to_table, write_shard
 from stages.job import Job
 from stages.models.families import attention_addition
+from stages.models.lazy import import_auto_classes
 from stages.models.turn_settings import TurnConfig
 from stages.registry import Named
 from stages.running.history import events
@@ -85,6 +86,11 @@ def key_additions(config: WeightingConfig, inputs: Mapping[str, ArtifactRef]) ->
     has_teacher = config.teacher_tokens or bool(needs & {"teacher", "teacher_unshifted"})
     view = {"teacher_view": 3 if config.template_kwargs else 2} if has_teacher else {}
     return view | attention_addition(inputs.values())
+
+
+def preload(config: WeightingConfig) -> None:
+    """Import what `run` will; once for many stages, before any is forked (stages/forkserver.py)."""
+    import_auto_classes()
 
 
 def run(job: Job) -> None:

@@ -12,8 +12,8 @@ import sys
 from stages.models.lazy import import_transformers
 import_transformers()
 import transformers.models.llama.modeling_llama
-from stages.training.engine import _import_deepspeed
-_import_deepspeed("cpu")
+from stages.training.engine import import_deepspeed
+import_deepspeed("cpu")
 print([name for name in ("scipy", "sklearn", "mlflow") if name in sys.modules])
 import scipy, sklearn, mlflow  # still installed for whoever wants them
 """
