@@ -78,7 +78,10 @@ _lock = threading.Lock()
 def _server_for(environment: Mapping[str, str]) -> ForkServer:
     key = frozenset((name, value) for name, value in environment.items() if not VOLATILE.match(name))
     server = _servers.pop(key, None)
-    if server is None or not server.is_alive():
+    if server is not None and not server.is_alive():
+        server.close()
+        server = None
+    if server is None:
         while len(_servers) >= MAX_SERVERS:
             _servers.pop(next(iter(_servers))).close()
         server = ForkServer(environment)
@@ -149,6 +152,7 @@ class ForkedProcess:
             if self.pid is not None:
                 self._end_with(-signal.SIGKILL)  # a supervisor that was killed says no last word
             else:
+                self._connection.close()
                 self._plain = self._start_plainly(self._output)
                 self.pid = self._plain.pid
                 self._close_output()

@@ -1,10 +1,12 @@
 """A stage process: what it says is passed on, what it meant is raised, and nothing of its tree outlives it.
 
-Strategy: the `python` that runs the stage is a script of ours that misbehaves as the test wishes; it leaves the ids of
-its processes in a file, children in sessions of their own among them. The parent that is killed with -9 is a process
-that called run_stage.
+Strategy: each test runs twice. As an interpreter: the `python` that runs the stage is a script of ours that misbehaves
+as the test wishes. As a fork: the same lines are what a stage of another package does, below a fork server. They leave
+the ids of their processes in a file, children in sessions of their own among them. The parent that is killed with -9 is
+a process that called run_stage.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import tasks.forkserver
 import tasks.launch
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, StageError, TransientError
 from stages.running.supervise import descendants, processes_with, supervisor_options
@@ -39,33 +42,82 @@ def impatient(monkeypatch):
     monkeypatch.setattr(tasks.launch, "GRACE_SECONDS", 1.0)
 
 
-@pytest.fixture
-def stage(tmp_path):
+PROBE = """
+import os, sys
+from data_contracts.config import Config as Settings
+from stages.stage import Stage
+
+class Config(Settings):
+    code: str
+    before: str = ""
+
+def preload(config):
+    exec(config.before, {"__name__": "selfplay_probe"})
+
+def run(job):
+    exec(job.config.code, {"__name__": "__main__"})
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
+
+STAGE = Stage("probe", "1", "generations", {}, "selfplay_probe", section="probe", phase="scoring", unit="pairs")
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """An installed distribution with the stage `probe`, which does what its settings say."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "selfplay_probe.py").write_text(PROBE)
+    info = site / "selfplay_probe-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: selfplay-probe\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[selfplay.stages]\nprobe = selfplay_probe:STAGE\n")
+    return site
+
+
+@pytest.fixture(params=["interpreter", "fork"])
+def stage(request, tmp_path, site):
     """stage(code, ...) runs `code` as a stage; what it said is in stage.logged, stage.progress and stage.log_file."""
-    return Stage(tmp_path)
+    return Stage(tmp_path, site if request.param == "fork" else None)
+
+
+@pytest.fixture
+def forked(tmp_path, site):
+    """The same, as a fork only."""
+    return Stage(tmp_path, site)
 
 
 class Stage:
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, site: Path | None):
         self.directory, self.log_file, self.pid_file = directory, directory / "stage.log", directory / "pids"
+        self.site = site
+        self.name = "probe" if site else "sample"
         self.logged: list[str] = []
         self.progress: list[tuple[int, int, str]] = []
-
-    def script(self, code: str) -> str:
-        path = self.directory / "python"
-        path.write_text(f"#!{sys.executable}\n{code}\n")
-        path.chmod(0o755)
-        return str(path)
 
     def tree(self, then: str, on_term: str = "SIG_DFL") -> str:
         return TREE.format(pids=str(self.pid_file), on_term=on_term) + then
 
-    def __call__(self, code: str, **options) -> None:
+    def call(self, code: str, before: str = "") -> tuple[list[str], dict]:
+        """The arguments and the options of run_stage that make it run the code."""
+        if self.site is None:
+            path = self.directory / "python"
+            path.write_text(f"#!{sys.executable}\n{code}\n")
+            path.chmod(0o755)
+            return [self.name, "spec.json"], {"python": str(path)}
+        spec = self.directory / "spec.json"
+        config = {"code": code, "before": before}
+        spec.write_text(json.dumps({"config": config, "inputs": {}, "store": str(self.directory / "store")}))
+        return [self.name, str(spec)], {"env": {"PYTHONPATH": os.pathsep.join([str(ROOT), str(self.site)])}}
+
+    def __call__(self, code: str, before: str = "", env: dict | None = None, **options) -> None:
         def follow(progress) -> None:
             self.progress.append((progress.done, progress.total, progress.unit))
 
-        options = {"log": self.logged.append, "on_progress": follow, "python": self.script(code)} | options
-        run_stage(["sample", "spec.json"], log_file=self.log_file, **options)
+        arguments, start = self.call(code, before)
+        env = start.pop("env", {}) | (env or {})
+        options = {"log": self.logged.append, "on_progress": follow} | start | options
+        run_stage(arguments, log_file=self.log_file, env=env, **options)
 
     def pids(self) -> list[int]:
         """The processes of the tree: stage, child, grandchild, supervisor. Waits until it stands."""
@@ -99,7 +151,10 @@ def wait_until(condition, seconds: float) -> bool:
 
 def test_a_stage_gets_its_arguments_and_its_lines_are_logged_and_kept(stage):
     stage("import sys; print(sys.argv[1:]); print('to stderr', file=sys.stderr)", log=stage.logged.append)
-    assert sorted(stage.logged) == ["['-m', 'stages', 'sample', 'spec.json']", "to stderr"]
+    arguments = ["-m", "stages", "sample", "spec.json"]
+    if stage.site:
+        arguments = ["probe", str(stage.directory / "spec.json")]
+    assert sorted(stage.logged) == [str(arguments), "to stderr"]
     assert sorted(stage.log_file.read_text().splitlines()) == sorted(stage.logged)
 
 
@@ -173,7 +228,7 @@ def test_a_second_try_adds_to_the_log_file(stage):
 )
 def test_an_error_the_stage_reported_is_raised_again_as_what_it_was(stage, reported, raised, code):
     report = f"""print('@error {{"type": "{reported}", "message": "row 7 is bad"}}'); raise SystemExit({code})"""
-    with pytest.raises(raised, match=r"row 7 is bad \[stage sample, log: .*stage\.log\]") as caught:
+    with pytest.raises(raised, match=rf"row 7 is bad \[stage {stage.name}, log: .*stage\.log\]") as caught:
         stage(report)
     assert type(caught.value) is raised
 
@@ -182,7 +237,7 @@ def test_an_error_the_stage_reported_is_raised_again_as_what_it_was(stage, repor
 def test_an_exit_code_without_a_report_is_a_stage_error_with_the_last_lines(stage, code):
     with pytest.raises(
         StageError,
-        match=rf"the stage sample ended with exit code {code}; log: .*stage\.log; its last lines:\n(.*\n)*line 39",
+        match=rf"the stage {stage.name} ended with exit code {code}; log: .*stage\.log; its last lines:\n(.*\n)*line 39",
     ):
         stage(f"for number in range(40): print('line', number)\nraise SystemExit({code})")
 
@@ -194,13 +249,13 @@ def test_a_python_traceback_is_among_the_last_lines(stage):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_a_stage_that_was_killed_is_worth_another_try(stage, number):
-    with pytest.raises(TransientError, match=f"the stage sample was killed by signal {number:d} "):
+    with pytest.raises(TransientError, match=f"the stage {stage.name} was killed by signal {number:d} "):
         stage(f"import os; print('working', flush=True); os.kill(os.getpid(), {number:d})")
 
 
-def test_an_interpreter_that_is_not_there_is_an_error(stage):
+def test_an_interpreter_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(StageError, match="No such file"):
-        stage("", python="/no/such/python")
+        Stage(tmp_path, None)("", python="/no/such/python")
 
 
 # --- nothing of it survives
@@ -213,7 +268,7 @@ def test_children_that_a_stage_leaves_behind_end_with_it(stage):
 
 def test_the_tree_ends_on_a_timeout(stage):
     began = time.monotonic()
-    with pytest.raises(StageError, match=r"the stage sample ran longer than runtime.timeout_seconds = 1.5"):
+    with pytest.raises(StageError, match=f"the stage {stage.name} ran longer than runtime.timeout_seconds = 1.5"):
         stage(stage.tree("time.sleep(120)"), timeout=1.5)
     assert time.monotonic() - began < 8
     assert stage.is_gone(0.5)
@@ -245,16 +300,17 @@ def test_a_tree_that_will_not_listen_is_killed_after_the_grace(stage):
 
 
 CALLER = """
-import sys, tasks.launch
+import json, sys, tasks.launch
 from pathlib import Path
 tasks.launch.GRACE_SECONDS = 1.0
-tasks.launch.run_stage(["sample", "spec.json"], log_file=Path(sys.argv[2]), log=print, python=sys.argv[1])
+arguments, options = json.loads(sys.argv[1])
+tasks.launch.run_stage(arguments, log_file=Path(sys.argv[2]), log=print, **options)
 """
 
 
 def call(stage, code: str) -> subprocess.Popen:
     """A process that runs the stage."""
-    command = [sys.executable, "-c", CALLER, stage.script(code), str(stage.log_file)]
+    command = [sys.executable, "-c", CALLER, json.dumps(stage.call(code)), str(stage.log_file)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -310,11 +366,17 @@ def test_processes_are_found_by_what_they_inherited_and_by_their_parents():
 
 
 def test_descriptors_are_inherited_by_the_stage_alone_if_asked(stage, tmp_path):
+    write = f"""
+import os
+links = [number for number in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd/" + number)]
+(mine,) = [int(number) for number in links if os.readlink("/proc/self/fd/" + number) == {str(tmp_path / "lock")!r}]
+os.write(mine, b"mine")
+"""
     with open(tmp_path / "lock", "w") as file:
-        stage(f"import os; os.write({file.fileno()}, b'mine')", inherit=[file.fileno()])
+        stage(write, inherit=[file.fileno()])
         assert (tmp_path / "lock").read_text() == "mine"
-        with pytest.raises(StageError, match="Bad file descriptor"):
-            stage(f"import os; os.write({file.fileno()}, b'mine')")
+        with pytest.raises(StageError, match="not enough values to unpack"):
+            stage(write)
 
 
 def test_a_supervisor_whose_parent_died_before_it_began_starts_nothing(tmp_path):
@@ -332,3 +394,124 @@ def test_a_supervisor_whose_parent_died_before_it_began_starts_nothing(tmp_path)
         == 0
     )
     assert (tmp_path / "ran").exists()
+
+
+# --- the fork server
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    """The servers of this process, none of another test among them."""
+    servers: dict = {}
+    monkeypatch.setattr(tasks.forkserver, "_servers", servers)
+    yield servers
+    for server in servers.values():
+        server.close()
+
+
+WHO = """
+import os
+server = int(open(f"/proc/{os.getppid()}/stat").read().rsplit(")", 1)[1].split()[1])
+print("server", server, "imported", os.environ.get("NUMBER"), *sys.modules.get("counted", []))
+"""
+
+
+def test_stages_are_forks_of_one_server_that_imports_once(forked, servers):
+    before = "import sys\nsys.modules.setdefault('counted', []).append(len(sys.modules['counted']))"
+    for number in ("1", "2"):
+        forked("import sys\n" + WHO, before, env={"SELFPLAY_NUMBER": number})
+    (server,) = servers.values()
+    assert forked.logged == [
+        f"server {server.process.pid} imported None 0",
+        f"server {server.process.pid} imported None 0 1",
+    ]
+    forked("import sys\n" + WHO, env={"NUMBER": "3"})  # a library may read it when it is imported
+    assert len(servers) == 2 and forked.logged[-1].endswith("imported 3")
+    forked("import sys\n" + WHO, env={"NUMBER": "4"})
+    assert len(servers) == 2
+    assert wait_until(lambda: not alive(server.process.pid), 5)
+
+
+def test_a_fork_is_shown_as_the_stage_that_it_is(forked):
+    show = """
+import os
+for pid in (os.getpid(), os.getppid()):
+    print(open(f"/proc/{pid}/cmdline").read().strip("\\0").split("\\0")[1:])
+    print("SELFPLAY_TREE=" + os.environ["SELFPLAY_TREE"] in open(f"/proc/{pid}/environ").read().split("\\0"))
+"""
+    forked(show)
+    stage = ["-m", "stages", "probe", str(forked.directory / "spec.json")]
+    lines = forked.log_file.read_text().splitlines()
+    assert lines == [str(stage), "True", str(["-m", "stages.running.supervise", "--", *stage]), "True"]
+
+
+def test_a_fork_has_the_signals_the_session_and_the_chance_of_a_new_process(forked):
+    code = """
+import os, random, signal, sys
+import numpy
+print([signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGINT", "SIGHUP")])
+print(os.getsid(0) == os.getpid(), os.getcwd() == sys.path[0], sys.stdin.read() == "")
+print("drawn", random.random(), numpy.random.random())
+"""
+    for _ in range(2):
+        forked(code, "import numpy")
+    handlers = [signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL]
+    lines = forked.log_file.read_text().splitlines()
+    assert lines[:2] == [str(handlers), "True True True"]
+    first, second = (line.split()[1:] for line in lines if line.startswith("drawn"))
+    assert first[0] != second[0] and first[1] != second[1]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+        "import os; os._exit(3)",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    ],
+    ids=["starts a thread", "exits", "is killed"],
+)
+def test_where_an_import_spoils_the_server_the_stage_is_an_interpreter_of_its_own(forked, servers, before):
+    forked("import os; print(open(f'/proc/{os.getppid()}/cmdline').read().split(chr(0))[2])", before)
+    assert forked.logged == ["stages.running.supervise"]
+
+
+def test_an_import_that_fails_is_said_by_the_stage(forked):
+    forked("print('as it would have been')", "import no_such_module")
+    assert forked.logged == ["as it would have been"]
+
+
+def test_an_import_that_never_ends_is_ended_with_its_timeout(forked, servers):
+    began = time.monotonic()
+    with pytest.raises(StageError, match="ran longer than"):
+        forked("", "import time; time.sleep(120)", timeout=1.0)
+    assert time.monotonic() - began < 8
+
+
+def test_a_server_that_is_killed_costs_no_stage(forked, servers):
+    def kill_server(progress) -> None:
+        for server in servers.values():
+            if forked.pid_file.is_file() and server.is_alive():
+                server.process.kill()
+
+    forked(forked.tree("time.sleep(1); print('went on')"), on_progress=kill_server)
+    assert forked.logged[-1] == "went on"
+    assert forked.is_gone(0.5)
+    forked("print('and the next one')")
+    assert forked.logged[-1] == "and the next one"
+
+
+def test_the_server_ends_with_its_caller_killed_with_9(forked):
+    caller = call(forked, forked.tree("time.sleep(120)"))
+    server = int(Path(f"/proc/{forked.pids()[3]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    assert alive(server) and server in descendants(caller.pid)
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    assert wait_until(lambda: not alive(server), 2)
+    assert forked.is_gone()
+
+
+def test_the_server_can_be_switched_off(forked, servers, monkeypatch):
+    monkeypatch.setenv("SELFPLAY_FORK_SERVER", "off")
+    forked("print('alone')")
+    assert forked.logged == ["alone"] and not servers
