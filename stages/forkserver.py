@@ -219,8 +219,8 @@ def _become_stage(request: Request, connection: socket.socket, supervisor: int) 
         code = run_stage(request.arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         with suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -7,6 +7,7 @@ that are read when a library is imported make another environment; those in `VOL
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -168,11 +169,11 @@ class ForkedProcess:
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end. Raises: subprocess.TimeoutExpired."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
-            if deadline is not None and (left := deadline - time.monotonic()) <= 0:
+            if (remaining := deadline - time.monotonic()) <= 0:
                 raise subprocess.TimeoutExpired("a stage", timeout or 0)
-            time.sleep(POLL_SECONDS if deadline is None else min(POLL_SECONDS, left))
+            time.sleep(min(POLL_SECONDS, remaining))
         return code
 
     def send_signal(self, number: int) -> None:

@@ -115,7 +115,8 @@ class Process(Protocol):
     """What this module needs of a process; subprocess.Popen has it."""
 
     returncode: Any
-    stdout: IO[str] | None
+    stdout: Any
+    """IO[str], or None."""
 
     def poll(self) -> int | None: ...
     def wait(self, timeout: float | None = None) -> int: ...

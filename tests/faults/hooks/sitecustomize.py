@@ -1,7 +1,7 @@
 """Faults from inside a process: at its n-th change of the disk below a directory, something happens to it. The product knows nothing of this.
 
 Python runs this module at start-up when its directory is on PYTHONPATH. FAULT is JSON:
-    under   directory whose changes count            module  only in processes started as `python -m MODULE`
+    under   directory whose changes count            module  only in processes that are `python -m MODULE`, forks that stand for one too
     record  file: append every change (no fault)     once    file: made by the process that takes the fault; nobody takes it twice
     at      which change, from 1                     do      what happens: a key of ACTIONS or an errno name
     offset  seconds that time.time() is wrong by from the `at`-th change on
@@ -29,9 +29,16 @@ def _to(who, number):
     return lambda: os.kill(who(), number)
 
 
-def _grandparent():
-    with open(f"/proc/{os.getppid()}/stat") as file:
+def _parent_of(pid):
+    with open(f"/proc/{pid}/stat") as file:
         return int(file.read().rsplit(")", 1)[1].split()[1])
+
+
+def _flow():
+    """The parent of the supervisor; of the fork server, where that has forked it."""
+    pid = _parent_of(os.getppid())
+    with open(f"/proc/{pid}/cmdline") as file:
+        return _parent_of(pid) if "stages.forkserver" in file.read().split("\0") else pid
 
 
 ACTIONS = {
@@ -43,9 +50,9 @@ ACTIONS = {
     "kill supervisor": _to(os.getppid, signal.SIGKILL),
     "term supervisor": _to(os.getppid, signal.SIGTERM),
     "stop supervisor": _to(os.getppid, signal.SIGSTOP),
-    "kill flow": _to(_grandparent, signal.SIGKILL),
-    "term flow": _to(_grandparent, signal.SIGTERM),
-    "int flow": _to(_grandparent, signal.SIGINT),
+    "kill flow": _to(_flow, signal.SIGKILL),
+    "term flow": _to(_flow, signal.SIGTERM),
+    "int flow": _to(_flow, signal.SIGINT),
     # What is being written is cut at 64 bytes, as a full disk cuts it.
     "short write": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)),
     "no memory": _memory_is_gone,
@@ -110,8 +117,26 @@ class Fault:
 def _install(settings):
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:4] else ""
-    if module != settings.get("module", module):
-        return
+    if module == "stages.forkserver" and settings.get("module") == "stages":
+        _install_in_stages(settings)
+    elif module == settings.get("module", module):
+        _watch(settings)
+
+
+def _install_in_stages(settings):
+    """A stage is the fork of a fork: its supervisor lies between."""
+    generation = 0
+
+    def count():
+        nonlocal generation
+        generation += 1
+        if generation == 2:
+            _watch(settings)
+
+    os.register_at_fork(after_in_child=count)
+
+
+def _watch(settings):
     fault = Fault(settings)
     real_fsync, real_time = os.fsync, time.time
 
