@@ -7,6 +7,7 @@ ever sees half a file, and `is_abandoned` recognises what a dead writer left beh
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import shutil
@@ -63,9 +64,17 @@ def open_atomic(path: Path) -> Generator[IO[bytes]]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace the content of `path` by `text` in one step."""
+    """Replace the content of `path` by `text` in one step; what killed writers of it left beside it is deleted."""
     with open_atomic(path) as file:
         file.write(text.encode())
+    remove_abandoned_beside(path)
+
+
+def remove_abandoned_beside(path: Path) -> None:
+    """Delete the temporary files that writers of `path` left when they were killed."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        if not is_directory(temporary) and is_abandoned(temporary):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

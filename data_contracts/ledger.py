@@ -24,6 +24,9 @@ from data_contracts.store import Store
 from data_contracts.words import plural
 
 FILE, ESTIMATE = "ledger.jsonl", "estimate.json"
+SESSION = "SELFPLAY_SESSION"
+"""Environment variable that the stages of a session inherit: their records name it, should the session be killed before
+it can write down what they built."""
 ALWAYS = frozenset({"event", "session", "time"})
 FIELDS = {
     "started": ALWAYS | {"step", "shown_as"},
@@ -45,7 +48,11 @@ class Ledger:
         self.session = session or uuid.uuid4().hex[:12]
 
     def begin(self, launched: float | None = None) -> None:
-        """Write that the session begins. launched: when its process began, so that imports count; None: now."""
+        """Write that the session begins, and have its stages inherit its name.
+
+        launched: when its process began, so that imports count; None: now
+        """
+        os.environ[SESSION] = self.session
         self._write("begin", launched=launched or time.time(), pid=os.getpid(), host=os.uname().nodename)
 
     def started(self, step: str, shown_as: str, stage: str) -> None:
@@ -161,9 +168,22 @@ def read_account(store: Store, run: str) -> Account:
         elif line["event"] == "stage":
             open_lines.pop(position, None)
             entries.append(_entry(store, line))
+    entries = _with_unwritten_builds(entries, {line["session"] for line in lines})
     sessions = [_session(name, lines, entries) for name in dict.fromkeys(line["session"] for line in lines)]
     running = [line for line in open_lines.values() if line["session"] == sessions[-1].session]
     return Account(run, entries, sessions, running)
+
+
+def _with_unwritten_builds(entries: list[Entry], sessions: set[str]) -> list[Entry]:
+    """Return the entries, those as built which a session of this run built and was killed before it wrote so."""
+    written = {entry.key for entry in entries if not entry.cached}
+    corrected: list[Entry] = []
+    for entry in entries:
+        if entry.key not in written and entry.record and entry.record.provenance.get("session") in sessions:
+            written.add(entry.key)
+            entry = entry._replace(cached=False)
+        corrected.append(entry)
+    return corrected
 
 
 def _read_lines(path: Path) -> list[Line]:

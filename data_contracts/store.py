@@ -230,9 +230,12 @@ class Store:
     def sign(self, record: ArtifactRecord) -> ArtifactRecord:
         """Hash the data files and write the record with their digests, as the last act of a build; return that record.
 
+        The caller holds the lock of the artifact, so a temporary file in it is that of a dead writer: it is deleted.
         Raises: ArtifactError if there is no data file, or if another process has taken over the lease.
         """
         directory = self.directory(record.kind, record.key)
+        for litter in directory.rglob(".*.tmp-*"):
+            litter.unlink(missing_ok=True)
         files = [
             FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
             for path in data_files(directory)

@@ -175,6 +175,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
         history.data = checked.data.lines()
         logger.info("\n".join(history.data))
     keep_settings(config, store)
+    store.sweep()  # a run that finds everything built tidies up too
     ledger = Ledger(store, config.name)
     # Imports belong to the run where the process was made for it: by the command line, or by a worker.
     is_own = OWN_PROCESS in os.environ or "PREFECT__FLOW_RUN_ID" in os.environ

@@ -18,6 +18,7 @@ from data_contracts.checkpoint import digests_kept_in, external_model
 from data_contracts.config import Config
 from data_contracts.errors import ArtifactError
 from data_contracts.lease import LockOwner
+from data_contracts.ledger import SESSION
 from data_contracts.set_aside import set_files_aside
 from data_contracts.shards import count_rows
 from data_contracts.store import Store, data_files
@@ -177,6 +178,7 @@ def provenance(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
+        "session": os.environ.get(SESSION, ""),
         "python": platform.python_version(),
         "argv": sys.argv,
         "starts": sum(event["event"] == "start" for event in history),

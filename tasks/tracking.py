@@ -17,6 +17,7 @@ from typing import Any
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.config import flatten
+from data_contracts.files import process_state
 from data_contracts.redaction import redact
 from data_contracts.store import Store
 
@@ -27,6 +28,8 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+HOST, PID = "selfplay.host", "selfplay.pid"
+"""Tags of a parent run: the process that mirrors it."""
 
 
 def import_client() -> Any:
@@ -76,7 +79,22 @@ class Tracker:
                 if self.uri.startswith("sqlite"):
                     location = (self.store.root / "mlflow-artifacts").as_uri()
                 self.experiment = self.client.create_experiment("self-play", artifact_location=location)
-        self.parent = self.client.create_run(self.experiment, run_name=run).info.run_id
+        self._end_dead_sessions(run)
+        tags = {HOST: os.uname().nodename, PID: str(os.getpid())}
+        self.parent = self.client.create_run(self.experiment, run_name=run, tags=tags).info.run_id
+
+    def _end_dead_sessions(self, run: str) -> None:
+        """Mark the runs of sessions that were killed on this machine as KILLED: MLflow would show them as running."""
+        running = "attributes.status = 'RUNNING' and "
+        search = self.client.search_runs
+        here = f"tags.`{HOST}` = '{os.uname().nodename}'"
+        for session in search([self.experiment], f"{running} attributes.run_name = '{run}' and {here}"):
+            if process_state(int(session.data.tags[PID])):
+                continue
+            parent = session.info.run_id
+            children = search([self.experiment], f"{running} tags.`mlflow.parentRunId` = '{parent}'")
+            for dead in (*children, session):
+                self.client.set_terminated(dead.info.run_id, "KILLED")
 
     def parameters(self, values: dict[str, Any]) -> None:
         """The run's settings, nested sections by dotted names."""

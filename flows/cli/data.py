@@ -9,7 +9,7 @@ from typing import NamedTuple
 from data_contracts.checkpoint import ModelRef, has_chat_template
 from data_contracts.config import load_yaml, parse
 from data_contracts.errors import ConfigError
-from data_contracts.files import open_atomic
+from data_contracts.files import open_atomic, remove_abandoned_beside
 from data_contracts.prompts import own_line
 from flows.config import load_run
 from stages.models.turns import Turns
@@ -127,6 +127,7 @@ def _write(prompts: PromptSet, out: Path | None) -> Iterator[str]:
         with open_atomic(out) as file:
             for row in prompts:
                 file.write((own_line(row) + "\n").encode())
+        remove_abandoned_beside(out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror}") from None
     yield f"{len(prompts)} rows are in {out}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -193,3 +194,20 @@ def test_a_damaged_estimate_costs_its_comparison_alone(store, run, capsys, conte
     assert str(path) in line and "is damaged" in line
     contracts.ledger(store, "demo", False)
     assert "is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("session", "cached"), [("killed", False), ("of-another-run", True), ("", True)])
+def test_what_a_session_built_that_was_killed_before_its_line_counts_as_built(store, clock, session, cached):
+    killed = Ledger(store, "demo", "killed")
+    killed.begin()
+    assert os.environ[ledgers.SESSION] == "killed"
+    killed.started("iter_00", "sample", "sample")
+    signed = make_record(store, "a" * 16, 9.5)
+    signed = store.sign(signed.model_copy(update={"provenance": {"session": session}}))
+    again = Ledger(store, "demo")
+    again.begin()
+    for step in ("iter_00", "iter_01"):
+        stage(again, clock, signed, step, "sample", 0.1, cached=True)
+    first, second = ledgers.cost_rows(ledgers.read_account(store, "demo"))
+    assert first["cached"] == cached and second["cached"]
+    assert first["wall"] == (0.0 if cached else 9.5)

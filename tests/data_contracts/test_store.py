@@ -258,6 +258,27 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
+def test_a_writer_removes_what_killed_writers_of_the_file_left_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = os.uname().nodename
+    names = {f".report.md.tmp-{host}-{dead.pid}": False, f".report.md.tmp-{host}-{os.getppid()}": True}
+    names |= {f".report.md.tmp-elsewhere-{dead.pid}": True, f".other.md.tmp-{host}-{dead.pid}": True}
+    for name in names:
+        (tmp_path / name).write_text("half a")
+    write_atomic(tmp_path / "report.md", "a report")
+    assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+def test_a_signature_removes_what_killed_writers_left_in_the_artifact(store):
+    directory = store.directory("prompts", "a" * 16)
+    directory.mkdir(parents=True)
+    (directory / ".part-00000.parquet.tmp-elsewhere-1").write_text("half a shard")
+    (directory / "part-00000.parquet").write_text("a shard")
+    store.sign(record("a" * 16, "prompts"))
+    assert sorted(path.name for path in directory.iterdir()) == ["part-00000.parquet", RECORD]
+
+
 def test_a_store_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "store"):

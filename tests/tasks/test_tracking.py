@@ -259,3 +259,21 @@ def test_a_run_that_failed_is_marked_so_on_the_server_that_the_environment_names
     tracker.finish(None, "FAILED")
     assert logged == [] and not (store.root / "mlflow.db").exists()
     assert MlflowClient(tracking_uri=uri).get_run(tracker.parent).info.status == "FAILED"
+
+
+def test_sessions_that_were_killed_are_marked_killed_and_living_ones_are_not(store):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    trackers = {}
+    for name, pid in (("killed", dead.pid), ("alive", os.getppid())):
+        trackers[name] = Tracker(store, "quickstart", print)
+        trackers[name].stage(1, record(store, name[0] * 16, metrics={}), cached=False, stage_name="train")
+        trackers[name].client.set_tag(trackers[name].parent, "selfplay.pid", str(pid))
+    other = Tracker(store, "another-run", print)
+    client = Tracker(store, "quickstart", print).client
+
+    def states(tracker: Tracker) -> set[str]:
+        return {client.get_run(run).info.status for run in (tracker.parent, *tracker.children.values())}
+
+    assert states(trackers["killed"]) == {"KILLED"}
+    assert states(trackers["alive"]) == states(other) == {"RUNNING"}
