@@ -112,6 +112,7 @@ class ForkServer:
             return
         spent = os.times()
         cpu_seconds = spent.user + spent.system - times.user - times.system
+        gc.collect()
         gc.freeze()  # a collection in a child would copy the pages that it shares with this process
         pid = os.fork()
         if pid:
