@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from pydantic import field_validator, model_validator
 
+from data_contracts.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_in, is_adapter_only, read_adapter_config
 from data_contracts.artifact import EXTERNAL, ArtifactRef, FileDigest
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
@@ -26,7 +27,6 @@ MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoke
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OPTIONAL_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
-ADAPTER_CONFIG = "adapter_config.json"
 GIT_LFS = b"version https://git-lfs"
 """How the file that stands for a large one begins where Git LFS has not fetched it."""
 CACHED_FROM_BYTES = 1 << 20
@@ -106,6 +106,9 @@ def check_model_directory(directory: Path | str, chat_template: bool = True) -> 
     for name in OPTIONAL_JSON_FILES:
         _check_json_object(directory / name)
     files = weight_files(directory)
+    if (adapter := adapter_in(directory)) is not None and is_adapter_only(directory):
+        read_adapter_config(adapter)
+        files = [adapter / ADAPTER_WEIGHTS]
     if not (directory / WEIGHTS_INDEX).is_file() and len(files) > 1 and not (directory / WEIGHTS).is_file():
         raise ConfigError(
             f"{directory} has {len(files)} weight files and no {WEIGHTS_INDEX}: nothing says which tensor is where; fetch "

@@ -26,6 +26,7 @@ from stages.evaluation.promotion import Measurement, select_checkpoint
 from stages.scoring.pairing import PAIRINGS
 from stages.stage import EARLIER, STAGES
 from stages.training.batches import STEPS
+from stages.training.config import TrainingConfig
 from stages.weighting.stage import WeightingConfig
 from tasks.build import Built
 from tasks.models import resolve
@@ -162,7 +163,8 @@ class SelfPlay:
             runtime = self.config.weighting.runtime
             weighting = WeightingConfig(dtype=training.dtype, swap=role == "negative", runtime=runtime)
             weighted = self.hands.run("weigh", weighting, at, pairs=pairs, reference=policy)
-            built[role] = self.hands.run("train", training, at, pairs=weighted.ref, policy=policy)
+            inputs = {"pairs": weighted.ref, "policy": policy} | self.adapters_base(training, policy)
+            built[role] = self.hands.run("train", training, at, **inputs)
         return built
 
     def weigh(self, pairs: ArtifactRef, roles: dict[str, ArtifactRef], place: Place) -> dict[str, Built]:
@@ -187,14 +189,22 @@ class SelfPlay:
         place: Place,
     ) -> Built:
         """Return the policy trained on the weighted pairs, and on the `earlier` ones if there are any."""
-        inputs = {"pairs": weighted, "policy": policy}
+        training = self.config.training_for(place.iteration - 1)
+        inputs = {"pairs": weighted, "policy": policy} | self.adapters_base(training, policy)
         if self.config.live_reference:
             inputs["reference"] = reference
         if "teacher_logits" in self.config.spec.needs(self.config.method):
             inputs["teacher"] = self.models["teacher"]
         if earlier is not None:
             inputs["more_pairs"] = earlier
-        return self.hands.run("train", self.config.training_for(place.iteration - 1), place, **inputs)
+        return self.hands.run("train", training, place, **inputs)
+
+    def adapters_base(self, training: TrainingConfig, policy: ArtifactRef) -> dict[str, ArtifactRef]:
+        """Return the start model as an input, if the training goes on with the policy's adapter of it."""
+        adapter = self.config.training.adapter
+        if adapter is None or not adapter.goes_on or training.adapter != adapter or policy == self.start:
+            return {}
+        return {"start": self.start}
 
     def measure(self, policy: ArtifactRef, heldout: ArtifactRef, place: Place) -> Measurement | None:
         """Return a policy's scores, lengths and benchmarks on the held-out prompts; None in a rehearsal."""

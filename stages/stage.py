@@ -186,6 +186,7 @@ STAGES = Stages(
                 "policy": "checkpoint",
                 "reference?": "checkpoint",
                 "teacher?": "checkpoint",
+                "start?": "checkpoint",
             },
             target="stages.training.stage",
             section="training",

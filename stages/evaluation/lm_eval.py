@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from data_contracts.adapter import ADAPTER, is_adapter_only, weights_directory
 from data_contracts.errors import ConfigError
 from data_contracts.rows import ReportRow
 from stages.evaluation.rows import report_row
@@ -67,7 +68,7 @@ def open_transformers(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, Any]) -> Any:
     """A checkpoint in a vLLM engine of this process, as lm-eval's VLLM. settings: more arguments of the engine."""
-    from stages.sampling.vllm import prepare_environment
+    from stages.sampling.vllm import adapter_arguments, prepare_environment
 
     _stay_offline()
     prepare_environment(device)
@@ -75,11 +76,15 @@ def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, An
     from lm_eval.models.vllm_causallms import VLLM
 
     arguments: dict[str, Any] = {
-        "pretrained": os.path.abspath(directory),
+        "pretrained": os.path.abspath(weights_directory(directory)),
         "dtype": dtype,
         "seed": 0,
         "batch_size": "auto",
     }
+    if is_adapter_only(directory):
+        adapter = Path(directory) / ADAPTER
+        arguments |= {"tokenizer": os.path.abspath(directory), "lora_local_path": os.path.abspath(adapter)}
+        arguments["max_lora_rank"] = adapter_arguments(adapter)["max_lora_rank"]
     if device == "cpu":
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**29, "enable_chunked_prefill": False}
         arguments["max_num_batched_tokens"] = MAX_LENGTH

@@ -17,7 +17,8 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_contracts.checkpoint import ADAPTER_CONFIG, header_of, weight_files
+from data_contracts.adapter import ADAPTER_CONFIG
+from data_contracts.checkpoint import header_of, weight_files
 from data_contracts.errors import ConfigError
 from stages.models.lazy import import_transformers, torch
 from stages.models.templates import read_json

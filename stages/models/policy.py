@@ -5,14 +5,18 @@ Axes: N responses, L tokens of the longest prompt with its response, T tokens of
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
+from data_contracts.adapter import adapter_in, weights_directory
+from data_contracts.files import follow_umask
 from stages.models.architecture import refuse_misfit
 from stages.models.families import attention_in
 from stages.models.lazy import import_transformers, torch
@@ -70,8 +74,12 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
     """Return the model of a directory on a device, without dropout and without a generation cache.
 
     Policy and reference must be the same function at the start of training: dropout would make their log-ratios noise.
+    A checkpoint that keeps an adapter only is its base model with the adapter in effect, frozen.
     Raises: ConfigError for files that lack a tensor of the model, have one of another shape, or more layers.
     """
+    weights = weights_directory(directory)
+    if str(weights) != str(directory):
+        return _load_base_and_adapter(directory, str(weights), dtype, device)
     from stages.models.kernels import register
 
     transformers = import_transformers()
@@ -100,6 +108,30 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
         model.set_attn_implementation(register())
     torch.nn.Module.to(model, device)
     return model
+
+
+def _load_base_and_adapter(directory: str, base: str, dtype: str, device: str) -> PreTrainedModel:
+    from stages.models.adapters import load_adapter
+
+    model, adapter = load_causal_lm(base, dtype, device), adapter_in(directory)
+    assert adapter is not None
+    load_adapter(model, adapter)
+    return model.requires_grad_(False)
+
+
+def save_model(model: PreTrainedModel, state: dict[str, Tensor], directory: Path, dtype: str) -> None:
+    """Write a Hugging Face directory: `model`'s settings, and the weights of `state` by parameter, in `dtype`."""
+    owner = {parameter: name for name, parameter in model.named_parameters()}
+    # named_parameters() lists a tensor that two parameters share (a tied lm_head) once.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state.setdefault(name, state[owner[parameter]])
+    model.config.use_cache = True
+    model.save_pretrained(directory, state_dict=state)
+    model.config.use_cache = False  # training may go on
+    # transformers writes the dtype that the model computes in, and loads weights in the dtype of config.json.
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": dtype}, indent=2) + "\n")
+    follow_umask(directory)
 
 
 def response_logits(model: Module, batch: Batch, **inputs: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from data_contracts.adapter import weights_directory
 from stages.running.gpus import GpuWatch, gpu_cost
 from stages.running.supervise import descendants
 
-FORWARD, TRAIN = 2, 6
-"""FLOPs per parameter and token."""
+FORWARD, TRAIN, TRAIN_ADAPTER = 2, 6, 4
+"""FLOPs per parameter and token. With an adapter the backward pass makes no gradient of the frozen weights."""
 SUMMED = ("tokens_in", "tokens_out", "flops", "cache_hits", "cache_misses")
 SPEED_EVENT = "speed"
 """Its `speed`: tokens_per_second and, on GPUs, mfu of a training."""
@@ -66,9 +66,12 @@ before_fork = _BeforeFork()
 
 @cache
 def parameters(directory: str) -> int:
-    """The number of parameters in a model's safetensors files, read from their headers; 0 without such files."""
+    """The number of parameters in a model's safetensors files, read from their headers; 0 without such files.
+
+    Of a checkpoint that keeps an adapter only: of its base model.
+    """
     total = 0
-    for path in sorted(Path(directory).glob("*.safetensors")):
+    for path in sorted(weights_directory(directory).glob("*.safetensors")):
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))

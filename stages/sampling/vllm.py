@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from data_contracts.adapter import ADAPTER, is_adapter_only, read_adapter_config, weights_directory
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, ContractError
 from stages.models.architecture import check_model
@@ -25,6 +26,8 @@ from stages.sampling.feeding import feed
 BLANK_IDS = "selfplay_blank_ids"
 """Under this name the engine's `additional_config` holds the ids that stages/sampling/vllm_mask.py masks."""
 
+MOST_RANK = 256
+"""The highest rank of an adapter that vLLM's kernels take."""
 SPEED_ONLY = frozenset(
     {
         "async_scheduling",
@@ -56,6 +59,8 @@ SET_HERE = {
     "tensor_parallel_size": "backend.runtime.tensor_parallel_size",
     "logits_processors": "the policy's files",
     "additional_config": "the policy's files",
+    "enable_lora": "the policy's files",
+    "max_lora_rank": "the policy's files",
     "trust_remote_code": "nothing: code that comes with a model is never run",
 }
 """Engine arguments that are not to be given, and what decides them."""
@@ -123,15 +128,22 @@ class VLLM(Sampler):
         self.preload(device)
         from vllm import LLM
 
-        check_model(Path(model), "causal")
+        weights = weights_directory(model)
+        check_model(weights, "causal")
         runtime = config.runtime
         arguments: dict[str, Any] = {
-            "model": os.path.abspath(model),
+            "model": os.path.abspath(weights),
             "dtype": config.dtype,
             "seed": 0,
             "max_model_len": sampling.context_tokens,
             "disable_log_stats": True,
         }
+        self.adapter: Any = None
+        if is_adapter_only(model):
+            from vllm.lora.request import LoRARequest
+
+            arguments |= adapter_arguments(Path(model) / ADAPTER)
+            self.adapter = LoRARequest("policy", 1, os.path.abspath(Path(model) / ADAPTER))
         if self.blank_ids:
             arguments |= {
                 "logits_processors": ["stages.sampling.vllm_mask:BlankIds"],
@@ -164,7 +176,8 @@ class VLLM(Sampler):
     def generate(self, prompts: Sequence[Prompt]) -> list[list[Candidate]]:
         # A shard must not depend on which shards this process made before it: a resumed run has made fewer.
         self.engine.reset_prefix_cache()
-        outputs = iter(self.engine.generate(*self._requests(prompts), use_tqdm=False))
+        requests = self._requests(prompts)
+        outputs = iter(self.engine.generate(*requests, use_tqdm=False, lora_request=self.adapter))
         return [[_candidate(next(outputs), prompt.prompt_id) for _ in prompt.seeds] for prompt in prompts]
 
     def generate_all(self, shards: Iterable[Sequence[Prompt]]) -> Iterator[list[list[Candidate]]]:
@@ -176,7 +189,7 @@ class VLLM(Sampler):
 
         def add(prompts: Sequence[Prompt]) -> list[str]:
             # The engine appends a random part to the ids that it gives out, which its outputs do not have.
-            ids = self.engine.enqueue(*self._requests(prompts), use_tqdm=False)
+            ids = self.engine.enqueue(*self._requests(prompts), use_tqdm=False, lora_request=self.adapter)
             return [request.partition("-")[0] for request in ids]
 
         for shard in feed(shards, least, add, self.engine.llm_engine.step):
@@ -220,6 +233,22 @@ def _candidate(request: Any, prompt_id: str) -> Candidate:
             "training?)"
         )
     return Candidate(ids, logps, output.finish_reason)
+
+
+def adapter_arguments(adapter: Path) -> dict[str, Any]:
+    """Return what an engine must be told to serve its model with an adapter: the rank, one of vLLM's own steps.
+
+    Raises: ConfigError for an adapter that vLLM does not compute.
+    """
+    settings = read_adapter_config(adapter)
+    rank = int(settings["r"])
+    if settings.get("use_dora") or rank > MOST_RANK:
+        raise ConfigError(
+            f"vLLM serves no adapter with DoRA or with a rank above {MOST_RANK} (here {rank}): keep merged weights, "
+            "training.adapter.save_merged: true"
+        )
+    step = max(8, 1 << (rank - 1).bit_length())
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": step}
 
 
 def prepare_environment(device: str) -> None:

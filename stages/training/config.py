@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from data_contracts.config import Config
 from data_contracts.shard_rows import ShardRows
@@ -42,13 +42,50 @@ class TrainingRuntime(StageRuntime):
     """Save after so many steps too."""
 
 
+class AdapterConfig(Config):
+    """Low-rank factors that are trained in place of the weights, which stay frozen (stages/models/adapters.py)."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    name: Literal["lora"] = "lora"
+    """lora: the weights in training.dtype, factors and optimizer in float32."""
+    rank: int = Field(16, ge=1)
+    """Columns of each factor."""
+    alpha: float = Field(32.0, gt=0)
+    """The product of the factors is scaled by alpha / rank."""
+    targets: Literal["auto"] | tuple[str, ...] = "auto"
+    """Names of the layers that get factors, e.g. [q_proj, v_proj]; auto: all linear layers but the head."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of what the factors read, while training."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    use_dora: bool = False
+    """Train the length of each row of the weights apart from its direction (DoRA)."""
+    goes_on: bool = Field(True, alias="continue")
+    """true: every iteration trains the same adapter of the start model; false: a new one on the merged policy."""
+    save_merged: bool = True
+    """false: checkpoints keep the adapter alone; samplers and log-prob passes load the start model with it."""
+
+    @model_validator(mode="after")
+    def _has_a_base(self) -> AdapterConfig:
+        if self.targets != "auto" and not all(self.targets or [""]):
+            raise ValueError("targets names no layer: give names such as [q_proj, v_proj], or auto")
+        if not self.goes_on and not self.save_merged:
+            raise ValueError(
+                "continue: false starts each adapter on the merged policy, and save_merged: false keeps none"
+            )
+        return self
+
+
 class TrainingConfig(Config):
     """Optimisation. Vetted (SPPO, SPIN): RMSprop, lr 5e-7, batch 64, linear with 10 % warm-up, clip 1."""
 
-    NEUTRAL: ClassVar[dict[str, Any]] = {"checkpoints": ()}
+    NEUTRAL: ClassVar[dict[str, Any]] = {"checkpoints": (), "adapter": None}
 
     method: Annotated[Named, METHODS] = Field(default_factory=lambda: METHODS.config("sppo"), validate_default=True)
     """The loss, by name, with its settings. Set for you from the run's `method`."""
+    adapter: AdapterConfig | None = None
+    """Train low-rank factors instead of the weights, e.g. {name: lora, rank: 16}. None: all weights."""
     learning_rate: float = Field(5e-7, gt=0)
     """Peak rate."""
     epochs: int = Field(1, ge=1, le=10_000)
@@ -73,6 +110,15 @@ class TrainingConfig(Config):
     """Also keep the policy after these parts of the steps, in `steps/`; the run goes on from the best one (SPPO)."""
     runtime: TrainingRuntime = TrainingRuntime()
 
+    @model_validator(mode="after")
+    def _whole_on_each_rank(self) -> TrainingConfig:
+        if self.adapter is not None and self.runtime.zero_stage == 3:
+            raise ValueError(
+                "training.adapter needs the whole model on each rank, and ZeRO 3 cuts it up: set runtime.zero_stage to "
+                "0, 1 or 2, which cut up the adapter's state"
+            )
+        return self
+
 
 class TrainingInputs(NamedTuple):
     """The directories of the train stage's inputs; None: not given."""
@@ -82,6 +128,8 @@ class TrainingInputs(NamedTuple):
     more_pairs: str | None = None
     reference: str | None = None
     teacher: str | None = None
+    start: str | None = None
+    """The model that the policy's adapter belongs to; None: an adapter starts on the policy itself."""
 
     def rows(self) -> ShardRows:
         """The weighted pairs of all inputs. Raises: ArtifactError if a directory holds none."""

@@ -7,7 +7,6 @@ a missing directory returns (None, None) instead of raising; some ops want a com
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import socket
 import sys
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
-from data_contracts.files import follow_umask
+from stages.models.adapters import trainable
 from stages.models.lazy import absent, import_transformers, torch
+from stages.models.policy import save_model
 from stages.models.turn_settings import TurnConfig
 from stages.models.turns import turns_or_plain
+from stages.training.adapter import TrainedAdapter
 from stages.training.optimizer import make_optimizer
 from stages.training.resume import forget, seal, sealed
 from stages.training.weights import StoredWeights, load_policy
@@ -43,7 +44,8 @@ PARTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 class Engine:
     """A policy, its optimizer and its schedule."""
 
-    def __init__(self, config: TrainingConfig, model: str, num_steps: int, device: str):
+    def __init__(self, config: TrainingConfig, model: str, num_steps: int, device: str, start: str | None = None):
+        """`start`: the model that the adapter inside `model` belongs to, if the training goes on with it."""
         get_scheduler = import_transformers().get_scheduler
         deepspeed = import_deepspeed(device)
         self.config, self.device = config, device
@@ -56,13 +58,21 @@ class Engine:
         torch.manual_seed(config.seed)
         self.stop_ids = turns_or_plain(model, TurnConfig()).stop_ids
         settings = deepspeed_settings(config, device)
-        policy = load_policy(model, config.dtype, str(self.torch_device), settings)
+        self.adapter: TrainedAdapter | None = None
+        masters: list[tuple[Parameter, Callable[[], Tensor]]] = []
+        if config.adapter is not None:
+            self.adapter = TrainedAdapter(config, model, start, str(self.torch_device))
+            policy = self.adapter.policy
+        else:
+            policy = load_policy(model, config.dtype, str(self.torch_device), settings)
+            stored = StoredWeights(model, policy)
+            if config.dtype != "float32" and not stored.are_bfloat16():
+                masters = list(stored.masters())
+            del stored
         policy.train()
-        stored = StoredWeights(model, policy)
-        masters = [] if config.dtype == "float32" or stored.are_bfloat16() else list(stored.masters())
         if config.runtime.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = make_optimizer(config, policy.parameters(), device)
+        optimizer = make_optimizer(config, trainable(policy), device)
         planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
         schedule = get_scheduler(
             config.schedule,
@@ -74,7 +84,9 @@ class Engine:
             model=policy, optimizer=optimizer, lr_scheduler=schedule, config=settings
         )
         self._set_masters(masters)
-        del policy, stored, masters
+        if self.adapter is not None:
+            self.engine.module_state_dict = self.adapter.state
+        del policy, masters
         _return_memory()
 
     def _set_masters(self, masters: list[tuple[Parameter, Callable[[], Tensor]]]) -> None:
@@ -124,6 +136,11 @@ class Engine:
         self.engine.step()
         return rate, self.engine.get_global_grad_norm()
 
+    def seed_dropout(self, step: int) -> None:
+        """Seed the dropout of an adapter for a step; nothing else in a training draws numbers."""
+        if self.adapter is not None:
+            self.adapter.seed_dropout(step, self.rank)
+
     def total(self, values: list[Tensor | float]) -> Tensor:
         """Return the sums over ranks, float64 on the device; every rank must give the same number of values."""
         device = self.torch_device
@@ -137,8 +154,14 @@ class Engine:
 
     def save(self, directory: Path, step: int) -> None:
         """Write a checkpoint to resume from, then remove the one before; a kill in between leaves the old one valid."""
-        tag = f"step{step}"
-        self.engine.save_checkpoint(str(directory), tag=tag, client_state={"step": step}, save_latest=False)
+        tag, is_partial = f"step{step}", self.adapter is not None
+        self.engine.save_checkpoint(
+            str(directory),
+            tag=tag,
+            client_state={"step": step},
+            save_latest=False,
+            exclude_frozen_parameters=is_partial,
+        )
         self.barrier()
         if self.is_main:
             seal(directory, tag)
@@ -151,7 +174,7 @@ class Engine:
         if (tag := sealed(directory)) is None:
             return 0
         try:
-            path, state = self.engine.load_checkpoint(str(directory), tag=tag)
+            path, state = self.engine.load_checkpoint(str(directory), tag=tag, load_module_strict=self.adapter is None)
             if path is None:
                 raise ValueError("DeepSpeed finds no checkpoint in it")
             return int(state["step"])
@@ -167,6 +190,11 @@ class Engine:
 
         Raises: ContractError if a weight is not finite.
         """
+        if self.adapter is not None:
+            if self.is_main:
+                self.adapter.export(directory)
+            self.barrier()
+            return
         from deepspeed.utils import safe_get_full_fp32_param
 
         dtype = getattr(torch, self.config.save_dtype)
@@ -183,16 +211,7 @@ class Engine:
             if self.is_main:
                 state[name] = full.to(device="cpu", dtype=dtype).clone()
         if self.is_main:
-            module.config.use_cache = True
-            for name, tensor in _tied(module, state):
-                state[name] = tensor
-            module.save_pretrained(directory, state_dict=state)
-            module.config.use_cache = False  # training may go on
-            # transformers writes the dtype that the model computes in, and loads weights in the dtype of config.json.
-            path = directory / "config.json"
-            settings = json.loads(path.read_text()) | {"dtype": self.config.save_dtype}
-            path.write_text(json.dumps(settings, indent=2) + "\n")
-            follow_umask(directory)
+            save_model(module, state, directory, self.config.save_dtype)
         self.barrier()
 
     def barrier(self) -> None:
@@ -301,12 +320,14 @@ def deepspeed_settings(config: TrainingConfig, device: str) -> dict[str, Any]:
     Under ZeRO, bf16 gradients add up in float32 (without ZeRO, DeepSpeed cannot), and GPUs reduce them while the
     backward pass goes on.
     """
+    # With an adapter, DeepSpeed sees a float32 training: of the factors alone, whatever the frozen weights' dtype.
+    is_mixed = config.dtype == "bfloat16" and config.adapter is None
     zero: dict[str, Any] = {"stage": config.runtime.zero_stage}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "bf16": {"enabled": is_mixed},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # RMSprop
         "zero_force_ds_cpu_optimizer": False,
@@ -316,7 +337,7 @@ def deepspeed_settings(config: TrainingConfig, device: str) -> dict[str, Any]:
     if config.runtime.zero_stage:
         zero["offload_optimizer"] = {"device": "cpu" if config.runtime.offload_optimizer else "none"}
         zero["overlap_comm"] = device == "cuda"
-        if config.dtype == "bfloat16":
+        if is_mixed:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
@@ -350,13 +371,3 @@ def _float32_copies(optimizer: Any) -> dict[Tensor, Tensor]:
         return {}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
     return {parameter: copy for low, high in groups for parameter, copy in zip(low, high, strict=True)}
-
-
-def _tied(module: torch.nn.Module, state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of parameters that share another's tensor (a tied lm_head): named_parameters() lists it once."""
-    owner = {parameter: name for name, parameter in module.named_parameters()}
-    return [
-        (name, state[owner[parameter]])
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if name not in state
-    ]

@@ -25,7 +25,7 @@ from stages.training.batches import (
     row_length,
 )
 from stages.training.engine import Engine
-from stages.training.speed import SPEEDS, Speed, mean_speed, sequence_tokens
+from stages.training.speed import SPEEDS, Speed, mean_speed, sequence_tokens, train_flops
 from stages.training.streams import ABSOLUTE_MARGIN, Streams
 
 if TYPE_CHECKING:
@@ -47,20 +47,21 @@ def train(
     out: Path,
     device: str,
     report: Report,
+    start: str | None = None,
 ) -> Metrics:
-    """Train `policy` on weighted pairs and export it into `out`.
+    """Train `policy` on weighted pairs and export it into `out`. `start`: the base of the policy's adapter, if any.
 
     Resumes from `out/resume` if an earlier try saved a checkpoint there. The main rank calls `report` after every step.
     Returns: metrics of the last epoch, averaged. Raises: BadStep if a step's numbers are wrong.
     """
     steps = plan_steps(len(rows), config.batch_size, config.epochs, config.seed)
     with loading():
-        engine = Engine(config, policy, len(steps), device)
+        engine = Engine(config, policy, len(steps), device, start)
         streams = Streams(config, engine, reference, teacher)
     resume, export_steps = out / "resume", kept_steps(len(steps), config.checkpoints)
     resumed_from = engine.resume(resume)
     log = _Log(out / METRICS, resumed_from) if engine.is_main else None
-    speed = Speed(policy, config.dtype, device, engine.world_size)
+    speed = Speed(policy, config.dtype, device, engine.world_size, train_flops(config))
     clock = SaveClock(config.runtime.save_every_seconds, config.runtime.save_every_steps)
     for step in steps[resumed_from:]:
         num_steps = step.number + 1
@@ -123,6 +124,7 @@ def one_step(
     began = time.monotonic()
     partners = rows[1:] + rows[:1]  # whose response a mismatched pair borrows: the step's rows, rotated by one
     streams.sample_anchors(rows, step.number)
+    engine.seed_dropout(step.number)
     packed = streams.packs(rows)
     lengths = [row_length(row, streams.sides, packed) for row in rows]
     batches = micro_batches(lengths, config.runtime.batch_tokens, engine.rank, engine.world_size, packed)

@@ -48,7 +48,7 @@ def replay_batch(path: Path | str) -> bool:
         runtime = config.runtime.model_copy(update={"num_processes": 1, "zero_stage": 0})
         config = config.model_copy(update={"runtime": runtime})
     steps = plan_steps(len(rows), config.batch_size, config.epochs, config.seed)
-    engine = Engine(config, inputs.policy, len(steps), pick_device(config.runtime.device))
+    engine = Engine(config, inputs.policy, len(steps), pick_device(config.runtime.device), inputs.start)
     streams = Streams(config, engine, inputs.reference, inputs.teacher)
     with tempfile.TemporaryDirectory(prefix="replay-") as scratch:
         if ranks == 1 and (directory / "resume").is_dir():

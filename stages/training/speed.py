@@ -1,6 +1,6 @@
 """Stages - how fast a training is: tokens per second, and on GPUs the part of their peak that model FLOPs make up (MFU).
 
-    MFU = 6 N t / (s p n),  N parameters, t tokens in s seconds, p peak FLOP/s of a GPU, n GPUs
+    MFU = 6 N t / (s p n),  N parameters, t tokens in s seconds, p peak FLOP/s of a GPU, n GPUs; 4 N with an adapter
 
 (PaLM, appendix B, without attention's part; as in stages/running/cost.py). t counts every response with its prompt, as
 the records do: packing, which computes a shared prompt once, shows as higher utilisation.
@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stages.models.lazy import torch
-from stages.running.cost import TRAIN, parameters
+from stages.running.cost import TRAIN, TRAIN_ADAPTER, parameters
 from stages.running.gpus import peak_flops
 
 if TYPE_CHECKING:
     from stages.training.batches import WeightedPair
+    from stages.training.config import TrainingConfig
 
 SPEEDS = ("tokens_per_second", "mfu")
 
@@ -24,8 +25,8 @@ SPEEDS = ("tokens_per_second", "mfu")
 class Speed:
     """The speed of the steps of one training."""
 
-    def __init__(self, policy: str, dtype: str, device: str, world_size: int):
-        self.flops_per_token = TRAIN * parameters(policy)
+    def __init__(self, policy: str, dtype: str, device: str, world_size: int, per_parameter: int = TRAIN):
+        self.flops_per_token = per_parameter * parameters(policy)
         peak = None
         if device == "cuda" and dtype == "bfloat16":
             peak = peak_flops(torch.cuda.get_device_name())
@@ -39,6 +40,11 @@ class Speed:
         if self.peak is not None:
             speed["mfu"] = self.flops_per_token * rate / self.peak
         return speed
+
+
+def train_flops(config: TrainingConfig) -> int:
+    """Return the FLOPs per parameter and token of a training: frozen weights need no gradient of their own."""
+    return TRAIN if config.adapter is None else TRAIN_ADAPTER
 
 
 def sequence_tokens(rows: Sequence[WeightedPair], sides: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from data_contracts.adapter import ADAPTER, adapter_in, write_base
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import check_model_directory
 from data_contracts.errors import ConfigError, ContractError
@@ -25,11 +26,12 @@ from stages.models.lazy import import_auto_classes
 from stages.models.policy import pick_device, pin_threads
 from stages.registry import Named
 from stages.running import rendezvous
-from stages.running.cost import SPEED_EVENT, TRAIN
+from stages.running.cost import SPEED_EVENT, parameters
+from stages.training.adapter import check_adapters
 from stages.training.batches import MARGIN_AT_STEP_1, METRICS, STEPS, plan_steps
 from stages.training.config import TrainingConfig, TrainingInputs
 from stages.training.launch import error_of, start_ranks
-from stages.training.speed import SPEEDS
+from stages.training.speed import SPEEDS, train_flops
 
 Config = TrainingConfig
 
@@ -63,6 +65,7 @@ def run(job: Job) -> None:
     """Train the policy and leave the checkpoint in `job.out`."""
     config: TrainingConfig = job.config
     shutil.rmtree(job.out / ".export", ignore_errors=True)
+    check_adapters(config, job.inputs)
     world_size = config.runtime.num_processes * config.runtime.num_nodes
     if world_size == 1:
         metrics = train_rank(job.out, config, _inputs(job), job)
@@ -74,6 +77,8 @@ def run(job: Job) -> None:
     rows_in = sum(count_rows(job.path(name)) for name in ("pairs", "more_pairs") if name in job.inputs)
     job.metrics |= metrics | check_rows_trained(job.out, rows_in, config)
     job.facts |= {"device": pick_device(config.runtime.device), "world_size": world_size}
+    if (adapter := adapter_in(job.out)) is not None:
+        job.metrics["adapter_parameters"] = parameters(str(adapter))
 
 
 def warn_of_first_margin(job: Job, metrics: Mapping[str, float]) -> None:
@@ -128,7 +133,7 @@ def _account(job: Job) -> None:
             for side in sides:
                 lengths = pc.list_value_length(table[f"{side}_ids"]).to_numpy()
                 tokens += int((prompt_lengths + lengths)[lengths > 0].sum())
-    job.used(job.path("policy"), tokens * config.epochs, per_token=TRAIN)
+    job.used(job.path("policy"), tokens * config.epochs, per_token=train_flops(config))
     for role in ("reference", "teacher"):
         if role in job.inputs:
             job.used(job.path(role), tokens * config.epochs)
@@ -158,7 +163,9 @@ def train_rank(out: Path, config: TrainingConfig, inputs: TrainingInputs, job: J
 
     device = pick_device(config.runtime.device)
     try:
-        metrics = train(config, rows, inputs.policy, inputs.reference, inputs.teacher, out, device, report)
+        metrics = train(
+            config, rows, inputs.policy, inputs.reference, inputs.teacher, out, device, report, inputs.start
+        )
     except BadStep as bad:  # on every rank at once; the main rank writes it down
         if os.environ.get("RANK", "0") != "0":
             raise ContractError(bad.problem) from None
@@ -239,6 +246,7 @@ def take_part(config: TrainingConfig, out: Path, node: int) -> None:
 def _adopt(job: Job) -> None:
     """Move the exported model into place; copy the policy's tokenizer, template and generation settings beside it."""
     export = job.out / ".export"
+    shutil.rmtree(job.out / ADAPTER, ignore_errors=True)  # of a try that was killed here
     for path in sorted(export.iterdir()):
         os.replace(path, job.out / path.name)
     export.rmdir()
@@ -247,4 +255,6 @@ def _adopt(job: Job) -> None:
             is_text = path.suffix in (".json", ".jinja", ".model", ".txt")
             if is_text and ("token" in path.name or path.name in TOKENIZER_FILES):
                 shutil.copyfile(path, directory / path.name)
+        if (adapter := adapter_in(directory)) is not None:
+            write_base(adapter, job.inputs.get("start", job.inputs["policy"]).content)
         check_model_directory(directory, chat_template=False)

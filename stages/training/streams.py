@@ -6,7 +6,8 @@ prompts; for all others the numbers are in the rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,7 +52,11 @@ class Streams:
         self.config, self.method_config, self.engine = config, config.method, engine
         self.method = METHODS.get(config.method.name)
         self.needs, self.sides = self.method.needs(config.method), self.method.sides(config.method)
-        self.reference = self._frozen(reference, "reference") if self.needs & LIVE_REFERENCE else None
+        self.reference: PreTrainedModel | None = None
+        if self.needs & LIVE_REFERENCE and engine.adapter is None:
+            self.reference = self._frozen(reference, "reference")
+        elif self.needs & LIVE_REFERENCE and engine.adapter is not None:
+            engine.adapter.hold_reference(self._given(reference, "reference"))
         self.teacher = self._frozen(teacher, "teacher") if "teacher_logits" in self.needs else None
         self.packing = config.runtime.packing and not self.needs & PADDED
         self.varlen = takes_varlen(engine.module)
@@ -65,13 +70,26 @@ class Streams:
 
     def _frozen(self, directory: str | None, role: str) -> PreTrainedModel:
         """Load a model that is not trained. Raises: ConfigError if the input is missing."""
+        model = load_causal_lm(self._given(directory, role), self.config.dtype, str(self.engine.torch_device)).eval()
+        return model.requires_grad_(False)
+
+    def _given(self, directory: str | None, role: str) -> str:
         if directory is None:
             raise ConfigError(
                 f"the method {self.method_config.name} holds the {role} model while it trains: "
                 f"give the input `{role}` to train"
             )
-        model = load_causal_lm(directory, self.config.dtype, str(self.engine.torch_device)).eval()
-        return model.requires_grad_(False)
+        return directory
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[PreTrainedModel]:
+        """The reference model, without gradients: a model of its own, or the policy with the reference's adapter."""
+        if self.engine.adapter is None:
+            with torch.no_grad():
+                yield _held(self.reference)
+        else:
+            with self.engine.adapter.as_reference() as model:
+                yield model
 
     def packs(self, rows: Sequence[WeightedPair]) -> bool:
         """Whether these rows make a packed batch: settings, method and model allow it, and no window hides a token."""
@@ -141,8 +159,8 @@ class Streams:
         logps = token_logps(logits, batch.response_ids, batch.response_mask)
         if "policy_logits" in self.needs:
             return logps, extra | {"logits": logits}
-        with torch.no_grad():
-            reference = response_logits(_held(self.reference), batch)
+        with self._as_reference() as model:
+            reference = response_logits(model, batch)
         p_logits, q_logits = logits, reference
         if "kl_policy_reference" not in self.needs:
             p_logits, q_logits = reference, logits
@@ -222,8 +240,8 @@ class Streams:
         """Responses that are not in the rows, under policy and reference."""
         batch = collate([row["prompt_ids"] for row in rows], responses).to(self.engine.torch_device)
         logps = response_logps(self.engine.model, batch)
-        with torch.no_grad():
-            reference = response_logps(_held(self.reference), batch)
+        with self._as_reference() as model:
+            reference = response_logps(model, batch)
         return Responses(logps, reference, torch.ones_like(logps), batch.response_mask)
 
     def sample_anchors(self, rows: Sequence[WeightedPair], step: int) -> None:

@@ -31,9 +31,11 @@ def keys(preset: str) -> dict[str, str]:
         "train": run.training_for(0),
         "evaluate": run.evaluation,
     }
-    absent = EARLIER[run.policies_compared - 1 :]  # a run gives as many earlier policies as its `history` says
     found = {}
     for name, config in settings.items():
+        absent = EARLIER[run.policies_compared - 1 :]  # a run gives as many earlier policies as its `history` says
+        if name == "train" and run.training.adapter is None:
+            absent = (*absent, "start")  # the base of an adapter
         inputs = {
             role.rstrip("?"): ArtifactRef(kind=kind, key="external", path="/nowhere", content=role.rstrip("?"))
             for role, kind in STAGES[name].consumes.items()

@@ -118,14 +118,21 @@ def rows(reference_model) -> list[dict]:
     return rows
 
 
-def plain_loop(model_directory, rows, settings) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of all steps and the final weights: one pair after the other, no padding, torch's own optimizers."""
+def plain_loop(
+    model_directory, rows, settings, prepare=lambda model: None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of all steps and the final weights: one pair after the other, no padding, torch's own optimizers.
+
+    prepare: what is done to the model before it is trained, e.g. an adapter put into it
+    """
     settings = TrainingConfig.model_validate(settings)
     model = load_causal_lm(str(model_directory), "float32", "cpu").train()
+    prepare(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if settings.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(model.parameters(), lr=settings.learning_rate)
+        optimizer = torch.optim.RMSprop(trained, lr=settings.learning_rate)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     steps = plan_steps(len(rows), settings.batch_size, settings.epochs, settings.seed)
     planned = len(steps) * (settings.schedule_epochs or settings.epochs) // settings.epochs
     warm = round(settings.warmup_ratio * planned)
@@ -135,7 +142,7 @@ def plain_loop(model_directory, rows, settings) -> tuple[list[float], dict[str, 
         optimizer.zero_grad()
         total.backward()
         if settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         left = (planned - step.number) / (planned - warm)
         decay = left if settings.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left)))
         optimizer.param_groups[0]["lr"] = settings.learning_rate * (step.number / warm if step.number < warm else decay)
