@@ -7,28 +7,93 @@ answers of another checkpoint.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import yaml
+from pydantic import Field, model_validator
 
 from data_contracts.adapter import ADAPTER, is_adapter_only, weights_directory
+from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from data_contracts.rows import ReportRow
 from stages.evaluation.rows import report_row
 from stages.evaluation.sandbox import CodeEval
-from stages.evaluation.suites import SUITES, Member, clones_of
+from stages.evaluation.suites import SUITES, WITHOUT_TEMPLATE, Member, clones_of
+from stages.models.tokens import context_length
 from stages.running.cost import parameters
 from stages.running.gpus import engine_share
 
-MAX_LENGTH = 2048
-"""Tokens of context and answer; longer contexts are cut on the left."""
+CUT = "cut_prompts"
+"""The metric of a row that counts the questions whose prompt was cut on the left, where there were any."""
+
+
+class Prompting(Config):
+    """How lm-eval asks a model; the options of its command line under their names."""
+
+    NEUTRAL: ClassVar[dict[str, Any]] = {
+        "fewshot_as_multiturn": None,
+        "system": None,
+        "template_kwargs": {},
+        "think_end": None,
+        "max_length": None,
+        "gen_kwargs": {},
+    }
+
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """Ask through the model's chat template (`--apply_chat_template`). auto: where the model has one, but for suites
+    whose published numbers are made without (open_llm_v1)."""
+    fewshot_as_multiturn: bool | None = None
+    """Solved examples are earlier turns. None: where the chat template is applied."""
+    system: str | None = None
+    """A system message (`--system_instruction`)."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of the template, e.g. {enable_thinking: false}."""
+    think_end: str | None = None
+    """What ends the model's thinking, e.g. </think>: answers are read after it."""
+    max_length: int | None = Field(None, ge=1)
+    """Tokens of prompt and answer; a longer prompt is cut on the left. None: the model's own context."""
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Settings of generation that replace the task's own (`--gen_kwargs`), e.g. {temperature: 0.6, do_sample: true}."""
+
+    @model_validator(mode="after")
+    def _can_be_asked_so(self) -> Self:
+        if self.chat_template == "off":
+            if self.fewshot_as_multiturn:
+                raise ValueError(
+                    "fewshot_as_multiturn needs the chat template: leave chat_template at auto, or set it on"
+                )
+            if self.template_kwargs:
+                raise ValueError("template_kwargs are of the chat template: leave chat_template at auto, or set it on")
+        if self.template_kwargs.get("enable_thinking") and self.think_end is None:
+            raise ValueError(
+                "template_kwargs.enable_thinking needs think_end, e.g. </think>: answers are read after it"
+            )
+        return self
+
+    def uses_template(self, tokenizer: Any, auto: bool = True) -> bool:
+        """Whether the chat template is applied; `auto`: what the setting of that name means for a model that has one.
+
+        Raises: ConfigError where one is asked for that the model does not have.
+        """
+        if self.chat_template == "on" and not tokenizer.chat_template:
+            raise ConfigError(
+                "chat_template is on for lm-eval, and the policy's tokenizer has no chat template: set it to auto"
+            )
+        if self.chat_template == "auto":
+            return auto and bool(tokenizer.chat_template)
+        return self.chat_template == "on"
+
+
+AS_THE_COMMAND_LINE = Prompting(chat_template="off")
+"""lm-eval's own defaults."""
 
 
 def load_task(directory: str) -> dict[str, Any]:
@@ -59,18 +124,18 @@ def load_task(directory: str) -> dict[str, Any]:
 
 def open_transformers(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """A model in memory as lm-eval's HFLM."""
-    _stay_offline()
+    _prepare()
     from lm_eval.models import huggingface
 
     model_class: Any = huggingface.HFLM  # lm-eval's decorators hide the parameters from type checkers
-    return model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=MAX_LENGTH)
+    return model_class(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, Any]) -> Any:
     """A checkpoint in a vLLM engine of this process, as lm-eval's VLLM. settings: more arguments of the engine."""
     from stages.sampling.vllm import adapter_arguments, prepare_environment
 
-    _stay_offline()
+    _prepare()
     prepare_environment(device)
     _name_vllms_version()
     from lm_eval.models.vllm_causallms import VLLM
@@ -86,12 +151,24 @@ def open_vllm(directory: str, dtype: str, device: str, settings: Mapping[str, An
         arguments |= {"tokenizer": os.path.abspath(directory), "lora_local_path": os.path.abspath(adapter)}
         arguments["max_lora_rank"] = adapter_arguments(adapter)["max_lora_rank"]
     if device == "cpu":
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**29, "enable_chunked_prefill": False}
-        arguments["max_num_batched_tokens"] = MAX_LENGTH
+        length = settings.get("max_model_len") or context_length(directory) or 2048
+        arguments |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_model_len": length}
+        arguments |= {"max_num_batched_tokens": length, "kv_cache_memory_bytes": _cache_bytes(directory, length)}
     else:
         count = int(settings.get("tensor_parallel_size", 1))
         arguments["gpu_memory_utilization"] = engine_share(0.9, 2 * parameters(directory), count)
-    return VLLM(**({"max_model_len": MAX_LENGTH} | arguments | dict(settings)))
+    return VLLM(**(arguments | dict(settings)))
+
+
+def _cache_bytes(directory: str, length: int) -> int:
+    """Bytes of a KV cache on the CPU: for two sequences as long as the context, and half a GiB at least."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_token = 2 * 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+    return max(2**29, 2 * length * per_token)
 
 
 def _name_vllms_version() -> None:
@@ -114,24 +191,22 @@ def _name_vllms_version() -> None:
         metadata.version = version_of
 
 
-def _stay_offline() -> None:
+def _prepare() -> None:
+    """Before lm-eval is imported. It stays offline, and its remarks on how it is called stay unsaid."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def evaluate(
-    model: Any, tokenizer: Any, tasks: list[dict[str, Any]], batch_size: int, limit: int | None
+def evaluate_task(
+    lm: Any, directory: str, limit: int | None = None, prompting: Prompting = AS_THE_COMMAND_LINE
 ) -> list[ReportRow]:
-    """Rows of eval_report for every metric of local tasks, on a model in memory."""
-    return evaluate_tasks(open_transformers(model, tokenizer, batch_size), tasks, limit)
-
-
-def evaluate_tasks(lm: Any, tasks: list[dict[str, Any]], limit: int | None) -> list[ReportRow]:
-    """Rows of eval_report for every metric of local tasks. lm: from open_transformers or open_vllm."""
+    """Rows of eval_report for every metric of a local task. lm: from open_transformers or open_vllm."""
     from lm_eval.tasks import TaskManager
 
-    result = _evaluate(lm, tasks, TaskManager(include_defaults=False), limit)
-    return [row for name in result["results"] for row in _rows(result, "lm-eval", name)]
+    options = _asked_by(lm, prompting, prompting.uses_template(lm.tokenizer))
+    result = _evaluate(lm, [load_task(directory)], TaskManager(include_defaults=False), limit, options)
+    return [row for name in result["results"] for row in _rows(lm, result, "lm-eval", name, options)]
 
 
 def evaluate_suite(
@@ -142,6 +217,7 @@ def evaluate_suite(
     only: Sequence[str] = (),
     allow_code: bool = False,
     sandboxed: bool = True,
+    prompting: Prompting = AS_THE_COMMAND_LINE,
 ) -> list[ReportRow]:
     """Rows of eval_report for the metrics that count in a suite.
 
@@ -151,18 +227,36 @@ def evaluate_suite(
     """
     members = check_suite(suite, only, allow_code)
     check_packages(suite, members)
-    _stay_offline()
+    _prepare()
     manager = _official_tasks()
+    options = _asked_by(lm, prompting, prompting.uses_template(lm.tokenizer, auto=suite not in WITHOUT_TEMPLATE))
     rows: list[ReportRow] = []
     with mirrored(data_root), code_run_by(CodeEval(sandboxed)):
         for member in members:
-            result = _evaluate(lm, [member.task], manager, limit, member.num_fewshot, member.unsafe)
-            names = {*member.metrics, *(_metric_name(key, 1) for key in member.metrics)}
-            for row in _rows(result, suite, member.task):
+            result = _evaluate(lm, [member.task], manager, limit, options, member.num_fewshot, member.unsafe)
+            names = {*member.metrics, *(_metric_name(key, 1) for key in member.metrics), CUT}
+            for row in _rows(lm, result, suite, member.task, options):
                 if row["metric"] in names:
                     row["metric"] = row["metric"].partition(",")[0]
                     rows.append(row)
     return rows
+
+
+def _asked_by(lm: Any, prompting: Prompting, uses_template: bool) -> dict[str, Any]:
+    """Have the model ask as the settings say; returns the options of lm-eval's `simple_evaluate`."""
+    arguments = dict(prompting.template_kwargs)
+    lm.enable_thinking = arguments.get("enable_thinking")
+    if type(lm).__name__ == "VLLM":  # it hands this argument to the template by itself
+        arguments.pop("enable_thinking", None)
+    lm.chat_template_args, lm.think_end_token = arguments, prompting.think_end
+    lm._max_length = prompting.max_length
+    multiturn = prompting.fewshot_as_multiturn
+    return {
+        "apply_chat_template": uses_template,
+        "fewshot_as_multiturn": uses_template if multiturn is None else uses_template and multiturn,
+        "system_instruction": prompting.system,
+        "gen_kwargs": dict(prompting.gen_kwargs) or None,
+    }
 
 
 @cache
@@ -254,9 +348,15 @@ def code_run_by(metric: CodeEval) -> Iterator[None]:
 
 
 def _evaluate(
-    lm: Any, tasks: Sequence[Any], manager: Any, limit: int | None, num_fewshot: int | None = None, unsafe: bool = False
+    lm: Any,
+    tasks: Sequence[Any],
+    manager: Any,
+    limit: int | None,
+    options: Mapping[str, Any],
+    num_fewshot: int | None = None,
+    unsafe: bool = False,
 ) -> dict[str, Any]:
-    """lm-eval's own results, with every sample. tasks: names, or tasks from `load_task`."""
+    """lm-eval's own results, with every sample. tasks: names, or tasks from `load_task`; options: from `_asked_by`."""
     import lm_eval
 
     simple_evaluate: Any = lm_eval.simple_evaluate  # lm-eval's decorators hide the parameters from type checkers
@@ -269,17 +369,24 @@ def _evaluate(
         limit=limit,
         log_samples=True,
         confirm_run_unsafe_code=unsafe,
+        **options,
     )
 
 
-def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[ReportRow]:
-    """Rows of eval_report for a task or a group."""
+def _rows(lm: Any, result: Mapping[str, Any], suite: str, name: str, options: Mapping[str, Any]) -> list[ReportRow]:
+    """Rows of eval_report for a task or a group. The version of a task names how it was asked."""
     numbers = result["results"].get(name) or result.get("groups", {})[name]
     metrics = {key: value for key, value in numbers.items() if "," in key and "_stderr," not in key}
     parts = _leaves(result, name)
     count = sum(int(result["n-samples"][part]["effective"]) for part in parts)
     shots = {int(result["n-shot"].get(part) or 0) for part in parts}
-    version = result["versions"].get(name, result["versions"].get(parts[0], ""))
+    version = str(result["versions"].get(name, result["versions"].get(parts[0], "")))
+    if options["apply_chat_template"]:
+        version += ", chat template"
+        if options["fewshot_as_multiturn"] and max(shots):
+            version += ", examples as turns"
+    if options["system_instruction"]:
+        version += ", system message"
     rows = []
     for key, value in metrics.items():
         if not isinstance(value, int | float | np.number):
@@ -290,8 +397,29 @@ def _rows(result: Mapping[str, Any], suite: str, name: str) -> list[ReportRow]:
         if stderr is not None:
             low, high = value - 1.96 * stderr, value + 1.96 * stderr
         metric = _metric_name(key, filters)
-        rows.append(report_row(suite, name, metric, float(value), count, stderr, low, high, str(version), max(shots)))
+        rows.append(report_row(suite, name, metric, float(value), count, stderr, low, high, version, max(shots)))
+    if cut := sum(_is_cut(lm, sample) for part in parts for sample in _questions(result, part)):
+        rows.append(report_row(suite, name, CUT, cut, count, version=version, n_shot=max(shots)))
     return rows
+
+
+def _questions(result: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
+    """The samples of a task, each question once: lm-eval repeats them for every filter."""
+    return list({sample["doc_id"]: sample for sample in result.get("samples", {}).get(part, [])}.values())
+
+
+def _is_cut(lm: Any, sample: Mapping[str, Any]) -> bool:
+    """Whether the model did not see the beginning of a question's prompt."""
+    for context, continuation in (arguments[:2] for arguments in sample["arguments"] if len(arguments) > 1):
+        room, text = lm.max_length + 1, context
+        if isinstance(continuation, str):
+            text += continuation
+        else:
+            room = lm.max_length - int(continuation.get("max_gen_toks", lm.max_gen_toks))
+        # A token is a byte of text at least: most prompts need not be tokenized to see that they fit.
+        if len(text.encode()) >= room and len(lm.tok_encode(text)) > room:
+            return True
+    return False
 
 
 def _metric_name(key: str, filters: int) -> str:

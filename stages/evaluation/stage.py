@@ -19,6 +19,7 @@ from data_contracts.shards import read_shards
 from stages.evaluation import sandbox
 from stages.evaluation.heldout import evaluate_heldout
 from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
+from stages.evaluation.lm_eval import CUT, Prompting
 from stages.evaluation.rows import column_names
 from stages.job import Job
 from stages.models.families import attention_addition
@@ -51,7 +52,7 @@ class EvaluationRuntime(StageRuntime):
     """More arguments of lm-eval's vLLM engine, e.g. {tensor_parallel_size: 2, gpu_memory_utilization: 0.8}."""
 
 
-class LMEvalTask(BaseConfig):
+class LMEvalTask(Prompting):
     """A local lm-eval task."""
 
     path: str
@@ -62,7 +63,7 @@ class LMEvalTask(BaseConfig):
     """Filled in by the flow: hash of the directory's files, so that a changed question is a changed key."""
 
 
-class LMEvalSuite(BaseConfig):
+class LMEvalSuite(Prompting):
     """A published set of benchmarks; see stages/evaluation/suites.py."""
 
     name: Literal["open_llm_v1", "open_llm_v2", "tidpo"]
@@ -208,8 +209,7 @@ def _lm_eval_report(job: Job, device: str) -> list[ReportRow]:
         check_packages,
         check_suite,
         evaluate_suite,
-        evaluate_tasks,
-        load_task,
+        evaluate_task,
         open_transformers,
         open_vllm,
     )
@@ -226,11 +226,17 @@ def _lm_eval_report(job: Job, device: str) -> list[ReportRow]:
         lm = open_transformers(policy, load_tokenizer(directory), config.runtime.lm_eval_batch_size)
     rows: list[ReportRow] = []
     for task in config.lm_eval:
-        rows += evaluate_tasks(lm, [load_task(task.path)], task.limit)
+        rows += evaluate_task(lm, task.path, task.limit, task)
     for suite in config.suites:
         rows += evaluate_suite(
-            lm, suite.name, suite.data_root, suite.limit, suite.only, suite.allow_code, config.runtime.sandbox
+            lm, suite.name, suite.data_root, suite.limit, suite.only, suite.allow_code, config.runtime.sandbox, suite
         )
+    for row in rows:
+        if row["metric"] == CUT:
+            job.log(
+                f"warning: {row['task']}: the prompts of {row['value']:.0f} of {row['n']} questions are longer than the "
+                f"model's context and were cut on the left: its numbers are not the published ones"
+            )
     del lm
     free_device_memory()  # a judge's engine may come next
     return rows

@@ -77,6 +77,10 @@ SUITES: dict[str, tuple[Member, ...]] = {
 }
 
 
+WITHOUT_TEMPLATE = ("open_llm_v1",)
+"""Suites whose published numbers are made without the model's chat template."""
+
+
 def clones_of(data_root: Path, data: str) -> tuple[Path, Path]:
     """Return where a mirror may hold a data set of the hub: under owner and name, or under the name alone."""
     return data_root / data, data_root / data.rpartition("/")[2]

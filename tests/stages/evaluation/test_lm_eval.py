@@ -6,7 +6,6 @@ SmolLM2 (slow).
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,54 +41,140 @@ def run_python(code: str, *arguments: object, timeout: float = 500, **environmen
     return done.stdout
 
 
-LOCAL_ROWS = """
+ASKED = {
+    "as on a base model": ({"chat_template": "off", "max_length": 2048}, [], "max_length=2048"),
+    "through the template": ({}, ["--apply_chat_template"], ""),
+    "examples in one turn": (
+        {"chat_template": "on", "fewshot_as_multiturn": False},
+        ["--apply_chat_template", "--fewshot_as_multiturn", "false"],
+        "",
+    ),
+    "with a system message and other settings of generation": (
+        {"system": "Be brief.", "gen_kwargs": {"max_gen_toks": 5}, "max_length": 120},
+        ["--apply_chat_template", "--system_instruction", "Be brief.", "--gen_kwargs", "max_gen_toks=5"],
+        "max_length=120",
+    ),
+}
+"""Name -> settings of Prompting, what lm-eval's command line calls them, and the model's arguments there."""
+
+OUR_ROWS = """
 import json, sys
-from stages.evaluation.lm_eval import evaluate, load_task
-from stages.models.policy import load_causal_lm
-from stages.models.tokens import load_tokenizer
-model, task = sys.argv[1:3]
-rows = evaluate(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), [load_task(task)], 16, None)
-print("ROWS" + json.dumps(rows))
+from stages.evaluation import lm_eval
+if __name__ == "__main__":
+    backend, model, tasks, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+    if backend == "vllm":
+        lm = lm_eval.open_vllm(model, "float32", "cpu", {})
+    else:
+        from stages.models.policy import load_causal_lm
+        from stages.models.tokens import load_tokenizer
+        lm = lm_eval.open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
+    rows = [
+        [task, name, lm_eval.evaluate_task(lm, task, 20, lm_eval.Prompting(**settings))]
+        for task in tasks for name, settings in asked.items()
+    ]
+    print("ROWS" + json.dumps(rows), flush=True)
+    import os
+    os._exit(0)
+"""
+COMMAND_LINES = """
+import json, sys
+from stages.evaluation.lm_eval import _name_vllms_version
+from stages.sampling.vllm import prepare_environment
+if "vllm" in sys.argv[1]:
+    prepare_environment("cpu")
+    _name_vllms_version()
+from lm_eval.__main__ import cli_evaluate
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    cli_evaluate()
 """
 
 
-def test_our_rows_are_those_of_lm_evals_own_command_line(tiny_model, tmp_path):
-    rows = json.loads(run_python(LOCAL_ROWS, tiny_model, QUICKSTART).partition("ROWS")[2])
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "task.yaml").write_text(yaml.safe_dump(load_task(str(QUICKSTART))))
-    arguments = [
-        "--model",
-        "hf",
-        "--model_args",
-        f"pretrained={tiny_model},dtype=float32,max_length=2048",
-        "--tasks",
-        "quickstart_mc",
+@pytest.fixture
+def generation_task(tmp_path):
+    """A local task that generates: a question with a solved example before it, judged by the exact answer."""
+    directory = tmp_path / "generation"
+    directory.mkdir()
+    for split in ("train", "test"):
+        rows = [
+            {"question": f"Say {word} for {split}.", "answer": word} for word in ("yes", "no", "a", "the", "word") * 5
+        ]
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "say", "dataset_path": "json", "output_type": "generate_until", "num_fewshot": 1,
+        "dataset_kwargs": {"data_files": {"train": "train.jsonl", "test": "test.jsonl"}},
+        "training_split": "train", "test_split": "test", "fewshot_split": "train",
+        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}, {"metric": "bleu"}, {"metric": "chrf"}], "metadata": {"version": 1.0},
+    }  # fmt: skip
+    (directory / "task.yaml").write_text(yaml.safe_dump(task))
+    return directory
+
+
+MODEL_ARGUMENTS = {
+    "hf": "dtype=float32",
+    "vllm": "dtype=float32,seed=0,enforce_eager=True,kv_cache_memory_bytes=536870912,enable_chunked_prefill=False,"
+    "max_num_batched_tokens=8192",
+}
+
+
+def check_parity(model: Path, backend: str, tasks: list[Path], work: Path, names: list[str]) -> dict[tuple, list[dict]]:
+    """Our rows, which equal what lm-eval's own command line writes, however the model is asked."""
+    asked = {name: ASKED[name] for name in names}
+    settings = json.dumps({name: settings for name, (settings, _, _) in asked.items()})
+    out = run_python(OUR_ROWS, backend, model, json.dumps([str(task) for task in tasks]), settings)
+    ours = {(task, name): rows for task, name, rows in json.loads(out.partition("ROWS")[2])}
+    lines = []
+    for task in tasks:
+        directory = work / "tasks" / task.name
+        directory.mkdir(parents=True)
+        loaded = load_task(str(task))
+        (directory / "task.yaml").write_text(yaml.safe_dump(loaded))
+        for number, (_, options, more) in enumerate(asked.values()):
+            arguments = ",".join(filter(None, [f"pretrained={model}", MODEL_ARGUMENTS[backend], more]))
+            lines.append(
+                ["run", "--model", backend, "--model_args", arguments, "--tasks", loaded["task"], "--limit", "20",
+                 "--include_path", str(directory), "--output_path", str(work / "out" / task.name / str(number)),
+                 "--batch_size", {"hf": "16", "vllm": "auto"}[backend], *options]
+            )  # fmt: skip
+            lines[-1] += ["--device", "cpu"] if backend == "hf" else []
+    run_python(COMMAND_LINES, json.dumps(lines))
+    for task in tasks:
+        for number, name in enumerate(asked):
+            (path,) = (work / "out" / task.name / str(number)).rglob("results_*.json")
+            (reference,) = json.loads(path.read_text())["results"].values()
+            rows = [row for row in ours[str(task), name] if row["metric"] != "cut_prompts"]
+            metrics = {key.partition(",")[0] for key in reference if "," in key and "stderr" not in key}
+            assert {row["metric"] for row in rows} == metrics
+            for row in rows:
+                assert row["value"] == pytest.approx(reference[f"{row['metric']},none"], abs=1e-12), (task, name, row)
+                if row["stderr"] is not None:
+                    assert row["stderr"] == pytest.approx(reference[f"{row['metric']}_stderr,none"], abs=1e-12)
+    values = [tuple(row["value"] for row in ours[str(tasks[-1]), name]) for name in asked]
+    assert len(set(values)) > 1  # to be asked otherwise makes a difference
+    return ours
+
+
+def test_our_rows_are_those_of_lm_evals_own_command_line(tiny_model, generation_task, tmp_path):
+    ours = check_parity(tiny_model, "hf", [QUICKSTART, generation_task], tmp_path, list(ASKED))
+    rows = [ours[str(QUICKSTART), name] for name in ASKED]
+    assert [part[0]["task_version"] for part in rows] == [
+        "1.0",
+        "1.0, chat template, examples as turns",
+        "1.0, chat template",
+        "1.0, chat template, examples as turns, system message",
     ]
-    arguments += [
-        "--include_path",
-        tmp_path / "tasks",
-        "--device",
-        "cpu",
-        "--batch_size",
-        "16",
-        "--output_path",
-        tmp_path / "out",
-    ]
-    printed = run_python("import sys; from lm_eval.__main__ import cli_evaluate; cli_evaluate()", *arguments)
-    reference = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["quickstart_mc"]
-    assert {row["metric"] for row in rows} == {"acc", "acc_norm"}
-    for row in rows:
-        assert row["value"] == pytest.approx(reference[f"{row['metric']},none"], abs=1e-12)
-        assert row["stderr"] == pytest.approx(reference[f"{row['metric']}_stderr,none"], abs=1e-12)
-        line = re.search(rf"\|{row['metric']} *\|[^|]*\|([^|]*)\|[^|]*\|([^|]*)\|", printed)
-        assert (f"{row['value']:.4f}", f"{row['stderr']:.4f}") == (line[1].strip(), line[2].strip())
-        assert (row["suite"], row["task"], row["n"], row["n_shot"], row["task_version"]) == (
-            "lm-eval",
-            "quickstart_mc",
-            60,
-            2,
-            "1.0",
-        )
+    assert "cut_prompts" not in {row["metric"] for row in rows[0]}
+    (cut,) = [row for row in rows[-1] if row["metric"] == "cut_prompts"]
+    assert 0 < cut["value"] <= cut["n"] == 20
+
+
+@pytest.mark.slow
+def test_they_are_on_vllm_too(smollm2, generation_task, tmp_path):
+    check_parity(
+        smollm2, "vllm", [generation_task, QUICKSTART], tmp_path, ["as on a base model", "through the template"]
+    )
 
 
 SUITE_ROWS = """
@@ -128,7 +213,8 @@ def test_an_official_task_reads_its_data_from_a_mirror(tiny_model, shared, tmp_p
         "---\n" + yaml.safe_dump({"configs": [{"config_name": "ARC-Challenge", "data_files": files}]}) + "---\n"
     )
     out = run_python(SUITE_ROWS, tiny_model, tmp_path)
-    (row,) = json.loads(out.partition("ROWS")[2].partition("\n")[0])
+    row, cut = json.loads(out.partition("ROWS")[2].partition("\n")[0])
+    assert (cut["metric"], cut["value"], cut["n"]) == ("cut_prompts", 12, 12)  # 25 examples, a context of 256 tokens
     assert (row["suite"], row["task"], row["metric"], row["n"], row["n_shot"]) == (
         "open_llm_v1",
         "arc_challenge",
@@ -164,7 +250,7 @@ def test_a_config_without_the_new_options_keeps_its_identity():
         {"scorer": {"name": "length", "target_tokens": 8}, "lm_eval": [{"path": "x"}]}
     )
     assert set(config.identity()) == {"scorer", "lm_eval", "dtype"}
-    assert set(config.identity()["lm_eval"][0]) == {"path", "limit", "digest"}
+    assert set(config.identity()["lm_eval"][0]) == {"path", "limit", "digest", "chat_template"}
     with_suite = config.model_copy(update={"suites": ({"name": "open_llm_v1"},)})
     assert "suites" in with_suite.identity()
 
@@ -212,9 +298,10 @@ if __name__ == "__main__":
         from stages.models.tokens import load_tokenizer
         lm = lm_eval.open_transformers(load_causal_lm(model, "float32", "cpu").eval(), load_tokenizer(model), 16)
     from lm_eval.tasks import TaskManager
-    result = lm_eval._evaluate(lm, [lm_eval.load_task(task)], TaskManager(include_defaults=False), None)
+    asked = lm_eval._asked_by(lm, lm_eval.AS_THE_COMMAND_LINE, False)
+    result = lm_eval._evaluate(lm, [lm_eval.load_task(task)], TaskManager(include_defaults=False), None, asked)
     samples = sorted(result["samples"]["arc_easy_100"], key=lambda sample: sample["doc_id"])
-    row = next(row for row in lm_eval._rows(result, "lm-eval", "arc_easy_100") if row["metric"] == "acc")
+    row = next(row for row in lm_eval._rows(lm, result, "lm-eval", "arc_easy_100", asked) if row["metric"] == "acc")
     log_probs = [resp[0][0] for sample in samples for resp in sample["resps"]]
     print("FOUND" + json.dumps([row["value"], log_probs]), flush=True)
     import os
@@ -294,7 +381,7 @@ def test_the_whole_stage_runs_on_vllm(smollm2, arc_easy, store, make_prompts, ma
     config = {
         "scorer": {"name": "length", "target_tokens": 3},
         "dtype": "float32",
-        "lm_eval": [{"path": str(arc_easy)}],
+        "lm_eval": [{"path": str(arc_easy), "chat_template": "off"}],
         "mt_bench": bench,
     }
     config["runtime"] = {"lm_eval_backend": "vllm", "vllm": {"max_model_len": 512, "max_num_batched_tokens": 4096}}
