@@ -13,11 +13,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for _name in ("SELFPLAY_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
 
+import fcntl
 import http.server
 import json
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -118,6 +122,29 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def make_model():
     return build_model
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """made_once(name, make) -> what make(directory) returns, made by the first pytest worker that asks.
+
+    The other workers wait for it and read the value and the directory: never write into what lies there.
+    """
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    def value_of(name: str, make: Callable[[Path], Any]) -> Any:
+        directory, saved = common / name, common / f"{name}.pickle"
+        with open(common / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not saved.is_file():
+                directory.mkdir()
+                value = make(directory)
+                saved.write_bytes(pickle.dumps(value))
+        return pickle.loads(saved.read_bytes())
+
+    return value_of
 
 
 def prompt_rows(count: int, first: int = 0) -> list[dict]:

@@ -84,8 +84,10 @@ def test_the_test_oracle_is_no_part_of_the_product():
 
 @pytest.mark.parametrize("room", ["data_contracts", "stages"])
 def test_no_module_of_a_room_below_the_tasks_loads_prefect_or_mlflow(room):
-    assert modules_of(room)
-    code = f"import importlib, sys\nfor m in {modules_of(room)}: importlib.import_module(m)\n"
+    """All but what vLLM's engine loads: it imports vLLM, 8 s, and the import contracts forbid it the two as well."""
+    modules = [name for name in modules_of(room) if name != LOADED_BY_VLLM.removesuffix(".py").replace("/", ".")]
+    assert modules
+    code = f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\n"
     assert run(code + "print(sorted({'prefect', 'mlflow'} & sys.modules.keys()))") == "[]"
 
 

@@ -13,9 +13,13 @@ from tests.faults.harness import Scene, prepare
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory, make_model, make_rows) -> dict[str, Scene]:
+def scenes(made_once, make_model, make_rows) -> dict[str, Scene]:
     prompts = PromptSet.of(make_rows(6))
-    return prepare(tmp_path_factory.mktemp("scenes") / "root", make_model, lambda store: publish(prompts, store))
+
+    def make(directory: Path) -> dict[str, Scene]:
+        return prepare(directory / "root", make_model, lambda store: publish(prompts, store))
+
+    return made_once("scenes", make)
 
 
 @pytest.fixture

@@ -166,9 +166,17 @@ def planted() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, make_run) -> Undisturbed:
-    """Two iterations with the transformers sampler and DeepSpeed, start to end. Read it, go on from a copy, never write into it."""
-    config, store = make_run("tiny"), tmp_path_factory.mktemp("undisturbed") / "store"
-    first = play(config, store, **PLANTED, **COMPANY_PROXY)
-    assert first.code == 0, first.out
-    return Undisturbed(config, store, first)
+def undisturbed(made_once, make_run) -> Undisturbed:
+    """Two iterations with the transformers sampler and DeepSpeed, start to end, played once for all pytest workers.
+
+    Read it, go on from a copy, never write into it.
+    """
+
+    def make(directory: Path) -> tuple[Path, Path, tuple[Any, ...]]:
+        config, store = make_run("tiny"), directory / "store"
+        first = play(config, store, **PLANTED, **COMPANY_PROXY)
+        assert first.code == 0, first.out
+        return config, store, tuple(first)
+
+    config, store, first = made_once("undisturbed", make)
+    return Undisturbed(config, store, Finished(*first))

@@ -82,6 +82,7 @@ def test_readme_says_how_and_the_new_benchmark_is_in_the_report(
 
 def test_another_version_or_question_is_another_key_and_the_same_files_are_the_same_one(benchmark, make_run, store):
     policy = ArtifactRef(kind="checkpoint", key="k", content="c", path="/nowhere")
+    store.root.mkdir()  # so that the check of the prompts, the same each time, is remembered
 
     def key() -> str:
         return STAGES["evaluate"].key(evaluation_of(make_run, benchmark, store), {"policy": policy})

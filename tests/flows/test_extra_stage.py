@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
+import yaml
 
 from data_contracts.errors import ConfigError
 from data_contracts.shards import read_shards
@@ -59,8 +61,12 @@ def package(tmp_path, monkeypatch):
     return site
 
 
-def test_a_filter_stage_of_another_package_runs_in_the_loop(tmp_path, package, make_run, tools, monkeypatch):
-    config = make_run("filtered", iterations=1, refine={"filter": {"drop_longest": 1}})  # place 3: its settings
+def test_a_filter_stage_of_another_package_runs_in_the_loop(tmp_path, package, undisturbed, tools, monkeypatch):
+    """What comes before the filter is found in a copy of the undisturbed run's store."""
+    shutil.copytree(undisturbed.store, tmp_path / "store", symlinks=True)
+    added = {"name": "filtered", "iterations": 1, "refine": {"filter": {"drop_longest": 1}}}  # place 3: its settings
+    config = tmp_path / "filtered.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(undisturbed.config.read_text()) | added))
     monkeypatch.setenv("PYTHONPATH", str(package))
     finished = tools.play(config, tmp_path / "store", PYTHONPATH=str(package))
     assert finished.code == 0, finished.out
