@@ -25,7 +25,7 @@ Columns = Mapping[str, Any]
 PAIR = ("chosen", "rejected")
 CHATS = ("messages", "conversations")
 LABELS = ("label", "kto_tag")
-LABEL_WORDS = {"true": True, "yes": True, "1": 1, "false": False, "no": False, "0": 0}
+LABEL_WORDS = {"true": True, "yes": True, "1": 1, "1.0": 1, "false": False, "no": False, "0": 0, "0.0": 0}
 TWO, BETTER = ("response_0", "response_1"), "better_response_id"
 TRUTHS = ("response", "output", "completion")
 OWN = ("prompt_id", "checks", "source")
@@ -113,7 +113,7 @@ def _read_instruction(columns: Columns) -> tuple[list[Message], Answers]:
     instruction = text(columns["instruction"], "instruction")
     below = next((value for name in ("input", "context") if isinstance(value := columns.get(name), str)), "")
     if below.strip():
-        instruction = f"{instruction}\n\n{below}"
+        instruction = f"{instruction}\n\n{below}" if instruction.strip() else below
     earlier: list[Message] = []
     for turn in columns.get("history") or []:
         if not isinstance(turn, list) or len(turn) != 2:
@@ -129,7 +129,11 @@ def _read_dialogues(columns: Columns) -> tuple[list[Message], Answers]:
         value = columns[name]
         turns = dialogue(value) if isinstance(value, str) else conversation(value or [], name)
         if turns is None:
-            raise UnusableRow(f"`{name}` is no dialogue of Human and Assistant, and there is no prompt beside it")
+            raise UnusableRow(
+                f"`{name}` is no dialogue of Human and Assistant, and there is no prompt beside it",
+                f'"{name}" needs a prompt: name its column, e.g. '
+                "`columns: {prompt: question, chosen: chosen, rejected: rejected}`",
+            )
         dialogues.append(turns)
     (*prompt, _), (*other_prompt, _) = dialogues
     if prompt != other_prompt:

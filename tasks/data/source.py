@@ -23,7 +23,7 @@ class Source(Config):
     """A file, a directory or a glob; or a data set of the hub; or a mix. A plain text is a `path`."""
 
     path: str | None = None
-    """JSON lines, JSON, CSV, Parquet or Arrow, also as .gz, .bz2, .xz; a directory of them or of `save_to_disk`; or a
+    """JSON lines, JSON, CSV, Parquet or Arrow, also as .gz, .bz2, .xz, .zst; a directory of them or of `save_to_disk`; or a
     glob."""
     hub_id: str | None = None
     """`owner/name` of a data set on the Hugging Face hub; fetched once, then read from the local cache."""

@@ -9,20 +9,64 @@ import bz2
 import codecs
 import csv
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
 
 from data_contracts.errors import ConfigError
 from data_contracts.prompts import UnusableRow, parse_object
+from tasks.data.shapes import shape_of
 
 LONGEST_ROW = 64 * 2**20
 """Bytes. A longer line is no prompt: a file without line ends, a dump, a device."""
-COMPRESSION = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+class Zstandard(io.RawIOBase):
+    """The uncompressed bytes of a .zst file, to be read from its beginning, again and again if need be."""
+
+    def __init__(self, path: Path):
+        self._path = str(path)
+        self._source, self._position = pa.input_stream(self._path, compression="zstd"), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move to a place from the beginning, in a stream that only goes forward."""
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("only from the beginning")
+        if offset < self._position:
+            self._source, self._position = pa.input_stream(self._path, compression="zstd"), 0
+        self._position += len(self._source.read(offset - self._position))
+        return self._position
+
+
+def open_zstandard(path: Path, mode: str) -> IO[bytes]:
+    """The uncompressed bytes of a .zst file."""
+    return io.BufferedReader(Zstandard(path))
+
+
+COMPRESSION = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstandard}
 CHUNK = 2**20
+BLANKS = " \t\r\n"
 TOO_LONG = f"is longer than {LONGEST_ROW >> 20} MiB"
 
 Row = dict[str, Any] | UnusableRow
@@ -33,6 +77,9 @@ def open_text(path: Path) -> IO[bytes]:
     stream: Any = COMPRESSION.get(path.suffix, open)(path, "rb")
     beginning = stream.read(4096)
     stream.seek(0)
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        stream.close()
+        raise ConfigError(f"{path} is text in UTF-16, and UTF-8 is read: iconv -f UTF-16 -t UTF-8 {path} > FILE")
     if b"\0" in beginning:
         stream.close()
         raise ConfigError(
@@ -45,12 +92,69 @@ def open_text(path: Path) -> IO[bytes]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of a file of JSON lines, or of one JSON array, with the numbers of their lines or items."""
+    """Rows with the numbers of their lines or items: of JSON lines, one JSON array, one object that holds such an array
+    beside other things, one object that is a row, or objects one after the other that take several lines each.
+
+    Raises: ConfigError for an object that holds several arrays of rows.
+    """
     with open_text(path) as stream:
         start = stream.tell()
-        is_array = stream.read(4096).lstrip().startswith(b"[")
+        beginning = stream.read(4096).lstrip()
         stream.seek(start)
-        yield from _array_items(path, stream) if is_array else _json_lines(path, stream)
+        if beginning.startswith(b"["):
+            yield from _array_items(path, _JsonText(stream))
+            return
+        layout = _Layout.of(stream) if beginning.startswith(b"{") else _Layout(False, None)
+        stream.seek(start)
+        if layout.arrays is None:
+            yield from _objects(path, _JsonText(stream)) if layout.is_document else _json_lines(path, stream)
+            return
+        if len(layout.arrays) > 1:
+            raise ConfigError(
+                f"{path} is one JSON object with {len(layout.arrays)} lists of rows: {', '.join(layout.arrays)}. Give a "
+                "file of its own to each"
+            )
+        text = _JsonText(stream)
+        for name in text.names():
+            if name == layout.arrays[0]:
+                yield from _array_items(path, text, name)
+                return
+            text.skip_value()
+
+
+class _Layout(NamedTuple):
+    """How a file whose first character is a brace holds its rows."""
+
+    is_document: bool
+    """False: as JSON lines. True: as objects that may take several lines each."""
+    arrays: list[str] | None
+    """The lists of rows in the one object of the file; None: each object is a row."""
+
+    @classmethod
+    def of(cls, stream: IO[bytes]) -> _Layout:
+        start = stream.tell()
+        line = b" "
+        while line and not line.strip():
+            line = stream.readline(LONGEST_ROW + 1)
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):  # it goes on in the next line, or is no JSON
+            is_document = True
+        else:
+            is_document = False
+            if any(block.strip() for block in iter(partial(stream.read, CHUNK), b"")):
+                return cls(False, None)
+        stream.seek(start)
+        text = _JsonText(stream)
+        try:
+            members = {name: text.is_list_of_rows() for name in text.names()}
+            is_alone = not text.next_character()
+        except (ValueError, RecursionError):  # JSON lines, the first of them broken
+            return cls(False, None)
+        arrays = [name for name, is_list in members.items() if is_list]
+        if is_alone and arrays and shape_of(members) is None:
+            return cls(True, arrays)
+        return cls(is_document, None)
 
 
 def _json_lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Row]]:
@@ -74,57 +178,143 @@ def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
         yield number, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
 
 
-def _array_items(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Row]]:
-    """Items of a JSON array, decoded one by one: the whole text is never held."""
-    decoder = json.JSONDecoder()
-    decode_bytes = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    text, position, number, ended = decode_bytes(stream.read(CHUNK)).lstrip()[1:], 0, 0, False
+class _JsonText:
+    """The text of a JSON file, decoded value by value: the whole of it is never held."""
 
-    def more() -> None:
-        nonlocal text, position, ended
-        # As much again as is waiting: an item of n bytes is tried log2(n / chunk) times.
-        data = stream.read(max(CHUNK, len(text) - position))
-        ended = not data
-        text, position = text[position:] + decode_bytes(data, ended), 0
+    def __init__(self, stream: IO[bytes]):
+        self.stream, self.decode = stream, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        self.decoder = json.JSONDecoder()
+        self.text, self.position, self.ended = "", 0, False
 
-    while True:
-        while (position := _skip(text, position)) == len(text) and not ended:
-            more()
-        if position == len(text):
-            raise ConfigError(f"{path} ends inside of its JSON array, after {number} items: the file is cut")
-        if text[position] == "]":
-            if text[position + 1 :].strip() or any(block.strip() for block in iter(partial(stream.read, CHUNK), b"")):
-                raise ConfigError(
-                    f"{path} goes on behind the end of its JSON array, after {number} items: give one array, or one "
-                    "object in each line"
-                )
-            return
-        number += 1
+    def next_character(self, skipped: str = BLANKS) -> str:
+        """Move to the next character that is none of these, and return it; "" at the end."""
+        while True:
+            while self.position < len(self.text) and self.text[self.position] in skipped:
+                self.position += 1
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if self.ended:
+                return ""
+            self._read_more()
+
+    def value(self) -> Any:
+        """Return the value that begins here, and move behind it.
+
+        Raises: JSONDecodeError for what is no JSON; TooLong; ValueError or RecursionError for what cannot be held.
+        """
         while True:
             try:
-                item, end = decoder.raw_decode(text, position)
-                if end < len(text) or ended:
-                    break
-            except json.JSONDecodeError as error:
-                if ended:
-                    raise ConfigError(
-                        f"{path} item {number} of the JSON array is not valid JSON: {error.msg}: mend or remove it"
-                    ) from None
-            except (RecursionError, ValueError) as error:
-                raise ConfigError(f"{path} item {number} of the JSON array cannot be read: {error}") from None
-            if len(text) - position > LONGEST_ROW:
-                raise ConfigError(f"{path} item {number} of the JSON array {TOO_LONG}, or is not valid JSON")
-            more()
-        position = end
-        message = f"must be a JSON object, got {type(item).__name__}"
-        yield number, item if isinstance(item, dict) else UnusableRow("an item is not a JSON object", message)
+                value, end = self.decoder.raw_decode(self.text, self.position)
+                if end < len(self.text) or self.ended:
+                    self.position = end
+                    return value
+            except json.JSONDecodeError:
+                if self.ended:
+                    raise
+            if len(self.text) - self.position > LONGEST_ROW:
+                raise TooLong
+            self._read_more()
+
+    def names(self) -> Iterator[str]:
+        """Yield the names in an object. Move behind the value of each before the next one. Raises: as `value`."""
+        self._expect("{")
+        while self.next_character(BLANKS + ",") != "}":
+            name = self.value()
+            if not isinstance(name, str):
+                raise ValueError("a name is no text")
+            self._expect(":")
+            self.next_character()
+            yield name
+        self.position += 1
+
+    def items(self) -> Iterator[Any]:
+        """Yield the items of an array. Raises: as `value`, and EOFError where it does not end."""
+        self._expect("[")
+        while (character := self.next_character(BLANKS + ",")) != "]":
+            if not character:
+                raise EOFError
+            yield self.value()
+        self.position += 1
+
+    def is_list_of_rows(self) -> bool:
+        """Whether the value here is an array that begins with an object which is no turn of a conversation; move behind
+        it. Raises: as `value`."""
+        if self.next_character() != "[":
+            self.value()
+            return False
+        is_first, is_list = True, False
+        try:
+            for item in self.items():
+                if is_first:
+                    is_list = isinstance(item, dict) and not ({"role", "from"} & item.keys())
+                is_first = False
+        except EOFError:
+            raise ValueError("the array does not end") from None
+        return is_list
+
+    def skip_value(self) -> None:
+        self.is_list_of_rows()
+
+    def _expect(self, character: str) -> None:
+        if self.next_character() != character:
+            raise ValueError(f"{character} is missing")
+        self.position += 1
+
+    def _read_more(self) -> None:
+        # As much again as is waiting: an item of n bytes is tried log2(n / chunk) times.
+        data = self.stream.read(max(CHUNK, len(self.text) - self.position))
+        self.ended = not data
+        self.text, self.position = self.text[self.position :] + self.decode(data, self.ended), 0
 
 
-def _skip(text: str, position: int) -> int:
-    """The position of the next character that is neither blank nor a comma."""
-    while position < len(text) and text[position] in " \t\r\n,":
-        position += 1
-    return position
+class TooLong(ValueError):
+    """A value of more than LONGEST_ROW bytes."""
+
+
+def _array_items(path: Path, text: _JsonText, name: str | None = None) -> Iterator[tuple[int, Row]]:
+    """Items of the JSON array that begins here; `name`: of the array in an object."""
+    array = "the JSON array" if name is None else f"the JSON array {name!r}"
+    items, number = text.items(), 0
+    while True:
+        number += 1
+        try:
+            item = next(items)
+        except StopIteration:
+            break
+        except EOFError:
+            raise ConfigError(
+                f"{path} ends inside of its JSON array, after {number - 1} items: the file is cut"
+            ) from None
+        except TooLong:
+            raise ConfigError(f"{path} item {number} of {array} {TOO_LONG}, or is not valid JSON") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path} item {number} of {array} is not valid JSON: {error.msg}: mend or remove it"
+            ) from None
+        except (RecursionError, ValueError) as error:
+            raise ConfigError(f"{path} item {number} of {array} cannot be read: {error}") from None
+        yield number, _row_of(item)
+    if name is None and text.next_character():
+        raise ConfigError(
+            f"{path} goes on behind the end of its JSON array, after {number - 1} items: give one array, or one object in "
+            "each line"
+        )
+
+
+def _objects(path: Path, text: _JsonText) -> Iterator[tuple[int, Row]]:
+    """Objects one after the other, as `jq .` writes them."""
+    number = 0
+    while text.next_character(BLANKS + ","):
+        number += 1
+        try:
+            yield number, _row_of(text.value())
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} object {number} cannot be read as JSON: {error}") from None
+
+
+def _row_of(item: Any) -> Row:
+    message = f"must be a JSON object, got {type(item).__name__}"
+    return item if isinstance(item, dict) else UnusableRow("an item is not a JSON object", message)
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:

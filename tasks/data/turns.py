@@ -10,6 +10,7 @@ from data_contracts.prompts import Message, UnusableRow
 
 SPEAKERS = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
@@ -47,7 +48,10 @@ def conversation(value: Any, name: str) -> list[Message]:
         raise UnusableRow(
             f"`{name}` is no conversation", f'"{name}" must be a non-empty list of turns, got {value!r:.80}'
         )
-    return [_message(turn, name) for turn in turns]
+    messages = [_message(turn, name) for turn in turns]
+    if messages[-1]["role"] == "assistant" and turns[-1].get("weight") == 0:  # OpenAI's fine-tuning files
+        raise UnusableRow(f"the last turn of `{name}` has weight 0", f'"{name}" ends with an answer of weight 0')
+    return messages
 
 
 def _message(turn: Any, name: str) -> Message:

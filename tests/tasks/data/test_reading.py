@@ -114,6 +114,13 @@ def parquet() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def pa_compress(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
 
 
@@ -136,6 +143,10 @@ LINES = "\n".join(map(json.dumps, ROWS)).encode()
         ("a.jsonl.gz", gzip.compress(LINES)),
         ("a.json.bz2", bz2.compress(json.dumps(ROWS).encode())),
         ("a.csv.xz", lzma.compress(csv_text(",").encode())),
+        ("a.jsonl.zst", pa_compress(LINES)),
+        ("a.json", json.dumps({"data": ROWS}).encode()),
+        ("a.json", json.dumps({"version": "1.0", "rows": ROWS, "info": {"count": 2}}, indent=1).encode()),
+        ("a.json", "\n".join(json.dumps(row, indent=2) for row in ROWS).encode()),
     ],
 )
 def test_formats(read, name, content):
@@ -151,6 +162,38 @@ def test_a_json_array_is_read_item_by_item_wherever_a_chunk_ends(read, monkeypat
     monkeypatch.setattr(text_files, "CHUNK", chunk)
     rows = [{"prompt": f"Wie heißt {number}? 🦊 [{{", "response": '\\" é'} for number in range(30)]
     assert prompts_of(read(json.dumps(rows, ensure_ascii=False, indent=1), "a.json")) == [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 2**20])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_in_an_object_are_read_item_by_item_wherever_a_chunk_ends(read, monkeypatch, chunk, indent):
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
+    rows = [{"prompt": f"{number}: ä [{{", "response": "}]"} for number in range(40)]
+    whole = {"name": "mine", "n": [1, 2, {"a": "]"}], "rows": rows, "more": {"deep": [[{"b": "}"}]]}}
+    reading = read(json.dumps(whole, indent=indent), "a.json")
+    assert [row["messages"][0]["content"] for row in reading.prompts] == [row["prompt"] for row in rows]
+    assert [reading.prompts.where(number) for number in (0, 39)] == ["line 1", "line 40"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+        {"id": 7, "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+        {"instruction": "Why?", "completions": [{"response": "a"}, {"response": "b"}], "output": "So."},
+        {"prompt": "Why?", "response": "So.", "facts": [{"a": 1}]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_file_of_one_object_that_is_a_row_is_that_row(read, row, indent):
+    (prompt,) = read(json.dumps(row, indent=indent), "a.json").prompts
+    assert (prompt["messages"][0]["content"], prompt["response"]) == ("Why?", "So.")
+
+
+def test_lines_of_json_of_which_the_first_is_broken_stay_lines(read):
+    reading = read(['{"prompt": "cut', *[GOOD | {"prompt": f"{number}?"} for number in range(3)]])
+    assert reading.drops.counts == {"the line is not valid JSON": 1}
+    assert [reading.prompts.where(number) for number in range(3)] == ["line 2", "line 3", "line 4"]
 
 
 def test_shards_are_one_source_and_places_name_the_file(read, tmp_path):
@@ -344,7 +387,12 @@ def test_all_problems_are_said_at_once_with_counts_and_three_examples(read):
         (b"", "a.parquet", "a.parquet is empty"),
         (b"prompt,response\n", "a.csv", "a.csv is empty"),
         (b"\x7fELF\0\0\0", "a.jsonl", "a.jsonl is not text: it holds zero bytes"),
-        ('{"prompt": "x"}'.encode("utf-16"), "a.jsonl", "a.jsonl is not text: it holds zero bytes"),
+        ('{"prompt": "x"}'.encode("utf-16"), "a.jsonl", "a.jsonl is text in UTF-16, and UTF-8 is read: iconv -f UTF-16"),
+        ('{"prompt": "x"}'.encode("utf-16-le"), "a.jsonl", "a.jsonl is not text: it holds zero bytes"),
+        (b'{"train": [{"prompt": "x"}], "test": [{"prompt": "y"}]}', "a.json",
+         "a.json is one JSON object with 2 lists of rows: train, test. Give a file of its own to each"),
+        (b'{"data": [{"prompt": "x"}, 3,]', "a.json", "none of its 1 rows can be used"),
+        (b"no zstd", "a.jsonl.zst", "a.jsonl.zst cannot be read: "),
         (b"x", "a.xlsx", "a.xlsx: cannot tell the format from the name; known are .jsonl, .json"),
         (b"no parquet", "a.parquet", "a.parquet cannot be read as Parquet: "),
         (b"PAR1 and no more", "a.jsonl", "a.jsonl cannot be read as Parquet: "),

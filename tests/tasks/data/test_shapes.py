@@ -57,6 +57,12 @@ def read(**columns):
         ({"prompt": USER, "chosen": GOOD, "rejected": BAD}, ([USER], None, "Because.", "No.")),
         ({"instruction": "Why?", "input": "", "output": "Because."}, ([USER], "Because.", None, None)),
         ({"instruction": "Why?", "chosen": "Because.", "rejected": "No."}, ([USER], None, "Because.", "No.")),
+        ({"instruction": " ", "input": "Why?", "output": "Because."}, ([USER], "Because.", None, None)),
+        ({"messages": [{"role": "developer", "content": "Be brief."}, USER, GOOD]},
+         ([SYSTEM, USER], "Because.", None, None)),
+        ({"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That.", "weight": 0},
+                       USER, GOOD | {"weight": 1}], "tools": []}, ([*EARLIER, USER], "Because.", None, None)),
+        ({"prompt": "Why?", "completion": "No.", "label": "0.0"}, ([USER], None, None, "No.")),
         ({"instruction": "Why?", "history": [["What?", "That."]], "output": "Because.", "system": "Be brief."},
          ([SYSTEM, *EARLIER, USER], "Because.", None, None)),
         ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]},
@@ -73,11 +79,13 @@ def test_a_row_of_a_known_shape(columns, expected):
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"chosen": "Because.", "rejected": "No."}, "`chosen` is no dialogue of Human and Assistant"),
+        ({"chosen": "Because.", "rejected": "No."}, '"chosen" needs a prompt: name its column, e.g. `columns: '),
         ({"chosen": [USER, GOOD], "rejected": [*EARLIER, USER, BAD]}, "differ before their last turn"),
         ({"real": [USER, GOOD], "generated": [*EARLIER, USER, BAD]}, "differ before their last turn"),
         ({"real": [USER], "generated": [USER]}, "`real` does not end with the assistant's turn"),
         ({"instruction": "Why?", "history": ["What?"]}, "`history` is no list of pairs"),
+        ({"messages": [USER, GOOD | {"weight": 0}]}, '"messages" ends with an answer of weight 0'),
+        ({"question": "Why?", "chosen": "Because.", "rejected": "No."}, '"chosen" needs a prompt: name its column'),
         ({"prompt": "Why?", "response_0": "a", "response_1": "b", "better_response_id": 2}, "is neither 0 nor 1"),
     ],
 )
