@@ -125,6 +125,17 @@ def test_only_pins_that_differ_are_installed(setup_venv, tmp_path):
     assert setup_venv.differing(wanted) == {"numpy": "2.3.5"}
 
 
+def test_what_pip_leaves_uncompiled_is_compiled_for_the_interpreter_of_the_environment(setup_venv, tmp_path):
+    packages = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
+    (packages / "tests").mkdir(parents=True)
+    setup_venv.PYTHON.parent.mkdir()
+    setup_venv.PYTHON.symlink_to(sys.executable)
+    (packages / "module.py").write_text("x = 1\n")
+    (packages / "tests" / "broken.py").write_text("print 'as Python 2 had it'\n")
+    setup_venv.byte_compile()
+    assert [path.name.split(".")[0] for path in packages.rglob("*.pyc")] == ["module"]
+
+
 def test_a_python_that_is_there_but_does_not_run_is_passed_over(tmp_path):
     shims, real = tmp_path / "shims", tmp_path / "real"
     for folder in (shims, real):
