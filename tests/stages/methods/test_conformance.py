@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -235,3 +236,59 @@ def test_an_unknown_call_counts_as_failed(tmp_path, capsys):
 def test_every_shared_vector_passes(path, dtype):
     passed, failures = run(path, dtype)
     assert not failures and passed > 0
+
+
+POLICY, REFERENCE, IDS = [[0.2, -0.4, 1.0], [0.0, 0.5, -1.0]], [[0.1, 0.3, -0.2], [1.0, 0.0, 0.0]], [2, 0]
+
+
+def log_softmax(logits: list[list[float]]) -> np.ndarray:
+    values = np.asarray(logits)
+    return values - np.log(np.exp(values).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("empty", ["w", "l"])
+@pytest.mark.parametrize(
+    ("call", "settings"),
+    [
+        ("tdpo", {"version": 1}),
+        ("tdpo", {"version": 2, "alpha": 0.5}),
+        ("swift", {"weights": [2.0, 0.5]}),
+        ("tisdpo", {"weights": [2.0, 0.5], "use_eta": False}),
+    ],
+)
+def test_logits_of_a_response_without_tokens_are_an_empty_table(call, settings, empty):
+    """A vector file writes `[]` for [0, V]; what is left of the loss is the other side's part."""
+    other = "l" if empty == "w" else "w"
+    args = {f"pl_{empty}": [], f"rl_{empty}": [], f"ids_{empty}": [], "beta": 0.5}
+    args |= {f"pl_{other}": POLICY, f"rl_{other}": REFERENCE, f"ids_{other}": IDS}
+    policy, reference = log_softmax(POLICY), log_softmax(REFERENCE)
+    ratios = (policy - reference)[[0, 1], IDS]
+    divergence = (np.exp(reference) * (reference - policy)).sum()
+    if call == "tdpo":
+        margin = ratios.sum() + divergence * settings.get("alpha", 1.0)
+        args |= settings
+    else:
+        margin = ratios @ np.asarray(settings["weights"])
+        args |= {f"w_{empty}": [], f"w_{other}": settings["weights"]}
+        args |= {name: value for name, value in settings.items() if name != "weights"}
+    value = math.log1p(math.exp(-0.5 * margin * (1 if other == "w" else -1)))
+    case = {
+        "call": call,
+        "args": args,
+        "diff": [f"pl_{empty}"],
+        "expect": {"value": value, "grad": {f"pl_{empty}": []}},
+    }
+    for dtype in (torch.float64, torch.float32):
+        assert check(case, dtype) is None
+
+
+@pytest.mark.parametrize("call", ["kd", "jsd", "kd_mixed", "uld"])
+def test_a_distillation_of_no_token_is_zero(call):
+    args = {"student_logits": [], "teacher_logits": [], "ids": []}
+    case = {
+        "call": call,
+        "args": args,
+        "diff": ["student_logits"],
+        "expect": {"value": 0.0, "grad": {"student_logits": []}},
+    }
+    assert check(case) is None
