@@ -127,6 +127,11 @@ class RowsByPrompt:
         first, end = self._spans(hashes)
         return end - first
 
+    def first_numbers(self, hashes: Int64s) -> Int64s:
+        """Return the number of each prompt's first row; every prompt has one."""
+        first, _ = self._spans(hashes)
+        return self._order[first]
+
     def first_of_others(self, hashes: Int64s) -> Row | None:
         """Return the first row whose prompt is none of these; None if there is no such row."""
         ordered = np.sort(hashes)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 
 class Interval(NamedTuple):
@@ -17,7 +18,13 @@ class Interval(NamedTuple):
     stderr: float
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 5000, level: float = 0.95) -> Interval:
+PICKS_AT_ONCE = 2**24
+"""Resampled rows that are held at a time: 128 MiB."""
+
+
+def bootstrap(
+    values: Sequence[float] | npt.NDArray[np.float64], seed: int = 0, draws: int = 5000, level: float = 0.95
+) -> Interval:
     """The percentile interval of the mean over resampled rows.
 
     Give one value per prompt: several answers to one prompt are not independent. Raises: ValueError without any value.
@@ -25,8 +32,11 @@ def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 5000, level: 
     sample = np.asarray(values, dtype=np.float64)
     if not len(sample):
         raise ValueError("no values to take an interval of")
-    picks = np.random.default_rng(seed).integers(0, len(sample), size=(draws, len(sample)))
-    means = sample[picks].mean(axis=1)
+    generator, at_once = np.random.default_rng(seed), max(1, PICKS_AT_ONCE // len(sample))
+    means = np.empty(draws)
+    for first in range(0, draws, at_once):
+        size = (min(at_once, draws - first), len(sample))
+        means[first : first + at_once] = sample[generator.integers(0, len(sample), size=size)].mean(axis=1)
     tail = (1 - level) / 2
     return Interval(
         float(sample.mean()),

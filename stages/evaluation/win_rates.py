@@ -6,7 +6,7 @@ Axes: M policies, K candidates of a prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from stages.evaluation.intervals import Interval, bootstrap
 
@@ -39,14 +39,22 @@ def best_of_n(
     """
     intervals = {}
     for n in counts:
-        means = []
-        for row in scores.values():
-            values = [float(value) for value in row if value is not None and not math.isnan(value)]
-            if len(values) >= n:
-                means.append(_expected_maximum(values, n))
-        if means:
+        if means := best_means(scores.values(), n):
             intervals[n] = bootstrap(means)
     return intervals
+
+
+def best_means(scores: Iterable[Sequence[float | None]], n: int) -> list[float]:
+    """The expected score of the best of n candidates, of each prompt that has as many scores.
+
+    scores: of the candidates of each prompt, None or NaN where a candidate has none.
+    """
+    means = []
+    for row in scores:
+        values = [float(value) for value in row if value is not None and not math.isnan(value)]
+        if len(values) >= n:
+            means.append(_expected_maximum(values, n))
+    return means
 
 
 def _expected_maximum(values: Sequence[float], n: int) -> float:
