@@ -243,6 +243,39 @@ class RunConfig(Config):
                 f"the method {name} compares with one policy, and `history` is {self.history}: remove it, or use mnpo"
             )
 
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> RunConfig:
+        adapter = self.training.adapter
+        if adapter is None:
+            return self
+        rule, name = self.reference_rule, self.method.name
+        if self.live_reference and isinstance(rule, ModelRef):
+            raise ValueError(
+                f"{name} holds its reference while it trains; with training.adapter that is the policy's own model with "
+                "the adapter off, so `reference` cannot be another model: set it to iterate or start, or train without"
+            )
+        if self.live_reference and not adapter.goes_on and rule != "iterate":
+            raise ValueError(
+                f"{name} holds its reference while it trains, and with training.adapter.continue: false the frozen "
+                "weights are the last policy's: set reference: iterate, or continue: true"
+            )
+        if not adapter.save_merged and self.auxiliary_training().adapter != adapter:
+            raise ValueError(
+                "auxiliary trains on policies that keep an adapter only: remove auxiliary.adapter (it is then "
+                "training.adapter's), or set training.adapter.save_merged: true"
+            )
+        trains_helpers = any(getattr(self.models, role) is None for role in self.roles if role in TRAINABLE_ROLES)
+        if trains_helpers and self.auxiliary_training().runtime.zero_stage == 3:
+            raise ValueError(
+                "auxiliary trains an adapter too, which ZeRO 3 cannot: set auxiliary.runtime.zero_stage: 2"
+            )
+        samplings = (self.sampling, self.heldout_sampling or self.sampling)
+        if not adapter.save_merged and adapter.use_dora and any(item.backend.name == "vllm" for item in samplings):
+            raise ValueError(
+                "vLLM serves no adapter with use_dora: set training.adapter.save_merged: true, or another backend"
+            )
+        return self
+
     @property
     def reference_rule(self) -> Literal["iterate", "start"] | Every | ModelRef:
         """The run's `reference`, or the method's own."""
@@ -370,7 +403,8 @@ class RunConfig(Config):
         training = self.auxiliary or self.training
         runtime = training.runtime.model_copy(update={"may_leave_a_side": True})
         if self.auxiliary is not None:
-            return self.auxiliary.model_copy(update={"seed": self.seed, "runtime": runtime})
+            adapter = self.auxiliary.adapter or self.training.adapter
+            return self.auxiliary.model_copy(update={"seed": self.seed, "runtime": runtime, "adapter": adapter})
         update = {
             "runtime": runtime,
             "method": METHODS.config(AUXILIARY_METHOD),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_contracts.artifact import ArtifactRef, FileDigest
-from data_contracts.checkpoint import ModelRef, check_model_directory
+from data_contracts.checkpoint import ModelRef, check_model_directory, header_of, weight_files
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file
 from data_contracts.store import Store, content_digest
@@ -77,6 +79,7 @@ def _preflight(settings: str, store_root: Path) -> Checked:
     evaluation = _with_digests(run.evaluation)
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
+    check_adapter(run, model)
     if run.execution.profile == "local":  # elsewhere the stage's machine fetches and keeps them
         for scorer in _scorer_settings(run):
             for named, _ in scorer_class(scorer).models(scorer):
@@ -211,6 +214,38 @@ def _check_models(run: RunConfig, policy: Path) -> None:
             )
         if role == "teacher":
             check_vocabularies(run, directory, policy)
+
+
+def check_adapter(run: RunConfig, policy: Path) -> None:
+    """Raises: ConfigError for an adapter that names no layer of the policy, or whose packages are missing here."""
+    adapter = run.training.adapter
+    if adapter is None:
+        return
+    is_here = run.execution.profile == "local" and run.training.runtime.python is None
+    if is_here and find_spec("peft") is None:
+        raise ConfigError("training.adapter needs peft, which is not installed: make venv, or pip install peft==0.21.2")
+    if adapter.targets == "auto":
+        return
+    layers = linear_layers(policy)
+    for target in adapter.targets:
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+            names = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise ConfigError(
+                f"training.adapter.targets: the policy ({policy}) has no layer {target!r}; it has {', '.join(names)}"
+            )
+
+
+def linear_layers(directory: Path) -> list[str]:
+    """Return the names of a model's matrices but embeddings and head, from the headers of its files."""
+    names: list[str] = []
+    for path in weight_files(directory):
+        header: dict[str, Any] = json.loads(header_of(path))
+        names += [
+            name.removesuffix(".weight")
+            for name, entry in header.items()
+            if name.endswith(".weight") and len(entry["shape"]) == 2
+        ]
+    return [name for name in names if not re.search(r"(embed_tokens|lm_head|wte|wpe|embed_in|embed_out)$", name)]
 
 
 def check_vocabularies(run: RunConfig, teacher: Path, policy: Path) -> None:

@@ -44,22 +44,54 @@ EXTRA = {
 }
 
 
-@pytest.fixture(scope="session")
-def played(tmp_path_factory, make_model, tiny_model):
-    """id -> result of every run."""
-    work = tmp_path_factory.mktemp("methods")
-    same, teacher = make_model(work / "same_tokens", seed=1), make_model(work / "teacher", seed=2, vocabulary=300)
+def small_settings(work: Path, policy: Path) -> dict:
+    """What every case sets: the tiny model, four held-out prompts, exact arithmetic."""
     heldout = work / "heldout.jsonl"
     heldout.write_text(
         "".join(line + "\n" for line in (ROOT / "deploy/prompts/quickstart_heldout.jsonl").read_text().splitlines()[:4])
     )
     small = {
-        "policy.path": str(tiny_model),
+        "policy.path": str(policy),
         "prompts.heldout": str(heldout),
         "training.dtype": "float32",
         "training.learning_rate": 1e-4,
     }
-    small |= {"sampling.backend.dtype": "float32", "sampling.max_prompt_tokens": 200, "learning_rates": []}
+    return small | {"sampling.backend.dtype": "float32", "sampling.max_prompt_tokens": 200, "learning_rates": []}
+
+
+def twin_case(name: str, small: dict, same: Path, teacher: Path) -> dict:
+    """A preset's CPU twin; `same`: a model of the policy's tokenizer, `teacher`: of another one."""
+    settings = dict(small)
+    text = (ROOT / "deploy" / "runs" / "tiny" / f"{name}.yaml").read_text()
+    # GKD compares logits: its teacher must share the vocabulary.
+    teacher_path = str(same if name == "gkd" else teacher)
+    settings |= {"models.teacher.path": teacher_path} if "teacher.yaml" in text else {}
+    settings |= {"auxiliary.dtype": "float32"} if "auxiliary.yaml" in text else {}
+    return {"id": f"twin {name}", "config": f"deploy/runs/tiny/{name}.yaml", "set": settings}
+
+
+def play_cases(cases: list[dict], work: Path) -> dict[str, dict]:
+    """id -> result of every run, played in one process on one store."""
+    (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("in_process.py")),
+        str(work / "request.json"),
+        str(work / "out.jsonl"),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(write_package(work / "site"))])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1100, check=False)
+    results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
+    assert len(results) == len(cases), done.stderr[-3000:]
+    return results
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory, make_model, tiny_model):
+    """id -> result of every run."""
+    work = tmp_path_factory.mktemp("methods")
+    same, teacher = make_model(work / "same_tokens", seed=1), make_model(work / "teacher", seed=2, vocabulary=300)
+    small = small_settings(work, tiny_model)
     base = small | {
         "iterations": 1,
         "scoring.scorer": {"name": "length", "target_tokens": 6},
@@ -95,27 +127,10 @@ def played(tmp_path_factory, make_model, tiny_model):
     ]
     cases += [{"id": f"extra {name}", "config": plain, "set": base | settings} for name, settings in EXTRA.items()]
     for name in TWINS:
-        settings = dict(small)
-        text = (ROOT / "deploy" / "runs" / "tiny" / f"{name}.yaml").read_text()
-        # GKD compares logits: its teacher must share the vocabulary.
-        teacher_path = str(same if name == "gkd" else teacher)
-        settings |= {"models.teacher.path": teacher_path} if "teacher.yaml" in text else {}
-        settings |= {"auxiliary.dtype": "float32"} if "auxiliary.yaml" in text else {}
-        cases.append({"id": f"twin {name}", "config": f"deploy/runs/tiny/{name}.yaml", "set": settings})
+        cases.append(twin_case(name, small, same, teacher))
         if name == "swift":  # on a store of its own, where no other run has paid for anything
             cases.append(cases[-1] | {"id": "swift alone", "store": str(work / "alone")})
-    (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("in_process.py")),
-        str(work / "request.json"),
-        str(work / "out.jsonl"),
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(write_package(work / "site"))])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1100, check=False)
-    results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
-    assert len(results) == len(cases), done.stderr[-3000:]
-    return results
+    return play_cases(cases, work)
 
 
 def result_of(played, name):

@@ -1,0 +1,108 @@
+"""Adapters through whole runs: every preset's CPU twin with `--set training.adapter.name=lora`, and what is refused before a model loads.
+
+Strategy: as in test_methods.py, in one process. The default suite plays three twins, with adapters alone in the artifacts: a held reference
+that follows the policy, models that the run trains itself, a pass under three policies. The slow one plays all, merged.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from data_contracts.adapter import ADAPTER, BASE, is_adapter_only
+from data_contracts.checkpoint import external_model
+from data_contracts.errors import ConfigError
+from data_contracts.store import Store
+from flows.config import load_run
+from flows.preflight import check_adapter
+from tests.flows.test_methods import ROOT, TWINS, play_cases, small_settings, twin_case
+
+ALONE = ("tdpo", "tis_dpo_d", "mnpo")
+LORA = {"training.adapter.name": "lora", "training.adapter.rank": 4}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make_model):
+    work = tmp_path_factory.mktemp("models")
+    return make_model(work / "same_tokens", seed=1), make_model(work / "teacher", seed=2, vocabulary=300)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, models, tiny_model):
+    """Twin -> result, with adapters alone in the artifacts."""
+    work = tmp_path_factory.mktemp("alone")
+    cases = [twin_case(name, small_settings(work, tiny_model), *models) for name in ALONE]
+    for case in cases:
+        case["set"] |= LORA | {"training.adapter.save_merged": False, "evaluation.lm_eval": []}
+    return play_cases(cases, work)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, models, tiny_model):
+    """Twin -> result, with merged weights."""
+    work = tmp_path_factory.mktemp("merged")
+    cases = [twin_case(name, small_settings(work, tiny_model), *models) for name in TWINS]
+    for case in cases:
+        case["set"] |= LORA
+    return play_cases(cases, work)
+
+
+def check(result: dict, tiny_model: Path) -> Path:
+    """Two iterations came out, of one adapter of the start model. Returns the final checkpoint."""
+    assert "error" not in result, result["error"]
+    assert len(result["iterations"]) == 2
+    for iteration in result["iterations"]:
+        assert math.isfinite(iteration["train"]["loss"]) and iteration["train"]["adapter_parameters"] > 0
+    final = Path(result["final"])
+    assert json.loads((final / ADAPTER / BASE).read_text()) == {"content": external_model(tiny_model).content}
+    record = Store(final.parents[2]).load("checkpoint", final.name)
+    assert record.inputs["start"].path == str(tiny_model) and record.inputs["policy"].path != str(tiny_model)
+    return final
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_run_of_adapters_alone(alone, tiny_model, name):
+    final = check(alone[f"twin {name}"], tiny_model)
+    assert is_adapter_only(final)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWINS)
+def test_the_cpu_twin_of_every_preset_plays_with_an_adapter(merged, tiny_model, name):
+    final = check(merged[f"twin {name}"], tiny_model)
+    assert (final / "model.safetensors").is_file()
+
+
+def run_with(**settings):
+    return load_run(ROOT / "deploy/runs/tiny/tdpo.yaml", {"training.adapter.name": "lora"} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training.adapter.rank": 0}, "training.adapter.rank"),
+        ({"training.runtime.zero_stage": 3}, "ZeRO 3 cuts it up"),
+        ({"reference": {"path": "elsewhere"}}, "tdpo holds its reference while it trains"),
+        ({"training.adapter.continue": False, "reference": "start"}, "set reference: iterate"),
+        (
+            {
+                "training.adapter.save_merged": False,
+                "training.adapter.use_dora": True,
+                "sampling.backend": {"name": "vllm"},
+            },
+            "vLLM serves no adapter",
+        ),
+        ({"training.adapter.save_merged": False, "auxiliary": {"adapter": {"rank": 2}}}, "remove auxiliary.adapter"),
+    ],
+    ids=str,
+)
+def test_a_run_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        run_with(**settings)
+
+
+def test_a_target_that_the_policy_does_not_have_is_refused_before_it_loads(tiny_model):
+    check_adapter(run_with(**{"training.adapter.targets": ["q_proj", "mlp.down_proj"]}), tiny_model)
+    with pytest.raises(ConfigError, match="no layer 'c_attn'; it has down_proj, gate_proj, k_proj"):
+        check_adapter(run_with(**{"training.adapter.targets": ["q_proj", "c_attn"]}), tiny_model)
