@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from data_contracts.artifact import EXTERNAL, RECORD, ArtifactRef, parse_record
 from data_contracts.errors import ConfigError
@@ -41,10 +41,7 @@ def is_adapter_only(checkpoint: Path | str) -> bool:
 
 def is_bare_adapter(directory: Path | str) -> bool:
     """Return whether a directory is an adapter as peft saves it: `adapter_config.json` and no model."""
-    directory = Path(directory)
-    return (directory / ADAPTER_CONFIG).is_file() and not any(
-        path for path in directory.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS
-    )
+    return (Path(directory) / ADAPTER_CONFIG).is_file() and not (Path(directory) / "config.json").is_file()
 
 
 def weights_directory(checkpoint: Path | str) -> Path:
@@ -63,6 +60,36 @@ def base_content(adapter: Path) -> str:
         return str(json.loads((adapter / BASE).read_text())["content"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{adapter}/{BASE} does not name the base model ({type(error).__name__}: {error})") from None
+
+
+class NamedBase(NamedTuple):
+    """The model that an adapter's own files name."""
+
+    path: Path | None
+    hub_id: str | None
+    revision: str | None
+
+
+def named_base(adapter: Path) -> NamedBase:
+    """Return the base model of an adapter that the user brought: by the record of the checkpoint that it is part of, or
+    by `base_model_name_or_path`, a directory (also relative to the adapter's) or a name of the hub.
+
+    Raises: ConfigError if nothing names one.
+    """
+    settings = read_adapter_config(adapter)
+    if adapter.name == ADAPTER and (adapter / BASE).is_file():
+        return NamedBase(base_of(adapter.parent), None, None)
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{adapter}/{ADAPTER_CONFIG} names no base model: set base_model_name_or_path to its directory or hub id"
+        )
+    for path in (Path(name).expanduser(), adapter / name):
+        if path.is_dir():
+            return NamedBase(path.resolve(), None, None)
+    if Path(name).is_absolute() or name.startswith("."):
+        raise ConfigError(f"{adapter}/{ADAPTER_CONFIG}: the base model {name} is no directory here: correct the path")
+    return NamedBase(None, name, settings.get("revision"))
 
 
 def write_base(adapter: Path, content: str) -> None:

@@ -376,6 +376,7 @@ class RunConfig(Config):
                 "runtime": self.weighting.runtime.model_copy(update={"packing": packing}),
                 "weights": self.weights,
                 "dtype": self.training.dtype,
+                "quantised": self.training.adapter is not None and self.training.adapter.name == "qlora",
                 "reference": "reference" in needs,
                 "old_policy": "old_policy" in needs,
                 "history": self.opponents if len(self.opponents) > 1 else (),

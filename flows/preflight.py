@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_contracts.adapter import is_bare_adapter
 from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.checkpoint import ModelRef, check_model_directory, header_of, weight_files
 from data_contracts.errors import ConfigError
@@ -21,7 +22,8 @@ from stages.evaluation.judged import BENCHMARKS, check_files
 from stages.evaluation.lm_eval import check_suite, load_task
 from stages.evaluation.stage import EvaluationConfig, LMEvalSuite, check_sandbox
 from stages.evaluation.suites import check_data, clones_of
-from stages.models.hub import directory_here, model_directory
+from stages.models.hub import base_directory, directory_here, model_directory
+from stages.models.policy import check_quantisation
 from stages.models.tokens import tokenizer_digest, vocabulary_size
 from stages.registry import Named
 from stages.scoring.base import scorer_class
@@ -122,6 +124,8 @@ def _loaded_models(run: RunConfig, policy: Path) -> list[LoadedModel]:
     named = [getattr(run.models, role) for role in run.roles]
     for ref in (*named, *run.baselines.values()):
         if ref is not None and (directory := directory_here(ref)) is not None:
+            if is_bare_adapter(directory):
+                directory = base_directory(directory)
             models.append(LoadedModel(directory, "causal"))
     for scorer in _scorer_settings(run):
         for ref, task in scorer_class(scorer).models(scorer):
@@ -224,6 +228,8 @@ def check_adapter(run: RunConfig, policy: Path) -> None:
     is_here = run.execution.profile == "local" and run.training.runtime.python is None
     if is_here and find_spec("peft") is None:
         raise ConfigError("training.adapter needs peft, which is not installed: make venv, or pip install peft==0.21.2")
+    if is_here and adapter.name == "qlora":
+        check_quantisation()
     if adapter.targets == "auto":
         return
     layers = linear_layers(policy)

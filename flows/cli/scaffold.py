@@ -21,7 +21,7 @@ from tasks.data.source import Source
 SET_BY_RUN = {
     "training": {"method", "seed"},
     "sampling": {"seed"},
-    "weighting": {"reference", "old_policy", "history", "teacher_tokens", "drop_identical"},
+    "weighting": {"reference", "old_policy", "history", "teacher_tokens", "drop_identical", "quantised"},
 }
 """Fields that the run fills in; a config does not set them."""
 

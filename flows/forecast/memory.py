@@ -15,9 +15,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_contracts.adapter import is_bare_adapter, named_base
 from data_contracts.checkpoint import ModelRef
 from data_contracts.errors import ConfigError
 from stages.running.cost import parameters
+from stages.training.config import AdapterConfig, TrainingConfig
 
 GIB = 2**30
 RESERVED = int(1.5 * GIB)
@@ -25,6 +27,8 @@ RESERVED = int(1.5 * GIB)
 SLACK = 0.05
 """Part of the rest that an allocator loses to fragments."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits: with an 8-bit scale for 64 of them, and a float32 one for 256 scales."""
 STATES = {"rmsprop": 4, "adamw": 8}
 """Optimizer state per parameter, float32."""
 LOGITS_FORWARD = 2 + 4 + 4
@@ -87,6 +91,8 @@ def model_shape(model: ModelRef | Path | str) -> Shape:
             return model_shape(cached)
         model = Path(model.path).expanduser()
     directory = Path(model)
+    if is_bare_adapter(directory) and (base := named_base(directory)):
+        return model_shape(base.path or ModelRef(hub_id=base.hub_id, revision=base.revision))
     try:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -147,9 +153,86 @@ def layer_activations(shape: Shape, length: int) -> int:
     return 20 * shape.hidden + 4 * shape.kv_width + 8 * shape.intermediate + 2 * length
 
 
-def activations(shape: Shape, tokens: int, length: int, checkpointing: bool) -> int:
+def adapter_activations(shape: Shape, rank: int) -> int:
+    """Bytes per token that one layer keeps more with an adapter in all of its linear layers.
+
+    4 (6 H + I): the factors' inputs in float32, one copy for each of q, k, v, o, gate, up and down; 28 r: their
+    products with A; less 8 H + 2 I that frozen norms and weights need not keep.
+    """
+    return 16 * shape.hidden + 2 * shape.intermediate + 28 * rank
+
+
+def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Return the inputs and outputs of a layer's linear layers, by the names that Llama-like models have."""
+    hidden, heads = shape.hidden, shape.heads * shape.head_dim
+    return {
+        "q_proj": (hidden, heads),
+        "k_proj": (hidden, shape.kv_width),
+        "v_proj": (hidden, shape.kv_width),
+        "o_proj": (heads, hidden),
+        "gate_proj": (hidden, shape.intermediate),
+        "up_proj": (hidden, shape.intermediate),
+        "down_proj": (shape.intermediate, hidden),
+    }
+
+
+def adapter_parameters(shape: Shape, adapter: AdapterConfig) -> int:
+    """Return the number of trained parameters, r (inputs + outputs) for each layer; of all layers where a target's name
+    is none of Llama's."""
+    sizes = linear_sizes(shape)
+    targets = {target.rpartition(".")[2] for target in adapter.targets} if adapter.targets != "auto" else set(sizes)
+    if not targets <= sizes.keys():
+        targets = set(sizes)
+    return shape.layers * adapter.rank * sum(sum(sizes[name]) for name in targets)
+
+
+def frozen_weights(shape: Shape, adapter: AdapterConfig, width: int) -> int:
+    """Return the bytes of the frozen weights: as they are, or NF4 but for embeddings, head and norms."""
+    if adapter.name == "lora":
+        return width * shape.parameters
+    quantised = shape.layers * sum(inputs * outputs for inputs, outputs in linear_sizes(shape).values())
+    quantised = min(quantised, shape.parameters)
+    return int(NF4 * quantised) + width * (shape.parameters - quantised)
+
+
+def adapter_memory(
+    shape: Shape, config: TrainingConfig, rows: Rows, ranks: int, ranks_per_node: int, others: tuple[Shape, ...] = ()
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The same as `training_memory` for a training of an adapter: float32 factors, their gradient and state.
+
+    A reference in memory is the same model: it costs its logits alone, which `others` has with no parameters.
+    """
+    runtime, width, adapter = config.runtime, BYTES[config.dtype], config.adapter
+    assert adapter is not None
+    trained, stage = adapter_parameters(shape, adapter), runtime.zero_stage
+    cut = [ranks if stage >= level else 1 for level in range(3)]
+    state = (STATES[config.optimizer] + 4 * (stage > 0)) * trained // cut[1]  # ZeRO keeps a copy of its part
+    offloaded = state if runtime.offload_optimizer and stage else 0
+    kept = activations(shape, rows.tokens, rows.length, runtime.gradient_checkpointing, adapter.rank)
+    device = {
+        "frozen weights": frozen_weights(shape, adapter, width),
+        "adapter": 4 * trained,
+        "gradients": 4 * trained // cut[2],
+        "optimizer": state - offloaded,
+        "activations": kept * width // 2,
+        "logits": rows.responses * shape.vocabulary * LOGITS_BACKWARD,
+        "other models": sum(
+            width * other.parameters + rows.responses * other.vocabulary * LOGITS_FORWARD for other in others
+        ),
+    }
+    if adapter.name == "qlora":  # a layer's weights in training.dtype, while it is computed
+        device["dequantised"] = width * max(inputs * outputs for inputs, outputs in linear_sizes(shape).values())
+    host = {"offloaded optimizer": ranks_per_node * offloaded}
+    if adapter.save_merged:
+        host["merge"] = (4 if config.save_dtype == "float32" else 6) * shape.parameters
+    return device, host
+
+
+def activations(shape: Shape, tokens: int, length: int, checkpointing: bool, adapter_rank: int = 0) -> int:
     """Bytes that a forward of `tokens` keeps: every layer, or every layer's input and one layer at a time."""
     per_layer = layer_activations(shape, length)
+    if adapter_rank:
+        per_layer += adapter_activations(shape, adapter_rank)
     stored = shape.layers * 2 * shape.hidden + per_layer if checkpointing else shape.layers * per_layer
     return tokens * (stored + 7 * shape.hidden)
 
@@ -180,7 +263,7 @@ def rows_of(budget: int, prompt: int, response: int, sides: int) -> Rows:
 
 
 def training_memory(
-    shape: Shape, config: Any, rows: Rows, ranks: int, ranks_per_node: int, others: tuple[Shape, ...] = ()
+    shape: Shape, config: TrainingConfig, rows: Rows, ranks: int, ranks_per_node: int, others: tuple[Shape, ...] = ()
 ) -> tuple[dict[str, int], dict[str, int]]:
     """(bytes on each GPU, bytes of host memory per node) of DeepSpeed training under a `TrainingConfig`; `others`
     stay in memory beside it.
@@ -188,6 +271,8 @@ def training_memory(
     bf16 keeps float32 master weights. ZeRO 1 cuts the optimizer over the ranks, 2 the gradients too, 3 the weights too;
     under ZeRO, bf16 gradients add up in float32 (under ZeRO 1 beside the model's own, whole on each rank).
     """
+    if config.adapter is not None:
+        return adapter_memory(shape, config, rows, ranks, ranks_per_node, others)
     runtime, weights, width = config.runtime, shape.parameters, BYTES[config.dtype]
     mixed, stage = config.dtype == "bfloat16", config.runtime.zero_stage
     cut = [ranks if stage >= level else 1 for level in range(4)]

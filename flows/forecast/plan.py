@@ -174,6 +174,8 @@ def _sampling(sampling: Any, policy: Shape, gpus_per_node: int) -> Parts:
 def _training(run: RunConfig, shapes: dict[str, Shape], rows: Any, need: Any) -> Need:
     runtime = run.training.runtime
     others = [("reference", shapes.get("reference", shapes["policy"]))] if run.live_reference else []
+    if run.training.adapter is not None:  # the policy with its adapter off: no weights of its own
+        others = [(name, shape._replace(parameters=0)) for name, shape in others]
     if "teacher_logits" in run.spec.needs(run.method):
         others.append(("teacher", shapes["teacher"]))
     ranks = runtime.num_processes * runtime.num_nodes
@@ -254,8 +256,9 @@ def _knobs(run: RunConfig, stage: str, have: Hardware) -> Iterator[list[dict[str
         runtime = run.training.runtime
         if not runtime.gradient_checkpointing:
             yield [{"training.runtime.gradient_checkpointing": True}]
-        if runtime.zero_stage < 3 and runtime.num_processes * runtime.num_nodes > 1:
-            yield [{"training.runtime.zero_stage": level} for level in range(runtime.zero_stage + 1, 4)]
+        highest = 3 if run.training.adapter is None else 2
+        if runtime.zero_stage < highest and runtime.num_processes * runtime.num_nodes > 1:
+            yield [{"training.runtime.zero_stage": level} for level in range(runtime.zero_stage + 1, highest + 1)]
         more = [2**power for power in range(1, 4) if runtime.num_processes < 2**power <= have.gpus_per_node]
         if more:
             yield [
@@ -273,7 +276,7 @@ def _knobs(run: RunConfig, stage: str, have: Hardware) -> Iterator[list[dict[str
         yield [{f"{section}.runtime.batch_tokens": size} for size in _halves(tokens)]
     if stage == "train":
         nodes = [count for count in (2, 4, 8, 16) if run.training.runtime.num_nodes < count <= have.nodes]
-        if nodes:
+        if nodes and run.training.adapter is None:
             yield [{"training.runtime.num_nodes": count, "training.runtime.zero_stage": 3} for count in nodes]
 
 

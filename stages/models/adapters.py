@@ -1,5 +1,7 @@
 """Stages - low-rank adapters (LoRA) by peft: put into a model, switched, saved, loaded, and merged.
 
+    python -m stages.models.adapters BASE ADAPTER OUT       write BASE with ADAPTER merged into it
+
     y = W x + s B A x,   W [o, i] frozen, A [r, i], B [o, r] float32, s = alpha / r (rsLoRA: alpha / sqrt(r))
 
 (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3; DoRA: Liu et al. 2024.) B begins as zero, so a new
@@ -14,13 +16,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_contracts.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
-from data_contracts.errors import ConfigError, ContractError
+from data_contracts.errors import ConfigError, ContractError, PipelineError
 from data_contracts.files import follow_umask
 from stages.models.lazy import import_transformers, torch
 from stages.models.policy import load_causal_lm, save_model
@@ -189,5 +192,20 @@ def adapter_checkpoint(base: Path | str, out: Path) -> None:
     shutil.copyfile(Path(base) / "config.json", out / "config.json")
 
 
+def main(arguments: list[str]) -> int:
+    """Merge an adapter; prints the problem where it cannot be, and returns the exit code."""
+    base, adapter, out = arguments
+    try:
+        merge(base, adapter, Path(out))
+    except PipelineError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

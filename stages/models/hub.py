@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_contracts.adapter import named_base
 from data_contracts.checkpoint import ModelRef
+from data_contracts.config import parse
 from data_contracts.errors import ConfigError, TransientError
 
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -34,6 +36,18 @@ def model_directory(model: ModelRef) -> Path:
             f"the model {model.hub_id} could not be fetched and is not in the local cache: {_first_line(error)}. "
             "Give `path:` of a directory instead"
         ) from None
+
+
+def base_directory(adapter: Path) -> Path:
+    """The directory of an adapter's base model; one on the hub is fetched. Raises: as `model_directory`, and ConfigError
+    for an adapter that cannot be merged.
+    """
+    base = named_base(adapter)
+    if base.path is not None:
+        return base.path
+    return model_directory(
+        parse(ModelRef, {"hub_id": base.hub_id, "revision": base.revision}, f"the base of {adapter}")
+    )
 
 
 def directory_here(model: ModelRef) -> Path | None:

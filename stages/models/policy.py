@@ -10,12 +10,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from data_contracts.adapter import adapter_in, weights_directory
+from data_contracts.adapter import adapter_in, base_of, weights_directory
+from data_contracts.errors import ConfigError
 from data_contracts.files import follow_umask
 from stages.models.architecture import refuse_misfit
 from stages.models.families import attention_in
@@ -70,14 +72,22 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     return Batch(*(torch.from_numpy(array) for array in (ids, in_row, sources, response_ids, mask)))
 
 
+QUANTISED = "nf4-"
+"""Before a dtype: the weights of the linear layers in 4 bits (NF4, by bitsandbytes), arithmetic in that dtype."""
+
+
 def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
     """Return the model of a directory on a device, without dropout and without a generation cache.
 
     Policy and reference must be the same function at the start of training: dropout would make their log-ratios noise.
-    A checkpoint that keeps an adapter only is its base model with the adapter in effect, frozen.
+    A checkpoint that keeps an adapter only is its base model with the adapter in effect, frozen; so is any checkpoint
+    with an adapter where the weights are to be quantised (`QUANTISED`), as they were while it was trained.
     Raises: ConfigError for files that lack a tensor of the model, have one of another shape, or more layers.
     """
+    is_quantised = dtype.startswith(QUANTISED)
     weights = weights_directory(directory)
+    if is_quantised and adapter_in(directory) is not None:
+        weights = base_of(Path(directory))
     if str(weights) != str(directory):
         return _load_base_and_adapter(directory, str(weights), dtype, device)
     from stages.models.kernels import register
@@ -87,10 +97,11 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
         model: PreTrainedModel
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, dtype.removeprefix(QUANTISED)),
+            quantization_config=_quantisation(dtype) if is_quantised else None,
             attn_implementation=attention_in(directory),
             # A GPU reads the memory-mapped files tensor by tensor: the host never holds the whole model.
-            device_map=None if torch.device(device).type == "cpu" else {"": device},
+            device_map=None if torch.device(device).type == "cpu" and not is_quantised else {"": device},
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -101,6 +112,8 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' other kernel for passes without gradients
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - as below
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - an attribute that torch's Module does not declare
     model.config.use_cache = False
@@ -108,6 +121,28 @@ def load_causal_lm(directory: str, dtype: str, device: str) -> PreTrainedModel:
         model.set_attn_implementation(register())
     torch.nn.Module.to(model, device)
     return model
+
+
+def _quantisation(dtype: str) -> Any:
+    """Settings of QLoRA (Dettmers et al. 2023): NF4, its scales in 8 bits. Raises: ConfigError without bitsandbytes."""
+    from transformers import BitsAndBytesConfig
+
+    check_quantisation()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype.removeprefix(QUANTISED)),
+    )
+
+
+def check_quantisation() -> None:
+    """Raises: ConfigError if this interpreter has no bitsandbytes."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "training.adapter.name qlora needs bitsandbytes, which is not installed: pip install --no-deps bitsandbytes "
+            "(the extra `qlora`), or set the name lora"
+        )
 
 
 def _load_base_and_adapter(directory: str, base: str, dtype: str, device: str) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from stages.models.adapters import (
     switched,
 )
 from stages.models.lazy import torch
-from stages.models.policy import load_causal_lm
+from stages.models.policy import QUANTISED, load_causal_lm
 from stages.training.streams import hash_seed
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class TrainedAdapter:
         assert config.adapter is not None
         self.config, self.settings = config, config.adapter
         self.base = start or policy
-        self.policy = load_causal_lm(self.base, config.dtype, device)
+        dtype = QUANTISED + config.dtype if self.settings.name == "qlora" else config.dtype
+        self.policy = load_causal_lm(self.base, dtype, device)
         self.policy.requires_grad_(False)
         torch.manual_seed(config.seed)  # the first factor of a new adapter is random
         adapter = adapter_in(policy) if start is not None else None

@@ -47,8 +47,9 @@ class AdapterConfig(Config):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
-    name: Literal["lora"] = "lora"
-    """lora: the weights in training.dtype, factors and optimizer in float32."""
+    name: Literal["lora", "qlora"] = "lora"
+    """lora: the frozen weights in training.dtype; qlora: in 4 bits (NF4, by bitsandbytes). Factors and optimizer are
+    float32."""
     rank: int = Field(16, ge=1)
     """Columns of each factor."""
     alpha: float = Field(32.0, gt=0)

@@ -15,6 +15,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.rows import ScoredPairRow, WeightedPairRow
 from stages.job import Job
 from stages.models.logps import Pass, Score
+from stages.models.policy import QUANTISED
 from stages.registry import Named
 from stages.stage import EARLIER
 from stages.weighting.rows import TeacherIds, TokenNumbers, mixture, responses_of, swapped, weighted_pair
@@ -28,6 +29,8 @@ Pairs = Sequence[ScoredPairRow]
 Texts = tuple[list[list[int]], list[list[int]]]
 """Token ids of prompts, and of the responses to them."""
 
+POLICIES = ("reference", "policy", *EARLIER)
+"""Inputs that are the policy at some time."""
 ROLES = ("positive", "negative", "reward_model")
 """Models of the student's tokenizer that a weight provider may compare."""
 
@@ -89,7 +92,7 @@ class Sources:
         model_pass = Pass(
             self.job.store_root,
             self.job.inputs[model],
-            self.config.dtype,
+            QUANTISED + self.config.dtype if self.config.quantised and model in POLICIES else self.config.dtype,
             runtime.device,
             runtime.batch_tokens,
             kind,

@@ -50,10 +50,13 @@ class WeightingConfig(TurnConfig):
     a teacher, or under another system prompt. It is the sampler's then, and set for you from the run's `sampling`.
     """
 
-    NEUTRAL: ClassVar[dict[str, Any]] = TurnConfig.NEUTRAL | {"template": "chat", "history": ()}
+    NEUTRAL: ClassVar[dict[str, Any]] = TurnConfig.NEUTRAL | {"template": "chat", "history": (), "quantised": False}
 
     weights: Annotated[Named, WEIGHTS] | None = None
     """Weight provider, e.g. {name: swift}. None: the method's own (ones for most)."""
+    quantised: bool = False
+    """Whether reference and policies are held in 4 bits (NF4), as training.adapter.name qlora trains them: their log-probs
+    are of the function that is trained. Set by the run."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the passes; the trainer's, or policy and reference differ before the first step."""
     reference: bool = True

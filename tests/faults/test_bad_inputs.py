@@ -660,7 +660,7 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     ),
     "a type nobody knows": (json_of_model("config.json", model_type="mine"), WRONG, ("describes no model",)),
     "quantised weights": (json_of_model("config.json", quantization_config={"quant_method": "gptq"}), WRONG, ("has quantised weights (gptq)",)),
-    "only an adapter": (only_an_adapter, WRONG, ("holds an adapter and no model: merge it",)),
+    "only an adapter": (only_an_adapter, WRONG, ("adapter_config.json: peft_type is None, and only LORA can be merged",)),
     "shards without an index": (shards_without_index, WRONG, ("has 2 weight files and no model.safetensors.index.json",)),
     "a Git LFS pointer": (
         model("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), WRONG, ("is a Git LFS pointer: fetch the file",),

@@ -6,16 +6,18 @@ that follows the policy, models that the run trains itself, a pass under three p
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from data_contracts.adapter import ADAPTER, BASE, is_adapter_only
-from data_contracts.checkpoint import external_model
+from data_contracts.checkpoint import ModelRef, external_model
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.preflight import check_adapter
+from tasks.models import locate, resolve
 from tests.flows.test_methods import ROOT, TWINS, play_cases, small_settings, twin_case
 
 ALONE = ("tdpo", "tis_dpo_d", "mnpo")
@@ -106,3 +108,60 @@ def test_a_target_that_the_policy_does_not_have_is_refused_before_it_loads(tiny_
     check_adapter(run_with(**{"training.adapter.targets": ["q_proj", "mlp.down_proj"]}), tiny_model)
     with pytest.raises(ConfigError, match="no layer 'c_attn'; it has down_proj, gate_proj, k_proj"):
         check_adapter(run_with(**{"training.adapter.targets": ["q_proj", "c_attn"]}), tiny_model)
+
+
+# --- an adapter as the policy
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory, tiny_model):
+    """An adapter as peft leaves it, in a directory of its own."""
+    from stages.models.adapters import save_adapter
+    from tests.stages.models.test_adapters import with_adapter
+
+    adapter = tmp_path_factory.mktemp("brought") / "my-adapter"
+    save_adapter(with_adapter(tiny_model), adapter)
+    name_base(adapter, str(tiny_model))
+    return adapter
+
+
+def name_base(adapter: Path, base: str | None) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+
+
+def test_an_adapter_is_merged_on_entry_once(store, brought, tiny_model):
+    from stages.models.policy import load_causal_lm
+    from tests.stages.models.test_adapters import logits, with_adapter
+
+    ref = resolve(ModelRef(path=str(brought)), True, store)
+    assert Path(ref.path).parent == store.root / "merged"
+    expected = logits(with_adapter(tiny_model))
+    merged_logits = logits(load_causal_lm(ref.path, "float32", "cpu").eval())
+    assert (merged_logits - expected).abs().max() < 1e-5
+    before = (Path(ref.path) / "model.safetensors").stat().st_mtime_ns
+    assert resolve(ModelRef(path=str(brought)), True, store) == ref
+    assert (Path(ref.path) / "model.safetensors").stat().st_mtime_ns == before
+    assert locate(ModelRef(path=str(brought)), True) == tiny_model, "checks read the base model"
+
+
+def test_an_adapter_that_names_no_base_or_a_wrong_one_is_refused(tmp_path, store, brought, tiny_model, make_model):
+    copy = Path(shutil.copytree(brought, tmp_path / "copy"))
+    model = ModelRef(path=str(copy))
+    for base, message in ((None, "names no base model"), ("/nowhere/model", "is no directory here")):
+        name_base(copy, base)
+        with pytest.raises(ConfigError, match=message):
+            locate(model, True)
+    name_base(copy, str(tiny_model))
+    (copy / BASE).write_text('{"content": "of another model"}')
+    with pytest.raises(ConfigError, match="belongs to another model"):
+        resolve(model, True, store)
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    for change, message in (
+        ({"peft_type": "LOHA"}, "only LORA can be merged"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+    ):
+        (copy / "adapter_config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(ConfigError, match=message):
+            locate(model, True)
+    assert not (store.root / "merged").exists()

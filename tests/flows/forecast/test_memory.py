@@ -11,8 +11,22 @@ import pytest
 from data_contracts.checkpoint import ModelRef
 from data_contracts.errors import ConfigError
 from flows.config import load_run, parse_assignment
-from flows.forecast.memory import GIB, KNOWN, Shape, activations, kv_cache_per_token, model_shape, rows_of, shape_of
+from flows.forecast.memory import (
+    GIB,
+    KNOWN,
+    Shape,
+    activations,
+    adapter_parameters,
+    kv_cache_per_token,
+    model_shape,
+    rows_of,
+    shape_of,
+)
 from flows.forecast.plan import hardware, main, plan, refuse_what_cannot_fit, stage_memory
+from stages.models.adapters import add_adapter, trainable
+from stages.models.policy import load_causal_lm
+from stages.training.adapter import lora_config
+from stages.training.config import AdapterConfig
 
 LLAMA = {
     "hidden_size": 4096,
@@ -51,8 +65,17 @@ def test_parameters_follow_from_the_config_file(fields, total):
     assert shape_of(fields).parameters == total
 
 
-@pytest.mark.parametrize(("checkpointing", "kind"), [(False, "llama"), (True, "llama"), (False, "gpt2")])
-def test_activations_are_what_torch_keeps_for_the_backward_pass(checkpointing, kind):
+@pytest.mark.parametrize(
+    ("checkpointing", "kind", "rank"),
+    [
+        (False, "llama", 0),
+        (True, "llama", 0),
+        (False, "gpt2", 0),
+        (False, "llama", 4),
+        (False, "llama", 32),
+    ],
+)
+def test_activations_are_what_torch_keeps_for_the_backward_pass(checkpointing, kind, rank):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -70,6 +93,8 @@ def test_activations_are_what_torch_keeps_for_the_backward_pass(checkpointing, k
         model = GPT2LMHeadModel(config).to(torch.bfloat16).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if rank:
+        add_adapter(model.requires_grad_(False), lora_config(AdapterConfig(rank=rank)))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -86,12 +111,38 @@ def test_activations_are_what_torch_keeps_for_the_backward_pass(checkpointing, k
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     measured = sum(size for size, _ in kept.values())
     shape = shape_of(config.to_dict(), 0)
-    expected = activations(shape, rows * length, length, checkpointing)
+    expected = activations(shape, rows * length, length, checkpointing, rank)
     if checkpointing:  # the one layer that is recomputed is alive in the backward pass only
         expected -= (
-            activations(shape._replace(layers=1), rows * length, length, False) - rows * length * 7 * shape.hidden
+            activations(shape._replace(layers=1), rows * length, length, False, rank) - rows * length * 7 * shape.hidden
         )
     assert measured == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("targets", ["auto", ("q_proj", "self_attn.v_proj")])
+def test_an_adapters_parameters_are_counted_as_peft_makes_them(tiny_model, targets):
+    settings = AdapterConfig(rank=4, targets=targets)
+    model = load_causal_lm(str(tiny_model), "float32", "cpu").requires_grad_(False)
+    add_adapter(model, lora_config(settings))
+    counted = adapter_parameters(model_shape(tiny_model), settings)
+    assert counted == sum(parameter.numel() for parameter in trainable(model))
+
+
+@pytest.mark.parametrize("preset", ["swift-qwen1.5-1.8b-1x24", "sppo-mistral-7b-1x24", "tidpo-llama-3.2-3b-1x24"])
+def test_the_presets_of_one_card_fit_24_gib(preset):
+    lines = refuse_what_cannot_fit(load_run(f"deploy/runs/{preset}.yaml"))
+    assert {line.need.gpus for line in lines} == {1} and max(line.need.device_bytes for line in lines) < 18 * GIB
+
+
+def test_an_adapter_costs_its_factors_and_no_second_model():
+    run = load_run("deploy/runs/tidpo-llama-3.2-3b-1x24.yaml")
+    parameters = KNOWN["meta-llama/Llama-3.2-3B-Instruct"].parameters
+    train = stage_memory(run)["train"]
+    assert train.device["frozen weights"] == 2 * parameters and train.host["merge"] == 4 * parameters
+    small = sum(train.device[name] for name in ("adapter", "gradients", "optimizer"))
+    assert small < 0.06 * 2 * parameters and train.device["other models"] < 3 * GIB, "the reference's logits alone"
+    one = {"training.adapter.name": "lora", "execution.gpu_memory_gib": 48}
+    refuse_what_cannot_fit(load_run("deploy/runs/sppo-mistral-7b-1x24.yaml", one))  # 7 B without 4 bits
 
 
 def test_the_cache_of_a_grouped_query_model():
