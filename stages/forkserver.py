@@ -16,6 +16,7 @@ with its PARENT and when SOCKET closes; the stages that it has forked do not nee
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import select
@@ -29,8 +30,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.__main__ import main as run_stage
 from stages.__main__ import set_defaults
+from stages.models.policy import pick_device
 from stages.running.cost import before_fork
 from stages.running.supervise import die_with_parent, die_with_supervisor, supervise
 from stages.stage import STAGES
@@ -44,8 +45,10 @@ MAX_FILES = 16
 class Request(NamedTuple):
     """A stage to start."""
 
+    module: str
+    """What `python -m MODULE ARGUMENTS` would run: stages, or another whose `main` takes the arguments and which has a
+    `preload` without any."""
     arguments: list[str]
-    """Of `python -m stages`."""
     environment: dict[str, str]
     """The whole environment of the stage."""
     directory: str
@@ -135,20 +138,18 @@ class ForkServer:
             os._exit(code)
 
     def _prepare(self, request: Request) -> str:
-        """Import what the stage will, and return why it must not be forked from this process; "" if it may be."""
+        """Import what the process will, and return why it must not be forked from this one; "" if it may be."""
         environment = dict(os.environ)
         _set_environment(request.environment)
-        device = "auto"
-        with suppress(Exception):  # what is wrong with the request, or a library, is for the stage itself to say
-            stage = STAGES[request.arguments[0]]
-            spec = json.loads((Path(request.directory) / request.arguments[1]).read_text())
-            config = stage.parse(spec["config"])
-            device = getattr(getattr(config, "runtime", None), "device", device)
-            if self.device in (None, device) and (preload := getattr(stage.load(), "preload", None)):
-                preload(config)
+        device = None
+        with suppress(Exception):  # what is wrong with the request, or a library, is for the process itself to say
+            if request.module == "stages":
+                device = self._preload_stage(request)
+            else:
+                importlib.import_module(request.module).preload()
         _set_environment(environment)
         self.device = self.device or device
-        if device != self.device:
+        if device != self.device and device is not None:
             return f"it serves the device {self.device}"
         if (count := threading.active_count()) > 1:
             return f"an import has started {count - 1} threads"
@@ -156,6 +157,18 @@ class ForkServer:
         if torch is not None and torch.cuda.is_initialized():
             return "an import has taken a GPU"
         return ""
+
+    def _preload_stage(self, request: Request) -> str | None:
+        """Import what the stage will, unless it wants another device; returns its device, None if it names none."""
+        stage = STAGES[request.arguments[0]]
+        spec = json.loads((Path(request.directory) / request.arguments[1]).read_text())
+        config = stage.parse(spec["config"])
+        device = getattr(getattr(config, "runtime", None), "device", None)
+        if device is not None:
+            device = pick_device(device)
+        if self.device in (None, device) and (preload := getattr(stage.load(), "preload", None)):
+            preload(config)
+        return device
 
 
 def _set_environment(environment: dict[str, str]) -> None:
@@ -182,7 +195,8 @@ def _output_to(output: int) -> Iterator[None]:
 def _supervise(request: Request, connection: socket.socket) -> int:
     """Start the stage as a child and end its tree with it; returns its exit code."""
     _mark(request.environment)
-    _show_as([sys.executable, "-m", "stages.running.supervise", "--", "-m", "stages", *request.arguments])
+    command = ["-m", request.module, *request.arguments]
+    _show_as([sys.executable, "-m", "stages.running.supervise", "--", *command])
     connection.sendall(f"started {os.getpid()}\n".encode())
     supervisor = os.getpid()
 
@@ -200,7 +214,7 @@ def _supervise(request: Request, connection: socket.socket) -> int:
 
 
 def _become_stage(request: Request, connection: socket.socket, supervisor: int) -> None:
-    """Be the process `python -m stages ARGUMENTS`, to its end."""
+    """Be the process `python -m MODULE ARGUMENTS`, to its end."""
     code = 1
     try:
         connection.close()
@@ -213,11 +227,13 @@ def _become_stage(request: Request, connection: socket.socket, supervisor: int) 
         sys.path[0] = request.directory
         _set_environment(request.environment)
         set_defaults()
-        sys.argv = [sys.modules["stages.__main__"].__file__ or "", *request.arguments]
-        _show_as([sys.executable, "-m", "stages", *request.arguments])
+        name = "stages.__main__" if request.module == "stages" else request.module
+        module = importlib.import_module(name)
+        sys.argv = [module.__file__ or "", *request.arguments]
+        _show_as([sys.executable, "-m", request.module, *request.arguments])
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()  # each process draws its own, as Python's `random` does after a fork
-        code = run_stage(request.arguments)
+        code = module.main(request.arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:

@@ -91,13 +91,14 @@ def _server_for(environment: Mapping[str, str]) -> ForkServer:
 
 
 class ForkedProcess:
-    """A stage's supervisor, with as much of subprocess.Popen as tasks/launch.py needs.
+    """The supervisor of `python -m MODULE ARGUMENTS`, with as much of subprocess.Popen as tasks/launch.py needs.
 
-    Where the server cannot fork the stage, or dies before it has, `start_plainly` starts an interpreter for it.
+    Where the server cannot fork it, or dies before it has, `start_plainly` starts an interpreter for it.
     """
 
     def __init__(
         self,
+        module: str,
         arguments: Sequence[str],
         environment: dict[str, str],
         grace: float,
@@ -113,7 +114,7 @@ class ForkedProcess:
         self._plain: subprocess.Popen[str] | None = None
         self._received = b""
         self._connection, theirs = socket.socketpair()
-        request = Request(list(arguments), environment, os.getcwd(), grace, time.time())
+        request = Request(module, list(arguments), environment, os.getcwd(), grace, time.time())
         with suppress(OSError):  # it is gone: `poll` reads the end of the connection
             with theirs, _lock:
                 server = _server_for(environment)

@@ -125,12 +125,17 @@ class Process(Protocol):
 
 
 def _start_interpreter(
-    python: str, arguments: Sequence[str], environment: Mapping[str, str], inherit: Sequence[int], output: int
+    python: str,
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    inherit: Sequence[int],
+    output: int,
 ) -> subprocess.Popen[str]:
-    """Start `python -m stages ARGUMENTS` below a supervisor; its output goes to the file descriptor."""
+    """Start `python -m MODULE ARGUMENTS` below a supervisor; its output goes to the file descriptor."""
     supervisor = [sys.executable, "-m", "stages.running.supervise", *supervisor_options(GRACE_SECONDS)]
     return subprocess.Popen(
-        [*supervisor, python, "-m", "stages", *arguments],
+        [*supervisor, python, "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -146,8 +151,8 @@ class StageProcess:
     """`python -m stages ARGUMENTS` and its process tree, started: a fork of a server that has imported its libraries,
     or an interpreter of its own where `python` is another one.
 
-    Call `wait` until it returns True, and `end` in any case.
-    inherit: file descriptors (a lock) that the tree keeps open.
+    Call `wait` until it returns True, and `end` in any case (leaving its `with` block does).
+    inherit: file descriptors (a lock) that the tree keeps open; module: another one than `stages`.
     """
 
     def __init__(
@@ -156,6 +161,7 @@ class StageProcess:
         *,
         log_file: Path,
         log: Callable[[str], None],
+        module: str = "stages",
         python: str | None = None,
         env: dict[str, str] | None = None,
         inherit: Sequence[int] = (),
@@ -167,14 +173,20 @@ class StageProcess:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path(), TREE: tree}
         environment |= env or {}
         self.began = time.monotonic()
-        start_plainly = partial(_start_interpreter, python or sys.executable, arguments, environment, inherit)
+        start_plainly = partial(_start_interpreter, python or sys.executable, module, arguments, environment, inherit)
         self.process: Process
         if python in (None, sys.executable) and os.environ.get(SWITCH) != "off":
-            self.process = ForkedProcess(arguments, environment, GRACE_SECONDS, inherit, start_plainly)
+            self.process = ForkedProcess(module, arguments, environment, GRACE_SECONDS, inherit, start_plainly)
         else:
             self.process = start_plainly(subprocess.PIPE)
         assert self.process.stdout is not None
         self.output = _Output(self.process.stdout, log_file, log)
+
+    def __enter__(self) -> StageProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
     def wait(self, patience: float) -> bool:
         """Wait up to `patience` seconds and forward new output. Returns True once the process has exited.
@@ -248,13 +260,10 @@ def run_stage(
     Raises: the pipeline error that the stage reported; TransientError if it was killed; StageError if it died otherwise
     or ran too long.
     """
-    stage = StageProcess(arguments, log_file=log_file, log=log, **options)
-    try:
+    with StageProcess(arguments, log_file=log_file, log=log, **options) as stage:
         while not stage.wait(POLL_SECONDS):
             on_progress(stage.output.progress)
         on_progress(stage.output.progress)
-    finally:
-        stage.end()
     stage.check()
 
 

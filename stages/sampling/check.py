@@ -2,9 +2,9 @@
 policy? Reads configs, headers and tokenizers, no weights.
 
 REQUEST.json: {"model": directory, "sets": [{"sampling": config, "prompts": Arrow file, "truncate": bool}, ...],
-"models": [[directory, task], ...]}; tasks: stages/models/architecture.py. Prints the `Verdicts` of each set
-(stages/sampling/prompt_lengths.py). Exit code 2 and one sentence on stdout where no prompt could be used, whatever it
-says.
+"models": [[directory, task], ...]}; tasks: stages/models/architecture.py. Writes answer.json beside it: the `Verdicts`
+of each set (stages/sampling/prompt_lengths.py), or, with exit code 2, one sentence where no prompt could be used,
+whatever it says.
 
 A chat template is a program that came with a model: here, in a process of its own, it runs under limits of time and
 memory before any stage runs it.
@@ -24,11 +24,13 @@ from typing import Any
 
 from data_contracts.errors import ConfigError
 from stages.models.architecture import check_model
+from stages.models.lazy import import_auto_classes
 from stages.models.tokens import load_tokenizer
 from stages.models.turns import Turns, unusable
 from stages.sampling.prompt_lengths import PromptChecker, Verdicts, check_file
 from stages.sampling.stage import SamplingConfig, check_context
 
+ANSWER = "answer.json"
 TEMPLATE_SECONDS = 20
 """For the few short conversations that a template is asked about; the slowest of the real ones takes 0.1 s."""
 TEMPLATE_BYTES = 4 << 30
@@ -61,18 +63,25 @@ def limits(model: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def main(path: str) -> int:
-    """Answer one request. Returns: the exit code."""
-    request = json.loads(Path(path).read_text(encoding="utf-8"))
+def preload() -> None:
+    """Import what `main` will; once for many processes, before any is forked (stages/forkserver.py)."""
+    import_auto_classes()
+
+
+def main(arguments: list[str]) -> int:
+    """Answer the request in the file that is the one argument. Returns: the exit code."""
+    path = Path(arguments[0])
+    request = json.loads(path.read_text(encoding="utf-8"))
+    answer = path.with_name(ANSWER)
     try:
         for directory, task in request["models"]:
             check_model(Path(directory), task)
         tokenizer = load_tokenizer(request["model"])
         verdicts = [_check_set(item, request["model"], tokenizer) for item in request["sets"]]
     except ConfigError as error:
-        print(error)
+        answer.write_text(json.dumps(str(error)), encoding="utf-8")
         return error.exit_code
-    print(json.dumps(verdicts))
+    answer.write_text(json.dumps(verdicts), encoding="utf-8")
     return 0
 
 
@@ -89,4 +98,4 @@ def _check_set(item: dict[str, Any], model: str, tokenizer: Any) -> Verdicts:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -7,8 +7,7 @@ remembered by content.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from data_contracts.errors import ConfigError, StageError
 from data_contracts.identity import digest_file
 from data_contracts.prompts import Message, name_of
 from stages.models.tokens import context_length
+from stages.sampling.check import ANSWER
 from stages.sampling.stage import SamplingConfig
 from tasks.data.drops import Drops
 from tasks.data.memory import Memory
@@ -26,9 +26,10 @@ from tasks.data.preparation import Prepared
 from tasks.data.prompt_set import PromptSet
 from tasks.data.selection import without
 from tasks.data.source import PromptsConfig
-from tasks.launch import CHECKOUT
+from tasks.launch import POLL_SECONDS, StageProcess
 from tasks.models import LoadedModel
 
+CHECK = "stages.sampling.check"
 OVERLONG = "longer than sampling.max_prompt_tokens"
 SHOWN = 3
 
@@ -155,16 +156,25 @@ def _ask(
             request["sets"].append({"sampling": sampling, "prompts": str(path), "truncate": truncate})
         path = Path(directory) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
-        command = [python, "-m", "stages.sampling.check", str(path)]
-        environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        except OSError as error:
-            raise ConfigError(f"sampling.runtime.python = {python!r} cannot be run: {error.strerror}") from None
-    if result.returncode == ConfigError.exit_code:
-        raise ConfigError(result.stdout.strip())
-    if result.returncode:
-        raise StageError(
-            f"the check of the prompts in {python} ended with code {result.returncode}:\n{result.stderr[-2000:]}"
-        )
-    return json.loads(result.stdout.strip().splitlines()[-1])
+        answer = path.with_name(ANSWER)
+        code, output = run_check(python, path)
+        if code not in (0, ConfigError.exit_code) or not answer.is_file():
+            raise StageError(f"the check of the prompts in {python} ended with code {code}:\n{output[-2000:]}")
+        content = json.loads(answer.read_text(encoding="utf-8"))
+    if code:
+        raise ConfigError(content)
+    return content
+
+
+def run_check(python: str, request: Path) -> tuple[int, str]:
+    """Run stages/sampling/check.py in an interpreter; returns its exit code and its output.
+
+    Raises: ConfigError for an interpreter that cannot be run.
+    """
+    if shutil.which(python) is None:
+        raise ConfigError(f"sampling.runtime.python = {python!r} cannot be run: there is no such program")
+    log_file = request.with_name("log")
+    with StageProcess([str(request)], module=CHECK, python=python, log_file=log_file, log=lambda line: None) as check:
+        while not check.wait(POLL_SECONDS):
+            pass
+    return check.process.returncode, log_file.read_text(errors="replace") if log_file.is_file() else ""

@@ -6,14 +6,11 @@ What a fresh process says is in tests/flows/test_bad_input.py.
 """
 
 import builtins
-import contextlib
 import copy
-import io
 import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -41,16 +38,14 @@ WRONG, BROKEN, DAMAGED = ConfigError.exit_code, ContractError.exit_code, Artifac
 LATER = TransientError.exit_code
 
 
-REAL_RUN = subprocess.run
+REAL_CHECK = tasks.data.lengths.run_check
 
 
-def check_here(command: list[str], **options) -> subprocess.CompletedProcess:
+def check_here(python: str, request: Path) -> tuple[int, str]:
     """The check of the prompts, in this process, where it is this interpreter that is asked."""
-    if command[0] != sys.executable:
-        return REAL_RUN(command, **options)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = stages.sampling.check.main(command[-1])
-    return subprocess.CompletedProcess(command, code, out.getvalue(), "")
+    if python != sys.executable:
+        return REAL_CHECK(python, request)
+    return stages.sampling.check.main([str(request)]), ""
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +56,7 @@ def nothing_may_load(monkeypatch):
     monkeypatch.setattr(stages.models.policy, "load_causal_lm", refuse)
     monkeypatch.setattr(tasks.build, "run_work", refuse)
     monkeypatch.setattr(flows.cli.play, "prefect_server", refuse)
-    monkeypatch.setattr(tasks.data.lengths.subprocess, "run", check_here)
+    monkeypatch.setattr(tasks.data.lengths, "run_check", check_here)
     flows.preflight._preflight.cache_clear()
 
 

@@ -4,16 +4,12 @@ The same `play` and the same stages as everywhere; only the process per stage is
 its own per stage is in test_self_play.py. REQUEST: {"store", "cases": [{"id", "config": RUN.yaml, "set": {...}}]}, all on one store but for cases that name another.
 """
 
-import contextlib
 import gc
-import io
 import json
 import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -91,15 +87,13 @@ def play(case, store):
     return {"final": final.path, "iterations": history.iterations, "tournament": history.tournament}
 
 
-def check_here(command, **options):
+def check_here(python, request):
     """The check of the prompts in this process; see test_bad_input.py for the process of its own."""
-    with contextlib.redirect_stdout(io.StringIO()) as answer:
-        code = stages.sampling.check.main(command[-1])
-    return subprocess.CompletedProcess(command, code, answer.getvalue(), "")
+    return stages.sampling.check.main([str(request)]), ""
 
 
 def main(request: str, out: str) -> None:
-    tasks.data.lengths.subprocess = SimpleNamespace(run=check_here)
+    tasks.data.lengths.run_check = check_here
     # DeepSpeed keeps the first process group for ever; several trainings in one process share it.
     stages.training.engine.Engine.close = lambda self: None
     work = json.loads(Path(request).read_text())
