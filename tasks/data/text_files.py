@@ -137,7 +137,7 @@ class _Layout(NamedTuple):
         while line and not line.strip():
             line = stream.readline(LONGEST_ROW + 1)
         try:
-            json.loads(line)
+            json.loads(line.decode("utf-8", "surrogateescape"))
         except (ValueError, RecursionError):  # it goes on in the next line, or is no JSON
             is_document = True
         else:

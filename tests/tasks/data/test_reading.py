@@ -190,10 +190,18 @@ def test_a_file_of_one_object_that_is_a_row_is_that_row(read, row, indent):
     assert (prompt["messages"][0]["content"], prompt["response"]) == ("Why?", "So.")
 
 
-def test_lines_of_json_of_which_the_first_is_broken_stay_lines(read):
-    reading = read(['{"prompt": "cut', *[GOOD | {"prompt": f"{number}?"} for number in range(3)]])
-    assert reading.drops.counts == {"the line is not valid JSON": 1}
-    assert [reading.prompts.where(number) for number in range(3)] == ["line 2", "line 3", "line 4"]
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (b'{"prompt": "cut', "the line is not valid JSON"),
+        (b'{"prompt": "cut"', "the line is not valid JSON"),
+        (b'{"prompt": "\xff\xfe"}', "the text cannot be decoded"),
+    ],
+)
+def test_lines_of_json_of_which_the_first_is_broken_stay_lines(read, first, reason):
+    reading = read(b"\n".join([first, b'{"prompt": "1?"}', b"{", b'{"prompt": "2?"}', b""]))
+    assert reading.drops.counts[reason] >= 1 and sum(reading.drops.counts.values()) == 2
+    assert [reading.prompts.where(number) for number in range(2)] == ["line 2", "line 4"]
 
 
 def test_shards_are_one_source_and_places_name_the_file(read, tmp_path):
