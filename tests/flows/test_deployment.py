@@ -233,7 +233,7 @@ def test_what_a_run_here_left_half_done_slurm_finishes(cluster, undisturbed, slu
         "execution.profile=slurm",
         "execution.gpus_per_node=0",
         PATH=f"{slurm}:{os.environ['PATH']}",
-        PREFECT_API_URL=cluster.environment["PREFECT_API_URL"],
+        **{name: cluster.environment[name] for name in ("PREFECT_API_URL", "PREFECT_HOME")},
     )
     assert done.code == 0, done.out
     jobs = [json.loads(job.read_text())["job-name"] for job in sorted(slurm.glob("job-*.json"))]
