@@ -12,9 +12,9 @@ from typing import NamedTuple
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.checkpoint import digests_kept_in
 from data_contracts.config import Config
-from data_contracts.errors import ArtifactError, NewerRecordError, StageError
+from data_contracts.errors import ArtifactError, NewerRecordError, StageError, TransientError
 from data_contracts.files import disk_errors_explained, write_atomic
-from data_contracts.mirror import mirror_from_environment
+from data_contracts.mirror import Mirror, mirror_from_environment
 from data_contracts.repair import repair_from_inputs, set_damaged_aside
 from data_contracts.store import Store
 from stages.stage import STAGES
@@ -71,6 +71,8 @@ def build(
         waited = time.monotonic() - began
         mirror = mirror_from_environment()
         record = _find(store, kind, key, log)
+        if record is not None and mirror is not None:
+            _mirror_again(mirror, store, record, log)
         if record is None and mirror is not None and (record := mirror.fetch(store, kind, key)):
             log(f"{kind} {key} fetched from {mirror.url}")
         if record is not None:
@@ -99,6 +101,18 @@ def build(
         if mirror is not None:
             mirror.push(store, record)
         return Built(record.ref(str(directory)), record, False, waited)
+
+
+def _mirror_again(mirror: Mirror, store: Store, record: ArtifactRecord, log: Callable[[str], None]) -> None:
+    """Put a finished artifact into the mirror unless it is there: its build may have been killed before it could.
+
+    A mirror that does not answer costs a line of the log, for nothing has to be built.
+    """
+    try:
+        if mirror.push(store, record):
+            log(f"{record.kind} {record.key} put into {mirror.url}: whoever built it had not")
+    except TransientError as error:
+        log(f"{record.kind} {record.key} is found; {error}")
 
 
 def _spec(config: Config, inputs: Mapping[str, ArtifactRef], store: Store) -> str:

@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,13 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+PATH_COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns of MLflow's database that hold URIs of files."""
 HOST, PID = "selfplay.host", "selfplay.pid"
 """Tags of a parent run: the process that mirrors it."""
 
@@ -74,6 +83,7 @@ class Tracker:
             experiment = self.client.get_experiment_by_name("self-play")
             if experiment is not None:
                 self.experiment = experiment.experiment_id
+                self._follow_the_store(experiment.artifact_location)
             else:
                 location = None
                 if self.uri.startswith("sqlite"):
@@ -82,6 +92,23 @@ class Tracker:
         self._end_dead_sessions(run)
         tags = {HOST: os.uname().nodename, PID: str(os.getpid())}
         self.parent = self.client.create_run(self.experiment, run_name=run, tags=tags).info.run_id
+
+    def _follow_the_store(self, location: str) -> None:
+        """Have a database that moved with its store name the directories of the store where that lies now.
+
+        MLflow keeps absolute paths and has no call that changes them: reports would go where the store was.
+        location: where the artifacts of the experiment are, as the database says
+        """
+        root, artifacts = self.store.root.as_uri(), "/mlflow-artifacts"
+        earlier = location.removesuffix(artifacts)
+        if self.uri != f"sqlite:///{self.store.root}/mlflow.db" or earlier in (root, location):
+            return
+        with closing(sqlite3.connect(self.store.root / "mlflow.db")) as database, database:
+            for table, column in PATH_COLUMNS:
+                database.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",
+                    (root, len(earlier) + 1, len(earlier) + 1, f"{earlier}/"),
+                )
 
     def _end_dead_sessions(self, run: str) -> None:
         """Mark the runs of sessions that were killed on this machine as KILLED: MLflow would show them as running."""

@@ -13,6 +13,7 @@ import tasks.build
 from data_contracts.artifact import RECORD, ArtifactRef
 from data_contracts.checkpoint import external_model
 from data_contracts.errors import ArtifactError, ConfigError, ContractError
+from data_contracts.mirror import Mirror
 from data_contracts.shards import read_shards, seal_path, shard_path
 from data_contracts.store import Store
 from stages.sampling.stage import SamplingConfig
@@ -85,6 +86,19 @@ def test_a_built_artifact_is_found_and_nothing_is_started(copy, built, no_launch
     found, wanted = build("sample", sampling(), inputs, store), built[2].record
     assert found.cached and found.record.model_copy(update={"inputs": wanted.inputs}) == wanted
     assert found.record.inputs["prompts"].path == str(store.directory("prompts", wanted.inputs["prompts"].key))
+
+
+def test_what_was_killed_before_it_was_mirrored_is_mirrored_when_it_is_found(copy, no_launch, tmp_path, monkeypatch):
+    (store, inputs, _), logged = copy, []
+    monkeypatch.setenv("SELFPLAY_MIRROR", f"file://{tmp_path}/mirror")
+    found = [build("sample", sampling(), inputs, store, logged.append) for _ in range(2)]
+    mirrored = Mirror(f"file://{tmp_path}/mirror").load("generations", found[0].ref.key)
+    assert all(result.cached for result in found)
+    assert mirrored is not None and mirrored.content == found[0].ref.content
+    assert [line for line in logged if "had not" in line] == logged and len(logged) == 1
+    monkeypatch.setenv("SELFPLAY_MIRROR", "file:///proc/no/mirror")
+    assert build("sample", sampling(), inputs, store, logged.append).cached
+    assert "could not" in logged[-1]
 
 
 def test_another_runtime_finds_the_same_artifact(copy, no_launch):

@@ -277,3 +277,27 @@ def test_sessions_that_were_killed_are_marked_killed_and_living_ones_are_not(sto
 
     assert states(trackers["killed"]) == {"KILLED"}
     assert states(trackers["alive"]) == states(other) == {"RUNNING"}
+
+
+def test_a_store_that_moves_takes_its_reports_along(tmp_path):
+    logged = []
+    before, after = tmp_path / "before", tmp_path / "after"
+
+    def play(root: Path, text: str) -> Tracker:
+        tracker = Tracker(Store(root), "quickstart", logged.append)
+        checkpoint = record(Store(root), text[0] * 16)
+        tracker.register({"final": checkpoint.ref(str(Store(root).directory("checkpoint", checkpoint.key)))})
+        (root / "report.md").write_text(text)
+        tracker.finish(root / "report.md")
+        return tracker
+
+    first = play(before, "a report")
+    before.rename(after)
+    second = play(after, "better report")
+    assert not before.exists() and logged == []
+    for tracker, text in ((first, "a report"), (second, "better report")):
+        run = second.client.get_run(tracker.parent)
+        assert run.info.artifact_uri == (after / "mlflow-artifacts" / tracker.parent / "artifacts").as_uri()
+        assert (after / "mlflow-artifacts" / tracker.parent / "artifacts" / "report.md").read_text() == text
+    sources = {version.source for version in second.client.search_model_versions("name='quickstart'")}
+    assert sources == {(after / "artifacts" / "checkpoint" / (letter * 16)).as_uri() for letter in "ab"}
