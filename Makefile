@@ -1,6 +1,6 @@
 # Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart table3 test test-all oracle faults soak gpu-check lint audit
+.PHONY: help venv model quickstart table3 test test-all oracle faults kills soak gpu-check lint audit
 
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
@@ -45,6 +45,9 @@ oracle: venv  ## llm-blender in an environment of its own, for the tests that co
 
 faults: venv  ## 220 faults (kills, full disks, damage, outages), struck one by one; the table of docs/reliability.md (ARGS="--count 20")
 	@$(PY) -m benchmarks.faults --count 215 --whole $(ARGS)
+
+kills: venv  ## 60 kills of whole runs of many kinds, compared file by file with undisturbed ones (ARGS="--only swift ranks")
+	@$(PY) -m benchmarks.kills $(ARGS)
 
 soak: venv  ## tiny runs for two hours: does anything grow? (ARGS="--minutes 15")
 	@$(PY) -m benchmarks.soak $(ARGS)

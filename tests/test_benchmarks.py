@@ -25,6 +25,7 @@ LAST_LINES = {
     "estimate": "smoke  ",
     "faults": "1 faults struck, 0 came too late, 0 not survived",
     "gpu_check": "| sample | tokens_per_second | ",
+    "kills": " plays, 0 of them lost, doubled",
     "orchestration": "| cached 1 | ",
     "pairrm": "largest difference of a score ",
     "sample": "| stage | ",
