@@ -62,6 +62,13 @@ def base_content(adapter: Path) -> str:
         raise ConfigError(f"{adapter}/{BASE} does not name the base model ({type(error).__name__}: {error})") from None
 
 
+def adapter_alone(directory: Path | str) -> Path | None:
+    """Return the adapter of a directory without weights: itself, as peft saves it, or what a checkpoint keeps; or None."""
+    if is_bare_adapter(directory):
+        return Path(directory)
+    return adapter_in(directory) if is_adapter_only(directory) else None
+
+
 class NamedBase(NamedTuple):
     """The model that an adapter's own files name."""
 

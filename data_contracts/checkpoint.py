@@ -204,9 +204,12 @@ def external_model(directory: Path, cache: Path | None = None) -> ArtifactRef:
     cache: a directory that remembers digests by size, inode and change time, so that a large model is hashed once
     """
     directory = directory.resolve()
+    paths = sorted(directory.iterdir())
+    if (adapter := adapter_in(directory)) is not None and is_adapter_only(directory):
+        paths += sorted(adapter.iterdir())
     files = [
         _digest(path, path.relative_to(directory).as_posix(), cache)
-        for path in sorted(directory.iterdir())
+        for path in paths
         if path.is_file() and path.suffix in MODEL_SUFFIXES
     ]
     return ArtifactRef(kind="checkpoint", key=EXTERNAL, path=str(directory), content=content_digest(files))

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_contracts.adapter import is_bare_adapter
+from data_contracts.adapter import adapter_alone
 from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.checkpoint import ModelRef, check_model_directory, header_of, weight_files
 from data_contracts.errors import ConfigError
@@ -124,8 +124,8 @@ def _loaded_models(run: RunConfig, policy: Path) -> list[LoadedModel]:
     named = [getattr(run.models, role) for role in run.roles]
     for ref in (*named, *run.baselines.values()):
         if ref is not None and (directory := directory_here(ref)) is not None:
-            if is_bare_adapter(directory):
-                directory = base_directory(directory)
+            if (adapter := adapter_alone(directory)) is not None:
+                directory = base_directory(adapter)
             models.append(LoadedModel(directory, "causal"))
     for scorer in _scorer_settings(run):
         for ref, task in scorer_class(scorer).models(scorer):

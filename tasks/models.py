@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from data_contracts.adapter import BASE, base_content, is_bare_adapter
+from data_contracts.adapter import BASE, adapter_alone, base_content
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import (
     MODEL_SUFFIXES,
@@ -50,17 +50,17 @@ def locate(model: ModelRef, chat_template: bool) -> Path:
     Raises: ConfigError for a model that is not there or not complete, TransientError if the hub cannot be reached.
     """
     directory = model_directory(model)
-    if is_bare_adapter(directory):
-        directory = base_directory(directory)
+    if (adapter := adapter_alone(directory)) is not None:
+        directory = base_directory(adapter)
     check_model_directory(directory, chat_template)
     return directory
 
 
 def resolve(model: ModelRef, chat_template: bool, store: Store) -> ArtifactRef:
     """The model as an input of stages; its digest is remembered in the store. An adapter is merged into its base first."""
-    whole, named = locate(model, chat_template), model_directory(model)
-    if is_bare_adapter(named):
-        whole = merged(whole, named, store)
+    whole = locate(model, chat_template)
+    if (adapter := adapter_alone(model_directory(model))) is not None:
+        whole = merged(whole, adapter, store)
     return external_model(whole, store.root / "digests")
 
 

@@ -145,6 +145,16 @@ def test_an_adapter_is_merged_on_entry_once(store, brought, tiny_model):
     assert locate(ModelRef(path=str(brought)), True) == tiny_model, "checks read the base model"
 
 
+def test_a_checkpoint_of_an_adapter_alone_may_be_the_next_runs_policy(tmp_path, store, tiny_model):
+    from tests.stages.models.test_adapters import checkpoint_of_an_adapter
+
+    checkpoint = Path(checkpoint_of_an_adapter(tmp_path / "made", tiny_model).path)
+    for path in (checkpoint, checkpoint / ADAPTER):
+        assert locate(ModelRef(path=str(path)), True) == tiny_model
+        ref = resolve(ModelRef(path=str(path)), True, store)
+        assert (Path(ref.path) / "model.safetensors").is_file() and Path(ref.path).parent == store.root / "merged"
+
+
 def test_an_adapter_that_names_no_base_or_a_wrong_one_is_refused(tmp_path, store, brought, tiny_model, make_model):
     copy = Path(shutil.copytree(brought, tmp_path / "copy"))
     model = ModelRef(path=str(copy))

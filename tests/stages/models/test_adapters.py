@@ -12,10 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_contracts.adapter import ADAPTER
+from data_contracts.adapter import ADAPTER, base_of, weights_directory, write_base
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
+from data_contracts.checkpoint import check_model_directory, external_model
 from data_contracts.errors import ConfigError
-from stages.models.adapters import add_adapter, load_adapter, merge, save_adapter, switched, trainable
+from stages.models.adapters import (
+    adapter_checkpoint,
+    add_adapter,
+    load_adapter,
+    merge,
+    save_adapter,
+    switched,
+    trainable,
+)
 from stages.models.policy import load_causal_lm
+from stages.running.cost import parameters
 from stages.training.adapter import lora_config
 from stages.training.config import AdapterConfig
 
@@ -32,6 +43,22 @@ def with_adapter(directory, dtype="float32", seed=0, size=0.05, **settings):
         for parameter in trainable(model):
             parameter.copy_(torch.randn(parameter.shape) * size)
     return model
+
+
+def checkpoint_of_an_adapter(directory: Path, base: Path) -> ArtifactRef:
+    """A checkpoint as a training with `save_merged: false` leaves it, with a record that names its base model."""
+    save_adapter(with_adapter(base, rank=4), directory / ADAPTER)
+    adapter_checkpoint(base, directory)
+    write_base(directory / ADAPTER, external_model(base).content)
+    for path in base.iterdir():
+        if path.suffix != ".safetensors" and not (directory / path.name).exists():
+            shutil.copy(path, directory)
+    record = ArtifactRecord(
+        kind="checkpoint", key="made", stage="train", version="1", config={}, files=[], rows=0,
+        inputs={"policy": external_model(base)}, content="of this test",
+    )  # fmt: skip
+    (directory / "record.json").write_text(record.model_dump_json())
+    return record.ref(str(directory))
 
 
 def logits(model):
@@ -141,3 +168,23 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, tiny_model, make_model
     LlamaForCausalLM(config).save_pretrained(other)
     with pytest.raises(ConfigError, match="of another base model"):
         merge(other, tmp_path / ADAPTER, tmp_path / "merged")
+
+
+def test_a_checkpoint_of_an_adapter_alone_is_its_base_with_the_adapter(tmp_path, tiny_model):
+    path = Path(checkpoint_of_an_adapter(tmp_path / "checkpoint", tiny_model).path)
+    check_model_directory(path)
+    assert weights_directory(path) == base_of(path) == tiny_model
+    assert parameters(str(path)) == parameters(str(tiny_model))
+    model = load_causal_lm(str(path), "float32", "cpu").eval()
+    assert torch.equal(logits(model), logits(with_adapter(tiny_model, rank=4))) and trainable(model) == []
+    content = external_model(path).content
+    (path / ADAPTER / "adapter_model.safetensors").write_bytes(b"other factors")
+    assert external_model(path).content != content
+    record = json.loads((path / "record.json").read_text())
+    record["inputs"]["policy"] |= {"path": str(tmp_path / "gone")}
+    (path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="the base model of the adapter in .* is gone"):
+        weights_directory(path)
+    (path / "record.json").unlink()
+    with pytest.raises(ConfigError, match="no record.json names its base model"):
+        weights_directory(path)

@@ -103,3 +103,29 @@ def test_the_padding_of_an_embedding_is_never_sampled(tmp_path, padded_model, ma
     rows = read_shards(store.directory("generations", record.key), "generations").to_pylist()
     assert len(rows) == 12 and max(max(row["token_ids"]) for row in rows) < 320
     assert max(max(row["token_logps"]) for row in rows) < -1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_an_adapter_alone_is_served_by_its_base_with_the_adapter(
+    tmp_path, tiny_model, make_prompts, run_stage_command
+):
+    """The engine's own LoRA support, prompts in flight and all; log-probs against base and adapter in transformers."""
+    from tests.stages.models.test_adapters import checkpoint_of_an_adapter
+
+    policy = checkpoint_of_an_adapter(tmp_path / "policy", tiny_model)
+    store = Store(tmp_path / "store")
+    inputs = {"prompts": make_prompts(store, 7).key, "policy": policy.path}
+    backend = SETTINGS["backend"]
+    backend = backend | {"runtime": backend["runtime"] | {"requests_in_flight": 9}}
+    settings = {"backend": backend, "runtime": {"device": "cpu", "prompts_per_shard": 2}}
+    done = run_stage_command("sample", SETTINGS | settings, inputs, store)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (record,) = store.records("generations")
+    rows = read_shards(store.directory("generations", record.key), "generations").to_pylist()
+
+    def gap(directory) -> float:
+        model = load_causal_lm(str(directory), "float32", "cpu").eval()
+        scored = score_responses(model, [row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows], 4096)
+        return max(np.abs(np.array(row["token_logps"]) - logps).max() for row, logps in zip(rows, scored, strict=True))
+
+    assert gap(policy.path) < 1e-3 < 1 < gap(tiny_model)
