@@ -54,11 +54,11 @@ class Config(BaseModel, metaclass=FrozenModel):
         ({'temperature': 1.0}, {'temperature': 1.0, 'top_k': 5})
         """
         fields: dict[str, Any] = {}
-        for name in type(self).model_fields:
+        for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             is_neutral = name in self.NEUTRAL and value == self.NEUTRAL[name]
             if not isinstance(value, Runtime) and not is_neutral:
-                fields[name] = _identity_of_value(value)
+                fields[field.alias or name] = _identity_of_value(value)
         return fields
 
 

@@ -312,6 +312,7 @@ def test_without_an_adapter_settings_are_what_they_were():
     settings = TrainingConfig.model_validate({"adapter": {"continue": False}})
     assert settings.adapter.goes_on is False and settings.model_dump(mode="json")["adapter"]["continue"] is False
     assert TrainingConfig.model_validate(settings.model_dump(mode="json")) == settings
+    assert settings.identity()["adapter"]["continue"] is False
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path, trained, tiny_model):
