@@ -164,8 +164,9 @@ def switched(model: Module, name: str | None) -> Iterator[None]:
 
 def merge_into(model: PreTrainedModel) -> None:
     """Add the adapter to the model's weights, in their dtype, and take its layers out."""
+    layers = set(adapter_layers(model))
     for name, module in list(model.named_modules()):
-        if isinstance(module, tuple({type(layer) for layer in adapter_layers(model)})):
+        if module in layers:
             layer: Any = module
             layer.merge()
             parent, _, last = name.rpartition(".")
