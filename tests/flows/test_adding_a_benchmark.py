@@ -76,7 +76,7 @@ def test_readme_says_how_and_the_new_benchmark_is_in_the_report(
         "lm-eval",
         "acc",
         3,
-        "1.0",
+        "1.0, chat template",
     )
 
 
