@@ -69,7 +69,12 @@ def choose(rng: random.Random, kind: Kind, baseline: Baseline) -> Strike:
     begun = baseline.begun
     if kind.is_partial and rng.random() < 0.8:
         begun += max(rng.randrange(len(records)), rng.randrange(len(records)))  # late ones take less time
-    position = records[begun - baseline.begun - 1] + 1 if begun > baseline.begun else 0
+    position = 0
+    if begun > baseline.begun:
+        position = records[begun - baseline.begun - 1] + 1
+        # What a build tidies away after its signature is not there in an artifact that is found.
+        while position < len(baseline.events) and baseline.events[position].deed == "deleted":
+            position += 1
     kills = []
     for _ in range(rng.choice((1, 2, 3, 3, 4))):
         kill, position = _choose_kill(rng, kind, baseline, position)
@@ -88,9 +93,10 @@ def _is_signature(event: FileEvent) -> bool:
 def _choose_kill(rng: random.Random, kind: Kind, baseline: Baseline, position: int) -> tuple[Kill, int]:
     """Return a kill, and the event from which a second one may follow. Each name of a file is as likely as any other."""
     number = rng.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+    delays = DELAYS
     targets = TARGETS | ({"rank": 6} if kind.name == "ranks" else {}) | ({"server": 6} if kind.own_server else {})
     if kind.words[0] in ("gc", "report", "data"):
-        targets = {"flow": 1}
+        targets, delays = {"flow": 1}, DELAYS[:5]  # they are over before the longer ones
     target = rng.choices(list(targets), list(targets.values()))[0]
     coming = baseline.events[position:]
     share = 1 - position / max(1, len(baseline.events))
@@ -100,4 +106,4 @@ def _choose_kill(rng: random.Random, kind: Kind, baseline: Baseline, position: i
     places = [index for index, other in enumerate(coming) if other == event]
     occurrence = rng.randrange(len(places))
     # What is built is not built again: a later kill of the same event counts from where this one struck.
-    return Kill(event, occurrence + 1, rng.choice(DELAYS), number, target, rng.random()), position + places[occurrence]
+    return Kill(event, occurrence + 1, rng.choice(delays), number, target, rng.random()), position + places[occurrence]

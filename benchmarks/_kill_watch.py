@@ -35,6 +35,7 @@ PATIENCE_SECONDS = 900
 PATTERNS = (
     (re.compile(r"\.tmp-.*"), ".tmp"),
     (re.compile(r"\.events-.*\.jsonl"), ".events-*.jsonl"),
+    (re.compile(r"uploading\..*"), "uploading.*"),
     (re.compile(r"[0-9a-f]{12,}"), "*"),
     (re.compile(r"(lease-|part-|scores-|dropped-|heldout-|iter_|step|set_aside/)[0-9-]+"), r"\1*"),
     (re.compile(r"steps/\d+"), "steps/*"),

@@ -72,11 +72,10 @@ class Harness:
 
     def begin(self, kind: Kind, store: Path, count: int | None = None) -> None:
         """Make the store that a kind begins with, or one that has its first `count` artifacts."""
-        if count is not None and kind.is_partial:
+        if count is not None and kind.is_partial and (count or kind.after):
             copy_store(self.baseline(kind.name).store, store)
             keep_first(store, count)
-            if count:  # else the database's making is struck too
-                shutil.copy(self.work / "warm-up" / "mlflow.db", store)
+            shutil.copy(self.work / "warm-up" / "mlflow.db", store)  # its making is struck where there is no artifact
             return
         if kind.after:
             copy_store(self.baseline(kind.after).store, store)
