@@ -212,6 +212,9 @@ def keep_first(store: Path, count: int) -> None:
         if path.stat().st_mtime > last:
             path.unlink()
     for run in store.glob("runs/*"):
+        if not (run / "ledger.jsonl").is_file():  # the page of a comparison
+            shutil.rmtree(run)
+            continue
         lines = (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         lines = [line for line in lines if _is_kept(json.loads(line), records[:count])]
         for path in sorted(run.iterdir()):

@@ -173,10 +173,17 @@ def test_a_lock_that_is_held_is_reported(undisturbed, struck):
 
 def test_a_part_of_a_store_has_the_first_artifacts_and_their_lines(undisturbed, tmp_path):
     copy_store(undisturbed, tmp_path / "part")
+    write_atomic(_directory(tmp_path / "part" / "runs" / "pairs") / "report.md", "a comparison")
     keep_first(tmp_path / "part", 1)
     assert len(list((tmp_path / "part").glob("artifacts/prompts/*"))) == 1
+    assert not (tmp_path / "part" / "runs" / "pairs").exists()
     (line,) = (tmp_path / "part" / "runs" / "demo" / "ledger.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == "iter_00"
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
 
 
 def test_files_are_seen_as_they_appear_under_names_that_every_run_has(tmp_path):
