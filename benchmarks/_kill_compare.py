@@ -5,7 +5,7 @@ What may differ, because it tells of the run and not of its result:
 - record.json: `seconds`, `cost`, `provenance`, the paths of inputs, and metrics of speed; metrics.jsonl: its speeds
 - stage.log, `.events*.jsonl`, `.workers/`: the history of the tries
 - spec.json: the path of the store; run.json: nothing
-- report.md: the columns of seconds; report.html: must be whole
+- report.md, comparison.json: the seconds; comparison.md: all but its title; report.html, comparison.html: must be whole
 - ledger.jsonl: compared by what was built: each artifact once
 - mlflow.db: compared by runs, metrics and model versions; prefect/, digests/ and the content of lock files are not
 - names in set_aside/: the date and the counter
@@ -94,7 +94,13 @@ def digest_of(path: Path, store: Path) -> str:
         return digest_text(json.dumps([_without_speed(line) for line in lines], sort_keys=True))
     if path.name == "spec.json":
         return digest_text(re.sub(r'"[^"]*/artifacts/', '"artifacts/', _spec(path, store)))
-    if path.name == "report.html":
+    if path.name == "comparison.json":
+        page = json.loads(path.read_bytes())
+        page["variants"] = [_without_speed(row) for row in page["variants"]]
+        return digest_text(json.dumps({name: value for name, value in page.items() if name != "seconds"}))
+    if path.name == "comparison.md":  # tables of seconds; its figures are in the JSON
+        return digest_text(path.read_text(encoding="utf-8").partition("\n")[0])
+    if path.name in ("report.html", "comparison.html"):
         return "whole" if path.read_text(encoding="utf-8").rstrip().endswith("</html>") else "cut"
     if path.name == "report.md":
         return digest_text("\n".join(_without_seconds(path.read_text(encoding="utf-8").splitlines())))
