@@ -4,7 +4,7 @@ What may differ, because it tells of the run and not of its result:
 
 - record.json: `seconds`, `cost`, `provenance`, the paths of inputs, and metrics of speed; metrics.jsonl: its speeds
 - stage.log, `.events*.jsonl`, `.workers/`: the history of the tries
-- spec.json: the path of the store; run.json: nothing
+- spec.json, .ranks.json: the path of the store; run.json: nothing
 - report.md, comparison.json: the seconds; comparison.md: all but its title; report.html, comparison.html: must be whole
 - ledger.jsonl: compared by what was built: each artifact once
 - mlflow.db: compared by runs, metrics and model versions; prefect/, digests/ and the content of lock files are not
@@ -94,6 +94,8 @@ def digest_of(path: Path, store: Path) -> str:
         return digest_text(json.dumps([_without_speed(line) for line in lines], sort_keys=True))
     if path.name == "spec.json":
         return digest_text(re.sub(r'"[^"]*/artifacts/', '"artifacts/', _spec(path, store)))
+    if path.name == ".ranks.json":
+        return digest_text(re.sub(r'"[^"]*/artifacts/', '"artifacts/', path.read_text(encoding="utf-8")))
     if path.name == "comparison.json":
         page = json.loads(path.read_bytes())
         page["variants"] = [_without_speed(row) for row in page["variants"]]
