@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_contracts.files import process_state
-from stages.running.supervise import processes_with, signal_all
+from stages.running.supervise import die_with_parent, processes_with, signal_all
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 IN_CLOSE_WRITE, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x8, 0x80, 0x100, 0x200
@@ -201,7 +201,9 @@ def start_anew(command: Sequence[str], log: Path, cwd: Path, environment: Mappin
     """Start a command as a process of its own; returns its id."""
     with open(log, "ab") as file:
         files = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **files)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, start_new_session=True, preexec_fn=die_with_parent, **files
+        )
     process.returncode = 0  # whoever plays it waits for it
     return process.pid
 
@@ -218,6 +220,7 @@ def start_forked(words: Sequence[str], log: Path, cwd: Path, environment: Mappin
         return pid
     code = 1
     try:
+        die_with_parent()  # a harness that is killed leaves no run behind
         os.setsid()
         file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, file), (2, file)):
