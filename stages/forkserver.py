@@ -28,35 +28,16 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from stages.__main__ import set_defaults
 from stages.models.policy import pick_device
 from stages.running.cost import before_fork
+from stages.running.request import TREE, Request
 from stages.running.supervise import die_with_parent, die_with_supervisor, supervise
 from stages.stage import STAGES
 
-TREE = "SELFPLAY_TREE"
-"""Environment variable: marks the processes of one stage (tasks/launch.py)."""
 MAX_FILES = 16
 """A request passes its connection, its output and a lock or two."""
-
-
-class Request(NamedTuple):
-    """A stage to start."""
-
-    module: str
-    """What `python -m MODULE ARGUMENTS` would run: stages, or another whose `main` takes the arguments and which has a
-    `preload` without any."""
-    arguments: list[str]
-    environment: dict[str, str]
-    """The whole environment of the stage."""
-    directory: str
-    """Its working directory."""
-    grace: float
-    """Seconds between SIGTERM and SIGKILL when its tree is ended."""
-    launched: float
-    """When it was asked for, in seconds since the epoch."""
 
 
 class ForkedChild:
@@ -141,6 +122,7 @@ class ForkServer:
         """Import what the process will, and return why it must not be forked from this one; "" if it may be."""
         environment = dict(os.environ)
         _set_environment(request.environment)
+        set_defaults()  # libraries read them when they are imported
         device = None
         with suppress(Exception):  # what is wrong with the request, or a library, is for the process itself to say
             if request.module == "stages":

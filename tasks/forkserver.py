@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
-from stages.forkserver import TREE, Request
+from stages.running.request import TREE, Request
 
 VOLATILE = re.compile(r"SELFPLAY_|PREFECT_|MLFLOW_|PYTEST_CURRENT_TEST$|CUDA_VISIBLE_DEVICES$")
 """Variables that differ from stage to stage and that no library reads when it is imported."""

@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 import stages
 from data_contracts.errors import BY_NAME, StageError, TransientError
 from data_contracts.redaction import redact
-from stages.forkserver import TREE
+from stages.running.request import TREE
 from stages.running.supervise import processes_with, signal_all, supervisor_options
 from tasks.forkserver import SWITCH, ForkedProcess
 

@@ -432,6 +432,19 @@ def test_stages_are_forks_of_one_server_that_imports_once(forked, servers):
     assert wait_until(lambda: not alive(server.process.pid), 5)
 
 
+def test_libraries_are_imported_in_the_environment_of_a_stage(forked, servers):
+    names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "PYTORCH_NVML_BASED_CUDA_CHECK", "MINE")
+    note = f"import os, sys; sys.imported_in = [os.environ.get(name) for name in {names}]"
+    see = f"import os, sys; print(sys.imported_in == [os.environ.get(name) for name in {names}], *sys.imported_in)"
+    forked(see, note, env={"MINE": "yes", "OMP_NUM_THREADS": "1"})
+    assert forked.logged == ["True PASSIVE 1 1 yes"]
+
+
+def test_whoever_asks_for_a_stage_keeps_its_own_environment():
+    code = "import os; before = dict(os.environ); import tasks.launch; assert os.environ == before"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_a_fork_is_shown_as_the_stage_that_it_is(forked):
     show = """
 import os
