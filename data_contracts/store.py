@@ -59,6 +59,12 @@ def content_digest(files: list[FileDigest]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def remove_litter(directory: Path) -> None:
+    """Delete the temporary files in an artifact. The caller holds its lock: whoever wrote them is dead."""
+    for litter in directory.rglob(".*.tmp-*"):
+        litter.unlink(missing_ok=True)
+
+
 def data_files(directory: Path) -> list[Path]:
     """Return the data files of an artifact, sorted: no records, logs, hidden or temporary files, and no `resume/`."""
     return sorted(
@@ -234,8 +240,7 @@ class Store:
         Raises: ArtifactError if there is no data file, or if another process has taken over the lease.
         """
         directory = self.directory(record.kind, record.key)
-        for litter in directory.rglob(".*.tmp-*"):
-            litter.unlink(missing_ok=True)
+        remove_litter(directory)
         files = [
             FileDigest(name=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=digest_file(path))
             for path in data_files(directory)

@@ -21,7 +21,7 @@ from data_contracts.lease import LockOwner
 from data_contracts.ledger import SESSION
 from data_contracts.set_aside import set_files_aside
 from data_contracts.shards import count_rows
-from data_contracts.store import Store, data_files
+from data_contracts.store import Store, data_files, remove_litter
 from stages.job import Job
 from stages.running.claims import Claims, forget
 from stages.running.cost import MemoryWatch, cost_of, loading
@@ -106,8 +106,7 @@ def _build(
     _check_inputs_are_there(stage, inputs)
     out = store.directory(stage.produces, key)
     out.mkdir(parents=True, exist_ok=True)
-    for litter in out.rglob(".*.tmp-*"):
-        litter.unlink()
+    remove_litter(out)
     job = Job(stage, config, inputs, out)
     job.event("start", launched=launched or time.time())
     loading.seconds = 0.0

@@ -120,7 +120,6 @@ class ForkServer:
 
     def _prepare(self, request: Request) -> str:
         """Import what the process will, and return why it must not be forked from this one; "" if it may be."""
-        environment = dict(os.environ)
         _set_environment(request.environment)
         set_defaults()  # libraries read them when they are imported
         device = None
@@ -129,7 +128,6 @@ class ForkServer:
                 device = self._preload_stage(request)
             else:
                 importlib.import_module(request.module).preload()
-        _set_environment(environment)
         self.device = self.device or device
         if device != self.device and device is not None:
             return f"it serves the device {self.device}"

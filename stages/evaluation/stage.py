@@ -19,7 +19,16 @@ from data_contracts.shards import read_shards
 from stages.evaluation import sandbox
 from stages.evaluation.heldout import evaluate_heldout
 from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
-from stages.evaluation.lm_eval import CUT, Prompting
+from stages.evaluation.lm_eval import (
+    CUT,
+    Prompting,
+    check_packages,
+    check_suite,
+    evaluate_suite,
+    evaluate_task,
+    open_transformers,
+    open_vllm,
+)
 from stages.evaluation.rows import column_names
 from stages.job import Job
 from stages.models.families import attention_addition
@@ -81,8 +90,6 @@ class LMEvalSuite(Prompting):
 
     @model_validator(mode="after")
     def _known(self) -> LMEvalSuite:
-        from stages.evaluation.lm_eval import check_suite
-
         try:
             check_suite(self.name, self.only, self.allow_code)
         except ConfigError as error:
@@ -196,8 +203,6 @@ def run(job: Job) -> None:
 
 def check_sandbox(config: EvaluationConfig) -> None:
     """Try the sandbox if code that the model wrote will be run in it. Raises: ConfigError."""
-    from stages.evaluation.lm_eval import check_suite
-
     members = [member for suite in config.suites for member in check_suite(suite.name, suite.only, suite.allow_code)]
     if any(member.unsafe for member in members):
         sandbox.check(config.runtime.sandbox)
@@ -205,15 +210,6 @@ def check_sandbox(config: EvaluationConfig) -> None:
 
 def _lm_eval_report(job: Job, device: str) -> list[ReportRow]:
     """Rows of eval_report for the local lm-eval tasks and the suites, with the policy loaded once."""
-    from stages.evaluation.lm_eval import (
-        check_packages,
-        check_suite,
-        evaluate_suite,
-        evaluate_task,
-        open_transformers,
-        open_vllm,
-    )
-
     config: EvaluationConfig = job.config
     for suite in config.suites:
         check_packages(suite.name, check_suite(suite.name, suite.only, suite.allow_code))

@@ -75,6 +75,21 @@ def play(config: Path, store: Path, *settings: str, **more: str) -> Finished:
     return finish(command + [word for setting in settings for word in ("--set", setting)], **more)
 
 
+def play_cases(cases: list[dict[str, Any]], work: Path, *site: Path, timeout: float = 500) -> dict[str, dict]:
+    """id -> result of every run, played by in_process.py in one process on one store. site: more directories to import from."""
+    request, out = work / "request.json", work / "out.jsonl"
+    request.write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("in_process.py")), str(request), str(out)], cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *site]))}, capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+    assert out.is_file(), done.stderr[-3000:]
+    results = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert len(results) == len(cases), done.stderr[-3000:]
+    return results
+
+
 def processes_of(marker: str) -> list[psutil.Process]:
     """Every living process that inherited the environment entry NAME=value, wherever it hangs now."""
     name, _, value = marker.partition("=")
@@ -92,7 +107,13 @@ def processes_of(marker: str) -> list[psutil.Process]:
 def tools() -> SimpleNamespace:
     """Functions for tests: with `--import-mode=importlib` a test cannot import its conftest."""
     return SimpleNamespace(
-        play=play, finish=finish, environment=environment, table_of=table_of, processes_of=processes_of, root=ROOT
+        play=play,
+        play_cases=play_cases,
+        finish=finish,
+        environment=environment,
+        table_of=table_of,
+        processes_of=processes_of,
+        root=ROOT,
     )
 
 

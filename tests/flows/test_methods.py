@@ -4,11 +4,7 @@ Strategy: all runs are played once, in one process on one store (in_process.py),
 policy and reference are one model, so the first loss is a constant that the paper gives: log 2 for everything of the form -log sigmoid(h).
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -70,24 +66,8 @@ def twin_case(name: str, small: dict, same: Path, teacher: Path) -> dict:
     return {"id": f"twin {name}", "config": f"deploy/runs/tiny/{name}.yaml", "set": settings}
 
 
-def play_cases(cases: list[dict], work: Path) -> dict[str, dict]:
-    """id -> result of every run, played in one process on one store."""
-    (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("in_process.py")),
-        str(work / "request.json"),
-        str(work / "out.jsonl"),
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(write_package(work / "site"))])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1100, check=False)
-    results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
-    assert len(results) == len(cases), done.stderr[-3000:]
-    return results
-
-
 @pytest.fixture(scope="session")
-def played(tmp_path_factory, make_model, tiny_model):
+def played(tmp_path_factory, make_model, tiny_model, tools):
     """id -> result of every run."""
     work = tmp_path_factory.mktemp("methods")
     same, teacher = make_model(work / "same_tokens", seed=1), make_model(work / "teacher", seed=2, vocabulary=300)
@@ -130,7 +110,7 @@ def played(tmp_path_factory, make_model, tiny_model):
         cases.append(twin_case(name, small, same, teacher))
         if name == "swift":  # on a store of its own, where no other run has paid for anything
             cases.append(cases[-1] | {"id": "swift alone", "store": str(work / "alone")})
-    return play_cases(cases, work)
+    return tools.play_cases(cases, work, write_package(work / "site"), timeout=1100)
 
 
 def result_of(played, name):

@@ -6,9 +6,6 @@ then an unreadable one. With a real server it is the slow test at the end.
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,7 +53,7 @@ def pairrm(tmp_path_factory):
     return module.build(tmp_path_factory.mktemp("pairrm") / "tiny")["hf"]
 
 
-def play(work: Path, tiny_model: Path, scorers: dict[str, dict]) -> dict[str, dict]:
+def play(work: Path, tiny_model: Path, tools, scorers: dict[str, dict]) -> dict[str, dict]:
     """name -> result of a two-iteration SPPO run whose training pairs that scorer makes."""
     heldout = work / "heldout.jsonl"
     heldout.write_text(
@@ -79,28 +76,11 @@ def play(work: Path, tiny_model: Path, scorers: dict[str, dict]) -> dict[str, di
         {"id": name, "config": "deploy/runs/tiny/sppo.yaml", "set": settings | {"scoring.scorer": scorer}}
         for name, scorer in scorers.items()
     ]
-    (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("in_process.py")),
-        str(work / "request.json"),
-        str(work / "out.jsonl"),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert (work / "out.jsonl").is_file(), done.stderr[-3000:]
-    return {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
+    return tools.play_cases(cases, work)
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory, tiny_model, judge_url, pairrm):
+def played(tmp_path_factory, tiny_model, judge_url, pairrm, tools):
     scorers = {
         "pairrm": {"name": "pairrm", "model": {"path": str(pairrm)}},
         "judge": {
@@ -111,7 +91,7 @@ def played(tmp_path_factory, tiny_model, judge_url, pairrm):
         },
     }
     work = tmp_path_factory.mktemp("scoring_loop")
-    return play(work, tiny_model, scorers) | {"work": work}
+    return play(work, tiny_model, tools, scorers) | {"work": work}
 
 
 @pytest.mark.parametrize("name", ["pairrm", "judge"])

@@ -4,11 +4,7 @@ Strategy: the run keeps two checkpoints per training and plays a tournament with
 train the very same weights. Its judge is the length of an answer, the other run's is away.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,7 +103,7 @@ def test_steps_after_which_a_checkpoint_is_kept(total, parts, kept):
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory, make_run, make_model, tiny_model):
+def played(tmp_path_factory, make_run, make_model, tiny_model, tools):
     work = tmp_path_factory.mktemp("tournament")
     config = str(make_run("best", training={"learning_rate": 2e-3, "epochs": 2}))
     other = make_model(work / "other", seed=3)
@@ -127,17 +123,7 @@ def played(tmp_path_factory, make_run, make_model, tiny_model):
             "set": base | {"training.checkpoints": [0.3, 0.6], "tournament": tournament},
         },
     ]
-    (work / "request.json").write_text(json.dumps({"store": str(work / "store"), "cases": cases}))
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("in_process.py")),
-        str(work / "request.json"),
-        str(work / "out.jsonl"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    results = {line["id"]: line for line in map(json.loads, (work / "out.jsonl").read_text().splitlines())}
-    assert len(results) == 2, done.stderr[-3000:]
+    results = tools.play_cases(cases, work)
     assert not any("error" in result for result in results.values()), results
     return results
 
