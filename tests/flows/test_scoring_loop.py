@@ -116,7 +116,7 @@ def test_judgements_lie_in_the_store_and_unreadable_ones_are_told(played):
 
 
 @pytest.mark.slow
-def test_a_judge_served_by_the_stage_with_vllm(tmp_path, tiny_model):
+def test_a_judge_served_by_the_stage_with_vllm(tmp_path, tiny_model, tools):
     """A model that can say anything: one-token judging reads its probabilities, whatever it would have said."""
     model = ROOT / "models" / "smollm2-135m-instruct"
     if not model.is_dir():
@@ -130,6 +130,6 @@ def test_a_judge_served_by_the_stage_with_vllm(tmp_path, tiny_model):
         "server": server,
     }
     scorer["runtime"] = {"num_parallel": 4, "timeout_seconds": 120}
-    result = play(tmp_path, tiny_model, {"vllm": scorer})["vllm"]
+    result = play(tmp_path, tiny_model, tools, {"vllm": scorer})["vllm"]
     assert "error" not in result, result["error"]
     assert len(result["iterations"]) == 2 and result["iterations"][0]["score"]["pairs"] >= 1
