@@ -18,7 +18,7 @@ from data_contracts.store import Store
 from flows.config import load_run
 from flows.preflight import check_adapter
 from tasks.models import locate, resolve
-from tests.flows.test_methods import ROOT, TWINS, play_cases, small_settings, twin_case
+from tests.flows.test_methods import ROOT, TWINS, small_settings, twin_case
 
 ALONE = ("tdpo", "tis_dpo_d", "mnpo")
 LORA = {"training.adapter.name": "lora", "training.adapter.rank": 4}
@@ -31,23 +31,23 @@ def models(tmp_path_factory, make_model):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, models, tiny_model):
+def alone(tmp_path_factory, models, tiny_model, tools):
     """Twin -> result, with adapters alone in the artifacts."""
     work = tmp_path_factory.mktemp("alone")
     cases = [twin_case(name, small_settings(work, tiny_model), *models) for name in ALONE]
     for case in cases:
         case["set"] |= LORA | {"training.adapter.save_merged": False, "evaluation.lm_eval": []}
-    return play_cases(cases, work)
+    return tools.play_cases(cases, work)
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory, models, tiny_model):
+def merged(tmp_path_factory, models, tiny_model, tools):
     """Twin -> result, with merged weights."""
     work = tmp_path_factory.mktemp("merged")
     cases = [twin_case(name, small_settings(work, tiny_model), *models) for name in TWINS]
     for case in cases:
         case["set"] |= LORA
-    return play_cases(cases, work)
+    return tools.play_cases(cases, work)
 
 
 def check(result: dict, tiny_model: Path) -> Path:

@@ -6,7 +6,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.forecast.estimate import OTHER_SECONDS, estimate, show
-from flows.forecast.rates import CALIBRATION_PROMPTS
+from flows.forecast.rates import CALIBRATION_PROMPTS, LOOKING_SECONDS
 
 
 def test_a_run_that_is_built_costs_only_what_lies_outside_its_stages(undisturbed):
@@ -21,11 +21,11 @@ def test_another_seed_is_predicted_from_the_records_of_this_one(undisturbed):
     sources = {one.step.name: one.source for one in found.steps}
     assert set(sources.values()) == {"records"}, sources
     records = [record for record in Store(undisturbed.store).records() if record.kind != "prompts"]
-    measured = sum(record.seconds["wall"] for record in records)
-    predicted = sum(one.seconds for one in found.steps)
-    assert predicted == pytest.approx(
-        measured, rel=0.6
-    )  # a machine that others use meanwhile; the benchmark has the real figure
+    measured = {}
+    for record in records:
+        measured.setdefault(record.stage, []).append(record.seconds["wall"] + LOOKING_SECONDS)
+    for step in found.steps:  # each from one of these records, whatever the machine was doing then
+        assert 0.6 * min(measured[step.step.stage]) < step.seconds < 1.7 * max(measured[step.step.stage])
     assert found.spread > 0
     shown = show(found)
     assert f"money: {found.seconds / 100:.2f} +- " in shown and "TFLOP" in shown
