@@ -98,7 +98,7 @@ class TrainingConfig(Config):
     schedule_epochs: int | None = Field(None, ge=1, le=10_000)
     """Epochs that the schedule spans, if more than are run (SPPO's paper: 18, of which the first). None: `epochs`."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    """Part of the steps in which the rate rises from 0."""
+    """Part of the steps in which the rate rises: in equal steps to the peak, from the first update on."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the global gradient norm; 0: never."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -110,6 +110,15 @@ class TrainingConfig(Config):
     checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Also keep the policy after these parts of the steps, in `steps/`; the run goes on from the best one (SPPO)."""
     runtime: TrainingRuntime = TrainingRuntime()
+
+    @model_validator(mode="after")
+    def _schedule_spans_the_training(self) -> TrainingConfig:
+        if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
+            raise ValueError(
+                f"training.schedule_epochs is {self.schedule_epochs} and training.epochs {self.epochs}: the schedule "
+                "would end before the training does. Set schedule_epochs to as many at least, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_on_each_rank(self) -> TrainingConfig:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from data_contracts.errors import ConfigError, ContractError, TransientError
 from stages.models.adapters import trainable
-from stages.models.lazy import absent, import_transformers, torch
+from stages.models.lazy import absent, torch
 from stages.models.policy import save_model
 from stages.models.turn_settings import TurnConfig
 from stages.models.turns import turns_or_plain
 from stages.training.adapter import TrainedAdapter
-from stages.training.optimizer import make_optimizer
+from stages.training.optimizer import make_optimizer, make_schedule
 from stages.training.resume import forget, seal, sealed
 from stages.training.weights import StoredWeights, load_policy
 
@@ -46,7 +46,6 @@ class Engine:
 
     def __init__(self, config: TrainingConfig, model: str, num_steps: int, device: str, start: str | None = None):
         """`start`: the model that the adapter inside `model` belongs to, if the training goes on with it."""
-        get_scheduler = import_transformers().get_scheduler
         deepspeed = import_deepspeed(device)
         self.config, self.device = config, device
         _join(deepspeed, config.runtime.collective_timeout_seconds)
@@ -73,13 +72,7 @@ class Engine:
         if config.runtime.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = make_optimizer(config, trainable(policy), device)
-        planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
-        schedule = get_scheduler(
-            config.schedule,
-            optimizer,
-            num_warmup_steps=round(config.warmup_ratio * planned),
-            num_training_steps=planned,
-        )
+        schedule = make_schedule(config, optimizer, num_steps)
         self.engine, *_ = deepspeed.initialize(
             model=policy, optimizer=optimizer, lr_scheduler=schedule, config=settings
         )
@@ -132,9 +125,12 @@ class Engine:
 
     def step(self) -> tuple[float, Tensor | float | None]:
         """Clip, update and advance the schedule; returns the learning rate and, where known, the gradient's norm."""
-        rate = float(self.engine.get_lr()[0])
+        rate, norm = float(self.engine.get_lr()[0]), None
+        if self.config.dtype == "float32" and self.config.runtime.zero_stage == 0:  # DeepSpeed keeps no norm then
+            gradients = [weight.grad for weight in trainable(self.module) if weight.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         self.engine.step()
-        return rate, self.engine.get_global_grad_norm()
+        return rate, self.engine.get_global_grad_norm() if norm is None else norm
 
     def seed_dropout(self, step: int) -> None:
         """Seed the dropout of an adapter for a step; nothing else in a training draws numbers."""

@@ -1,7 +1,8 @@
-"""Stages - the optimizers of a training: torch's own on the CPU, fused kernels on GPUs."""
+"""Stages - the optimizer of a training (torch's own on the CPU, fused kernels on GPUs) and its learning rates."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -67,3 +68,29 @@ def make_optimizer(config: TrainingConfig, parameters: Iterable[Parameter], devi
     if device == "cuda":
         return FusedRMSprop(parameters, **options)
     return torch.optim.RMSprop(parameters, **options)
+
+
+def make_schedule(
+    config: TrainingConfig, optimizer: torch.optim.Optimizer, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the learning rates of a training of `num_steps` updates.
+
+    With W warm-up steps of the T that the schedule spans, update t = 0, 1, ... has the peak rate times
+
+        (t + 1) / W for t < W, so that the first update moves; then, with u = (t - W) / (T - W),
+        1 - u (linear), (1 + cos(pi u)) / 2 (cosine), or 1 (constant_with_warmup)
+    """
+    planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
+    warmup = round(config.warmup_ratio * planned)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, planned - warmup)
+        if config.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

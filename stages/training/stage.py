@@ -37,8 +37,9 @@ Config = TrainingConfig
 
 
 def key_additions(config: TrainingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
-    """See `attention_addition`."""
-    return attention_addition(inputs.values())
+    """The attention of the models (see `attention_addition`), and the rule of a warm-up, if there is one."""
+    warmup = {"warmup": "first update moves"} if config.warmup_ratio else {}
+    return warmup | attention_addition(inputs.values())
 
 
 def preload(config: TrainingConfig) -> None:
@@ -177,8 +178,8 @@ def train_rank(out: Path, config: TrainingConfig, inputs: TrainingInputs, job: J
 
 
 def check_rows(rows: Sequence[dict[str, Any]], method: Named, may_leave_a_side: bool = False) -> None:
-    """Check every per-token column that the method needs: present, as long as its tokens, and finite; and that the
-    method reads every response there is.
+    """Check every per-token column that the method needs: present, as long as its tokens, and finite; that the method
+    reads every response there is; and that some token has a weight.
 
     Raises: ContractError naming row and column.
     """
@@ -190,6 +191,7 @@ def check_rows(rows: Sequence[dict[str, Any]], method: Named, may_leave_a_side: 
         columns.append("reference_logps")
     if "old_policy" in needs:
         columns.append("old_logps")
+    has_weight = False
     unread: set[str] = set() if may_leave_a_side else {"chosen", "rejected"} - set(sides)
     for number, row in enumerate(rows):
         for side in unread:
@@ -210,6 +212,12 @@ def check_rows(rows: Sequence[dict[str, Any]], method: Named, may_leave_a_side: 
                     )
                 if not np.isfinite(values).all():
                     raise ContractError(f"{where} holds NaN or infinity. Rebuild with `python -m stages weigh`")
+            has_weight = has_weight or np.any(row[f"{side}_weights"])
+    if not has_weight:
+        raise ContractError(
+            f"weighted_pairs: the weight of every token of all {len(rows)} rows is 0, so no update would move the policy. "
+            "Look at the metrics weights/* of the weigh stage, and at weighting.weights"
+        )
 
 
 def _train_on_ranks(job: Job) -> dict[str, float]:

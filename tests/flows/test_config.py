@@ -288,6 +288,7 @@ def test_another_name_takes_the_settings_of_the_plug_in_before_away(order):
         ({"learning_rates": [1e-4, 0]}, "learning_rates.1: Input should be greater than 0"),
         ({"learning_rates": [-1e-4]}, "learning_rates.0: Input should be greater than 0"),
         ({"training": {"epochs": 10**9}}, "training.epochs: Input should be less than or equal to 10000"),
+        ({"training": {"epochs": 2, "schedule_epochs": 1}}, "schedule_epochs is 1 and training.epochs 2: the schedule"),
         ({"tournament": {"scorer": "length", "baselines": {"a/b": {"path": "/m"}}}}, "'a/b' names files of the run"),
         (
             {"evaluation": {"scorer": {"name": "llm_judge", "model": "m", "samples": 5}}},

@@ -1,6 +1,6 @@
 """Artifact keys of the presets: what a key is made of may only change together with a VERSION, or every finished artifact is lost.
 
-Strategy: the keys that each preset's settings gave on 2026-11-27, with inputs of made-up content, so that no model is read.
+Strategy: the keys that each preset's settings gave on 2026-11-27 (train: 2026-11-28, the rule of the warm-up), with inputs of made-up content, so that no model is read.
 `python tests/flows/test_preset_keys.py` prints the table again.
 """
 

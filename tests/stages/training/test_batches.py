@@ -15,7 +15,7 @@ from data_contracts.errors import ContractError
 from stages.methods import METHODS
 from stages.training.batches import METRICS, collate_rows, column, micro_batches, plan_steps, row_length
 from stages.training.config import TrainingConfig
-from stages.training.stage import check_rows, check_rows_trained
+from stages.training.stage import check_rows, check_rows_trained, key_additions
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 3), st.integers(0, 5))
@@ -181,6 +181,18 @@ def test_a_method_without_a_reference_asks_for_none_and_one_on_single_responses_
 def test_no_rows_are_nothing_to_train_on():
     with pytest.raises(ContractError, match="no rows to train on"):
         check_rows([], METHODS.config("sppo"))
+
+
+def test_a_training_that_cannot_move_is_refused():
+    still = good(chosen_weights=[0.0] * len(good()["chosen_ids"]), rejected_weights=[0.0] * len(good()["rejected_ids"]))
+    check_rows([still, good()], METHODS.config("sppo"))
+    with pytest.raises(ContractError, match="the weight of every token of all 2 rows is 0, so no update would move"):
+        check_rows([still, still], METHODS.config("sppo"))
+
+
+def test_the_key_tells_the_rule_of_the_warm_up_apart_where_there_is_one():
+    assert key_additions(TrainingConfig(warmup_ratio=0), {}) == {}
+    assert key_additions(TrainingConfig(), {}) == {"warmup": "first update moves"}
 
 
 # --- every row is trained on

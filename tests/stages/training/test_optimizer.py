@@ -7,10 +7,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from stages.training.config import TrainingConfig
 from stages.training.engine import deepspeed_settings, set_part
-from stages.training.optimizer import FusedRMSprop, make_optimizer
+from stages.training.optimizer import FusedRMSprop, make_optimizer, make_schedule
 
 SHAPES = [(33, 7), (5,), (64, 64)]
 
@@ -91,3 +92,23 @@ def test_every_rank_gets_its_part_of_a_tensor_of_any_size(ranks, shape):
         set_part(part, whole, rank)
     together = torch.cat(parts)
     assert torch.equal(together[: whole.numel()], whole.flatten()) and not together[whole.numel() :].any()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize(("num_steps", "epochs", "spans"), [(20, 2, None), (9, 1, 3), (1, 1, None), (3, 1, None)])
+def test_after_the_warm_up_the_rates_are_those_of_transformers_and_every_update_moves(
+    schedule, num_steps, epochs, spans
+):
+    config = TrainingConfig(schedule=schedule, epochs=epochs, schedule_epochs=spans, warmup_ratio=0.2)
+    planned = num_steps * (spans or epochs) // epochs
+    warmup = round(0.2 * planned)
+    ours, theirs = (make_optimizer(config, weights(), "cpu") for _ in range(2))
+    our_schedule = make_schedule(config, ours, num_steps)
+    their_schedule = get_scheduler(schedule, theirs, num_warmup_steps=warmup, num_training_steps=planned)
+    for step in range(num_steps):
+        rate = ours.param_groups[0]["lr"]
+        expected = config.learning_rate * (step + 1) / warmup if step < warmup else theirs.param_groups[0]["lr"]
+        assert rate == pytest.approx(expected, rel=1e-12) and rate > 0
+        for optimizer, its_schedule in ((ours, our_schedule), (theirs, their_schedule)):
+            optimizer.step()
+            its_schedule.step()

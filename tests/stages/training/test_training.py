@@ -120,8 +120,8 @@ def rows(reference_model) -> list[dict]:
 
 def plain_loop(
     model_directory, rows, settings, prepare=lambda model: None
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of all steps and the final weights: one pair after the other, no padding, torch's own optimizers.
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of all steps and the final weights: one pair after the other, no padding, torch's own optimizers.
 
     prepare: what is done to the model before it is trained, e.g. an adapter put into it
     """
@@ -136,19 +136,20 @@ def plain_loop(
     steps = plan_steps(len(rows), settings.batch_size, settings.epochs, settings.seed)
     planned = len(steps) * (settings.schedule_epochs or settings.epochs) // settings.epochs
     warm = round(settings.warmup_ratio * planned)
-    losses = []
+    losses, norms = [], []
     for step in steps:
         total = sum(_pair_loss(model, rows[i], settings.method.name) for i in step.rows) / len(step.rows)
         optimizer.zero_grad()
         total.backward()
-        if settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))))
         left = (planned - step.number) / (planned - warm)
         decay = left if settings.schedule == "linear" else 0.5 * (1 + np.cos(np.pi * (1 - left)))
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * (step.number / warm if step.number < warm else decay)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * (
+            (step.number + 1) / warm if step.number < warm else decay
+        )
         optimizer.step()
         losses.append(total.item())
-    return losses, {name: value.detach().clone() for name, value in model.named_parameters()}
+    return losses, norms, {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def _pair_loss(model, row, method):
@@ -246,18 +247,19 @@ def gap(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("name", ["base", "dpo", "short of its schedule"])
 def test_losses_and_weights_are_those_of_a_plain_torch_loop(trained, tiny_model, rows, name):
-    losses, weights = plain_loop(tiny_model, rows, config(**VARIANTS[name]))
+    losses, norms, weights = plain_loop(tiny_model, rows, config(**VARIANTS[name]))
     run = trained(name)
     assert run.losses == pytest.approx(losses, rel=1e-5)
+    assert [step["grad_norm"] for step in run.steps] == pytest.approx(norms, rel=1e-4)
     assert gap(run.weights, weights) < 1e-5
     # What was learned is far more than that.
     assert gap(run.weights, load_file(tiny_model / "model.safetensors")) > 3e-4
 
 
 def test_the_rate_rises_over_the_warm_up_and_falls_to_nothing(trained):
-    # 10 steps, 2 of warm-up (round(2.5) = 2): 0, 1/2, 1, 7/8 ... 1/8
+    # 10 steps, 2 of warm-up (round(2.5) = 2): 1/2, 1, 1, 7/8 ... 1/8
     rates = [step["learning_rate"] for step in trained("base").steps]
-    assert rates == pytest.approx([0, 0.5e-4] + [1e-4 * (10 - step) / 8 for step in range(2, 10)])
+    assert rates == pytest.approx([0.5e-4, 1e-4] + [1e-4 * (10 - step) / 8 for step in range(2, 10)])
     assert trained("base").losses[0] == pytest.approx(trained("short of its schedule").losses[0], rel=1e-6)
 
 
