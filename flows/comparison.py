@@ -25,7 +25,7 @@ from flows.preflight import preflight
 from flows.report import figures
 from flows.report.figures import Figure
 from flows.report.page import markdown_table, render_comparison
-from flows.report.sections import table_of
+from flows.report.tables import table_of
 from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.stage import STAGES

@@ -26,6 +26,7 @@ from stages.job import Job
 from stages.running.claims import Claims, forget
 from stages.running.cost import MemoryWatch, cost_of, loading
 from stages.running.gpus import GPU_EVENT, torch_peaks
+from stages.running.hardware import hardware
 from stages.running.history import events, seconds_of
 from stages.stage import Stage
 
@@ -177,6 +178,7 @@ def provenance(config: Config, history: Sequence[Mapping[str, Any]]) -> dict[str
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
+        "hardware": hardware(),
         "session": os.environ.get(SESSION, ""),
         "python": platform.python_version(),
         "argv": sys.argv,

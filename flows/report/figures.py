@@ -44,7 +44,7 @@ class Figure(NamedTuple):
     caption: str
     drawing: Drawing
     labels: Sequence[str] = ()
-    """Of its colours, in order. One label alone needs no legend."""
+    """Of its colours, in order; () where the caption says it."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

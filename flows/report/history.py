@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +18,13 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.gate import Verdict
+from flows.report.about import about
 from flows.report.channels import Pages, RunTracker
+from flows.report.markdown import markdown_report
 from flows.report.page import markdown_table, render, standalone_figures
 from flows.report.story import ShownPrompt, Story, WeightPicture, shown_prompts
-from flows.report.text import as_markdown, visible
+from flows.report.text import visible
+from flows.report.trained import Trained, trained
 from flows.report.weights import weight_picture
 from flows.tournament import Standing, spread, standing
 from stages.evaluation.heldout import per_prompt
@@ -60,19 +62,23 @@ class History:
         self._prompts: dict[str, ShownPrompt] = {}
         self._curves: dict[int, list[dict[str, float]]] = {}
         self._weights: dict[int, WeightPicture] = {}
-        self._dropped: dict[int, dict[str, float]] = {}
+        self._trained: dict[int, Trained] = {}
+        self._policy: ArtifactRef | None = None
+        """The policy that the run has made so far; None before the first training."""
+        self._records: list[ArtifactRecord] = []
 
     def built(self, place: Place, **stages: Built) -> None:
         """The training half of an iteration."""
         self._built[place.iteration] = stages
         for name, built in stages.items():
             self.tracker.stage(place.iteration, built.record, built.cached, name)
+            self._records.append(built.record)
+            for sentence in built.record.facts.get("told_apart", ()) if built.record.stage == name else ():
+                self.pages.warn(f"iteration {place.iteration}: {sentence}")
         if "train" in stages:
             self._curves[place.iteration] = _curve(stages["train"].ref)
-        chain = [built for name, built in stages.items() if built.record.stage == name and name != "train"]
-        self._dropped[place.iteration] = _drop_reasons(built.record for built in chain)
-        for sentence in (sentence for built in chain for sentence in built.record.facts.get("told_apart", ())):
-            self.pages.warn(f"iteration {place.iteration}: {sentence}")
+            self._policy = stages["train"].ref
+        self._trained[place.iteration] = trained(stages)
         if "weigh" in stages and "train" in stages:
             prompts = stages["score"].record.inputs.get("prompts") if "score" in stages else None
             if picture := weight_picture(stages["weigh"], stages["train"], prompts):
@@ -81,6 +87,7 @@ class History:
     def measured(self, place: Place, answers: Built, report: Built) -> None:
         """An iteration is complete: add its row, show it."""
         stages = self._built.get(place.iteration, {}) | {"evaluate": report}
+        self._records += [answers.record, report.record]
         self.tracker.stage(place.iteration, answers.record, answers.cached, "heldout_generations")
         self.tracker.stage(place.iteration, report.record, report.cached, "evaluate")
         self.reports.append(cast(list[ReportRow], read_shards(report.ref.path, "eval_report").to_pylist()))
@@ -141,6 +148,7 @@ class History:
         chosen: int,
     ) -> None:
         """Which checkpoint of the iteration's training goes on, and how all of them measured."""
+        self._policy = checkpoints[chosen]
         for number, (ref, measurement, gain) in enumerate(zip(checkpoints, measurements, gains, strict=True)):
             scores = list(measurement.scores.values())
             self.selections.append(
@@ -168,6 +176,8 @@ class History:
     def decided(self, place: Place, verdict: Verdict) -> None:
         """The gate's verdict about the iteration that was measured last; kept in `runs/<name>/gate.json` too."""
         self.best = verdict.best
+        if verdict.enabled:
+            self._policy = verdict.best
         self.decisions.append(_as_json(verdict))
         self.directory.mkdir(parents=True, exist_ok=True)
         write_atomic(self.directory / "gate.json", json.dumps(self.decisions, indent=1) + "\n")
@@ -206,26 +216,8 @@ class History:
         """
         path = self.directory / "report.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [f"# Self-play run {self.config.name}", "", self.headline(), "", markdown_table(self.rows), ""]
-        if self.decisions:
-            lines += ["## Promotion gate", ""]
-            lines += [
-                f"- iteration {decision['iteration']} against {decision['against']}: {decision['outcome']} "
-                f"({decision['reason']})"
-                for decision in self.decisions
-            ]
-            lines += [""]
-        if self.selections:
-            lines += ["## Checkpoints of each training", "", markdown_table(self.selections), ""]
-        if self.tournament:
-            lines += ["## Tournament", "", *_tournament_lines(self.tournament), ""]
-        if self.data:
-            lines += ["## The data", "", "```", *(line.replace("```", "'''") for line in self.data), "```", ""]
-        lines += ["## The same prompts, iteration by iteration", ""]
-        lines += self._examples(8)
-        lines += ["", "## Settings", "", "```json", self._settings(), "```", ""]
-        write_atomic(path, visible(redact("\n".join(lines))))
         story = self.story()
+        write_atomic(path, visible(redact(markdown_report(story))))
         write_atomic(path.with_suffix(".html"), redact(render(story)))
         if plots:
             shutil.rmtree(path.with_name("plots"), ignore_errors=True)
@@ -253,13 +245,14 @@ class History:
             ),
             curves=self._curves,
             weights=self._weights,
-            dropped=self._dropped,
+            trained=self._trained,
             seconds=self._seconds,
             decisions=self.decisions,
             selections=self.selections,
             tournament=self.tournament,
-            settings=self._settings(),
+            settings=self.config.model_dump_json(indent=1, exclude_defaults=True),
             data=self.data,
+            about=about(self.config, self.data, self._records, self._policy),
         )
 
     def _gain_of(self, iteration: int) -> dict[str, Any]:
@@ -272,26 +265,6 @@ class History:
         plain = self.gain(iteration)
         assert plain is not None
         return plain._asdict() | {"controlled": paired_gain(difference, lengths)._asdict()}
-
-    def _settings(self) -> str:
-        return self.config.model_dump_json(indent=1, exclude_defaults=True)
-
-    def _examples(self, count: int) -> list[str]:
-        first = self.heldout[0]
-        step = max(1, len(first) // count)
-        lines = []
-        for row in first[::step][:count]:
-            shown = self._prompts.get(row["prompt_id"])
-            lines += [f"**{as_markdown(shown.name if shown else row['prompt_id'])}**", ""]
-            for iteration, rows in enumerate(self.heldout):
-                match = next(
-                    r for r in rows if (r["prompt_id"], r["candidate"]) == (row["prompt_id"], row["candidate"])
-                )
-                text = re.sub(r"\s+", " ", match["completion"]).strip()
-                score = "unscored" if match["score"] is None else f"{match['score']:.2f}"
-                lines.append(f"- iteration {iteration} ({score}): {as_markdown(text)}")
-            lines.append("")
-        return lines
 
     def _publish(self, place: Place) -> None:
         """Show the run so far. At its end the report is written once more, and then an error is one."""
@@ -314,36 +287,8 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
     return where | decision | {"best": best}
 
 
-def _tournament_lines(standing: Standing) -> list[str]:
-    rows = [
-        {"": name}
-        | {
-            f"against {other}": "" if rate is None else f"{100 * rate:.1f} %"
-            for other, rate in zip(standing.names, line, strict=True)
-        }
-        for name, line in zip(standing.names, standing.rates, strict=True)
-    ]
-    caption = (
-        f"By {standing.scorer}, over {standing.prompts} prompts; {standing.failed} comparisons failed: in no mean."
-    )
-    return [caption, "", markdown_table(rows)]
-
-
 def _curve(ref: ArtifactRef) -> list[dict[str, float]]:
     path = Path(ref.path) / "metrics.jsonl"
     if path.is_file():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return []
-
-
-def _drop_reasons(records: Iterable[ArtifactRecord]) -> dict[str, float]:
-    """Reasons and counts, as the stages' records say: what was dropped, and what spoilt a candidate."""
-    reasons: dict[str, float] = {}
-    for record in records:
-        for name, count in record.metrics.items():
-            kind, _, reason = name.partition("/")
-            if kind in ("dropped", "spoilt") and reason and count:
-                reasons[f"{record.stage}: {reason}"] = reasons.get(f"{record.stage}: {reason}", 0.0) + count
-        if record.stage == "weigh" and record.metrics.get("dropped"):
-            reasons["weigh: equal responses"] = record.metrics["dropped"]
-    return reasons

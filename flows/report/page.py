@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from flows.report.figures import WIDTH, Figure
-from flows.report.sections import Table, headline_numbers, sections_of
+from flows.report.sections import headline_numbers, sections_of
 from flows.report.story import Story
+from flows.report.tables import Table
 from flows.report.text import as_markdown, visible
 
 if TYPE_CHECKING:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+
+import numpy as np
 
 from data_contracts.rows import ReportRow
 from flows.report import figures
@@ -14,6 +17,8 @@ from flows.tournament import spread
 SHOWN_ITERATIONS = 6
 """Iterations whose weights are shown."""
 MOST_BENCHMARKS = 24
+MOST_BINS = 24
+"""Of a histogram of scores or lengths."""
 MOST_STEPS = 400
 """Points of a training curve."""
 MOST_MARKS = 8
@@ -108,7 +113,8 @@ def training(story: Story) -> list[Figure]:
         if curves:
             x_label = "optimizer step, all iterations"
             drawing = figures.lines(caption, curves, x_label, y_label, zero=zero, marks=marks)
-            yield Figure(name, caption, drawing, [curve.label for curve in curves])
+            labels = [curve.label for curve in curves] if len(curves) > 1 else []  # the caption names a single curve
+            yield Figure(name, caption, drawing, labels)
 
     rewards = {side: f"rewards/{side}" for side in SIDES}
     logps = {side: f"logps/{side}" for side in SIDES}
@@ -135,6 +141,32 @@ def weights(story: Story) -> list[Figure]:
         sides = [(side, values) for side, values in bins if values]
         drawing = figures.histograms(caption, picture.edges, sides, "weight", "part of the tokens")
         shown.append(Figure(f"weights-{iteration}", caption, drawing, [side for side, _ in sides]))
+    return shown
+
+
+def distributions(story: Story) -> list[Figure]:
+    """Scores and lengths of the held-out answers, of the start model and of the last policy."""
+    if len(story.heldout) < 2:
+        return []
+    names = ["start model", f"iteration {iterations_of(story)[-1]}"]
+    ends = (story.heldout[0], story.heldout[-1])
+    scores = [[row["score"] for row in rows if row["score"] is not None] for rows in ends]
+    tokens = [[float(row["num_tokens"]) for row in rows] for rows in ends]
+    shown = []
+    for name, caption, x_label, columns in (
+        ("scores", "Scores of the held-out answers, before and after", "score", scores),
+        ("token-counts", "Lengths of the held-out answers, before and after", "tokens", tokens),
+    ):
+        if not all(columns):
+            continue
+        low, high = min(map(min, columns)), max(map(max, columns))
+        edges = np.linspace(low, high, MOST_BINS + 1) if high > low else np.linspace(low - 0.5, high + 0.5, 4)
+        bars = [
+            (label, list(np.histogram(values, edges)[0] / len(values)))
+            for label, values in zip(names, columns, strict=True)
+        ]
+        drawing = figures.histograms(caption, list(map(float, edges)), bars, x_label, "part of the answers")
+        shown.append(Figure(name, caption, drawing, names))
     return shown
 
 
@@ -181,20 +213,19 @@ def _metric_curve(story: Story, metric: str, label: str) -> Series:
 
 def dropped(story: Story) -> list[Figure]:
     """What did not train, by reason."""
-    totals: dict[str, float] = {}
-    for reasons in story.dropped.values():
-        for reason, count in reasons.items():
-            totals[reason] = totals.get(reason, 0) + count
+    counts = {iteration: part.dropped for iteration, part in sorted(story.trained.items())}
+    totals: Counter[str] = Counter()
+    for reasons in counts.values():
+        totals.update(reasons)
     if not totals:
         return []
     order = sorted(totals, key=lambda reason: -totals[reason])
     common, rare = order[:MOST_REASONS], order[MOST_REASONS:]
-    iterations = sorted(story.dropped)
-    parts = [(reason, [story.dropped[number].get(reason, 0) for number in iterations]) for reason in common]
+    parts = [(reason, [reasons.get(reason, 0.0) for reasons in counts.values()]) for reason in common]
     if rare:
-        parts.append(("other", [sum(story.dropped[number].get(reason, 0) for reason in rare) for number in iterations]))
-    drawing = figures.stacks("what was dropped", [str(number) for number in iterations], parts, "iteration", "count")
-    labels = [f"{label} ({totals.get(label, sum(counts)):g})" for label, counts in parts]
+        parts.append(("other", [sum(reasons.get(name, 0.0) for name in rare) for reasons in counts.values()]))
+    drawing = figures.stacks("what was dropped", list(map(str, counts)), parts, "iteration", "count")
+    labels = [f"{label} ({sum(values):g})" for label, values in parts]
     return [Figure("dropped", "Prompts, pairs and candidates that did not train, by reason", drawing, labels)]
 
 

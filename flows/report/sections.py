@@ -5,7 +5,6 @@ A section without data is left out, not shown empty. The HTML is in report.jinja
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,12 +13,17 @@ from data_contracts.rows import HeldoutRow, ReportRow
 from flows.report import plots
 from flows.report.figures import Figure
 from flows.report.story import SIDES, ShownPrompt, Story
+from flows.report.tables import Table, table_of
 from flows.tournament import spread
+from stages.evaluation.heldout import per_prompt
+from stages.evaluation.intervals import paired_bootstrap
 
 LONGEST_TEXT = 1500
 """Characters that are shown of a prompt or an answer."""
 SHOWN_ITERATIONS = 6
 """Iterations whose answers are shown."""
+MOST_SOURCES = 30
+"""Sources that have a row."""
 SHADES = 5
 """Of a token's weight, above and below the middle one."""
 
@@ -30,13 +34,6 @@ class Tile(NamedTuple):
     label: str
     value: str
     note: str = ""
-
-
-class Table(NamedTuple):
-    """Columns and cells, as texts."""
-
-    names: list[str]
-    rows: list[list[str]]
 
 
 class Token(NamedTuple):
@@ -110,20 +107,6 @@ class Section(NamedTuple):
         return any(parts)
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows as a table: None is "unscored", a missing column is empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(names, [[_cell(row.get(name, "")) for name in names] for row in rows])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "unscored"
-    if isinstance(value, str):
-        return value
-    return json.dumps(value)
-
-
 def headline_numbers(story: Story) -> list[Tile]:
     """The numbers at the head of the page."""
     last, first = story.rows[-1], story.rows[0]
@@ -157,6 +140,7 @@ def sections_of(story: Story) -> list[Section]:
     """The sections that have something to show, in the order of the page."""
     sections = [
         Section("score", "Did it get better?", figures=plots.progress(story)),
+        Section("distributions", "Before and after", figures=plots.distributions(story)),
         _gate(story),
         _checkpoints(story),
         _benchmarks(story),
@@ -164,13 +148,52 @@ def sections_of(story: Story) -> list[Section]:
         _weights(story),
         Section("lengths", "Lengths and fluency", figures=plots.lengths(story)),
         Section("prompts", "The data", text="\n".join(story.data)),
-        Section("data", "What was dropped", figures=plots.dropped(story)),
+        Section("data", "What trained, and what was dropped", table=_trained(story), figures=plots.dropped(story)),
+        _sources(story),
         Section("responses", "The same prompts, iteration by iteration", answers=_answers(story)),
         Section("times", "Where the time went", figures=plots.times(story)),
         Section("table", "All numbers", table=table_of(story.rows)),
         Section("settings", "Settings", settings=story.settings),
     ]
     return [section for section in sections if section.has_content]
+
+
+def _trained(story: Story) -> Table:
+    """How much of each iteration's data trained, and why the rest did not."""
+    rows = []
+    for iteration, part in sorted(story.trained.items()):
+        reasons = sorted(part.dropped.items(), key=lambda item: -item[1])
+        why = "; ".join(f"{count:g} {reason}" for reason, count in reasons)
+        rows.append({"iteration": iteration, **part.counts, "not trained, and why": why})
+    return table_of(rows)
+
+
+def _sources(story: Story) -> Section:
+    """What each source of the prompts gave to the training, and what the run gained on its held-out prompts."""
+    used: dict[str, dict[str, int]] = {}
+    for part in story.trained.values():
+        for source, counts in part.sources.items():
+            row = used.setdefault(source, {"training prompts": 0, "pairs to train on": 0})
+            row["training prompts"] += counts.prompts
+            row["pairs to train on"] += counts.pairs
+    measured: dict[str, list[str]] = {}
+    for prompt_id, prompt in story.prompts.items():
+        measured.setdefault(prompt.source, []).append(prompt_id)
+    sources = list(dict.fromkeys([*used, *(measured if len(measured) > 1 else ())]))[:MOST_SOURCES]
+    before, after = (per_prompt(rows, "score") for rows in (story.heldout[0], story.heldout[-1]))
+    rows = []
+    for source in sources:
+        ids = [name for name in measured.get(source, ()) if name in before and name in after]
+        row: dict[str, Any] = {"source": source or "(none named)", **used.get(source, {})}
+        row["held-out prompts"] = len(measured.get(source, ()))
+        if ids:
+            start, end = ({name: scores[name] for name in ids} for scores in (before, after))
+            gain = paired_bootstrap(start, end)
+            row["start"], row["last"] = (f"{sum(scores.values()) / len(ids):.3f}" for scores in (start, end))
+            row["gain, 95 %"] = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        rows.append(row)
+    note = "By what the data says of each prompt's source; a source with few prompts has a wide interval."
+    return Section("sources", "By source", note=note, table=table_of(rows))
 
 
 def _gate(story: Story) -> Section:

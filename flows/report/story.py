@@ -10,6 +10,8 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.prompts import has_written_id, name_of
 from data_contracts.rows import HeldoutRow, ReportRow
 from data_contracts.shard_rows import RowsByPrompt, ShardRows
+from flows.report.about import About
+from flows.report.trained import Trained
 from flows.tournament import Standing
 
 SIDES = ("chosen", "rejected")
@@ -36,6 +38,8 @@ class ShownPrompt(NamedTuple):
     name: str
     """The id that its writer gave it, or the beginning of its last message."""
     text: str
+    source: str = ""
+    """Where its data says it comes from."""
 
 
 def shown_prompts(prompts: ArtifactRef, prompt_ids: Sequence[str] | None = None) -> dict[str, ShownPrompt]:
@@ -46,6 +50,7 @@ def shown_prompts(prompts: ArtifactRef, prompt_ids: Sequence[str] | None = None)
         row["prompt_id"]: ShownPrompt(
             row["prompt_id"] if has_written_id(row) else name_of(row),
             "\n\n".join(message["content"] for message in row["messages"]),
+            row["source"],
         )
         for row in chosen
     }
@@ -69,8 +74,8 @@ class Story(NamedTuple):
     curves: dict[int, list[dict[str, float]]]
     """Iteration -> lines of metrics.jsonl."""
     weights: dict[int, WeightPicture]
-    dropped: dict[int, dict[str, float]]
-    """Iteration -> reason -> count."""
+    trained: dict[int, Trained]
+    """By iteration."""
     seconds: list[dict[str, float]]
     """Stage -> seconds."""
     decisions: list[dict[str, Any]]
@@ -82,3 +87,4 @@ class Story(NamedTuple):
     """What differs from the defaults, as JSON."""
     data: Sequence[str] = ()
     """Lines on the prompts: how many were read and used, and why the others were not."""
+    about: About = About()

@@ -117,22 +117,31 @@ def _used_bytes() -> dict[str, int]:
     return {uuid: memory.used for uuid, memory in _memory().items()}
 
 
-def _memory() -> dict[str, Any]:
-    """What the driver says of the memory of each GPU that this process may see (total, free, used), by UUID.
+def gpu_names() -> list[str]:
+    """Return the name of each GPU that this process may see; [] where the driver says nothing."""
+    if _nvml() is None:
+        return []
+    return [_text(_nvml().nvmlDeviceGetName(handle)) for handle in _visible().values()]
 
-    In the order of CUDA_VISIBLE_DEVICES.
-    """
+
+def _memory() -> dict[str, Any]:
+    """What the driver says of the memory of each GPU that this process may see (total, free, used), by UUID."""
+    return {uuid: _nvml().nvmlDeviceGetMemoryInfo(handle) for uuid, handle in _visible().items()}
+
+
+def _visible() -> dict[str, Any]:
+    """UUID -> the driver's handle of each GPU that this process may see, in the order of CUDA_VISIBLE_DEVICES."""
     nvml, cards = _nvml(), {}
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        cards[str(index), _uuid(handle)] = nvml.nvmlDeviceGetMemoryInfo(handle)
+        cards[str(index), _uuid(handle)] = handle
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return {uuid: memory for (_, uuid), memory in cards.items()}
+        return {uuid: handle for (_, uuid), handle in cards.items()}
     return {
-        uuid: memory
+        uuid: handle
         for name in visible.split(",")
-        for (index, uuid), memory in cards.items()
+        for (index, uuid), handle in cards.items()
         if name.strip() == index or (name.strip() and uuid.startswith(name.strip().removeprefix("GPU-")))
     }
 
@@ -157,8 +166,12 @@ def engine_share(most: float, weights: int, count: int = 1) -> float:
 
 def _uuid(handle: Any) -> str:
     """A GPU's UUID as torch writes it, without "GPU-"."""
-    uuid = _nvml().nvmlDeviceGetUUID(handle)
-    return (uuid.decode() if isinstance(uuid, bytes) else uuid).removeprefix("GPU-")
+    return _text(_nvml().nvmlDeviceGetUUID(handle)).removeprefix("GPU-")
+
+
+def _text(value: bytes | str) -> str:
+    """The driver's answer as text: older libraries give bytes."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 @cache

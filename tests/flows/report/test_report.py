@@ -19,13 +19,14 @@ import pytest
 
 import flows.report.history
 import flows.report.prefect_pages
-from data_contracts.artifact import ArtifactRecord
+from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.prompts import prompt_row
 from data_contracts.shards import SCHEMAS, shard_path, to_table, write_shard
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.gate import Gate
 from flows.hands import read_report
+from flows.report.about import loading_lines
 from flows.report.history import History
 from flows.report.prefect_pages import PrefectPages
 from flows.report.story import shown_prompts
@@ -38,7 +39,7 @@ HOSTILE = (
     "[here](javascript:document.title='broken') ![i](https://example.com/i.png) pay \u202eeno\u202c | # x `code`"
 )
 FIGURES = (
-    "score gain win-rates benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 "
+    "score gain win-rates scores token-counts benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 "
     "heat lengths fluency rates dropped seconds"
 )
 
@@ -60,6 +61,7 @@ def sign(store: Store, kind: str, key: str, stage: str, inputs=None, metrics=Non
     record = ArtifactRecord(
         kind=kind, key=key, stage=stage, version="1", config={}, inputs=inputs or {}, content="", files=[], rows=0,
         metrics=metrics or {}, seconds={"wall": seconds},
+        provenance={"time": "2026-11-28T10:05:00+0100", "hardware": "2 cores of AMD EPYC, 24 GiB"},
     )  # fmt: skip
     store.directory(kind, key).mkdir(parents=True, exist_ok=True)
     (store.directory(kind, key) / "data.txt").write_text(key)
@@ -118,7 +120,7 @@ def evaluation(store: Store, iteration: int, prompts: Built, scored: bool = True
     return sign(store, "eval_report", key, "evaluate", {"prompts": prompts.ref})
 
 
-def weighing(store: Store, iteration: int, ones: bool) -> Built:
+def weighing(store: Store, iteration: int, ones: bool, dropped: float = 2.0) -> Built:
     def side(number, first):
         ids = [first + j for j in range(10 + number)]
         weights = [1.0 if ones else 0.5 + 0.1 * (j % 10) for j in range(len(ids))]
@@ -147,7 +149,7 @@ def weighing(store: Store, iteration: int, ones: bool) -> Built:
         "weighted_pairs",
         key,
         "weigh",
-        metrics=metrics | {"weights/at_L": 0.12, "weights/at_U": 0.03, "dropped": 2.0},
+        metrics=metrics | {"weights/at_L": 0.12, "weights/at_U": 0.03, "pairs": 6.0, "dropped": dropped},
     )
 
 
@@ -162,11 +164,14 @@ def published(monkeypatch):
 
 @pytest.fixture
 def history_of(store, make_run, tiny_model, make_prompts, make_rows, published):
-    """history_of(ones=False, scored=True, iterations=2) -> History of a run that is on disk."""
+    """history_of(ones=False, scored=True, iterations=2, ...) -> History of a run that is on disk."""
 
-    def tell(ones=False, scored=True, iterations=2):
+    def tell(ones=False, scored=True, iterations=2, single_reason=False, sources=("",)):
         config = load_run(make_run("paper"))
-        prompts = make_prompts(store, [row | {"prompt_id": f"p{i}"} for i, row in enumerate(make_rows(30))])
+        rows = [
+            row | {"prompt_id": f"p{i}", "source": sources[i % len(sources)]} for i, row in enumerate(make_rows(30))
+        ]
+        prompts = make_prompts(store, rows)
         prompts = Built(prompts, store.load("prompts", prompts.key), False)
         answers = sign(store, "generations", "g", "sample")
         start = sign(store, "checkpoint", "c0", "train").ref.model_copy(update={"path": str(tiny_model)})
@@ -199,10 +204,13 @@ def history_of(store, make_run, tiny_model, make_prompts, make_rows, published):
                 "scored_pairs",
                 f"s{iteration}",
                 "score",
-                metrics={"dropped/all equal": 4.0, "spoilt/repeats itself": 7.0},
+                inputs={"prompts": prompts.ref},
+                metrics={"dropped/all equal": 4.0} | ({} if single_reason else {"spoilt/repeats itself": 7.0}),
             )
-            train = sign(store, "checkpoint", f"c{iteration}", "train", {"policy": start})
-            history.built(place, sample=answers, score=score, weigh=weighing(store, iteration, ones), train=train)
+            trained = {"rows_trained": 6.0, "steps": 8.0}
+            train = sign(store, "checkpoint", f"c{iteration}", "train", {"policy": start}, trained)
+            weighed = weighing(store, iteration, ones, 0.0 if single_reason else 2.0)
+            history.built(place, sample=answers, score=score, weigh=weighed, train=train)
             report = evaluation(store, iteration, prompts, scored)
             history.measured(place, answers, report)
             verdict = gate.judge(train.ref, read_report(report.ref), iteration)
@@ -240,6 +248,54 @@ def test_an_id_that_nobody_wrote_is_not_shown(store, make_prompts):
     names = {row["prompt_id"]: name for row, name in zip(rows, ("'a'", "B"), strict=True)}
     assert {key: shown.name for key, shown in shown_prompts(prompts).items()} == names
     assert [shown.text for shown in shown_prompts(prompts, ["B", "no such"]).values()] == ["b"]
+
+
+def test_the_head_says_what_the_run_is_and_how_to_load_its_model(history_of):
+    history = history_of()
+    page = unescape(page_of(history))
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["method"].startswith("sppo (eta 20") and facts["seed"] == "0"
+    assert facts["reference"] == "the policy as each iteration finds it"
+    assert facts["policy"] == history.config.policy.path
+    assert facts["data"] == f"{history.config.prompts.train}; held out: {history.config.prompts.heldout}"
+    assert facts["hardware"] == "2 cores of AMD EPYC, 24 GiB"
+    assert facts["built"] == "2026-11-28 09:05 to 09:05 UTC"
+    checkpoint = str(history.store.directory("checkpoint", "c2"))
+    assert facts["checkpoint"] == checkpoint
+    assert f"AutoModelForCausalLM.from_pretrained({checkpoint!r})" in page
+    assert f"AutoTokenizer.from_pretrained({checkpoint!r})" in (history.directory / "report.md").read_text()
+
+
+def test_the_head_of_a_run_that_has_trained_nothing_names_no_model_to_load(history_of):
+    page = page_of(history_of(iterations=0))
+    assert "<dt>method</dt>" in page and "from_pretrained" not in page and "<dt>checkpoint</dt>" not in page
+
+
+def test_an_adapter_alone_is_loaded_onto_its_base(store, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "adapter").mkdir(parents=True)
+    (checkpoint / "adapter" / "adapter_config.json").write_text("{}")
+    base = ArtifactRef(kind="checkpoint", key="external", path=str(tmp_path), content="c")
+    record = ArtifactRecord(kind="checkpoint", key="k", stage="train", version="1", config={}, inputs={"policy": base},
+                            content="", files=[], rows=0)  # fmt: skip
+    (checkpoint / "record.json").write_text(record.model_dump_json())
+    lines = loading_lines(checkpoint).splitlines()
+    assert lines[-2] == f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    assert lines[-1] == f"model = PeftModel.from_pretrained(model, {str(checkpoint / 'adapter')!r})"
+
+
+def test_what_trained_and_why_the_rest_did_not_stands_in_a_table(history_of):
+    page = page_of(history_of(single_reason=True))
+    assert "<th>pairs to train on</th><th>trained</th><th>steps</th><th>not trained, and why</th>" in page
+    assert "<td>6</td><td>6</td><td>8</td><td>4 score: all equal</td>" in page
+    assert "</i>score: all equal (8)</span>" in page  # a reason that is alone is named in the figure too
+
+
+def test_rows_of_several_sources_are_told_apart(history_of):
+    page = page_of(history_of(sources=("web", "<b>books</b>")))
+    assert "By source" in page and "<td>web</td><td>30</td><td>6</td><td>15</td>" in page
+    assert "<td>&lt;b&gt;books&lt;/b&gt;</td>" in page
+    assert "By source" not in page_of(history_of())
 
 
 def test_two_suites_with_one_task_have_a_column_each(history_of):
