@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -339,8 +340,8 @@ def _page(
         curves.append(figures.Series(name, list(range(count)), means, lows, highs))
     bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
     stacked = [(phase, [row[phase] for row in seconds]) for phase in PAPER_PHASES]
-    gain = figures.lines("gain", curves, "iteration", "gain", zero=True)
-    duration = figures.stacks("seconds", bars, stacked, "variant, iteration", "seconds")
+    gain = partial(figures.lines, "gain", curves, "iteration", "gain", zero=True)
+    duration = partial(figures.stacks, "seconds", bars, stacked, "variant, iteration", "seconds")
     pictures = [
         Figure("gain", "Held-out gain over the start, 95 %", gain, names),
         Figure("seconds", "Seconds per iteration", duration, PAPER_PHASES),

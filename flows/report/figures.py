@@ -1,21 +1,27 @@
 """Flows - plots as inline SVG: curves with intervals, histograms, stacked bars, matrices. No script, font or network.
 
-Every drawing is 420 units wide, so its text reads the same on a phone and in a grid on a laptop. Colours are classes of
-style.css: s0 ... s7 for strokes, f0 ... f7 for fills. Values that are not finite leave a gap.
+A drawing is NARROW units wide, so its text reads the same on a phone and in a grid on a laptop; a figure that stands
+alone is drawn WIDE too, for a screen that has the room. Colours are classes of style.css: s0 ... s7 for strokes, f0 ...
+f7 for fills. Values that are not finite leave a gap. A pointer over a plot is shown the values there (SVG's <title>).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard
+from itertools import pairwise
+from typing import NamedTuple, Protocol, TypeGuard
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 420, 250
+NARROW, WIDE = 420, 1000
+"""Units of a drawing's width."""
+HEIGHT = 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 """Margins around the axes."""
 COLOURS = 8
+MOST_COLUMNS = 100
+"""Stripes of a plot that show their values to a pointer."""
 
 
 class Series(NamedTuple):
@@ -30,19 +36,26 @@ class Series(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """The inside of an <svg>, `WIDTH` units wide."""
+    """The inside of an <svg>."""
 
     title: str
+    width: int
     height: int
     body: Markup
 
 
+class Draw(Protocol):
+    """A plot of some data, drawn at a width."""
+
+    def __call__(self, *, width: int = NARROW) -> Drawing: ...
+
+
 class Figure(NamedTuple):
-    """A drawing with its caption, as the page shows it and as a file of its own."""
+    """A plot with its caption, as the page shows it and as a file of its own."""
 
     name: str
     caption: str
-    drawing: Drawing
+    draw: Draw
     labels: Sequence[str] = ()
     """Of its colours, in order; () where the caption says it."""
 
@@ -74,6 +87,7 @@ def lines(
     y_label: str,
     zero: bool = False,
     marks: Sequence[tuple[float, str]] = (),
+    width: int = NARROW,
 ) -> Drawing:
     """Curves over a count (of iterations, of steps), with intervals as error bars.
 
@@ -88,45 +102,60 @@ def lines(
     low, high = (min(ys), max(ys)) if ys else (0.0, 1.0)
     room = (high - low) * 0.06
     margin = (right - left) * 0.04
-    axes = _Axes((left - margin, right + margin), (low - room, high + room), x_label, y_label)
-    axes.grid([value for value in ticks(left, right, 6) if value == int(value)])
+    axes = _Axes((left - margin, right + margin), (low - room, high + room), x_label, y_label, width)
+    axes.grid([value for value in ticks(left, right, width // 70) if value == int(value)])
     if zero:
-        axes.add("line", class_="zero", x1=LEFT, x2=WIDTH - RIGHT, y1=axes.y(0), y2=axes.y(0))
+        axes.add("line", class_="zero", x1=LEFT, x2=width - RIGHT, y1=axes.y(0), y2=axes.y(0))
     for position, name in marks:
         x = axes.x(position)
         axes.add("line", class_="mark", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM)
         axes.add("text", name, class_="marked", x=x + 3, y=TOP + 9)
+    _add_columns(axes, series, x_label.partition(",")[0])
     for index, curve in enumerate(series):
         _draw_curve(axes, curve, index, len(series))
     return axes.drawing(title)
 
 
 def histograms(
-    title: str, edges: Sequence[float], series: Sequence[tuple[str, Sequence[float]]], x_label: str, y_label: str
+    title: str,
+    edges: Sequence[float],
+    series: Sequence[tuple[str, Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    width: int = NARROW,
 ) -> Drawing:
     """Several histograms over the same edges, as steps. series: label and height of each bin."""
     top = max((value for _, values in series for value in values), default=1.0) or 1.0
-    axes = _Axes((edges[0], edges[-1]), (0.0, top * 1.06), x_label, y_label)
-    axes.grid(ticks(edges[0], edges[-1], 6))
-    for index, (label, values) in enumerate(series):
+    axes = _Axes((edges[0], edges[-1]), (0.0, top * 1.06), x_label, y_label, width)
+    axes.grid(ticks(edges[0], edges[-1], width // 70))
+    for index, (_, values) in enumerate(series):
         path = f"M{axes.x(edges[0]):.1f} {axes.y(0):.1f}"
         for left, right, value in zip(edges, edges[1:], values, strict=False):
             path += f"L{axes.x(left):.1f} {axes.y(value):.1f}L{axes.x(right):.1f} {axes.y(value):.1f}"
         path += f"L{axes.x(edges[-1]):.1f} {axes.y(0):.1f}"
-        axes.add("path", _element("title", label), class_=f"area f{index}", d=f"{path}Z")
+        axes.add("path", class_=f"area f{index}", d=f"{path}Z")
         axes.add("path", class_=f"line s{index}", d=path)
+    for i, (left, right) in enumerate(pairwise(edges)):
+        values = [f"{label}: {number(round(heights[i], 5))}" for label, heights in series]
+        text = [f"{x_label} {number(round(left, 5))} to {number(round(right, 5))}", *values]
+        axes.column(axes.x(left), axes.x(right), text)
     return axes.drawing(title)
 
 
 def stacks(
-    title: str, names: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], x_label: str, y_label: str
+    title: str,
+    names: Sequence[str],
+    parts: Sequence[tuple[str, Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    width: int = NARROW,
 ) -> Drawing:
     """A bar per name, made of parts. parts: label and height in each bar."""
     totals = [sum(values[i] for _, values in parts) for i in range(len(names))]
-    axes = _Axes((-0.5, len(names) - 0.5), (0.0, (max(totals, default=0.0) or 1.0) * 1.08), x_label, y_label)
-    labelled = range(0, len(names), math.ceil(len(names) / 12))
+    axes = _Axes((-0.5, len(names) - 0.5), (0.0, (max(totals, default=0.0) or 1.0) * 1.08), x_label, y_label, width)
+    labelled = range(0, len(names), math.ceil(len(names) * 35 / width))
     axes.grid(labelled, [names[i] for i in labelled])
-    width = min(46.0, 0.7 * (WIDTH - LEFT - RIGHT) / max(len(names), 1))
+    bar = min(46.0, 0.7 * (width - LEFT - RIGHT) / max(len(names), 1))
     for i, name in enumerate(names):
         below = 0.0
         for index, (label, values) in enumerate(parts):
@@ -137,9 +166,9 @@ def stacks(
                 "rect",
                 _element("title", f"{label}, {name}: {number(round(values[i], 3))}"),
                 class_=f"f{index % COLOURS}",
-                x=axes.x(i) - width / 2,
+                x=axes.x(i) - bar / 2,
                 y=top,
-                width=width,
+                width=bar,
                 height=max(bottom - top, 0.8),
             )
             below += values[i]
@@ -147,12 +176,17 @@ def stacks(
 
 
 def matrix(
-    title: str, names: Sequence[str], values: Sequence[Sequence[float | None]], x_label: str, y_label: str
+    title: str,
+    names: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    x_label: str,
+    y_label: str,
+    width: int = NARROW,
 ) -> Drawing:
     """A square of win rates in [0, 1], row against column; None where a rate is missing."""
     longest = max(map(len, names), default=0)
     left, top, count = 38.0 + min(7.0 * longest, 110.0), 30.0, max(len(names), 1)
-    cell = min((WIDTH - left - RIGHT) / count, 64.0)
+    cell = min((width - left - RIGHT) / count, 64.0)
     body = _axis_labels(left + cell * count / 2, 11, x_label, top + cell * count / 2, y_label)
     for i, name in enumerate(names):
         centre = left + cell * (i + 0.5)
@@ -171,19 +205,21 @@ def matrix(
             body.append(_element("rect", text, class_=side, style=opacity, **square))
             x, y = left + cell * (j + 0.5), top + cell * (i + 0.5) + 4
             body.append(_element("text", f"{100 * rate:.0f}", class_="cell", x=x, y=y, text_anchor="middle"))
-    return Drawing(title, round(top + cell * count + 8), Markup("").join(body))
+    return Drawing(title, width, round(top + cell * count + 8), Markup("").join(body))
 
 
 class _Axes:
     """Two axes with their labels, and what is drawn between them."""
 
-    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str):
-        self.x_range, self.y_range = _widened(x_range), _widened(y_range)
-        self.parts = _axis_labels((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, x_label, (TOP + HEIGHT - BOTTOM) / 2, y_label)
+    def __init__(
+        self, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str, width: int
+    ):
+        self.x_range, self.y_range, self.width = _widened(x_range), _widened(y_range), width
+        self.parts = _axis_labels((LEFT + width - RIGHT) / 2, HEIGHT - 5, x_label, (TOP + HEIGHT - BOTTOM) / 2, y_label)
 
     def x(self, value: float) -> float:
         low, high = self.x_range
-        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         low, high = self.y_range
@@ -196,14 +232,36 @@ class _Axes:
         """Draw a line at each round y, and write the numbers; x_names: instead of the numbers of x_ticks."""
         for value in ticks(*self.y_range):
             y = self.y(value)
-            self.add("line", class_="rule", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
+            self.add("line", class_="rule", x1=LEFT, x2=self.width - RIGHT, y1=y, y2=y)
             self.add("text", number(value), x=LEFT - 5, y=y + 3.5, text_anchor="end")
         names = x_names or [number(value) for value in x_ticks]
         for value, name in zip(x_ticks, names, strict=True):
             self.add("text", name, x=self.x(value), y=HEIGHT - BOTTOM + 15, text_anchor="middle")
 
     def drawing(self, title: str) -> Drawing:
-        return Drawing(title, HEIGHT, Markup("").join(self.parts))
+        return Drawing(title, self.width, HEIGHT, Markup("").join(self.parts))
+
+    def column(self, left: float, right: float, text: Sequence[str]) -> None:
+        """Show these lines to a pointer that is between two x of the drawing."""
+        title = _element("title", "\n".join(text))
+        self.add("rect", title, class_="hover", x=left, y=TOP, width=right - left, height=HEIGHT - BOTTOM - TOP)
+
+
+def _add_columns(axes: _Axes, series: Sequence[Series], x_name: str) -> None:
+    """Show the values of all curves at an x to a pointer near it; of many x, at some of them evenly spaced."""
+    texts: dict[float, list[str]] = {}
+    for curve in series:
+        ends = zip(curve.low or [None] * len(curve.y), curve.high or [None] * len(curve.y), strict=True)
+        for x, y, (low, high) in zip(curve.x, curve.y, ends, strict=True):
+            if _is_finite(y):
+                interval = f" [{number(low)}, {number(high)}]" if _is_finite(low) and _is_finite(high) else ""
+                texts.setdefault(float(x), []).append(f"{curve.label}: {number(float(y))}{interval}")
+    xs = sorted(texts)
+    xs = xs[:: math.ceil(len(xs) / MOST_COLUMNS)] if xs else []
+    middles = [(axes.x(left) + axes.x(right)) / 2 for left, right in pairwise(xs)]
+    ends = zip([float(LEFT), *middles], [*middles, float(axes.width - RIGHT)], xs, strict=False)
+    for left, right, x in ends:
+        axes.column(left, right, [f"{x_name} {number(x)}", *texts[x]])
 
 
 def _draw_curve(axes: _Axes, curve: Series, index: int, count: int) -> None:

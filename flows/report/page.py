@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from flows.report.figures import WIDTH, Figure
+from flows.report.figures import WIDE, Figure
 from flows.report.sections import headline_numbers, sections_of
 from flows.report.story import Story
 from flows.report.tables import Table
@@ -38,7 +38,7 @@ def render_comparison(name: str, figures: Sequence[Figure], tables: Sequence[Tab
 def standalone_figures(story: Story) -> dict[str, str]:
     """Name -> SVG file of each figure of a run's page, with its caption as the title and the page's colours."""
     figures = [figure for section in sections_of(story) for figure in section.figures]
-    return {figure.name: _fill("standalone.jinja", figure=figure) for figure in figures}
+    return {figure.name: _fill("standalone.jinja", caption=figure.caption, drawing=figure.draw()) for figure in figures}
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -72,5 +72,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"style": Markup((DIRECTORY / "style.css").read_text(encoding="utf-8")), "width": WIDTH}
+    environment.globals |= {"style": Markup((DIRECTORY / "style.css").read_text(encoding="utf-8")), "wide": WIDE}
     return environment

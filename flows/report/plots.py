@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -39,28 +40,28 @@ def progress(story: Story) -> list[Figure]:
     if any(row["heldout_score"] is not None for row in story.rows):
         score, low, high = ([row[name] for row in story.rows] for name in ("heldout_score", "low", "high"))
         curve = Series("held-out score", iterations, score, low, high)
-        drawing = figures.lines("held-out score", [curve], "iteration", "score")
-        shown.append(Figure("score", "Held-out score, 95 % interval over prompts", drawing))
+        draw = partial(figures.lines, "held-out score", [curve], "iteration", "score")
+        shown.append(Figure("score", "Held-out score, 95 % interval over prompts", draw))
     gains = {iteration: gain for iteration, gain in zip(iterations, story.gains, strict=True) if gain}
     if len(gains) > 1:
         controlled = {iteration: gain["controlled"] for iteration, gain in gains.items()}
         curves = [_gain_curve("as measured", gains), _gain_curve("at equal length", controlled)]
-        drawing = figures.lines("gain over the start model", curves, "iteration", "score gain", zero=True)
+        draw = partial(figures.lines, "gain over the start model", curves, "iteration", "score gain", zero=True)
         labels = [curve.label for curve in curves]
-        shown.append(Figure("gain", "Gain over the start model, paired by prompt", drawing, labels))
+        shown.append(Figure("gain", "Gain over the start model, paired by prompt", draw, labels))
     if len(story.win_rates) > 1:
         names, rates = [str(iteration) for iteration in story.win_rates], list(story.win_rates.values())
-        drawing = figures.matrix("win rates between iterations", names, rates, "against iteration", "iteration")
+        draw = partial(figures.matrix, "win rates between iterations", names, rates, "against iteration", "iteration")
         caption = "How often (%) an iteration beats another on the same prompt; ties count half"
-        shown.append(Figure("win-rates", caption, drawing))
+        shown.append(Figure("win-rates", caption, draw))
     if (standing := story.tournament) is not None:
         caption = (
             f"Tournament: how often (%) the row beats the column, by {standing.scorer}, {standing.prompts} prompts"
         )
         if standing.failed:
             caption += f"; {standing.failed} comparisons failed"
-        drawing = figures.matrix("tournament", standing.names, standing.rates, "against", "policy")
-        shown.append(Figure("tournament", caption, drawing))
+        draw = partial(figures.matrix, "tournament", standing.names, standing.rates, "against", "policy")
+        shown.append(Figure("tournament", caption, draw))
     return shown
 
 
@@ -87,8 +88,8 @@ def benchmarks(story: Story) -> tuple[list[Figure], int]:
             size += f", {last['n_shot']}-shot"
         caption = f"{suite}: {task}, {metric} ({size})"
         curve = Series(f"{task} {metric}", iterations, value, low, high)
-        drawing = figures.lines(caption, [curve], "iteration", metric)
-        shown.append(Figure(f"benchmark-{len(shown)}", caption, drawing))
+        draw = partial(figures.lines, caption, [curve], "iteration", metric)
+        shown.append(Figure(f"benchmark-{len(shown)}", caption, draw))
     return shown, len(results) - len(shown)
 
 
@@ -112,9 +113,9 @@ def training(story: Story) -> list[Figure]:
         ]
         if curves:
             x_label = "optimizer step, all iterations"
-            drawing = figures.lines(caption, curves, x_label, y_label, zero=zero, marks=marks)
+            draw = partial(figures.lines, caption, curves, x_label, y_label, zero=zero, marks=marks)
             labels = [curve.label for curve in curves] if len(curves) > 1 else []  # the caption names a single curve
-            yield Figure(name, caption, drawing, labels)
+            yield Figure(name, caption, draw, labels)
 
     rewards = {side: f"rewards/{side}" for side in SIDES}
     logps = {side: f"logps/{side}" for side in SIDES}
@@ -125,6 +126,8 @@ def training(story: Story) -> list[Figure]:
         *figure("margins", "Reward margin", "chosen minus rejected", {"margin": "rewards/margins"}, zero=True),
         *figure("accuracy", accuracy, "part", {"accuracy": "rewards/accuracies"}),
         *figure("loss", "Loss", "loss", {"loss": "loss"}),
+        *figure("grad-norm", "Norm of the gradient, before it is clipped", "norm", {"norm": "grad_norm"}),
+        *figure("learning-rate", "Learning rate", "rate", {"rate": "learning_rate"}),
     ]
 
 
@@ -139,8 +142,8 @@ def weights(story: Story) -> list[Figure]:
             caption += "; at a bound: " + ", ".join(f"{name} {part:.1%}" for name, part in picture.clamped.items())
         bins = zip(SIDES, (picture.chosen, picture.rejected), strict=True)
         sides = [(side, values) for side, values in bins if values]
-        drawing = figures.histograms(caption, picture.edges, sides, "weight", "part of the tokens")
-        shown.append(Figure(f"weights-{iteration}", caption, drawing, [side for side, _ in sides]))
+        draw = partial(figures.histograms, caption, picture.edges, sides, "weight", "part of the tokens")
+        shown.append(Figure(f"weights-{iteration}", caption, draw, [side for side, _ in sides]))
     return shown
 
 
@@ -165,8 +168,8 @@ def distributions(story: Story) -> list[Figure]:
             (label, list(np.histogram(values, edges)[0] / len(values)))
             for label, values in zip(names, columns, strict=True)
         ]
-        drawing = figures.histograms(caption, list(map(float, edges)), bars, x_label, "part of the answers")
-        shown.append(Figure(name, caption, drawing, names))
+        draw = partial(figures.histograms, caption, list(map(float, edges)), bars, x_label, "part of the answers")
+        shown.append(Figure(name, caption, draw, names))
     return shown
 
 
@@ -183,13 +186,13 @@ def lengths(story: Story) -> list[Figure]:
         _metric_curve(story, "repetition", "repetition"),
     ]
     rates = [curve for curve in rates if any(value is not None for value in curve.y)]
-    token_drawing = figures.lines("tokens per answer", tokens, "iteration", "tokens")
-    fluency_drawing = figures.lines("fluency", fluency, "iteration", "nats")
-    rate_drawing = figures.lines("rates", rates, "iteration", "part")
+    token_draw = partial(figures.lines, "tokens per answer", tokens, "iteration", "tokens")
+    fluency_draw = partial(figures.lines, "fluency", fluency, "iteration", "nats")
+    rate_draw = partial(figures.lines, "rates", rates, "iteration", "part")
     return [
-        Figure("lengths", "Tokens per held-out answer", token_drawing, [curve.label for curve in tokens]),
-        Figure("fluency", "Mean log-prob per token under the start model", fluency_drawing),
-        Figure("rates", "Held-out answers", rate_drawing, [curve.label for curve in rates]),
+        Figure("lengths", "Tokens per held-out answer", token_draw, [curve.label for curve in tokens]),
+        Figure("fluency", "Mean log-prob per token under the start model", fluency_draw),
+        Figure("rates", "Held-out answers", rate_draw, [curve.label for curve in rates]),
     ]
 
 
@@ -224,9 +227,9 @@ def dropped(story: Story) -> list[Figure]:
     parts = [(reason, [reasons.get(reason, 0.0) for reasons in counts.values()]) for reason in common]
     if rare:
         parts.append(("other", [sum(reasons.get(name, 0.0) for name in rare) for reasons in counts.values()]))
-    drawing = figures.stacks("what was dropped", list(map(str, counts)), parts, "iteration", "count")
+    draw = partial(figures.stacks, "what was dropped", list(map(str, counts)), parts, "iteration", "count")
     labels = [f"{label} ({sum(values):g})" for label, values in parts]
-    return [Figure("dropped", "Prompts, pairs and candidates that did not train, by reason", drawing, labels)]
+    return [Figure("dropped", "Prompts, pairs and candidates that did not train, by reason", draw, labels)]
 
 
 def times(story: Story) -> list[Figure]:
@@ -234,5 +237,5 @@ def times(story: Story) -> list[Figure]:
     stages = list(dict.fromkeys(stage for seconds in story.seconds for stage in seconds))
     parts = [(stage, [seconds.get(stage, 0.0) for seconds in story.seconds]) for stage in stages]
     bars = [str(iteration) for iteration in iterations_of(story)]
-    drawing = figures.stacks("seconds of each stage", bars, parts, "iteration", "seconds")
-    return [Figure("seconds", "Wall seconds of each stage, all tries together", drawing, stages)]
+    draw = partial(figures.stacks, "seconds of each stage", bars, parts, "iteration", "seconds")
+    return [Figure("seconds", "Wall seconds of each stage, all tries together", draw, stages)]

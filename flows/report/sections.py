@@ -5,15 +5,15 @@ A section without data is left out, not shown empty. The HTML is in report.jinja
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_contracts.rows import HeldoutRow, ReportRow
 from flows.report import plots
 from flows.report.figures import Figure
-from flows.report.story import SIDES, ShownPrompt, Story
+from flows.report.story import ShownPrompt, Story
 from flows.report.tables import Table, table_of
+from flows.report.token_cards import TokenWeights, token_weights
 from flows.tournament import spread
 from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import paired_bootstrap
@@ -24,8 +24,6 @@ SHOWN_ITERATIONS = 6
 """Iterations whose answers are shown."""
 MOST_SOURCES = 30
 """Sources that have a row."""
-SHADES = 5
-"""Of a token's weight, above and below the middle one."""
 
 
 class Tile(NamedTuple):
@@ -34,31 +32,6 @@ class Tile(NamedTuple):
     label: str
     value: str
     note: str = ""
-
-
-class Token(NamedTuple):
-    """A piece of a response and its weight."""
-
-    text: str
-    weight: float
-    shade: str
-    """Class of style.css: wp0 ... wp5 for more than the middle weight, wm1 ... wm5 for less."""
-
-
-class TokenExample(NamedTuple):
-    """A pair of responses, token by token."""
-
-    prompt: str
-    """Its name."""
-    sides: list[tuple[str, list[Token]]]
-
-
-class TokenWeights(NamedTuple):
-    """Examples of one iteration's weights."""
-
-    iteration: int
-    middle: float
-    examples: list[TokenExample]
 
 
 class Answer(NamedTuple):
@@ -246,31 +219,8 @@ def _weights(story: Story) -> Section:
     tokens = None
     if story.weights:
         last = max(story.weights)
-        tokens = _token_weights(last, story.weights[last].examples)
+        tokens = token_weights(last, story.weights[last].examples)
     return Section("weights", "Token weights", figures=plots.weights(story), token_weights=tokens)
-
-
-def _token_weights(iteration: int, examples: Sequence[Mapping[str, Any]]) -> TokenWeights | None:
-    """Examples with a shade per token, by the logarithm of its weight over the middle weight."""
-    if not examples:
-        return None
-    weights = sorted(weight for example in examples for side in SIDES for _, weight in example[side])
-    middle = weights[len(weights) // 2]
-
-    def height(weight: float) -> float:
-        return math.log(max(weight, 1e-6) / max(middle, 1e-6))
-
-    reach = max(abs(height(weight)) for weight in weights) or 1.0
-
-    def token(text: str, weight: float) -> Token:
-        level = round(SHADES * height(weight) / reach)
-        return Token(text, weight, f"w{'p' if level >= 0 else 'm'}{abs(level)}")
-
-    shaded = []
-    for example in examples:
-        sides = [(side, [token(text, weight) for text, weight in example[side]]) for side in SIDES if example[side]]
-        shaded.append(TokenExample(example["prompt"], sides))
-    return TokenWeights(iteration, middle, shaded)
 
 
 def _answers(story: Story) -> list[PromptAnswers]:

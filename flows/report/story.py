@@ -18,6 +18,16 @@ SIDES = ("chosen", "rejected")
 """The responses of a pair."""
 
 
+class TokenPieces(NamedTuple):
+    """A pair of responses, cut into the text of each token with its weight."""
+
+    name: str
+    """The prompt's id, if somebody wrote it."""
+    prompt: str
+    sides: dict[str, list[tuple[str, float]]]
+    """By the names of SIDES."""
+
+
 class WeightPicture(NamedTuple):
     """Per-token weights of one iteration."""
 
@@ -28,8 +38,7 @@ class WeightPicture(NamedTuple):
     clamped: dict[str, float]
     """Name of a bound -> fraction of the tokens at it."""
     tokens: int
-    examples: list[dict[str, Any]]
-    """{"prompt": its name, "chosen": [(text, weight), ...], "rejected": [...]}"""
+    examples: list[TokenPieces]
 
 
 class ShownPrompt(NamedTuple):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.artifact import ArtifactRef
-from flows.report.story import WeightPicture, shown_prompts
+from flows.report.story import SIDES, ShownPrompt, TokenPieces, WeightPicture, shown_prompts
 from tasks.build import Built
 
 MOST_TOKENS = 2_000_000
@@ -67,7 +67,7 @@ def weight_picture(weighed: Built, trained: Built, prompts: ArtifactRef | None =
 
 def _token_examples(
     shard: Path, tokenizer_file: Path, prompts: ArtifactRef | None, count: int = 4, longest: int = 300
-) -> list[dict[str, Any]]:
+) -> list[TokenPieces]:
     """The pairs of a shard whose weights vary most, as (text, weight) per token.
 
     Needs the policy's tokenizer.json; else none.
@@ -83,16 +83,16 @@ def _token_examples(
     rows = pq.read_table(shard, columns=columns, partitioning=None).slice(0, 500).to_pylist()
     rows.sort(key=lambda row: (-float(np.std(row["chosen_weights"] or [0.0])), row["prompt_id"]))
     shown = {} if prompts is None else shown_prompts(prompts, [row["prompt_id"] for row in rows[:count]])
-    return [
-        {
-            "prompt": shown[row["prompt_id"]].name if row["prompt_id"] in shown else row["prompt_id"],
-            **{
-                side: token_pieces(tokenizer, row[f"{side}_ids"][:longest], row[f"{side}_weights"][:longest])
-                for side in ("chosen", "rejected")
-            },
+    examples = []
+    for row in rows[:count]:
+        prompt = shown.get(row["prompt_id"], ShownPrompt(row["prompt_id"], ""))
+        sides = {
+            side: token_pieces(tokenizer, row[f"{side}_ids"][:longest], row[f"{side}_weights"][:longest])
+            for side in SIDES
         }
-        for row in rows[:count]
-    ]
+        name = row["prompt_id"] if prompt.name == row["prompt_id"] else ""  # an id that nobody wrote says nothing
+        examples.append(TokenPieces(name, prompt.text, sides))
+    return examples
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> list[tuple[str, float]]:

@@ -27,9 +27,11 @@ from flows.config import load_run
 from flows.gate import Gate
 from flows.hands import read_report
 from flows.report.about import loading_lines
+from flows.report.figures import Series, histograms, lines
 from flows.report.history import History
 from flows.report.prefect_pages import PrefectPages
-from flows.report.story import shown_prompts
+from flows.report.story import TokenPieces, shown_prompts
+from flows.report.token_cards import middle_of, token_weights
 from flows.report.weights import token_pieces
 from tasks.build import Built
 from tasks.place import Place
@@ -39,7 +41,7 @@ HOSTILE = (
     "[here](javascript:document.title='broken') ![i](https://example.com/i.png) pay \u202eeno\u202c | # x `code`"
 )
 FIGURES = (
-    "score gain win-rates scores token-counts benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss weights-1 weights-2 "
+    "score gain win-rates scores token-counts benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss grad-norm learning-rate weights-1 weights-2 "
     "heat lengths fluency rates dropped seconds"
 )
 
@@ -193,6 +195,8 @@ def history_of(store, make_run, tiny_model, make_prompts, make_rows, published):
                 "logps/chosen",
                 "logps/rejected",
                 "loss",
+                "grad_norm",
+                "learning_rate",
             )
             lines = [
                 {"step": step, **{name: 0.1 * step * (-1 if "rejected" in name else 1) for name in names}}
@@ -339,6 +343,46 @@ def test_weights_show_their_histogram_clamps_and_tokens(history_of):
     assert 'title="0.500"' in page
 
 
+def test_a_card_of_tokens_bears_the_prompt_and_shows_less_and_more(history_of, make_rows):
+    page = unescape(page_of(history_of()))
+    title = re.search(r"<h3>(.*?) <small>p0</small></h3>", page)[1]
+    assert title == make_rows(30)[0]["messages"][0]["content"]
+    assert page.count('class="wm5"') > 2 and page.count('class="wp5"') > 2
+    assert "Blue: less than 1.00; orange: more. <span>0.50 </span>" in page
+
+
+@pytest.mark.parametrize(
+    ("weights", "middle"),
+    [
+        ([0.5, 0.9, 4.0, 4.0, 4.0], 1.0),  # 1 changes nothing
+        ([0.2, 0.3, 0.5], 0.3),  # all below 1: the median
+        ([0.2, 0.8, 0.8, 0.8], 0.5),  # most are clamped at an end
+    ],
+)
+def test_the_middle_weight_has_others_on_both_sides(weights, middle):
+    assert middle_of(weights) == pytest.approx(middle)
+    shown = token_weights(1, [TokenPieces("", "p", {"chosen": [("a", w) for w in weights], "rejected": []})])
+    shades = [token.shade for token in shown.examples[0].sides[0][1]]
+    assert shades[0] == "wm5" and shades[-1] == "wp5"
+
+
+def test_a_pointer_over_a_plot_is_shown_the_values_there():
+    curves = [
+        Series("<a>", range(1, 1001), [0.5] * 1000, dots=False),
+        Series("b", [1, 1000], [2.0, None], [1.5, None], [2.5, None]),
+    ]
+    drawing = lines("title", curves, "step, all iterations", "y")
+    columns = re.findall(r'<rect class="hover".*?<title>(.*?)</title></rect>', drawing.body, re.DOTALL)
+    assert columns[0] == "step 1\n&lt;a&gt;: 0.5\nb: 2 [1.5, 2.5]"
+    assert 50 < len(columns) <= 100 and columns[-1].endswith("&lt;a&gt;: 0.5")
+
+
+def test_a_histogram_tells_each_bin():
+    drawing = histograms("t", [0.0, 1.0, 2.0], [("before", [0.25, 0.75]), ("after", [1.0, 0.0])], "score", "part")
+    columns = re.findall(r'<rect class="hover".*?<title>(.*?)</title></rect>', drawing.body, re.DOTALL)
+    assert columns == ["score 0 to 1\nbefore: 0.25\nafter: 1", "score 1 to 2\nbefore: 0.75\nafter: 0"]
+
+
 def test_weights_that_are_all_one_are_not_drawn(history_of):
     page = page_of(history_of(ones=True))
     assert 'id="fig-weights' not in page
@@ -399,8 +443,9 @@ def test_token_pieces_give_the_text_back(tiny_model):
 
 PROBE = """<script>addEventListener('load',()=>{const f=[...document.querySelectorAll('[id^=fig-]')];
 parent.postMessage(JSON.stringify({width:innerWidth,page:document.documentElement.scrollWidth,
-empty:f.filter(e=>{const r=(e.querySelector('svg')||e).getBoundingClientRect();return r.width<200||r.height<60})
-.map(e=>e.id),
+empty:f.filter(e=>{const r=[...e.querySelectorAll('svg'),e].map(s=>s.getBoundingClientRect()).find(s=>s.width>0);
+return !r||r.width<200||r.height<60}).map(e=>e.id),
+wide:f.filter(e=>{const s=e.querySelector('svg.wide');return s&&s.getBoundingClientRect().width>860}).map(e=>e.id),
 title:document.title,figures:f.length}),'*')})</script></head>"""
 HOST = """<!doctype html><script>addEventListener('message',e=>{const p=document.createElement('pre');p.id='probe';
 p.textContent=e.data;document.body.append(p)})</script>
@@ -441,5 +486,6 @@ def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(histo
     probe = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', visit(host, "b").stdout)[1]))
     assert probe["figures"] == len(FIGURES.split())
     assert not probe["empty"]
+    assert probe["wide"] == ([] if width < 860 else ["fig-dropped", "fig-seconds"])  # they stand alone
     assert probe["title"] == "paper: self-play report"
     assert probe["page"] <= probe["width"] == width
