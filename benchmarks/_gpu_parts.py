@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks._gpu_models import kind_of, model_directory, model_flops, random_text, shape_of_kind, texts
 from stages.running.gpus import peak_flops
@@ -124,7 +124,9 @@ class Work(NamedTuple):
     response: int
     """Tokens of each side."""
     batch_tokens: int
-    optimizer: str = "rmsprop"
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    adapter: dict[str, Any] | None = None
+    """Settings of `training.adapter`; activations are computed again then, as on a small card."""
 
     def tiny(self) -> Work:
         return self._replace(steps=2, prompt=12, response=10, batch_tokens=128, batch=min(self.batch, 2))
@@ -139,8 +141,9 @@ FULL = {
     "train_1.8b": Work("1.8b", 6, 16, 512, 768, 8192, "adamw"),
     "train_135m": Work("135m", 8, 64, 512, 768, 32_768, "adamw"),
     "train_swift": Work("1.8b", 24, 2, 100, 150, 8192),
+    "train_lora": Work("1.8b", 6, 2, 1536, 512, 4096, adapter={"name": "lora", "rank": 16}),
 }
-"""Packed pairs of 2,048 tokens; and SWIFT's setting, two pairs a step."""
+"""Packed pairs of 2,048 tokens; SWIFT's setting, two pairs a step; and the preset swift-qwen1.5-1.8b-1x24."""
 
 
 def _request(check: Check, part: str) -> tuple[Work, dict[str, Any]]:
@@ -158,7 +161,8 @@ def _request(check: Check, part: str) -> tuple[Work, dict[str, Any]]:
     directory = check.work / part
     directory.mkdir(exist_ok=True)
     request = {"model": check.model(work.model), "directory": str(directory), "pairs": pairs, "batch": work.batch}
-    request |= {"batch_tokens": work.batch_tokens, "dtype": "bfloat16", "threads": None, "runtime": {}, "micro": 4}
+    request |= {"batch_tokens": work.batch_tokens, "dtype": "bfloat16", "threads": None, "micro": 4}
+    request |= {"adapter": work.adapter, "runtime": {"gradient_checkpointing": work.adapter is not None}}
     return work, request | {"device": check.device, "optimizer": work.optimizer, "trl_dtype": "weights"}
 
 
@@ -189,7 +193,13 @@ def _memory_of_training(check: Check, work: Work) -> Figures:
     from flows.forecast.memory import rows_of, training_memory, with_slack
     from stages.training.config import TrainingConfig
 
-    config = TrainingConfig(optimizer="adamw" if work.optimizer == "adamw" else "rmsprop")
+    config = TrainingConfig.model_validate(
+        {
+            "optimizer": work.optimizer,
+            "adapter": work.adapter,
+            "runtime": {"gradient_checkpointing": work.adapter is not None},
+        }
+    )
     rows = rows_of(work.batch_tokens, work.prompt, work.response, 2)
     planned, _ = training_memory(shape_of_kind(kind_of(work.model, check.smoke)), config, rows, 1, 1)
     return {"peak_gib": _peak_gib(check), "planned_gib": with_slack(planned) / GIB}

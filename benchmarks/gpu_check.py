@@ -14,6 +14,7 @@ lines only:
     sample       the sample stage (vLLM) at SWIFT's lengths
     trl          TRL's DPOTrainer on the pairs of train_1.8b
     train_135m   the same loop at 135 M
+    train_lora   LoRA as swift-qwen1.5-1.8b-1x24 trains: peak memory against `selfplay plan`
     tests        pytest -m gpu
 
 Models are random weights of the published shapes, written to a temporary directory (about 22 GB; TMPDIR names another
@@ -58,10 +59,11 @@ LIMITS = {
     "sample": Limit(180, 60),
     "trl": Limit(90, 40),
     "train_135m": Limit(60, 20),
+    "train_lora": Limit(60, 25),
     "tests": Limit(180, 40),
 }
 """In the order of their worth."""
-NOT_IN_SMOKE = ("train_swift", "train_135m", "trl", "tests")
+NOT_IN_SMOKE = ("train_swift", "train_135m", "train_lora", "trl", "tests")
 """A smoke is one process, which can hold one DeepSpeed engine; and benchmarks.train has a smoke for TRL."""
 GOALS = {
     ("train_1.8b", "mfu"): (">=", 0.45),

@@ -139,6 +139,7 @@ def ours(work: dict) -> dict:
     config = TrainingConfig.model_validate({
         "method": {"name": "dpo", "beta": BETA}, "learning_rate": RATE, "batch_size": work["batch"],
         "optimizer": work["optimizer"], "dtype": work["dtype"], "warmup_ratio": 0.0, "seed": SEED,
+        "adapter": work.get("adapter"),
         "runtime": {
             "device": work["device"], "batch_tokens": work["batch_tokens"], "save_every_steps": 10**6, **work["runtime"],
         },
