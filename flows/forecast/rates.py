@@ -107,9 +107,9 @@ def rate_from_records(
 ) -> Rate | None:
     """Return the rate of the newest record with the same host, stage, settings (but seeds) and model sizes, or None."""
     # A checkpoint that is to be trained will have as many parameters as the one it starts from.
-    inputs = [start if ref.kind == "checkpoint" and not ref.path else ref for ref in step.inputs.values()]
+    inputs = {name: start if ref.kind == "checkpoint" and not ref.path else ref for name, ref in step.inputs.items()}
     with digests_kept_in(store):
-        settings, size = _unseeded(step.config.identity()), _size(inputs)
+        settings, size = _unseeded(STAGES[step.stage].settings(step.config, inputs)), _size(inputs.values())
     for record in records:
         is_like = (
             record.stage == step.stage

@@ -4,6 +4,7 @@ Strategy: as in test_methods.py, in one process. The default suite plays three t
 that follows the policy, models that the run trains itself, a pass under three policies. The slow one plays all, merged.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -16,10 +17,12 @@ from data_contracts.checkpoint import ModelRef, external_model
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
+from flows.forecast.estimate import estimate
 from flows.preflight import check_adapter
 from tasks.models import locate, resolve
 from tests.flows.test_methods import ROOT, TWINS, small_settings, twin_case
 
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes")
 ALONE = ("tdpo", "tis_dpo_d", "mnpo")
 LORA = {"training.adapter.name": "lora", "training.adapter.rank": 4}
 
@@ -31,13 +34,19 @@ def models(tmp_path_factory, make_model):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, models, tiny_model, tools):
-    """Twin -> result, with adapters alone in the artifacts."""
+def cases_alone(tmp_path_factory, models, tiny_model):
+    """Twin -> case, with adapters alone in the artifacts."""
     work = tmp_path_factory.mktemp("alone")
-    cases = [twin_case(name, small_settings(work, tiny_model), *models) for name in ALONE]
-    for case in cases:
+    cases = {name: twin_case(name, small_settings(work, tiny_model), *models) for name in ALONE}
+    for case in cases.values():
         case["set"] |= LORA | {"training.adapter.save_merged": False, "evaluation.lm_eval": []}
-    return tools.play_cases(cases, work)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cases_alone, tools):
+    """Twin -> result of these cases, played on one store."""
+    return tools.play_cases(list(cases_alone.values()), tmp_path_factory.mktemp("store_alone"))
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +78,36 @@ def test_a_run_of_adapters_alone(alone, tiny_model, name):
     assert is_adapter_only(final)
 
 
+def test_an_estimate_takes_the_rates_of_adapters_from_their_records(alone, cases_alone):
+    case, store = cases_alone["tdpo"], Store(Path(alone["twin tdpo"]["final"]).parents[2])
+    prediction = estimate(load_run(case["config"], case["set"] | {"seed": 9}), store, use_calibration=False)
+    assert {step.source for step in prediction.steps if step.step.stage == "train"} == {"records"}
+    assert {step.source for step in prediction.steps} <= {"records", "built"}
+    trained = [step.cost["bytes"] for step in prediction.steps if step.step.stage == "train"]
+    sizes = [sum(file.size for file in record.files) for record in store.records("checkpoint")]
+    assert len(trained) == 2 and set(trained) <= set(sizes)  # adapters alone, not a model
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_the_cpu_twin_of_every_preset_plays_with_an_adapter(merged, tiny_model, name):
     final = check(merged[f"twin {name}"], tiny_model)
     assert (final / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes is not installed: pip install --no-deps bitsandbytes")
+def test_a_run_whose_frozen_weights_have_4_bits(tmp_path, models, tiny_model, tools):
+    cases = [twin_case(name, small_settings(tmp_path, tiny_model), *models) for name in ("tdpo", "swift")]
+    for case in cases:
+        case["set"] |= LORA | {"training.adapter.name": "qlora"}
+    results = tools.play_cases(cases, tmp_path, Path(BITSANDBYTES.origin).parents[1])
+    for result in results.values():
+        final = check(result, tiny_model)
+        assert (final / "model.safetensors").is_file()  # the float32 start model with the adapter
+        store = Store(final.parents[2])
+        pairs = store.load("checkpoint", final.name).inputs["pairs"]
+        assert store.load("weighted_pairs", pairs.key).config["quantised"] is True
 
 
 def run_with(**settings):
