@@ -7,6 +7,7 @@ have equal keys.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import Field
 from data_contracts.config import Config, flatten, parse, read_yaml
 from data_contracts.errors import ConfigError
 from data_contracts.files import write_atomic
+from data_contracts.installation import provided, provided_beside
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import NAME, RunConfig, apply, merge, read_run
@@ -82,9 +84,9 @@ def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -
 
     Raises: ConfigError; for variants that differ in more than `vary`, with the fields.
     """
-    path = Path(path)
+    path = Path(provided(os.fspath(path)))
     config = parse(ComparisonConfig, read_yaml(path), str(path))
-    base = merge(read_run(path.parent / config.base), config.set)
+    base = merge(read_run(provided_beside(path.parent, config.base)), config.set)
     variants = []
     for name, settings in config.variants.items():
         for seed in config.seeds:

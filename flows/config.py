@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config, load_yaml, parse, read_yaml
 from data_contracts.errors import ConfigError
+from data_contracts.installation import provided, provided_beside
 from data_contracts.redaction import secret_in
 from flows.tournament import TournamentConfig
 from stages.evaluation.promotion import GateConfig
@@ -425,9 +426,11 @@ def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunCo
 
     A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is
     written. Other paths in a file are looked for beside it, then in the working directory; those of `overrides` in the
-    working directory only. Raises: ConfigError.
+    working directory only. Paths that begin with deploy/ are at last looked for in the installation
+    (data_contracts/installation.py). Raises: ConfigError.
     """
-    return parse(RunConfig, apply(read_run(Path(path)), overrides or {}), os.fspath(path))
+    path = provided(os.fspath(path))
+    return parse(RunConfig, apply(read_run(Path(path)), overrides or {}), path)
 
 
 def apply(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -453,7 +456,7 @@ def read_run(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         )
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = merge(merged, read_run(path.parent / parent, (*seen, path.resolve())))
+        merged = merge(merged, read_run(provided_beside(path.parent, parent), (*seen, path.resolve())))
     return merge(merged, data)
 
 

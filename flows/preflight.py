@@ -16,6 +16,7 @@ from data_contracts.artifact import ArtifactRef, FileDigest
 from data_contracts.checkpoint import ModelRef, check_model_directory, header_of, weight_files
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file
+from data_contracts.installation import provided
 from data_contracts.store import Store, content_digest
 from flows.config import RunConfig
 from stages.evaluation.judged import BENCHMARKS, check_files
@@ -284,7 +285,7 @@ def _with_digests(evaluation: EvaluationConfig) -> EvaluationConfig:
 
 
 def _with_digest(task: Any) -> Any:
-    directory = Path(task.path)
+    directory = Path(provided(task.path))
     return task.model_copy(update={"digest": _content(directory, [directory])})
 
 

@@ -19,14 +19,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, Protocol
 
-import stages
 from data_contracts.errors import BY_NAME, StageError, TransientError
+from data_contracts.installation import import_paths
 from data_contracts.redaction import redact
 from stages.running.request import TREE
 from stages.running.supervise import processes_with, signal_all, supervisor_options
 from tasks.forkserver import SWITCH, ForkedProcess
 
-CHECKOUT = Path(stages.__file__).resolve().parent.parent
 LINES_PER_SECOND = 10
 """At most this many reach Prefect (20,000 lines cost its server 50 s); the log file gets all."""
 NOISE = re.compile(r"\d+%\||it/s\]|s/it\]|^@|^\s*$|Warning: |^\S*W\d{4} |^  ")
@@ -170,7 +169,7 @@ class StageProcess:
         self.stage, self.log_file, self.timeout = arguments[0], log_file, timeout
         tree = uuid.uuid4().hex
         self.marker = f"{TREE}={tree}"
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path(), TREE: tree}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", TREE: tree} | import_paths()
         environment |= env or {}
         self.began = time.monotonic()
         start_plainly = partial(_start_interpreter, python or sys.executable, module, arguments, environment, inherit)
@@ -265,8 +264,3 @@ def run_stage(
             on_progress(stage.output.progress)
         on_progress(stage.output.progress)
     stage.check()
-
-
-def python_path() -> str:
-    """PYTHONPATH for a stage, this checkout first: its packages serve whatever interpreter runs the stage."""
-    return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))

@@ -22,6 +22,7 @@ from data_contracts.checkpoint import (
 )
 from data_contracts.errors import ConfigError
 from data_contracts.identity import digest_file, digest_text
+from data_contracts.installation import import_paths
 from data_contracts.store import Store
 from stages.models.hub import base_directory, model_directory
 
@@ -78,7 +79,8 @@ def merged(base: Path, adapter: Path, store: Store) -> Path:
         if not out.is_dir():
             work = out.with_name(f"{out.name}.tmp-{os.getpid()}")
             command = [sys.executable, "-m", "stages.models.adapters", str(base), str(adapter), str(work)]
-            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            environment = os.environ | import_paths()
+            process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
             if process.returncode:
                 shutil.rmtree(work, ignore_errors=True)
                 raise ConfigError(

@@ -179,6 +179,19 @@ def data(
 
 
 @app.command()
+def presets() -> None:
+    """The run configs that come with the pipeline.
+
+    Their paths work in every directory: selfplay run deploy/runs/quickstart.yaml. To change one, write a file of your
+    own that begins with `extends: deploy/runs/sppo.yaml`, or name the changes with --set.
+    """
+    from flows.cli.presets import list_presets
+
+    for line in list_presets():
+        print(line)
+
+
+@app.command()
 def methods() -> None:
     """What can be trained: name, equation, source, needs."""
     from stages.__main__ import print_methods
@@ -281,10 +294,11 @@ def _overrides(assignments: list[str] | None) -> dict[str, Any]:
 def _settings_of(name: str, store: str | None) -> Path:
     """Return the run config, or the settings that the store keeps of a run by that name."""
     from data_contracts.errors import ConfigError
+    from data_contracts.installation import provided
     from data_contracts.store import RUN_SETTINGS, Store
 
-    if Path(name).is_file():
-        return Path(name)
+    if Path(provided(name)).is_file():
+        return Path(provided(name))
     artifacts = Store(store)
     runs = artifacts.runs_with(RUN_SETTINGS)
     if name not in runs:

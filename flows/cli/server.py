@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_contracts.errors import TransientError
+from data_contracts.installation import import_paths
 from stages.running.supervise import supervisor_options
 
 START_SECONDS = 120
@@ -103,7 +104,12 @@ class _Server:
     def _start(self) -> subprocess.Popen:
         with open(self.log, "ab") as log:
             return subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self.command,
+                env=os.environ | import_paths(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def _watch(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.checkpoint import digests_kept_in
 from data_contracts.config import Config
+from data_contracts.installation import provided
 from data_contracts.store import Store
 from flows import hands
 from flows.config import RunConfig
@@ -286,5 +287,5 @@ def _with_all_questions(rate: Rate, checked: Checked) -> Rate:
 
 def _questions(task: Any) -> int:
     """Lines of the task's data files, or its limit."""
-    lines = sum(path.read_bytes().count(b"\n") for path in Path(task.path).glob("*.jsonl"))
+    lines = sum(path.read_bytes().count(b"\n") for path in Path(provided(task.path)).glob("*.jsonl"))
     return min(lines, task.limit or lines)

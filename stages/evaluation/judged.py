@@ -18,6 +18,7 @@ from pydantic import Field
 from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError
 from data_contracts.files import write_atomic
+from data_contracts.installation import provided
 from data_contracts.rows import ReportRow
 from stages.evaluation import alpaca_eval, arena_hard, mt_bench
 from stages.evaluation.judging import EndpointJudge, read_rows
@@ -53,6 +54,11 @@ class Judged(BaseConfig):
     seed: int = 0
     runtime: EndpointRuntime = EndpointRuntime()
 
+    @property
+    def directory(self) -> str:
+        """`path`, or where the installation has it."""
+        return provided(self.path)
+
 
 class MTBench(Judged):
     """Two-turn questions, answered by the policy and graded by a judge from 1 to 10."""
@@ -86,7 +92,7 @@ class ArenaHard(Judged):
 
 def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[ReportRow]:
     """Rows of eval_report: the grades, and the win rate against a baseline if one is set."""
-    bench = mt_bench.load(config.path, config.limit)
+    bench = mt_bench.load(config.directory, config.limit)
 
     def answer() -> list[dict[str, Any]]:
         turns_of = mt_bench.answer(bench, chat(str(job.path("policy")), config, device))
@@ -101,13 +107,13 @@ def evaluate_mt_bench(job: Job, config: MTBench, device: str) -> list[ReportRow]
     if config.baseline == "start":
         baseline = mt_bench.answer(bench, chat(str(job.path("start")), config, device))
     else:
-        baseline = mt_bench.load_answers(Path(config.path) / config.baseline, bench)
+        baseline = mt_bench.load_answers(Path(config.directory) / config.baseline, bench)
     return rows + mt_bench.report(mt_bench.judge_in_pairs(bench, answers, baseline, judge), config.judge, "outcome")
 
 
 def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[ReportRow]:
     """Rows of eval_report: win rates against the baseline's answers."""
-    bench = alpaca_eval.load(config.path, config.limit)
+    bench = alpaca_eval.load(config.directory, config.limit)
 
     def answer() -> list[dict[str, Any]]:
         texts = _answers(job, config, [row["instruction"] for row in bench.rows], config.temperature, device)
@@ -126,7 +132,7 @@ def evaluate_alpaca_eval(job: Job, config: AlpacaEval, device: str) -> list[Repo
 
 def evaluate_arena_hard(job: Job, config: ArenaHard, device: str) -> list[ReportRow]:
     """Rows of eval_report: scores against the baseline's answers."""
-    bench = arena_hard.load(config.path, config.limit)
+    bench = arena_hard.load(config.directory, config.limit)
 
     def answer() -> list[dict[str, Any]]:
         texts = _answers(job, config, [row["prompt"] for row in bench.rows], config.temperature, device)
@@ -159,9 +165,9 @@ BENCHMARKS = {
 
 def check_files(name: str, config: Any) -> None:
     """Read the files of a benchmark. Raises: ConfigError for what is missing or broken."""
-    bench = BENCHMARKS[name].load(config.path, config.limit)
+    bench = BENCHMARKS[name].load(config.directory, config.limit)
     if name == "mt_bench" and config.baseline not in (None, "start"):
-        mt_bench.load_answers(Path(config.path) / config.baseline, bench)
+        mt_bench.load_answers(Path(config.directory) / config.baseline, bench)
 
 
 def _answers(job: Job, config: Judged, prompts: Sequence[str], temperature: float, device: str) -> Sequence[str]:

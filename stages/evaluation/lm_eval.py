@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from data_contracts.adapter import ADAPTER, is_adapter_only, weights_directory
 from data_contracts.config import Config
 from data_contracts.errors import ConfigError
+from data_contracts.installation import provided
 from data_contracts.rows import ReportRow
 from stages.evaluation.rows import report_row
 from stages.evaluation.sandbox import CodeEval
@@ -101,7 +102,7 @@ def load_task(directory: str) -> dict[str, Any]:
 
     Raises: ConfigError.
     """
-    path = Path(directory) / "task.yaml"
+    path = Path(provided(directory)) / "task.yaml"
     try:
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
         files = task["dataset_kwargs"]["data_files"]

@@ -35,6 +35,33 @@ class Candidates(NamedTuple):
     start_logps: list[float] | None
     """Mean log-prob per token of each candidate under the start model, in nats; None unless the scorer needs it."""
 
+    @classmethod
+    def of_texts(cls, prompt: str, completions: Sequence[str]) -> Candidates:
+        """A prompt and its candidates from their texts, for scorers that read nothing else. For use outside of a run."""
+        row = PromptRow(
+            prompt_id="prompt",
+            messages=[Message(role="user", content=prompt)],
+            checks="[]",
+            response=None,
+            chosen=None,
+            rejected=None,
+            source="",
+        )
+        generations = [
+            GenerationRow(
+                prompt_id="prompt",
+                candidate=number,
+                prompt_ids=[],
+                token_ids=[],
+                token_logps=[],
+                finish_reason="stop",
+                seed=0,
+                completion=text,
+            )
+            for number, text in enumerate(completions)
+        ]
+        return cls(row, generations, None)
+
 
 class Scores(NamedTuple):
     """The raw scores of one prompt's candidates: points or comparisons."""

@@ -22,12 +22,11 @@ from pydantic import Field
 
 from data_contracts.config import Runtime
 from data_contracts.errors import ConfigError, TransientError
+from data_contracts.installation import import_paths
 from stages.running.cost import parameters
 from stages.running.gpus import engine_share
 from stages.running.supervise import supervisor_options
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The checkout: the supervisor's PYTHONPATH."""
 DEFAULT_SHARE = 0.92
 """Of a GPU's memory, vLLM's server."""
 
@@ -112,8 +111,7 @@ class Served:
         settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self.device == "cpu":
             settings |= {"VLLM_CPU_KVCACHE_SPACE": f"{self.runtime.kv_cache_gib:g}", "TORCHDYNAMO_DISABLE": "1"}
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        return settings | os.environ | {"PYTHONPATH": path}
+        return settings | os.environ | import_paths()
 
     def _wait(self, health: str) -> None:
         """Wait until the server answers at this address."""

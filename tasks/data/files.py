@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_contracts.errors import ConfigError, TransientError
+from data_contracts.installation import provided
 from data_contracts.prompts import UnusableRow
 from tasks.data.source import Source
 from tasks.data.text_files import COMPRESSION, Row, csv_rows, json_rows
@@ -63,7 +64,7 @@ def open_source(source: Source) -> tuple[list[RawFile], list[str]]:
     if source.hub_id is not None:
         return _split_of(_from_hub(source), source)
     assert source.path is not None
-    path = Path(source.path).expanduser()
+    path = Path(provided(source.path)).expanduser()
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

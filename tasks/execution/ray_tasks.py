@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_contracts.errors import ConfigError, TransientError
+from data_contracts.installation import import_paths
 from data_contracts.store import Store
 from tasks.execution.base import Work
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.remote import Request, at_fault, run_request
-from tasks.launch import python_path
 
 
 class RayTasks:
@@ -34,7 +34,7 @@ class RayTasks:
             try:
                 ray.init(
                     execution.address,
-                    runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+                    runtime_env={"env_vars": import_paths()},
                     log_to_driver=False,
                     logging_level="ERROR",
                 )

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_contracts.errors import ConfigError, TransientError
+from data_contracts.installation import ROOT
 from data_contracts.store import Store
 from tasks.execution.base import Work
 from tasks.execution.config import ExecutionConfig
 from tasks.execution.remote import VISIBLE_WITHIN_SECONDS, Request, at_fault
-from tasks.launch import CHECKOUT
 
 FINAL = (
     "COMPLETED",
@@ -49,8 +49,8 @@ def script(work: Work, execution: ExecutionConfig, request: Path, token: str) ->
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "set -euo pipefail"]
     lines += [execution.setup] if execution.setup else []
     lines += [
-        f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f"cd {shlex.quote(str(CHECKOUT))}",
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"cd {shlex.quote(str(ROOT))}",
     ]
     if work.nodes > 1:
         # The first node's name is the ranks' meeting point; the port follows from the job, so that two jobs on a node
