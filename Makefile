@@ -1,6 +1,6 @@
 # Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart table3 test test-all oracle faults kills soak gpu-check lint audit
+.PHONY: help venv model quickstart table3 test test-all oracle faults kills soak gpu-check lint audit docs
 
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
@@ -57,6 +57,9 @@ gpu-check: venv  ## is everything right and fast on this GPU? Eight minutes, gpu
 
 audit:  ## pinned versions with known vulnerabilities, and the versions that mend them
 	@python=$$(deploy/setup/find_python.sh) && "$$python" deploy/setup/audit.py
+
+docs: venv  ## docs/ as a site, in site/index.html; needs no network
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet && echo "site/index.html"
 
 lint: venv  ## style, import rules, types
 	@$(PY) -m ruff check . && .venv/bin/lint-imports --no-cache && .venv/bin/basedpyright
