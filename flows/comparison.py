@@ -296,7 +296,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Interval):
-        return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+        return f"{value.mean:+.3f} {value.ends()}"
     if isinstance(value, float) and abs(value) < 10:
         return f"{value:.3f}"
     if isinstance(value, float):
@@ -311,7 +311,7 @@ def write_report(comparison: Comparison, results: list[Outcome], store: Store) -
     rows, seconds = table(comparison, results), seconds_table(comparison, results)
     write_atomic(directory / "comparison.md", text(comparison, results))
     plain = [
-        {name: value._asdict() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows
+        {name: value.as_json() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows
     ]
     write_atomic(
         directory / "comparison.json",

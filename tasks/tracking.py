@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import posixpath
 import re
 import sqlite3
 import time
@@ -128,7 +129,8 @@ class Tracker:
         self._try(self._parameters, values)
 
     def _parameters(self, values: dict[str, Any]) -> None:
-        params = [_param(name, value) for name, value in flatten(values).items()]
+        by_name = {_valid(name): value for name, value in flatten(values).items()}
+        params = [_param(name, value) for name, value in by_name.items()]
         self.client.log_batch(self.parent, params=params)
 
     def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
@@ -240,7 +242,16 @@ def _curve(path: Path) -> list[Any]:
 def _metric(name: str, value: float, step: int = 0) -> Any:
     from mlflow.entities import Metric
 
-    return Metric(re.sub(r"[^\w\-. /:]", "_", name), float(value), int(time.time() * 1000), step)
+    return Metric(_valid(name), float(value), int(time.time() * 1000), step)
+
+
+def _valid(name: str) -> str:
+    """Return a name that MLflow takes: word characters, `-. /:`, and no path that is not in its shortest form.
+
+    >>> _valid("models.a@b(c)"), _valid("/spoilt//a?")
+    ('models.a_b_c_', 'spoilt/a_')
+    """
+    return posixpath.normpath(re.sub(r"[^\w\-. /:]", "_", name)).lstrip("/.")[:250]
 
 
 def _param(name: str, value: Any) -> Any:

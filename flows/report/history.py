@@ -112,6 +112,8 @@ class History:
             "start_logp": value("start_logp", "value", 3),
             "distinct": value("distinct_rate", "value", 3),
         }
+        if row["heldout_score"] is not None and row["low"] is None:  # one prompt: not known, and not unscored
+            del row["low"], row["high"]
         if missing := sum(answer["score"] is None for answer in self.heldout[-1]):
             row["unscored"] = missing
         named = zip(column_names(self.reports[-1]), self.reports[-1], strict=True)
@@ -156,7 +158,7 @@ class History:
                     "iteration": place.iteration,
                     "checkpoint": ref.key.partition("/")[2] or "end of training",
                     "heldout_score": round(float(np.mean(scores)), 4) if scores else None,
-                    "gain over the first": f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" if gain else "",
+                    "gain over the first": f"{gain.mean:+.3f} {gain.ends()}" if gain else "",
                     "goes on": "yes" if number == chosen else "",
                 }
             )
@@ -207,7 +209,7 @@ class History:
         prompts = len(per_prompt(self.heldout[0], "score"))
         return (
             f"held-out score {before:.3f} -> {after:.3f}: gain {gain.mean:+.3f}, "
-            f"95 % interval [{gain.low:+.3f}, {gain.high:+.3f}] (paired bootstrap over {prompts} prompts); {fluency}"
+            f"95 % interval {gain.ends()} (paired bootstrap over {prompts} prompts); {fluency}"
         )
 
     def write_report(self, plots: bool = False) -> Path:

@@ -38,7 +38,7 @@ def progress(story: Story) -> list[Figure]:
     iterations = iterations_of(story)
     shown = []
     if any(row["heldout_score"] is not None for row in story.rows):
-        score, low, high = ([row[name] for row in story.rows] for name in ("heldout_score", "low", "high"))
+        score, low, high = ([row.get(name) for row in story.rows] for name in ("heldout_score", "low", "high"))
         curve = Series("held-out score", iterations, score, low, high)
         draw = partial(figures.lines, "held-out score", [curve], "iteration", "score")
         shown.append(Figure("score", "Held-out score, 95 % interval over prompts", draw))

@@ -31,9 +31,10 @@ import numpy as np
 
 from data_contracts.errors import ConfigError
 from data_contracts.rows import ReportRow
-from stages.evaluation.judging import Judge, JudgeReply, read_rows
+from stages.evaluation.judging import Judge, JudgeReply, check_fields, read_rows
 from stages.evaluation.logistic import fit, sigmoid
 from stages.evaluation.rows import report_row
+from stages.scoring.verdicts import bare_token, mass_by_token
 
 TOKENS = ("m", "M")
 """What the judge answers: the first or the second output."""
@@ -44,7 +45,7 @@ GAMED = "df_gamed.csv"
 
 
 class WinRates(NamedTuple):
-    """All in percent."""
+    """All in percent. A standard error is NaN where it is not known: one instruction was judged."""
 
     win_rate: float
     stderr: float
@@ -91,7 +92,9 @@ def win_rates(
         difficulty = np.asarray(difficulty, dtype=np.float64)[judged]
     controlled, controlled_stderr = length_controlled(preference, delta, difficulty, gamed)
     discrete = float(np.where(preference > 0.5, 1.0, np.where(preference == 0.5, 0.5, 0.0)).mean())
-    stderr = float(preference.std(ddof=1) / math.sqrt(n)) if n > 1 else 0.0
+    stderr = math.nan
+    if n > 1:
+        stderr = float(preference.std(ddof=1) / math.sqrt(n))
     win_rate = 100 * float(preference.mean())
     return WinRates(win_rate, 100 * stderr, controlled, controlled_stderr, 100 * discrete, n, failed)
 
@@ -103,7 +106,10 @@ def length_controlled(
     gamed: Gamed | None = None,
     draws: int = 100,
 ) -> tuple[float, float]:
-    """The win rate in percent, were all answers as long as the baseline's, and its standard error. Arrays [N]."""
+    """The win rate in percent, were all answers as long as the baseline's, and its standard error. Arrays [N].
+
+    The standard error of one judged instruction is NaN: not known.
+    """
     count = len(preferences)
     spread = baseline_minus_model.std(ddof=1) if count > 1 else 0.0
     scaled = baseline_minus_model / spread if spread > 0 else np.zeros(count)
@@ -125,6 +131,8 @@ def length_controlled(
         c, _, b = fit(x, y, weights, lasso=penalty)
         return 100 * float(sigmoid(c + b * hardness[rows]).mean())
 
+    if count == 1:
+        return win_rate(np.arange(count)), math.nan
     picks = np.random.default_rng(0).integers(0, count, (draws, count))
     return win_rate(np.arange(count)), float(np.std([win_rate(rows) for rows in picks], ddof=1))
 
@@ -175,12 +183,13 @@ def preference(reply: JudgeReply | None, swapped: bool) -> float:
     if reply is None:
         return math.nan
     if reply.top_logprobs:
-        mass = [math.exp(reply.top_logprobs.get(token, -math.inf)) for token in TOKENS]
+        probabilities = mass_by_token(reply.top_logprobs)
+        mass = [probabilities.get(token, 0.0) for token in TOKENS]
         if sum(mass) == 0:
             return math.nan
         second = mass[1] / sum(mass)
-    elif reply.text.strip() in TOKENS:
-        second = float(reply.text.strip() == TOKENS[1])
+    elif bare_token(reply.text) in TOKENS:
+        second = float(bare_token(reply.text) == TOKENS[1])
     else:
         return math.nan
     if swapped:
@@ -237,17 +246,28 @@ def load(directory: str | Path, limit: int | None = None) -> Bench:
     root = Path(directory)
     answers_path, prompt_path = _single_file(root, ".json", ".jsonl"), _single_file(root, ".txt")
     rows = read_rows(answers_path)
-    for number, row in enumerate(rows):
-        if not {"instruction", "output"} <= row.keys():
-            raise ConfigError(
-                f"{answers_path}: row {number} has no `instruction` and `output`: the baseline's answers are needed"
-            )
-    template = prompt_path.read_text(encoding="utf-8")
-    if missing := [name for name in ("{instruction}", "{output_1}", "{output_2}") if name not in template]:
-        raise ConfigError(f"{prompt_path} has no place for {', '.join(missing)}: not a judge prompt of AlpacaEval")
+    check_fields(answers_path, rows, ("instruction", "output"))  # the baseline's answers
+    template = _read_template(prompt_path)
     if limit is None and (root / GAMED).is_file():
         return Bench(rows, template, *_read_gamed(root / GAMED, len(rows)))
     return Bench(rows[:limit], template, None, None)
+
+
+def _read_template(path: Path) -> str:
+    """A judge prompt in ChatML. Raises: ConfigError without its marks, or without a place for the answers."""
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the judge's prompt {path}: {error}") from None
+    asked = "".join(message["content"] for message in messages(template, "{instruction}", "{output_1}", "{output_2}"))
+    if not asked:
+        raise ConfigError(
+            f"{path} has no message between `<|im_start|>ROLE` and `<|im_end|>`: not a judge prompt of AlpacaEval, "
+            "whose files keep these marks"
+        )
+    if missing := [name for name in ("{instruction}", "{output_1}", "{output_2}") if name not in asked]:
+        raise ConfigError(f"{path} has no place for {', '.join(missing)}: not a judge prompt of AlpacaEval")
+    return template
 
 
 def _single_file(root: Path, *suffixes: str) -> Path:

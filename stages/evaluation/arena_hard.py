@@ -136,7 +136,7 @@ def interval(
 ) -> tuple[float, float]:
     """The 95 % bootstrap interval of a model's score: prompts are resampled, their games kept together.
 
-    NaN at both ends if no resample has a score.
+    NaN at both ends if there is one prompt, or no resample has a score.
     """
     groups: dict[str, list[Game]] = {}
     for game in games:
@@ -147,7 +147,7 @@ def interval(
         value = scores(resample, style_control)[0].get(model)
         if value is not None:
             values.append(value)
-    if not values:
+    if len(names) < 2 or not values:
         return math.nan, math.nan
     return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
 

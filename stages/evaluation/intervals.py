@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,12 +11,26 @@ import numpy.typing as npt
 
 
 class Interval(NamedTuple):
-    """A mean, the ends of its interval and its standard error."""
+    """A mean, the ends of its interval and its standard error; of one value these three are NaN: not known."""
 
     mean: float
     low: float
     high: float
     stderr: float
+
+    def ends(self) -> str:
+        """Return both ends as a sentence has them.
+
+        >>> Interval(0.2, 0.1, 0.3, 0.05).ends(), Interval(0.2, math.nan, math.nan, math.nan).ends()
+        ('[+0.100, +0.300]', '[not known]')
+        """
+        if math.isnan(self.stderr):
+            return "[not known]"
+        return f"[{self.low:+.3f}, {self.high:+.3f}]"
+
+    def as_json(self) -> dict[str, float | None]:
+        """Return the fields by name; None for what is not known."""
+        return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}
 
 
 PICKS_AT_ONCE = 2**24
@@ -27,11 +42,14 @@ def bootstrap(
 ) -> Interval:
     """The percentile interval of the mean over resampled rows.
 
-    Give one value per prompt: several answers to one prompt are not independent. Raises: ValueError without any value.
+    Give one value per prompt: several answers to one prompt are not independent. One value alone says nothing about
+    its error. Raises: ValueError without any value.
     """
     sample = np.asarray(values, dtype=np.float64)
     if not len(sample):
         raise ValueError("no values to take an interval of")
+    if len(sample) == 1:
+        return Interval(float(sample[0]), math.nan, math.nan, math.nan)
     generator, at_once = np.random.default_rng(seed), max(1, PICKS_AT_ONCE // len(sample))
     means = np.empty(draws)
     for first in range(0, draws, at_once):

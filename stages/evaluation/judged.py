@@ -38,6 +38,8 @@ class Judged(BaseConfig):
     """A benchmark whose answers a judge reads."""
 
     NEUTRAL: ClassVar[dict[str, Any]] = {"limit": None}
+    READING: ClassVar[str] = "2"
+    """Raise it when the same replies give other numbers; see stages/scoring/verdicts.py."""
 
     path: str
     """Directory with the questions and the judge's prompt, as docs/evaluation.md lists them."""
@@ -58,6 +60,10 @@ class Judged(BaseConfig):
     def directory(self) -> str:
         """`path`, or where the installation has it."""
         return provided(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings, and which rules read the judge's replies: others give other numbers."""
+        return super().identity() | {"VERSION": self.READING}
 
 
 class MTBench(Judged):

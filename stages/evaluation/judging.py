@@ -63,19 +63,40 @@ def _first_token(body: dict[str, Any]) -> dict[str, float] | None:
     """Token -> log-probability at the first position of a chat completion; None if the completion has none."""
     try:
         alternatives = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return {alternative["token"]: float(alternative["logprob"]) for alternative in alternatives}
+        return {str(alternative["token"]): float(alternative["logprob"]) for alternative in alternatives}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, or of a file with one JSON list. Raises: ConfigError."""
+    """The rows of a JSONL file, or of a file with one JSON list.
+
+    Raises: ConfigError for a file that cannot be read, has no rows, or rows that are no objects.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSONL: {error}") from None
+    if not rows:
+        raise ConfigError(f"{path} has no rows: the file is empty; fetch it again")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}: row {number} is {type(row).__name__}, expected an object with named fields")
+    return rows
+
+
+def check_fields(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Refuse rows without a text in each of the named fields, before a policy answers them. Raises: ConfigError."""
+    for number, row in enumerate(rows):
+        for name in names:
+            if not isinstance(row.get(name), str):
+                raise ConfigError(
+                    f"{path}: `{name}` of row {number} is {json.dumps(row[name])[:80] if name in row else 'missing'}, "
+                    "expected a text: fetch the file again, or mend the row"
+                )

@@ -7,7 +7,6 @@ Prompts are filled exactly as FastChat fills them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ import numpy as np
 from data_contracts.errors import ConfigError
 from data_contracts.rows import ReportRow
 from stages.evaluation.intervals import bootstrap
-from stages.evaluation.judging import Judge, read_rows
+from stages.evaluation.judging import Judge, check_fields, read_rows
 from stages.evaluation.rows import interval_row, report_row
+from stages.scoring.verdicts import bracketed_rating, only_verdict
 
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -52,8 +52,14 @@ def load(directory: str | Path, limit: int | None = None) -> Bench:
     questions, prompts = read_rows(root / "question.jsonl"), read_rows(root / "judge_prompts.jsonl")
     files = sorted([*root.glob("reference_answer*.jsonl"), *root.glob("reference_answer/*.jsonl")])
     references = {row["question_id"]: row["choices"][0]["turns"] for path in files for row in read_rows(path)}
-    for question in questions:
-        name = question["question_id"]
+    check_fields(root / "question.jsonl", questions, ("category",))
+    check_fields(root / "judge_prompts.jsonl", prompts, ("name", "system_prompt", "prompt_template"))
+    for number, question in enumerate(questions):
+        name = question.get("question_id")
+        if name is None or not isinstance(question.get("turns"), list):
+            raise ConfigError(
+                f"{root}/question.jsonl: row {number} has no `question_id` and `turns`: fetch the file again"
+            )
         if len(question["turns"]) != 2:
             raise ConfigError(
                 f"{root}/question.jsonl: question {name} has {len(question['turns'])} turns; MT-Bench asks two"
@@ -131,19 +137,20 @@ def _messages(
 
 
 def rating(judgment: str) -> float | None:
-    """The first `[[7]]`, or else the first `[7]`; None if the judge gave none, or none from 1 to 10."""
-    match = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
-    if match is None or not 1 <= float(match[1]) <= 10:
+    """The first `[[7]]`, or else `rating: [7]`; None if the judge gave none, or none from 1 to 10.
+
+    FastChat takes any first `[7]` for the rating, a reference to a source too.
+    """
+    value = bracketed_rating(judgment)
+    if value is None or not 1 <= value <= 10:
         return None
-    return float(match[1])
+    return value
 
 
 def verdict(judgment: str) -> str | None:
-    """A, B or tie, as FastChat reads it; None without a verdict."""
-    for mark, name in (("[[A]]", "A"), ("[[B]]", "B"), ("[[C]]", "tie")):
-        if mark in judgment:
-            return name
-    return None
+    """A, B or tie; None without a verdict, or with several: FastChat prefers A to B to a tie then."""
+    letter = only_verdict(judgment, "ABC")
+    return "tie" if letter == "C" else letter
 
 
 def judge_singly(bench: Bench, answers: Answers, judge: Judge) -> list[dict[str, Any]]:

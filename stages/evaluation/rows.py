@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -27,13 +28,20 @@ def report_row(
         task=task,
         metric=metric,
         value=float(value),
-        stderr=stderr,
-        low=low,
-        high=high,
+        stderr=_known(stderr),
+        low=_known(low),
+        high=_known(high),
         n=int(n),
         n_shot=n_shot,
         task_version=version,
     )
+
+
+def _known(value: float | None) -> float | None:
+    """None for NaN: a report has no number that is not known."""
+    if value is None or math.isnan(value):
+        return None
+    return value
 
 
 def interval_row(suite: str, task: str, metric: str, interval: Interval, n: int, version: str = "1") -> ReportRow:

@@ -17,15 +17,15 @@ from stages.models.lazy import import_transformers, torch
 from stages.models.policy import pick_device
 from stages.models.turns import turns_of_reader
 from stages.scoring.base import Candidates, Scores
-from stages.scoring.models import ModelScorerConfig, NamedModel, load_strictly, read_tensors
-from stages.scoring.reward_model import Messages, PointScorer, chat, longest_input, padded
+from stages.scoring.models import NamedModel, load_strictly, read_tensors
+from stages.scoring.reward_model import Encoded, Messages, PointScorer, PointScorerConfig, chat, longest_input, padded
 
 NO_HEADER = -3.0e38
 """What `forward` gives for a row without an assistant header; `score` makes a reason of it."""
 
 
 class ArmoRM(PointScorer):
-    class Config(ModelScorerConfig):
+    class Config(PointScorerConfig):
         """The released model, in bfloat16."""
 
         name: Literal["armorm"] = "armorm"
@@ -50,8 +50,9 @@ class ArmoRM(PointScorer):
         self.turns = turns_of_reader(directory)
         self.longest = longest_input(self.config, directory, self.turns.tokenizer.model_max_length)
 
-    def encode(self, messages: Messages, answer: str) -> list[int]:
-        return self.turns.conversation(chat(messages, answer))[-self.longest :]
+    def encode(self, messages: Messages, answer: str) -> Encoded:
+        ids = self.turns.conversation(chat(messages, answer))
+        return Encoded(ids[-self.longest :], len(ids) > self.longest)
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         return [_with_reasons(scores) for scores in super().score(batch)]
@@ -69,7 +70,9 @@ def _with_reasons(scores: Scores) -> Scores:
     """The points with NaN, and a reason, for candidates that left no room for the assistant header."""
     points = np.asarray(scores.scores)
     absent = points == NO_HEADER
-    reasons = ["the answer fills the reward model's context" if missing else "" for missing in absent]
+    reasons = list(scores.reasons)
+    for k in np.flatnonzero(absent):
+        reasons[k] = "the answer fills the reward model's context"
     return Scores.of_points(np.where(absent, math.nan, points), reasons)
 
 

@@ -33,6 +33,7 @@ from stages.scoring.base import Candidates, Scorer, Scores, Services, prompt_tex
 from stages.scoring.endpoint import Endpoint, EndpointRuntime, Reply
 from stages.scoring.models import NamedModel, local_directory, locate
 from stages.scoring.served import Served, ServerRuntime
+from stages.scoring.verdicts import bare_token, is_contradiction, last_score, only_verdict
 
 RUBRIC = """You are grading one answer to a user's request. Start at 0 and add one point for each statement \
 that is true of it:
@@ -79,8 +80,8 @@ VERDICT = (
 )
 LETTER = "Reply with one letter only, A or B, and nothing else: the better answer is"
 
-_SCORE = re.compile(r"score[*_`\s]*:[*_`\s]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
-_VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+SIGNS = {"A": 1.0, "B": -1.0, "C": 0.0}
+"""Verdict -> sign of the logit."""
 
 Judgement = float | str
 """What a reply says: a number, or the reason why there is none."""
@@ -88,6 +89,7 @@ Judgement = float | str
 
 class LLMJudge(Scorer):
     TEXT_ONLY = True
+    VERSION = "2"
 
     class Config(Named):
         """One greedy judgement by the additive rubric."""
@@ -274,21 +276,22 @@ def _fill(wording: str, **values: str) -> str:
 
 def read_score(reply: Reply) -> Judgement:
     """The last `Score: x` of a reply, if x is in [0, 5]."""
-    scores = _SCORE.findall(reply.text)
-    if not scores:
+    value = last_score(reply.text)
+    if value is None:
         return "judge gave no score"
-    value = float(scores[-1])
     if 0 <= value <= 5:
         return value
     return "judge's score is out of range"
 
 
 def read_verdict(reply: Reply, logit: float) -> Judgement:
-    """+logit, -logit or 0 for the last [[A]], [[B]] or [[C]] of a reply."""
-    verdicts = _VERDICT.findall(reply.text)
-    if not verdicts:
-        return "judge gave no verdict"
-    return {"A": 1.0, "B": -1.0, "C": 0.0}[verdicts[-1]] * logit
+    """+logit, -logit or 0 for the [[A]], [[B]] or [[C]] of a reply."""
+    verdict = only_verdict(reply.text, list(SIGNS))
+    if verdict is not None:
+        return SIGNS[verdict] * logit
+    if is_contradiction(reply.text, list(SIGNS)):
+        return "judge gave several verdicts"
+    return "judge gave no verdict"
 
 
 def read_letter(reply: Reply) -> Judgement:
@@ -298,7 +301,7 @@ def read_letter(reply: Reply) -> Judgement:
     """
     try:
         listed = (reply.body or {})["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        pairs = [(item["token"].strip().upper(), float(item["logprob"])) for item in listed]
+        pairs = [(bare_token(item["token"]).upper(), float(item["logprob"])) for item in listed]
         logps = {letter: [logp for token, logp in pairs if token == letter] for letter in "AB"}
         floor = min(logp for _, logp in pairs)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):

@@ -1,6 +1,7 @@
 """Stages - scorers with one forward per candidate: `reward_model` (chats) and `pair_encoder` (prompt and answer).
 
-A text that is too long loses the beginning of its prompt, never the end of its answer: that is what is being judged.
+A text that is too long loses the beginning of its prompt, never the end of its answer: that is what is being judged. It
+is counted, and its score carries that reason; too many of them end the stage.
 
 Axes: N rows, L padded tokens.
 """
@@ -11,7 +12,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -42,17 +43,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Messages = Sequence[Message]
+CUT = "cut on the left to the scorer's longest input"
+"""What spoilt the score of a text that was too long."""
 UNLIMITED = 1_000_000
 """Tokenizers without a limit of their own say an astronomic number."""
 
 
-class ClassifierConfig(ModelScorerConfig):
+class PointScorerConfig(ModelScorerConfig):
+    NEUTRAL: ClassVar[dict[str, Any]] = {"max_cut_share": 0.1}
+
+    max_cut_share: float = Field(0.1, ge=0, le=1)
+    """The stage ends if a larger share of the texts scored at once is longer than `max_tokens`: two answers to
+    different questions would be one text."""
+
+
+class ClassifierConfig(PointScorerConfig):
     max_tokens: int | None = Field(None, ge=16)
     """Longest input; None: what the model and its tokenizer say, 2048 if neither does."""
     output: int = Field(0, ge=0)
     """Which of the model's outputs is the score."""
     trust_remote_code: bool = False
     """Run Python code that the model brings along. Read it first."""
+
+
+class Encoded(NamedTuple):
+    """A text as a network reads it."""
+
+    ids: list[int]
+    is_cut: bool = False
+    """Whether it was longer."""
 
 
 class PointScorer(ModelScorer):
@@ -64,14 +83,18 @@ class PointScorer(ModelScorer):
         super().__init__(config, device)
         self.directory: Path | None = None
         """The model's, once it is loaded."""
+        self.longest = UNLIMITED
+        """Tokens that an input may have; set by `load`."""
+        self.num_cut = 0
+        """Texts that were cut since the start."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
         """Load the network and whatever `encode` needs."""
 
     @abstractmethod
-    def encode(self, messages: Messages, answer: str) -> list[int]:
-        """The ids of one prompt with one answer."""
+    def encode(self, messages: Messages, answer: str) -> Encoded:
+        """The ids of one prompt with one answer, at most `longest`."""
 
     @abstractmethod
     def forward(self, rows: list[list[int]]) -> list[float]:
@@ -83,7 +106,9 @@ class PointScorer(ModelScorer):
             directory = locate(self.config.model, self.config.name)
             self.load(directory)
             self.directory = directory
-        rows = [self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations]
+        texts = [self.encode(item.prompt["messages"], row["completion"]) for item in batch for row in item.generations]
+        rows = [text.ids for text in texts]
+        self._count_cut([text.is_cut for text in texts])
         points = np.full(len(rows), np.nan)
         with torch.inference_mode():
             for numbers in batches_by_budget([len(ids) for ids in rows], self.tokens_per_forward()):
@@ -94,7 +119,32 @@ class PointScorer(ModelScorer):
                 f"the scorer {self.config.name} gives NaN or infinity: its weights are damaged, or {self.arithmetic()} "
                 "is too narrow"
             )
-        return [Scores.of_points(part) for part in by_prompt(points.tolist(), batch)]
+        reasons = by_prompt([CUT if text.is_cut else "" for text in texts], batch)
+        return [
+            Scores.of_points(part, causes)
+            for part, causes in zip(by_prompt(points.tolist(), batch), reasons, strict=True)
+        ]
+
+    def _count_cut(self, cut: Sequence[bool]) -> None:
+        """Say how many texts are too long. Raises: ConfigError if they are more than `max_cut_share`."""
+        count, name = sum(cut), self.config.name
+        if not count:
+            return
+        self.num_cut += count
+        message = (
+            f"{count} of {len(cut)} texts are longer than the {self.longest} tokens that the scorer {name} reads, and "
+            "lose the beginning of their prompt"
+        )
+        if count > self.config.max_cut_share * len(cut):
+            raise ConfigError(
+                f"{message}: more than scorer.max_cut_share = {self.config.max_cut_share:g}. Raise scorer.max_tokens if "
+                "the model's context is longer, leave out long prompts, or set max_cut_share to score them as they are"
+            )
+        self.services.log(f"warning: {message}")
+
+    def metrics(self) -> dict[str, float]:
+        """The texts that were cut since the start, if any."""
+        return {"cut_texts": float(self.num_cut)} if self.num_cut else {}
 
 
 def longest_input(config: Any, directory: Path, tokenizer_limit: int | None) -> int:
@@ -111,13 +161,22 @@ def chat(messages: Messages, answer: str) -> list[Message]:
     return [*turns, Message(role="assistant", content=answer)]
 
 
-def keep_the_end(ids: list[int], limit: int, first: int | None) -> list[int]:
-    """The last `limit` ids, behind the opening control token if there was one."""
-    if len(ids) <= limit:
-        return ids
-    if first is not None and ids[0] == first:
-        return [first, *ids[-(limit - 1) :]]
-    return ids[-limit:]
+def keep_the_end(ids: list[int], limit: int, first: int | None, header: slice) -> list[int]:
+    """The last `limit` ids, behind the opening control token if there was one.
+
+    header: where the answer's role mark stands; of an answer that leaves no room for it, its beginning is lost instead.
+    """
+    opening = [first] if first is not None and ids[0] == first else []
+    room = limit - len(opening)
+    mark = ids[header]
+    if len(ids) - header.start <= room or len(mark) >= room:
+        return [*opening, *ids[-room:]]
+    return [*opening, *mark, *ids[-(room - len(mark)) :]]
+
+
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many ids both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def padded(rows: list[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -176,6 +235,8 @@ class ClassifierScorer(PointScorer):
 
 
 class RewardModel(ClassifierScorer):
+    VERSION = "2"
+
     class Config(ClassifierConfig):
         """Any `AutoModelForSequenceClassification` trained on chats, e.g. Skywork-Reward; the score is its raw
         output."""
@@ -192,9 +253,15 @@ class RewardModel(ClassifierScorer):
         self.network = load_classifier(directory, self.config, self.arithmetic(), pick_device(self.device))
         self.longest = longest_input(self.config, directory, self.turns.tokenizer.model_max_length)
 
-    def encode(self, messages: Messages, answer: str) -> list[int]:
+    def encode(self, messages: Messages, answer: str) -> Encoded:
         ids = self.turns.conversation(chat(messages, answer))
-        return keep_the_end(ids, self.longest, self.turns.tokenizer.bos_token_id)
+        if len(ids) <= self.longest:
+            return Encoded(ids)
+        # The answer's role mark: what a conversation with no answer adds to the prompt before it goes another way.
+        start = common_length(ids, self.turns.conversation(messages))
+        end = max(start, common_length(ids, self.turns.conversation(chat(messages, ""))))
+        first = self.turns.tokenizer.bos_token_id
+        return Encoded(keep_the_end(ids, self.longest, first, slice(start, end)), is_cut=True)
 
     def forward(self, rows: list[list[int]]) -> list[float]:
         config = self.network.config
@@ -245,12 +312,13 @@ class PairEncoder(ClassifierScorer):
             return self.tokenizer.backend.encode(blank(text), add_special_tokens=False).ids
         return self.text.encode(text)
 
-    def encode(self, messages: Messages, answer: str) -> list[int]:
+    def encode(self, messages: Messages, answer: str) -> Encoded:
         room = self.longest - 3
-        answer_ids = self._ids(answer)[-room:]
-        prompt_ids = self._ids(prompt_text(messages))
-        prompt_ids = prompt_ids[max(0, len(prompt_ids) - (room - len(answer_ids))) :]
-        return [self.cls, *prompt_ids, self.sep, *answer_ids, self.sep]
+        whole_answer, whole_prompt = self._ids(answer), self._ids(prompt_text(messages))
+        answer_ids = whole_answer[-room:]
+        prompt_ids = whole_prompt[max(0, len(whole_prompt) - (room - len(answer_ids))) :]
+        is_cut = len(whole_prompt) + len(whole_answer) > room
+        return Encoded([self.cls, *prompt_ids, self.sep, *answer_ids, self.sep], is_cut)
 
     def forward(self, rows: list[list[int]]) -> list[float]:
         ids, mask = padded(rows, self.pad, self.network.device)

@@ -52,6 +52,7 @@ def mirrored(tmp_path_factory):
         {
             "method": {"name": "sppo", "eta": 20},
             "iterations": 2,
+            "models": {"a@b(c)": 1, "/x//y": 2},
             "long": "x" * 1000,
             "many": {f"n{k}": k for k in range(250)},
         }

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from stages.evaluation.alpaca_eval import Gamed, annotate, is_swapped, messages, preference, report, win_rates
+from data_contracts.errors import ConfigError
+from stages.evaluation.alpaca_eval import Gamed, annotate, is_swapped, load, messages, preference, report, win_rates
 from stages.evaluation.judging import JudgeReply
 
 
@@ -203,6 +204,18 @@ def test_the_preference_is_the_mass_of_the_second_name():
     assert preference(reply, swapped=True) == pytest.approx(0.25)
     assert preference(JudgeReply("m"), swapped=False) == 0.0
     assert math.isnan(preference(JudgeReply("both"), swapped=False))
+
+
+@pytest.mark.parametrize("spelling", [" M", "M ", "\u2581M", "\u0120M"])
+def test_a_judge_may_put_a_space_before_its_letter(spelling):
+    reply = JudgeReply("M", {spelling: math.log(0.6), "m": math.log(0.2)})
+    assert preference(reply, swapped=False) == pytest.approx(0.75)
+    both = JudgeReply("M", {spelling: math.log(0.3), "M": math.log(0.3), "m": math.log(0.2)})
+    assert preference(both, swapped=False) == pytest.approx(0.75)
+    assert preference(JudgeReply(spelling), swapped=False) == 1.0
+
+
+def test_what_is_neither_letter_is_no_preference():
     assert math.isnan(preference(JudgeReply("x", {"x": 0.0}), swapped=False))
     assert math.isnan(preference(None, swapped=False))
 
@@ -236,3 +249,33 @@ def test_annotations_do_not_depend_on_where_an_answer_stands():
     rows.append({"instruction": "unreachable", "output": "good", "baseline": "bad"})
     preferences = annotate(judge, template, rows)
     assert math.isnan(preferences[-1])
+
+
+CHATML = "<|im_start|>user\n{instruction}\n{output_1}\n{output_2}\n<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "message"),
+    [
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "c", "output": null}]', CHATML, "of row 1 is null"),
+        ('[{"instruction": "a"}]', CHATML, "`output` of row 0 is missing"),
+        ("", CHATML, "has no rows"),
+        ("[]", CHATML, "has no rows"),
+        ('[{"instruction": "a", "output": "b"}]', "{instruction} {output_1} {output_2}", "no message between"),
+        ('[{"instruction": "a", "output": "b"}]', CHATML.replace("{output_2}", ""), "no place for {output_2}"),
+        ('[{"instruction": "a", "output": "b"}]', "", "no message between"),
+    ],
+)
+def test_files_that_would_cost_a_run_are_refused_at_load(tmp_path, rows, template, message):
+    (tmp_path / "baseline.json").write_text(rows)
+    (tmp_path / "clf.txt").write_text(template)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path)
+
+
+def test_the_error_of_one_judgment_is_not_known():
+    rates = win_rates([0.75], [10], [20])
+    assert rates.win_rate == 75 and math.isnan(rates.stderr) and math.isnan(rates.length_controlled_stderr)
+    rows = {row["metric"]: row for row in report(rates, "judge")}
+    for metric in ("win_rate", "length_controlled_win_rate"):
+        assert [rows[metric][name] for name in ("stderr", "low", "high")] == [None] * 3

@@ -138,3 +138,10 @@ def test_intervals_keep_a_prompts_games_together():
     low, high = interval(games, "m0", style_control=False)
     assert low < scores(games, style_control=False)[0]["m0"] < high
     assert 8 < high - low < 20  # 4 * 50 / sqrt(200) = 14
+
+
+def test_the_interval_of_one_prompt_is_not_known():
+    games = [Game("policy", "p", 1.0, 1, (0.0,) * 4), Game("policy", "p", 0.0, 1, (0.0,) * 4)]
+    rows = {row["metric"]: row for row in report(games, "judge")}
+    assert rows["score"]["value"] == 50
+    assert [rows["score"][name] for name in ("stderr", "low", "high")] == [None] * 3

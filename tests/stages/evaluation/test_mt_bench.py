@@ -104,6 +104,10 @@ def test_all_160_judge_prompts_are_the_official_templates_byte_for_byte(official
         ("see [3], Rating: [[6]]", 6.0),
         ("Rating: [4]", 4.0),
         ("Rating: 9", None),
+        ("Rating: [[8,5]]", 8.5),
+        ("see [1] and [2]. Rating: 9", None),
+        ("as source [1] says, it is right", None),
+        ("see [1] and [2]. **Rating**: [9]", 9.0),
         ("Rating: [[70]]", None),
         ("", None),
     ],
@@ -114,6 +118,7 @@ def test_ratings(judgment, value):
 
 def test_verdicts():
     assert [verdict(text) for text in ("[[A]]", "so [[B]]", "[[C]]", "A is better")] == ["A", "B", "tie", None]
+    assert [verdict(text) for text in ("[[A]] and [[B]]", "[[A]], I say: [[ A ]]")] == [None, "A"]
 
 
 def test_answers_are_asked_in_two_rounds_at_the_categories_temperature():
@@ -231,4 +236,22 @@ def test_a_missing_file_is_named(tmp_path, missing):
         if path.name != missing:
             (tmp_path / path.name).write_text(path.read_text())
     with pytest.raises(ConfigError, match="reference" if "reference" in missing else missing):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("question.jsonl", "", "question.jsonl has no rows"),
+        ("question.jsonl", '["one"]', "row 0 is str, expected an object"),
+        ("question.jsonl", '{"question_id": 1, "category": null, "turns": ["a", "b"]}', "`category` of row 0 is null"),
+        ("question.jsonl", '{"category": "stem"}', "row 0 has no `question_id` and `turns`"),
+        ("judge_prompts.jsonl", '{"name": "single-v1"}', "`system_prompt` of row 0 is missing"),
+    ],
+)
+def test_broken_files_are_refused_at_load(tmp_path, name, content, message):
+    for path in OWN.glob("*.jsonl"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path)

@@ -184,8 +184,9 @@ def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
     ("name", "file", "text", "message"),
     [
         ("alpaca_eval", "more.json", "[]", "must hold exactly one .json or .jsonl file"),
-        ("alpaca_eval", "baseline.jsonl", '{"instruction": "x"}', "row 0 has no `instruction` and `output`"),
-        ("alpaca_eval", "clf.txt", "{instruction} {output_1}", "no place for {output_2}"),
+        ("alpaca_eval", "baseline.jsonl", '{"instruction": "x"}', "`output` of row 0 is missing, expected a text"),
+        ("alpaca_eval", "clf.txt", "{instruction} {output_1}", "no message between"),
+        ("alpaca_eval", "clf.txt", "<|im_start|>user\n{instruction} {output_1}<|im_end|>", "no place for {output_2}"),
         ("alpaca_eval", "df_gamed.csv", "index,preference\n0,1\n", "is not the package's df_gamed.csv"),
         (
             "alpaca_eval",
@@ -193,7 +194,7 @@ def test_a_scorer_that_only_compares_is_sent_to_the_tournament(scorer, refused):
             "index,preference,std_delta_len,instruction_difficulty\n0,1,0,0\n",
             "no difficulty of 3 of the 4",
         ),
-        ("arena_hard", "baseline.jsonl", "", "has no answer to 4 of 4 questions, e.g. q0"),
+        ("arena_hard", "baseline.jsonl", "", "baseline.jsonl has no rows"),
         ("arena_hard", "judge_config.yaml", "system_prompt: x", "must hold `system_prompt` and `prompt_template`"),
         ("mt_bench", None, "none.jsonl", "cannot read .*none.jsonl"),
     ],

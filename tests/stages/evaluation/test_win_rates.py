@@ -5,6 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from stages.evaluation.intervals import bootstrap
+from stages.evaluation.rows import interval_row
 from stages.evaluation.win_rates import best_of_n, win_rate_matrix
 
 
@@ -32,3 +34,11 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
 
 def test_candidates_without_a_score_do_not_compete():
     assert list(best_of_n({"p": [0.1, None, float("nan"), 0.9]}, (1, 2, 3))) == [1, 2]
+
+
+def test_the_error_of_one_value_is_not_known():
+    interval = bootstrap([0.75])
+    assert interval.mean == 0.75 and np.isnan(interval[1:]).all() and interval.ends() == "[not known]"
+    row = interval_row("suite", "task", "metric", interval, 1)
+    assert [row[name] for name in ("value", "stderr", "low", "high")] == [0.75, None, None, None]
+    assert interval.as_json() == {"mean": 0.75, "low": None, "high": None, "stderr": None}

@@ -20,7 +20,7 @@ import pytest
 from data_contracts.errors import ConfigError, TransientError
 from stages.scoring import SCORERS
 from stages.scoring.endpoint import Reply
-from stages.scoring.judge import PAIRWISE, RUBRIC, read_letter, read_score
+from stages.scoring.judge import PAIRWISE, RUBRIC, read_letter, read_score, read_verdict
 
 
 class Server:
@@ -122,6 +122,10 @@ def test_the_rubric_gives_each_candidate_its_score(server, judge, scoring):
         ("I would give it four of five points.", "judge gave no score"),
         ("", "judge gave no score"),
         ("Score: five", "judge gave no score"),
+        ("Score: 4,5", 4.5),
+        ("Score: 4, and that is much", 4.0),
+        ("Score: 4.", 4.0),
+        ("Score: 4,500", "judge gave no score"),
         ("the score is 3", "judge gave no score"),
     ],
 )
@@ -164,6 +168,20 @@ def test_a_comparison_that_failed_is_unscored_and_says_why(server, judge, scorin
     (scores,) = judge(mode="pairwise").score([scoring.candidates("why?", ["x", "y"])])
     assert math.isnan(scores.preference_logits[0, 1]) and scores.preference_logits[1, 0] == -math.log(9)
     assert scores.reasons == ["judge gave no verdict"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[A]]", 1.0),
+        ("[[C]], as I said: [[ C ]]", 0.0),
+        ("[[A]] and [[B]]", "judge gave several verdicts"),
+        ("[[A]]? No: [[B]]", "judge gave several verdicts"),
+        ("A is better [1]", "judge gave no verdict"),
+    ],
+)
+def test_what_counts_as_a_verdict(text, expected):
+    assert read_verdict(Reply({"choices": [{"message": {"content": text}}]}, ""), 1.0) == expected
 
 
 def top(**logps):

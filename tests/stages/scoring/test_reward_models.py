@@ -18,6 +18,7 @@ from data_contracts.errors import ConfigError, ContractError
 from stages.scoring import SCORERS
 from stages.scoring.armorm import last_occurrence
 from stages.scoring.base import Services
+from stages.scoring.reward_model import CUT
 
 ANSWERS = ["the sea", "a fox jumps over the lazy dog and then over another one, for sure", "wood", ""]
 
@@ -68,7 +69,7 @@ def test_prompts_with_different_numbers_of_candidates(scoring, reward_model):
 
 
 def test_what_is_too_long_loses_the_beginning_of_its_prompt(scoring, reward_model):
-    settings = {"name": "reward_model", "model": {"path": str(reward_model)}, "max_tokens": 24}
+    settings = {"name": "reward_model", "model": {"path": str(reward_model)}, "max_tokens": 24, "max_cut_share": 1}
     (scores,) = scoring.scorer(settings).score([scoring.candidates("Once upon a time, " * 5, ["the end"])])
     assert scores.scores[0] == pytest.approx(
         plain_reward(reward_model, "Once upon a time, " * 5, "the end", limit=24), abs=1e-5
@@ -77,6 +78,44 @@ def test_what_is_too_long_loses_the_beginning_of_its_prompt(scoring, reward_mode
         [scoring.candidates("In another world, but " + "Once upon a time, " * 5, ["the end"])]
     )
     assert other.scores[0] == pytest.approx(scores.scores[0], abs=1e-6)
+    assert other.reasons == scores.reasons == [CUT]
+
+
+def test_the_role_mark_stays_before_an_answer_that_is_too_long(scoring, reward_model):
+    settings = {"name": "reward_model", "model": {"path": str(reward_model)}, "max_tokens": 24, "max_cut_share": 1}
+    scorer = scoring.scorer(settings)
+    scorer.score([scoring.candidates("p", ["a"])])  # loads
+    prompt = [{"role": "user", "content": "Say a word."}]
+    whole = scorer.encode(prompt, "wood " * 3)
+    assert not whole.is_cut and HEADER[0] in whole.ids
+    cut = scorer.encode(prompt, "wood " * 60)
+    assert cut.is_cut and len(cut.ids) == 24
+    assert cut.ids[0] == HEADER[0] and HEADER[0] not in cut.ids[1:]
+    assert cut.ids[1:] == scorer.turns.conversation(conversation("Say a word.", "wood " * 60))[-23:]
+
+
+@pytest.mark.parametrize(("question", "share", "is_refused"), [(200, 0.1, True), (200, 0.5, False), (2, 0.0, False)])
+def test_texts_that_are_cut_are_counted_and_too_many_refused(
+    reward_model, tmp_path, scoring, question, share, is_refused
+):
+    lines = []
+    scorer = SCORERS.get("reward_model")(
+        SCORERS.config(
+            {"name": "reward_model", "model": {"path": str(reward_model)}, "max_tokens": 64, "max_cut_share": share}
+        ),
+        "cpu",
+    )
+    scorer.prepare(Services(tmp_path, 1000, lines.append))
+    batch = [scoring.candidates("word " * question, ["the sea"]), scoring.candidates("Say a word.", ["wood"])]
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"1 of 2 texts .* 64 tokens .*max_cut_share"):
+            scorer.score(batch)
+        return
+    first, second = scorer.score(batch)
+    is_cut = question == 200
+    assert first.reasons == [CUT if is_cut else ""] and second.reasons == [""]
+    assert scorer.metrics() == ({"cut_texts": 1.0} if is_cut else {})
+    assert len(lines) == is_cut and all("lose the beginning" in line for line in lines)
 
 
 def test_a_model_without_a_trained_head_is_refused(scoring, tiny_model):
@@ -134,7 +173,9 @@ def encoder(tmp_path_factory, checkpoints):
 def test_a_pair_encoder_reads_prompt_and_answer(scoring, encoder, limit, cut):
     from transformers import AutoModelForSequenceClassification
 
-    scorer = scoring.scorer({"name": "pair_encoder", "model": {"path": str(encoder)}, "max_tokens": limit}, 64)
+    scorer = scoring.scorer(
+        {"name": "pair_encoder", "model": {"path": str(encoder)}, "max_tokens": limit, "max_cut_share": 1}, 64
+    )
     prompt, answers = "what can people find in the water now", ["oil", "the ｆirst number", "", "look down " * 30]
     (scores,) = scorer.score([scoring.candidates(prompt, answers)])
     model, room = AutoModelForSequenceClassification.from_pretrained(str(encoder)).eval(), (limit or 10_000) - 3
@@ -151,7 +192,8 @@ def test_a_pair_encoder_reads_prompt_and_answer(scoring, encoder, limit, cut):
     assert backend.encode("ｆirst").ids[1:-1] == backend.encode("first").ids[1:-1]
 
 
-HEADER = [4]  # <|assistant|> of the tiny tokenizer
+HEADER = [4]
+"""<|assistant|> of the tiny tokenizer."""
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +257,7 @@ def test_armorm_by_its_formulas(scoring, armo, budget):
 
 
 def test_an_answer_that_leaves_no_room_for_the_gate_is_unscored(scoring, armo):
-    (scores,) = scoring.scorer(armo_settings(armo, max_tokens=16)).score(
+    (scores,) = scoring.scorer(armo_settings(armo, max_tokens=16, max_cut_share=1)).score(
         [scoring.candidates("Say a word.", ["wood", "word " * 60])]
     )
     assert math.isfinite(scores.scores[0]) and math.isnan(scores.scores[1])
@@ -291,4 +333,4 @@ def test_the_stage_is_told_of_the_tokens_it_read(tmp_path, scoring, reward_model
     scorer.prepare(Services(tmp_path, 100, print, used=lambda model, count: told.append((model, count))))
     scorer.score([scoring.candidates("Say a word.", ANSWERS)])
     prompt = [{"role": "user", "content": "Say a word."}]
-    assert told == [(reward_model, sum(len(scorer.encode(prompt, answer)) for answer in ANSWERS))]
+    assert told == [(reward_model, sum(len(scorer.encode(prompt, answer).ids) for answer in ANSWERS))]
