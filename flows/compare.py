@@ -12,7 +12,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from data_contracts.config import parse
 from data_contracts.store import Store
-from flows.comparison import load_comparison, outcomes, text, write_report
+from flows.comparison import load_comparison, outcomes, text
+from flows.comparison_page import write_report
 from flows.config import RunConfig
 from flows.run import run_self_play
 

@@ -6,10 +6,8 @@ have equal keys.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +16,16 @@ from pydantic import Field
 
 from data_contracts.config import Config, flatten, parse, read_yaml
 from data_contracts.errors import ConfigError
-from data_contracts.files import write_atomic
 from data_contracts.installation import provided, provided_beside
-from data_contracts.shards import read_shards
+from data_contracts.rows import HeldoutRow
 from data_contracts.store import Store
 from flows.config import NAME, RunConfig, apply, merge, read_run
 from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import preflight
-from flows.report import figures
-from flows.report.figures import Figure
-from flows.report.page import markdown_table, render_comparison
-from flows.report.tables import table_of
+from flows.report.channels import Nowhere
+from flows.report.history import History
+from flows.report.page import markdown_table
+from flows.report.story import Story
 from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import Interval, paired_bootstrap
 from stages.stage import STAGES
@@ -117,8 +114,9 @@ class Outcome(NamedTuple):
 
     variant: Variant
     steps: list[Step]
-    heldout: list[list[dict[str, Any]]]
+    heldout: list[list[HeldoutRow]]
     """Rows of the held-out answers, by iteration."""
+    story: Story
 
     def seconds(self, iteration: int, what: str = "wall") -> dict[str, float]:
         """Seconds of each phase, whoever built its artifacts: what the variant would have cost on a store of its own.
@@ -150,18 +148,14 @@ def outcomes(comparison: Comparison, store: Store) -> list[Outcome]:
 
     results = []
     for variant in comparison.variants:
-        steps = rehearse(variant.config, store).steps
+        history = History(variant.config, store, Nowhere(), Nowhere())
+        steps = rehearse(variant.config, store, listener=history).steps
         if missing := [step.name for step in steps if step.record is None]:
             raise ConfigError(
                 f"{variant.config.name} is not complete ({missing[0]} is not built): "
                 "run the comparison again, it goes on"
             )
-        reports = [step for step in steps if step.stage == "evaluate"]
-        heldout = [
-            read_shards(store.directory("eval_report", str(step.key)), "heldout", "heldout").to_pylist()
-            for step in reports
-        ]
-        results.append(Outcome(variant, steps, heldout))
+        results.append(Outcome(variant, steps, history.heldout, history.story()))
     return results
 
 
@@ -179,7 +173,8 @@ def _scores(outcome: Outcome, iteration: int) -> dict[str, float]:
     }
 
 
-def _pooled(results: list[Outcome], iteration: int) -> dict[str, float]:
+def pooled_scores(results: list[Outcome], iteration: int) -> dict[str, float]:
+    """The scores of all seeds at an iteration, by seed and prompt."""
     return {name: value for outcome in results for name, value in _scores(outcome, iteration).items()}
 
 
@@ -192,11 +187,14 @@ def table(comparison: Comparison, results: list[Outcome]) -> list[dict[str, Any]
     for name in names:
         group = groups[name]
         # An ablation of iterations may stop early (the gate); every variant is measured at its own last one.
-        before, after = _pooled(group, 0), _pooled(group, -1)
+        before, after = pooled_scores(group, 0), pooled_scores(group, -1)
         row: dict[str, Any] = {"variant": name, "seeds": len(group), "start": _mean(before), "final": _mean(after)}
-        row["gain"] = _interval(before, after)
-        row[f"against {names[0]}"] = _interval(_pooled(groups[names[0]], -1), after) if name != names[0] else None
-        row["start_logp"] = float(np.mean([line["start_logp"] for outcome in group for line in outcome.heldout[-1]]))
+        row["gain"] = gain_between(before, after)
+        row[f"against {names[0]}"] = (
+            gain_between(pooled_scores(groups[names[0]], -1), after) if name != names[0] else None
+        )
+        fluency = [line["start_logp"] for outcome in group for line in outcome.heldout[-1]]
+        row["start_logp"] = float(np.mean([value for value in fluency if value is not None]))
         for phase in PHASES:
             row[f"{phase} s"] = sum(outcome.seconds(i)[phase] for outcome in group for i in range(1, last + 1)) / len(
                 group
@@ -211,7 +209,8 @@ def _mean(values: dict[str, float]) -> float | None:
     return None
 
 
-def _interval(before: dict[str, float], after: dict[str, float]) -> Interval | None:
+def gain_between(before: dict[str, float], after: dict[str, float]) -> Interval | None:
+    """The gain over the prompts that both have (prompt -> score); None without any."""
     return paired_bootstrap(before, after) if before.keys() & after.keys() else None
 
 
@@ -271,7 +270,7 @@ def text(comparison: Comparison, results: list[Outcome]) -> str:
     parts = [
         f"# Comparison {comparison.config.name}",
         "",
-        markdown_table(_cells(table(comparison, results))),
+        markdown_table(cells_of(table(comparison, results))),
         "",
         f"Intervals: 95 %, paired bootstrap over prompts, seeds pooled ({len(comparison.config.seeds)}). "
         "Seconds per seed, without iteration 0.",
@@ -280,7 +279,7 @@ def text(comparison: Comparison, results: list[Outcome]) -> str:
         "",
         "## Seconds per iteration",
         "",
-        markdown_table(_cells(seconds)),
+        markdown_table(cells_of(seconds)),
         "",
         *(f"- {line}" for line in ratios(comparison, seconds)),
         "",
@@ -288,7 +287,8 @@ def text(comparison: Comparison, results: list[Outcome]) -> str:
     return "\n".join(parts)
 
 
-def _cells(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+def cells_of(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows with every value as a text."""
     return [{name: _cell(value) for name, value in row.items()} for row in rows]
 
 
@@ -302,51 +302,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1f}"
     return str(value)
-
-
-def write_report(comparison: Comparison, results: list[Outcome], store: Store) -> Path:
-    """`runs/<name>/comparison.md`, `.json` and `.html`; returns the page."""
-    directory = store.run_directory(comparison.config.name)
-    directory.mkdir(parents=True, exist_ok=True)
-    rows, seconds = table(comparison, results), seconds_table(comparison, results)
-    write_atomic(directory / "comparison.md", text(comparison, results))
-    plain = [
-        {name: value.as_json() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows
-    ]
-    write_atomic(
-        directory / "comparison.json",
-        json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(results)}, indent=1) + "\n",
-    )
-    page = directory / "comparison.html"
-    write_atomic(page, _page(comparison, results, rows, seconds))
-    return page
-
-
-def _part(gain: Interval | None, name: str) -> float | None:
-    """Return the mean, low or high end of a gain; None without a gain."""
-    if gain is None:
-        return None
-    return getattr(gain, name)
-
-
-def _page(
-    comparison: Comparison, results: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]
-) -> str:
-    names = list(comparison.config.variants)
-    curves = []
-    for name in names:
-        group = [outcome for outcome in results if outcome.variant.name == name]
-        count = min(len(outcome.heldout) for outcome in group)
-        gains = [_interval(_pooled(group, 0), _pooled(group, i)) for i in range(count)]
-        means, lows, highs = ([_part(gain, name) for gain in gains] for name in ("mean", "low", "high"))
-        curves.append(figures.Series(name, list(range(count)), means, lows, highs))
-    bars = [f"{row['variant']} {row['iteration']}" for row in seconds]
-    stacked = [(phase, [row[phase] for row in seconds]) for phase in PAPER_PHASES]
-    gain = partial(figures.lines, "gain", curves, "iteration", "gain", zero=True)
-    duration = partial(figures.stacks, "seconds", bars, stacked, "variant, iteration", "seconds")
-    pictures = [
-        Figure("gain", "Held-out gain over the start, 95 %", gain, names),
-        Figure("seconds", "Seconds per iteration", duration, PAPER_PHASES),
-    ]
-    tables = [table_of(_cells(part)) for part in (rows, seconds)]
-    return render_comparison(comparison.config.name, pictures, tables, ratios(comparison, seconds))

@@ -114,13 +114,22 @@ def status(name: RUN_NAME, set: SET = None, store: STORE = None) -> None:
 
 
 @app.command()
-def report(name: RUN_NAME, store: STORE = None) -> None:
-    """Write a run's report again, from its artifacts."""
+def report(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="names of runs in the store, or run configs")],
+    compare: Annotated[bool, typer.Option("--compare", help="lay these runs over each other in one more page")] = False,
+    store: STORE = None,
+) -> None:
+    """Write the report of a run, or of several, again, from their artifacts."""
     from data_contracts.store import Store
-    from flows.cli.status import report_again
+    from flows.cli.status import report_again, report_over_each_other
     from flows.config import load_run
 
-    print(report_again(load_run(_settings_of(name, store)), Store(store)))
+    configs = [load_run(_settings_of(name, store)) for name in names]
+    if compare:
+        print(report_over_each_other(configs, Store(store)))
+        return
+    for config in configs:
+        print(report_again(config, Store(store)))
 
 
 @app.command()

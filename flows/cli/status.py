@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_contracts.errors import ConfigError
+from data_contracts.files import write_atomic
 from data_contracts.lease import LockOwner
+from data_contracts.redaction import redact
 from data_contracts.set_aside import SET_ASIDE, list_set_aside
 from data_contracts.store import Store
 from data_contracts.words import format_bytes
@@ -15,8 +19,13 @@ from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import gather
 from flows.report.channels import Nowhere
 from flows.report.history import History
+from flows.report.overlay import LaidRun, overlay
+from flows.report.page import render_comparison
 from stages.running.history import events
 from stages.stage import STAGES
+
+LONGEST_NAME = 200
+"""Characters of the name of a page about several runs."""
 
 
 def status(config: RunConfig, store: Store) -> str:
@@ -84,6 +93,13 @@ def report_again(config: RunConfig, store: Store) -> Path:
 
     Raises: ConfigError if no iteration is complete, or if nothing can be written there.
     """
+    history = history_of(config, store)
+    with _write_errors_explained(config.name, store):
+        return history.write_report()
+
+
+def history_of(config: RunConfig, store: Store) -> History:
+    """Return what the complete iterations of a run have made. Raises: ConfigError if there is none."""
     history = History(config, store, Nowhere(), Nowhere())
     checked = gather(config, store)
     history.data = checked.data.lines() if checked.data else ()
@@ -93,10 +109,36 @@ def report_again(config: RunConfig, store: Store) -> Path:
             f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; "
             "see `selfplay status`"
         )
+    return history
+
+
+def report_over_each_other(configs: Sequence[RunConfig], store: Store) -> Path:
+    """Write the report of each run again, and `runs/<first>/against-<others>.html`: all runs in one page, returned.
+
+    Raises: ConfigError for fewer than two runs, and as `report_again`.
+    """
+    names = [config.name for config in configs]
+    if len(set(names)) < max(2, len(names)):
+        raise ConfigError(f"--compare lays different runs over each other, got {', '.join(names)}: name two or more")
+    histories = [history_of(config, store) for config in configs]
+    runs = []
+    for config, history in zip(configs, histories, strict=True):
+        runs.append(LaidRun(config.name, history.story(), config, f"../{config.name}/report.html"))
+    page = store.run_directory(names[0]) / f"against-{'-'.join(names[1:])[:LONGEST_NAME]}.html"
+    with _write_errors_explained(names[0], store):
+        for history in histories:
+            history.write_report()
+        write_atomic(page, redact(render_comparison(" and ".join(names), runs, overlay(runs))))
+    return page
+
+
+@contextmanager
+def _write_errors_explained(name: str, store: Store) -> Generator[None]:
+    """Raises: ConfigError in place of an OSError."""
     try:
-        return history.write_report()
+        yield
     except OSError as error:
         raise ConfigError(
-            f"the report of {config.name} cannot be written ({error.strerror}: {error.filename}): make {store.root} "
+            f"the report of {name} cannot be written ({error.strerror}: {error.filename}): make {store.root} "
             "writable, or copy the store to a disk that is"
         ) from None

@@ -114,6 +114,8 @@ class History:
         }
         if row["heldout_score"] is not None and row["low"] is None:  # one prompt: not known, and not unscored
             del row["low"], row["high"]
+        given = ("preference_accuracy", "preference_margin", "preference_loss", "response_logp")
+        row |= {metric: value(metric, "value", 3) for metric in given if metric in rows}
         if missing := sum(answer["score"] is None for answer in self.heldout[-1]):
             row["unscored"] = missing
         named = zip(column_names(self.reports[-1]), self.reports[-1], strict=True)

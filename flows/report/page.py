@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from flows.report.figures import WIDE, Figure
-from flows.report.sections import headline_numbers, sections_of
+from flows.report.figures import WIDE
+from flows.report.overlay import LaidRun
+from flows.report.sections import Section, headline_numbers, sections_of
 from flows.report.story import Story
-from flows.report.tables import Table
 from flows.report.text import as_markdown, visible
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def render(story: Story) -> str:
     return _fill("report.jinja", story=story, tiles=headline_numbers(story), sections=sections_of(story))
 
 
-def render_comparison(name: str, figures: Sequence[Figure], tables: Sequence[Table], lines: Sequence[str]) -> str:
-    """The page of a comparison of runs. lines: sentences under the tables."""
-    return _fill("comparison.jinja", name=name, figures=figures, tables=tables, lines=lines)
+def render_comparison(name: str, runs: Sequence[LaidRun], sections: Sequence[Section]) -> str:
+    """The page of several runs laid over each other, with a link to the page of each."""
+    return _fill("comparison.jinja", name=name, runs=runs, sections=sections)
 
 
 def standalone_figures(story: Story) -> dict[str, str]:

@@ -70,6 +70,29 @@ def _gain_curve(label: str, gains: Mapping[int, Mapping[str, float]]) -> Series:
     return Series(label, list(gains), mean, low, high)
 
 
+def given_texts(story: Story) -> list[Figure]:
+    """What the policies make of the held-out prompts' own texts: pairs and true responses."""
+    shown = []
+    for name, caption, axis, metrics in (
+        ("preference-accuracy", "Held-out pairs whose chosen text gained more", "part", {"preference_accuracy": ""}),
+        ("preference-margin", "Margin of the held-out pairs over the start model", "nats", {"preference_margin": ""}),
+        ("preference-loss", "Loss of the held-out pairs (DPO's, beta 0.1)", "loss", {"preference_loss": ""}),
+        (
+            "given-logps",
+            "Log-prob per token of the held-out texts",
+            "nats",
+            {"response_logp": "true response", "chosen_logp": "chosen", "rejected_logp": "rejected"},
+        ),
+    ):
+        curves = [metric_curve(story, metric, label or axis) for metric, label in metrics.items()]
+        curves = [curve for curve in curves if any(value is not None for value in curve.y)]
+        if curves:
+            draw = partial(figures.lines, caption, curves, "iteration", axis)
+            labels = [curve.label for curve in curves] if len(metrics) > 1 else []
+            shown.append(Figure(name, caption, draw, labels))
+    return shown
+
+
 def benchmarks(story: Story) -> tuple[list[Figure], int]:
     """A figure for each of the first MOST_BENCHMARKS benchmarks, and how many more there are."""
     iterations = iterations_of(story)
@@ -93,13 +116,19 @@ def benchmarks(story: Story) -> tuple[list[Figure], int]:
     return shown, len(results) - len(shown)
 
 
-def training(story: Story) -> list[Figure]:
-    """Metrics of all optimizer steps, iteration after iteration."""
+def steps_of(story: Story) -> tuple[list[dict[str, float]], list[tuple[float, str]]]:
+    """The metrics of all optimizer steps, iteration after iteration, and the step with which each of these begins."""
     lines: list[dict[str, float]] = []
     marks: list[tuple[float, str]] = []
     for iteration, curve in sorted(story.curves.items()):
         marks.append((len(lines) + 1, f"iteration {iteration}"))
         lines += curve
+    return lines, marks
+
+
+def training(story: Story) -> list[Figure]:
+    """Metrics of all optimizer steps, iteration after iteration."""
+    lines, marks = steps_of(story)
     marks = [marks[i] for i in spread(len(marks), MOST_MARKS)]
     shown = spread(len(lines), MOST_STEPS)
     steps = [i + 1 for i in shown]
@@ -175,15 +204,15 @@ def distributions(story: Story) -> list[Figure]:
 
 def lengths(story: Story) -> list[Figure]:
     """Lengths of the held-out answers, their fluency, and how many are finished, distinct and repetitive."""
-    tokens = [_metric_curve(story, "mean_tokens", "mean")]
+    tokens = [metric_curve(story, "mean_tokens", "mean")]
     for fraction, label in ((0.5, "median"), (0.9, "longest tenth")):
         values = [_quantile([row["num_tokens"] for row in rows], fraction) for rows in story.heldout]
         tokens.append(Series(label, iterations_of(story), values))
-    fluency = [_metric_curve(story, "start_logp", "log-prob")]
+    fluency = [metric_curve(story, "start_logp", "log-prob")]
     rates = [
-        _metric_curve(story, "finished_rate", "ended by itself"),
-        _metric_curve(story, "distinct_rate", "distinct answers"),
-        _metric_curve(story, "repetition", "repetition"),
+        metric_curve(story, "finished_rate", "ended by itself"),
+        metric_curve(story, "distinct_rate", "distinct answers"),
+        metric_curve(story, "repetition", "repetition"),
     ]
     rates = [curve for curve in rates if any(value is not None for value in curve.y)]
     token_draw = partial(figures.lines, "tokens per answer", tokens, "iteration", "tokens")
@@ -202,7 +231,7 @@ def _quantile(values: Sequence[float], fraction: float) -> float | None:
     return float(sorted(values)[min(int(fraction * len(values)), len(values) - 1)])
 
 
-def _metric_curve(story: Story, metric: str, label: str) -> Series:
+def metric_curve(story: Story, metric: str, label: str) -> Series:
     """A held-out metric over the iterations, with its interval where it has one."""
     rows = []
     for report in story.reports:

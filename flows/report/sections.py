@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data_contracts.rows import HeldoutRow, ReportRow
+from data_contracts.rows import ReportRow
 from flows.report import plots
+from flows.report.answers import PromptAnswers, answers_of
 from flows.report.figures import Figure
-from flows.report.story import ShownPrompt, Story
+from flows.report.story import Story
 from flows.report.tables import Table, table_of
 from flows.report.token_cards import TokenWeights, token_weights
-from flows.tournament import spread
 from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import paired_bootstrap
 
-LONGEST_TEXT = 1500
-"""Characters that are shown of a prompt or an answer."""
-SHOWN_ITERATIONS = 6
-"""Iterations whose answers are shown."""
+GIVEN = (
+    "How likely the policy makes the texts that the held-out prompts bring, against the start model: what a method on "
+    "given texts has learnt, whatever the scores of sampled answers say."
+)
 MOST_SOURCES = 30
 """Sources that have a row."""
 
@@ -32,25 +32,6 @@ class Tile(NamedTuple):
     label: str
     value: str
     note: str = ""
-
-
-class Answer(NamedTuple):
-    """An iteration's answer to a prompt."""
-
-    iteration: int
-    score: str
-    tokens: int
-    text: str
-
-
-class PromptAnswers(NamedTuple):
-    """The answers of several iterations to one prompt."""
-
-    name: str
-    reason: str
-    """Why this prompt is shown; "" for one of the evenly spaced ones."""
-    prompt: str
-    answers: list[Answer]
 
 
 class Section(NamedTuple):
@@ -114,6 +95,7 @@ def sections_of(story: Story) -> list[Section]:
     sections = [
         Section("score", "Did it get better?", figures=plots.progress(story)),
         Section("distributions", "Before and after", figures=plots.distributions(story)),
+        Section("given", "Held-out pairs and responses", note=GIVEN, figures=plots.given_texts(story)),
         _gate(story),
         _checkpoints(story),
         _benchmarks(story),
@@ -123,7 +105,7 @@ def sections_of(story: Story) -> list[Section]:
         Section("prompts", "The data", text="\n".join(story.data)),
         Section("data", "What trained, and what was dropped", table=_trained(story), figures=plots.dropped(story)),
         _sources(story),
-        Section("responses", "The same prompts, iteration by iteration", answers=_answers(story)),
+        Section("responses", "The same prompts, iteration by iteration", answers=answers_of(story)),
         Section("times", "Where the time went", figures=plots.times(story)),
         Section("table", "All numbers", table=table_of(story.rows)),
         Section("settings", "Settings", settings=story.settings),
@@ -163,7 +145,7 @@ def _sources(story: Story) -> Section:
             start, end = ({name: scores[name] for name in ids} for scores in (before, after))
             gain = paired_bootstrap(start, end)
             row["start"], row["last"] = (f"{sum(scores.values()) / len(ids):.3f}" for scores in (start, end))
-            row["gain, 95 %"] = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            row["gain, 95 %"] = f"{gain.mean:+.3f} {gain.ends()}"
         rows.append(row)
     note = "By what the data says of each prompt's source; a source with few prompts has a wide interval."
     return Section("sources", "By source", note=note, table=table_of(rows))
@@ -221,49 +203,3 @@ def _weights(story: Story) -> Section:
         last = max(story.weights)
         tokens = token_weights(last, story.weights[last].examples)
     return Section("weights", "Token weights", figures=plots.weights(story), token_weights=tokens)
-
-
-def _answers(story: Story) -> list[PromptAnswers]:
-    """The answers of at most SHOWN_ITERATIONS iterations to a few prompts that all of them answered."""
-    by_prompt = [_first_answers(rows) for rows in story.heldout]
-    names = [name for name in by_prompt[0] if all(name in answers for answers in by_prompt)]
-    if not names:
-        return []
-    prompts = []
-    for name, reason in _telling_prompts(names, by_prompt):
-        answers = []
-        for i in spread(len(story.heldout), SHOWN_ITERATIONS):
-            row = by_prompt[i][name]
-            score = "unscored" if row["score"] is None else f"{row['score']:.2f}"
-            text = row["completion"].strip()
-            if len(text) > LONGEST_TEXT:
-                text = text[:LONGEST_TEXT] + " \N{HORIZONTAL ELLIPSIS}"
-            answers.append(Answer(story.rows[i]["iteration"], score, row["num_tokens"], text))
-        shown = story.prompts.get(name, ShownPrompt(name, ""))
-        prompts.append(PromptAnswers(shown.name, reason, shown.text[:LONGEST_TEXT], answers))
-    return prompts
-
-
-def _first_answers(rows: Sequence[HeldoutRow]) -> dict[str, HeldoutRow]:
-    """prompt_id -> row of the first answer to it."""
-    answers: dict[str, HeldoutRow] = {}
-    for row in rows:
-        answers.setdefault(row["prompt_id"], row)
-    return answers
-
-
-def _telling_prompts(
-    names: Sequence[str], by_prompt: Sequence[dict[str, HeldoutRow]], count: int = 6
-) -> list[tuple[str, str]]:
-    """(prompt_id, reason) of evenly spaced prompts, then of those whose score rose and fell most."""
-    picked = [(names[i], "") for i in spread(len(names), count)]
-    spaced = {name for name, _ in picked}
-    change = {}
-    for name in names:
-        first, last = by_prompt[0][name]["score"], by_prompt[-1][name]["score"]
-        if first is not None and last is not None and name not in spaced:
-            change[name] = last - first
-    order = sorted(change, key=lambda name: (change[name], name))
-    picked += [(name, "rose most") for name in reversed(order[-2:]) if change[name] > 0]
-    picked += [(name, "fell most") for name in order[:2] if change[name] < 0]
-    return picked

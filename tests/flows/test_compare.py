@@ -1,6 +1,7 @@
 """Comparisons: what does not depend on a variant is built once; what may not differ is refused; the numbers are the records'."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ from flows.comparison import (
     sharing,
     table,
     text,
-    write_report,
 )
+from flows.comparison_page import write_report
 from flows.forecast.rehearsal import Step
 from tasks.place import Place, Purpose
 
@@ -114,7 +115,14 @@ def test_the_report_is_one_page_without_network(six):
     comparison, store = six
     page = write_report(comparison, outcomes(comparison, store), store)
     html = page.read_text()
-    assert html.count("<svg") == 2 and "http" not in html.replace("http-equiv", "") and "<script" not in html
+    assert "http" not in html.replace("http-equiv", "") and "<script" not in html
+    assert {"gain", "duration", "score", "difference", "loss"} <= set(re.findall(r'id="fig-([^"]+)"', html))
+    titles = ["The variants, their seeds pooled", "What they cost", "Did they get better?", "In numbers",
+              "What differs in the settings", "Training", "The same prompts, run by run"]  # fmt: skip
+    assert re.findall("<h2>(.*?)</h2>", html) == titles
+    assert re.findall('<li><a href="(.*?)">', html) == [f"../six-{name}-s0/report.html" for name in METHODS]
+    assert "<td>method.name</td>" + "".join(f"<td>{name}</td>" for name in METHODS) in html
+    assert all(f"<h4>{name}, iteration 1 <b>" in html for name in METHODS)
     body = json.loads(page.with_suffix(".json").read_text())
     assert len(body["variants"]) == 6 and body["sharing"]["shared"] >= 4
     assert page.with_suffix(".md").read_text() == text(comparison, outcomes(comparison, store))

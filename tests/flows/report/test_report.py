@@ -29,6 +29,8 @@ from flows.hands import read_report
 from flows.report.about import loading_lines
 from flows.report.figures import Series, histograms, lines
 from flows.report.history import History
+from flows.report.overlay import LaidRun, overlay
+from flows.report.page import render_comparison
 from flows.report.prefect_pages import PrefectPages
 from flows.report.story import TokenPieces, shown_prompts
 from flows.report.token_cards import middle_of, token_weights
@@ -439,6 +441,30 @@ def test_token_pieces_give_the_text_back(tiny_model):
     pieces = token_pieces(tokenizer, ids, [float(i) for i in range(len(ids))])
     assert "".join(piece for piece, _ in pieces) == text
     assert len(pieces) < len(ids)  # characters of several byte tokens are one piece
+
+
+def test_runs_lie_over_each_other_with_what_differs_in_their_settings(history_of, make_run):
+    history = history_of()
+    story = history.story()
+    worse = [[row | {"score": row["score"] and row["score"] - 0.25} for row in rows] for rows in story.heldout]
+    settings = {"method": {"name": "dpo"}, "training": {"learning_rate": 0.5}, "seed": 7}
+    runs = [
+        LaidRun("paper", story, history.config, "../paper/report.html"),
+        LaidRun(
+            "<i>dpo</i>", story._replace(heldout=worse), load_run(make_run("dpo", **settings)), "../dpo/report.html"
+        ),
+    ]
+    page = render_comparison("paper and dpo", runs, overlay(runs))
+    drawn = {"score", "difference", "tokens", "fluency", "loss", "rewards-margins", "rewards-accuracies", "grad-norm"}
+    assert set(re.findall(r'id="fig-([^"]+)"', page)) == drawn | {"learning-rate"}
+    assert re.findall('<li><a href="(.*?)">', page) == ["../paper/report.html", "../dpo/report.html"]
+    rows = re.findall("<tr><td>([a-z_.]+)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    assert ("method.name", "sppo", "dpo") in rows and ("seed", "0", "7") in rows
+    assert ("training.learning_rate", "0.001", "0.5") in rows and ("method.eta", "20.0", "") in rows
+    assert "sampling.num_candidates" not in {name for name, *_ in rows}
+    assert "<td>-0.250 [-0.250, -0.250]</td>" in page  # paired by prompt: a constant has no spread
+    assert "<h4>paper, iteration 2 <b>" in page and "<h4>&lt;i&gt;dpo&lt;/i&gt;, iteration 2 <b>" in page
+    assert "<i>dpo" not in page and "<script" not in page and "&lt;script&gt;" in page
 
 
 PROBE = """<script>addEventListener('load',()=>{const f=[...document.querySelectorAll('[id^=fig-]')];
