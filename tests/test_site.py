@@ -54,7 +54,9 @@ def test_the_page_of_methods_names_all_of_them_under_one_title(site_pages):
 def test_the_site_is_built_without_a_warning_and_asks_no_network(tmp_path):
     pytest.importorskip("material", reason="no mkdocs-material here: `make venv` brings it")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
-    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"NO_MKDOCS_2_WARNING": "1"}
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9") | {
+        "NO_MKDOCS_2_WARNING": "1"
+    }
     done = subprocess.run(command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for page in pages_in(SETTINGS["nav"]):

@@ -13,7 +13,7 @@ from data_contracts.lease import LockOwner
 from data_contracts.redaction import redact
 from data_contracts.set_aside import SET_ASIDE, list_set_aside
 from data_contracts.store import Store
-from data_contracts.words import format_bytes
+from data_contracts.words import format_bytes, plural
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
 from flows.preflight import gather
@@ -32,7 +32,7 @@ def status(config: RunConfig, store: Store) -> str:
     """A line per artifact of the run, and what is left."""
     rehearsal = rehearse(config, store)
     locked = store.lock_names()
-    lines = [f"run {config.name}: {config.method.name}, {config.iterations} iteration(s), store {store.root}"]
+    lines = [f"run {config.name}: {config.method.name}, {plural(config.iterations, 'iteration')}, store {store.root}"]
     for step in rehearsal.steps:
         lines.append(f"  {step.place.step}  {step.name:20} {step.key or '':16}  {_state(step, store, locked)}")
     built = sum(step.record is not None for step in rehearsal.steps)
@@ -93,9 +93,8 @@ def report_again(config: RunConfig, store: Store) -> Path:
 
     Raises: ConfigError if no iteration is complete, or if nothing can be written there.
     """
-    history = history_of(config, store)
     with _write_errors_explained(config.name, store):
-        return history.write_report()
+        return history_of(config, store).write_report()
 
 
 def history_of(config: RunConfig, store: Store) -> History:

@@ -22,10 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-import httpx
 from pydantic import Field, field_validator
 
 from data_contracts.config import Runtime
@@ -33,8 +32,14 @@ from data_contracts.errors import ConfigError, PipelineError, TransientError
 from data_contracts.files import write_atomic
 from data_contracts.identity import canonical_json, digest_text
 from data_contracts.redaction import redact
+from stages.models.lazy import LazyModule
 from stages.running.loopback import LOOPBACK
 from stages.scoring.served import Served
+
+if TYPE_CHECKING:
+    import httpx
+else:
+    httpx = LazyModule("httpx")
 
 VERSION = "1"
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)

@@ -13,6 +13,7 @@ from data_contracts.config import Runtime
 from data_contracts.redaction import without_secrets
 from stages.stage import STAGES, check_variables
 from tasks.execution.engines import profiles
+from tasks.execution.gpus import gpu_uuids
 
 
 def _known_profile(name: str) -> str:
@@ -39,7 +40,8 @@ class ExecutionConfig(Runtime):
     gpus: dict[str, int] = Field(default_factory=dict)
     """GPUs of one worker by stage.
 
-    Not named: sample has its tensor_parallel_size, train its num_processes, others 1; none where nodes have none.
+    Not named: sample has its tensor_parallel_size, train its num_processes, others 1; none where nodes have none, or
+    this machine under the profile local.
     """
     nodes: int = Field(1, ge=1)
     """Machines there are: what `plan` reckons with."""
@@ -90,7 +92,8 @@ class ExecutionConfig(Runtime):
         """GPUs of one worker of a stage, by what its own settings say they need."""
         if stage in self.gpus:
             return self.gpus[stage]
-        if self.gpus_per_node == 0 or getattr(settings.runtime, "device", "auto") == "cpu":
+        on_cpu = self.gpus_per_node == 0 or getattr(settings.runtime, "device", "auto") == "cpu"
+        if on_cpu or (self.profile == "local" and self.gpus_per_node is None and not gpu_uuids()):
             return 0
         if stage == "train":
             return settings.runtime.num_processes

@@ -84,7 +84,12 @@ def play(case, store):
     history = History()
     loop = SelfPlay(config, checked, start, models, HandsInProcess(), history)
     final = loop.play(Place(str(store.root), config.name))
-    return {"final": final.path, "iterations": history.iterations, "tournament": history.tournament}
+    return {
+        "final": final.path,
+        "iterations": history.iterations,
+        "tournament": history.tournament,
+        "unanswered": str(loop.unanswered),
+    }
 
 
 def check_here(python, request):

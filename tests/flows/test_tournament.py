@@ -5,6 +5,7 @@ train the very same weights. Its judge is the length of an answer, the other run
 """
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,16 @@ def test_a_run_ends_well_whose_tournament_has_no_judge(played):
     found = played["plain"]["tournament"]
     assert found["rates"] == [[0.5, None], [None, 0.5]]
     assert found["failed"] == found["prompts"] == 8
+    assert "127.0.0.1:9" in played["plain"]["unanswered"] and played["kept"]["unanswered"] == "None"
+
+
+def test_a_run_whose_tournament_has_no_judge_ends_with_75_after_its_report(undisturbed, tools, tmp_path):
+    store = shutil.copytree(undisturbed.store, tmp_path / "store", symlinks=True)
+    (store / "runs" / "tiny" / "report.md").unlink()
+    judge = "{name: llm_judge, model: m, mode: pairwise, runtime: {base_url: 'http://127.0.0.1:9/v1', retries: 0}}"
+    ended = tools.play(undisturbed.config, store, f"tournament={{scorer: {judge}}}")
+    assert ended.code == 75 and "127.0.0.1:9" in ended.out, ended.out
+    assert (store / "runs" / "tiny" / "report.md").is_file()
 
 
 def test_settings_of_the_tournament_change_no_key_and_its_baselines_are_checked(make_run, store):

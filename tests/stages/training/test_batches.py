@@ -4,6 +4,7 @@ Strategy: properties over many sizes; the layout of one small batch by hand.
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ContractError
 from stages.methods import METHODS
-from stages.training.batches import METRICS, collate_rows, column, micro_batches, plan_steps, row_length
+from stages.training.batches import (
+    MARGIN_AT_STEP_1,
+    METRICS,
+    collate_rows,
+    column,
+    micro_batches,
+    plan_steps,
+    row_length,
+)
 from stages.training.config import TrainingConfig
-from stages.training.stage import check_rows, check_rows_trained, key_additions
+from stages.training.stage import check_rows, check_rows_trained, key_additions, warn_of_first_margin
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 3), st.integers(0, 5))
@@ -238,3 +248,18 @@ def test_a_response_that_the_method_would_not_read_is_an_error(method):
         check_rows([whole, other], config)
     if len(sides) == 1:  # the contrastive models of TIS-DPO (S)
         check_rows([whole, other], config, may_leave_a_side=True)
+
+
+def test_a_margin_before_the_first_update_is_said_where_policy_and_reference_are_one_model(store, make_artifact):
+    model = ArtifactRef(kind="checkpoint", key="external", path="/m", content="one")
+    pairs = make_artifact(store, "weighted_pairs", [])
+    record = store.load("weighted_pairs", pairs.key)
+    store.sign(record.model_copy(update={"inputs": {"reference": model}}))
+    for margin, policy, is_said in ((0.4, model, True), (0.05, model, False), (0.4, pairs, False)):
+        lines: list[str] = []
+        job = SimpleNamespace(
+            config=TrainingConfig(), store_root=store.root, inputs={"pairs": pairs, "policy": policy}, facts={}, log=lines.append
+        )  # fmt: skip
+        warn_of_first_margin(job, {MARGIN_AT_STEP_1: margin})
+        assert bool(lines) is is_said and ("first_margin" in job.facts) is is_said
+    assert TrainingConfig().runtime.max_first_margin < 0.4

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+
+from data_contracts.errors import ContractError
 from data_contracts.rows import ScoredPairRow
-from data_contracts.shards import to_table
+from data_contracts.shards import shard_path, to_table, write_shard
 from stages.weighting.rows import TeacherIds, TokenNumbers, is_identical, responses_of, swapped, weighted_pair
+from stages.weighting.stage import _summary
 
 
 def scored(**changes) -> ScoredPairRow:
@@ -77,3 +82,15 @@ def test_a_pair_is_identical_only_with_equal_tokens_and_equal_weights():
     assert is_identical(weighted_pair(pair, numbers(1, 2), numbers(1, 2), None))
     assert not is_identical(weighted_pair(pair, numbers(1, 2), numbers(1, 3), None))
     assert not is_identical(weighted_pair(scored(), numbers(1, 2), numbers(1), None))
+
+
+def test_a_pair_that_is_neither_weighted_nor_dropped_is_an_error(tmp_path):
+    sources = SimpleNamespace(cache_counts=dict)
+    rows = [weighted_pair(scored(pair_id=f"p{i}/1-2"), numbers(1, 1), numbers(1), None) for i in "01"]
+    write_shard(shard_path(tmp_path, 0), to_table(rows, "weighted_pairs"))
+    dropped = [{"prompt_id": "p2", "reason": "chosen and rejected are the same"}]
+    write_shard(shard_path(tmp_path, 0, "dropped"), to_table(dropped, "dropped"))
+    metrics = _summary(tmp_path, sources, 3)
+    assert (metrics["rows_in"], metrics["pairs"], metrics["dropped"]) == (3, 2, 1)
+    with pytest.raises(ContractError, match="of 4 scored pairs 2 were weighted and 1 dropped: the others are lost"):
+        _summary(tmp_path, sources, 4)
