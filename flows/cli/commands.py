@@ -33,6 +33,23 @@ RUN_NAME = Annotated[str, typer.Argument(metavar="RUN", help="name of a run in t
 KEY = Annotated[str, typer.Argument(help="a key, the start of one, or kind/key")]
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from flows.cli.version import version
+
+        print(version())
+        raise typer.Exit
+
+
+@app.callback()
+def selfplay(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="version and commit")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def run(config: RUN_FILE, set: SET = None, store: STORE = None) -> None:
     """One self-play run, here and now.
@@ -130,6 +147,60 @@ def report(
         return
     for config in configs:
         print(report_again(config, Store(store)))
+
+
+@app.command()
+def chat(
+    name: RUN_NAME,
+    iteration: Annotated[int | None, typer.Option(min=1, help="whose model; default: the last one's")] = None,
+    store: STORE = None,
+) -> None:
+    """Talk to a trained model, the start model's answers beside its own.
+
+    Asked as the run asks for held-out answers. Prompts are typed, or come from a pipe, one per line.
+    """
+    import stages.__main__  # noqa: F401 - sets the environment of a stage, before torch is imported
+    from data_contracts.store import Store
+    from flows.cli.chat import chat as talk
+    from flows.config import load_run
+
+    talk(load_run(_settings_of(name, store)), Store(store), iteration, sys.stdin)
+
+
+@app.command()
+def export(
+    name: RUN_NAME,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="a new directory")] = None,
+    hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="a new repository of the Hugging Face hub")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="nobody else sees the repository")] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="the run's pairs and generations, in place of the model")
+    ] = False,
+    iteration: Annotated[int | None, typer.Option(min=1, help="whose model; default: what the run hands out")] = None,
+    policy_license: Annotated[
+        str | None, typer.Option(metavar="ID", help="licence of the start model, e.g. apache-2.0")
+    ] = None,
+    data_license: Annotated[str | None, typer.Option(metavar="ID", help="licence of the prompts")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="where others get the start model; default: its hub_id")
+    ] = None,
+    store: STORE = None,
+) -> None:
+    """Take the trained model out of the store, or the rows it was trained on.
+
+    Weights, tokenizer, generation settings and a card with method, data, gains, cost and how to repeat it. Nothing is
+    ever overwritten.
+    """
+    from data_contracts.store import Store
+    from flows.cli.export import Licences, Options
+    from flows.cli.export import export as export_run
+    from flows.config import load_run
+
+    options = Options(to, hub, private, data, iteration, Licences(policy_license, data_license), base)
+    for line in export_run(load_run(_settings_of(name, store)), Store(store), options):
+        print(line)
 
 
 @app.command()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
+import shlex
+from collections.abc import Sequence
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from data_contracts.errors import ConfigError
 from data_contracts.ledger import Ledger
@@ -18,6 +16,17 @@ from flows.config import RunConfig, load_run
 from flows.preflight import preflight
 
 # Prefect reads its settings when it is imported. So the flows are imported below, after the server's address is known.
+
+WIDTH = 80
+"""Columns of a terminal that a table fits into, whatever the terminal: logs are read anywhere."""
+GAP = "  "
+ITERATION = "iteration"
+TITLES = {
+    "heldout_score": "score",
+    "mean_tokens": "tokens",
+    "start_logp": "start logp",
+}
+"""Column of a run's rows -> its title, where that is another."""
 
 
 def play(config: str, overrides: dict[str, Any], root: str | None) -> None:
@@ -33,10 +42,10 @@ def play(config: str, overrides: dict[str, Any], root: str | None) -> None:
         print(f"watch it at {url.removesuffix('/api')}", flush=True)
         with server_errors_explained(url):
             history = self_play(config=config, overrides=overrides, store=str(store.root))
-    _print_rows(settings.name, history["rows"])
+    print("\n\n".join(tables_of(settings.name, history["rows"])) + "\n")
     print(history["headline"])
-    print(f"report: {history['report']} (and .html beside it, with curves)")
-    print(f"what it cost: selfplay ledger {settings.name}")
+    for line in last_lines(settings.name, history, root):
+        print(line)
     Ledger(store, settings.name, history["session"]).end()
 
 
@@ -67,14 +76,71 @@ def refuse_missing_server(settings: RunConfig) -> None:
         )
 
 
-def _print_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print one row per iteration, in the columns of the last."""
-    table = Table(title=f"self-play run {name}")
-    for column in rows[-1]:
-        table.add_column(column, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in rows[-1]))
-    width = None
-    if not sys.stdout.isatty():
-        width = 200
-    Console(width=width).print(table)
+def last_lines(name: str, history: dict[str, Any], root: str | None) -> list[str]:
+    """Where the report and the trained model are, and the commands to go on with. `root`: of the store, if named."""
+    store = f" --store {shlex.quote(root)}" if root else ""
+    return [
+        f"report: {history['report']} (and .html beside it, with curves)",
+        f"what it cost: selfplay ledger {name}{store}",
+        f"trained model: {history['final']}",
+        f"take it out:   selfplay export {name} --to DIR{store}",
+        f"talk to it:    selfplay chat {name}{store}",
+    ]
+
+
+def tables_of(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One row per iteration: what was measured, then the seconds of each stage.
+
+    Columns that do not fit into WIDTH go into a further table, with the iteration again.
+    """
+    columns = _columns_of(rows)
+    seconds = {title: cells for title, cells in columns.items() if title.endswith(" s")}
+    measured = {title: cells for title, cells in columns.items() if title not in seconds and title != ITERATION}
+    blocks = _blocks(measured, columns[ITERATION]) + _blocks(seconds, columns[ITERATION])
+    tables = ["\n".join(_lines({ITERATION: columns[ITERATION]} | block)) for block in blocks]
+    return [f"self-play run {name}\n{tables[0]}", *tables[1:]]
+
+
+def _columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Title -> cells, of the columns that the last row has; the ends of an interval stand in one column."""
+    columns: dict[str, list[str]] = {}
+    for name in rows[-1]:
+        if name == "low":
+            columns["95 %"] = [_interval(row) for row in rows]
+        elif name != "high":
+            cells = ["unscored" if row.get(name, "") is None else str(row.get(name, "")) for row in rows]
+            columns[TITLES.get(name, name)] = cells
+    return columns
+
+
+def _interval(row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        return ""
+    return f"[{row['low']}, {row['high']}]"
+
+
+def _blocks(columns: dict[str, list[str]], first: list[str]) -> list[dict[str, list[str]]]:
+    """Split columns into tables that fit into WIDTH beside the `first` one."""
+    blocks: list[dict[str, list[str]]] = []
+    left = 0
+    for title, cells in columns.items():
+        width = _width(title, cells) + len(GAP)
+        if not blocks or width > left:
+            blocks.append({})
+            left = WIDTH - _width(ITERATION, first)
+        blocks[-1][title] = cells
+        left -= width
+    return blocks
+
+
+def _width(title: str, cells: Sequence[str]) -> int:
+    return max(map(len, [title, *cells]))
+
+
+def _lines(columns: dict[str, list[str]]) -> list[str]:
+    """The lines of a table, cells to the right."""
+    widths = {title: _width(title, cells) for title, cells in columns.items()}
+    head = GAP.join(title.rjust(width) for title, width in widths.items())
+    rule = GAP.join("-" * width for width in widths.values())
+    rows = zip(*columns.values(), strict=True)
+    return [head, rule, *(GAP.join(map(str.rjust, row, widths.values())) for row in rows)]

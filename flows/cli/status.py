@@ -14,11 +14,9 @@ from data_contracts.redaction import redact
 from data_contracts.set_aside import SET_ASIDE, list_set_aside
 from data_contracts.store import Store
 from data_contracts.words import format_bytes, plural
+from flows.cli.finished import read_run
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
-from flows.preflight import gather
-from flows.report.channels import Nowhere
-from flows.report.history import History
 from flows.report.overlay import LaidRun, overlay
 from flows.report.page import render_comparison
 from stages.running.history import events
@@ -94,21 +92,7 @@ def report_again(config: RunConfig, store: Store) -> Path:
     Raises: ConfigError if no iteration is complete, or if nothing can be written there.
     """
     with _write_errors_explained(config.name, store):
-        return history_of(config, store).write_report()
-
-
-def history_of(config: RunConfig, store: Store) -> History:
-    """Return what the complete iterations of a run have made. Raises: ConfigError if there is none."""
-    history = History(config, store, Nowhere(), Nowhere())
-    checked = gather(config, store)
-    history.data = checked.data.lines() if checked.data else ()
-    rehearse(config, store, checked, history)
-    if not history.rows:
-        raise ConfigError(
-            f"run {config.name}: no iteration is complete in {store.root}, not even the start model's; "
-            "see `selfplay status`"
-        )
-    return history
+        return read_run(config, store).history.write_report()
 
 
 def report_over_each_other(configs: Sequence[RunConfig], store: Store) -> Path:
@@ -119,7 +103,7 @@ def report_over_each_other(configs: Sequence[RunConfig], store: Store) -> Path:
     names = [config.name for config in configs]
     if len(set(names)) < max(2, len(names)):
         raise ConfigError(f"--compare lays different runs over each other, got {', '.join(names)}: name two or more")
-    histories = [history_of(config, store) for config in configs]
+    histories = [read_run(config, store).history for config in configs]
     runs = []
     for config, history in zip(configs, histories, strict=True):
         runs.append(LaidRun(config.name, history.story(), config, f"../{config.name}/report.html"))

@@ -26,7 +26,7 @@ from stages.evaluation.promotion import Measurement
 from stages.stage import STAGES
 from tasks.build import Built
 from tasks.data.prompt_set import PromptSet
-from tasks.place import Place
+from tasks.place import Place, Purpose
 from tasks.prompts import prompts_key
 
 UNKNOWN = "not built yet"
@@ -61,6 +61,16 @@ class Rehearsal(NamedTuple):
     """Prompts that a prompts artifact holds, by its key, where they are known already."""
     start: ArtifactRef
     models: dict[str, ArtifactRef]
+    final: ArtifactRef
+    """The policy that the run hands out; its content is UNKNOWN while that is not built."""
+
+    def policies(self) -> dict[int, ArtifactRef]:
+        """Iteration -> its policy, of the iterations that are measured; 0 is the start model."""
+        return {
+            step.iteration: step.inputs["policy"]
+            for step in self.steps
+            if step.stage == "evaluate" and step.place.purpose == Purpose.HELDOUT and step.record is not None
+        }
 
 
 def rehearse(
@@ -74,8 +84,9 @@ def rehearse(
     looking = LookingHands(store)
     until_unbuilt = UntilUnbuilt(listener)
     place = Place(str(store.root), config.name, execution=config.execution)
-    SelfPlay(config, checked or gather(config, store), start, models, looking, until_unbuilt).play(place)
-    return Rehearsal(config, looking.steps, looking.num_prompts, start, models)
+    loop = SelfPlay(config, checked or gather(config, store), start, models, looking, until_unbuilt)
+    final = loop.play(place)
+    return Rehearsal(config, looking.steps, looking.num_prompts, start, models, final)
 
 
 class LookingHands:

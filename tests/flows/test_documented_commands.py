@@ -102,6 +102,8 @@ NOT_RUN = {
     r"selfplay estimate RUN.yaml": "a synopsis",
     r"pip install \.": "an index, or an environment to change; tests/test_installed.py installs the wheel into one of its own",
     r"selfplay replay-batch ": "needs a training that went wrong; tests/stages/training/test_replay.py has one",
+    r"selfplay chat ": "waits for prompts; tests/flows/cli/test_chat.py types some",
+    r"selfplay export .*--hub ": "needs an account of the hub; tests/flows/cli/test_export.py pushes to a stand-in",
     r"python -m benchmarks\.": "minutes, and models; tests/test_benchmarks.py runs each with --smoke",
     r"python -m pytest -m gpu": "needs a GPU",
     r"prefect deployment run self-play/sppo ": "needs a GPU; the deployment must exist",
