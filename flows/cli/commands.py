@@ -1,5 +1,6 @@
 """selfplay: the command line. Every command imports what it needs when it runs, so that --help answers at once.
 
+The file is long (over 350 lines) because it is one function per command, which says its options and hands over.
 Exit codes: 0 done, 2 the request is wrong and nothing was written, 130 interrupted, else see data_contracts/errors.py.
 """
 

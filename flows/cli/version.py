@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import tomllib
 from importlib import metadata
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from data_contracts.installation import ROOT
+
 PROJECT = ROOT / "pyproject.toml"
 """There in a checkout, which need not be installed."""
 DISTRIBUTION = "selfplay-pipeline"

@@ -17,6 +17,7 @@ import yaml
 
 from data_contracts.checkpoint import ModelRef
 from data_contracts.config import Config
+from data_contracts.installation import BROUGHT, ROOT
 from data_contracts.redaction import redact
 from data_contracts.rows import ReportRow
 from flows.config import PATHS, RunConfig
@@ -312,5 +313,14 @@ def _shared(value: Any, key: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [_shared(item, key) for item in value]
     if isinstance(value, str) and (key in PATHS or Path(value).is_absolute()):
-        return Path(value).name
+        return _shared_path(value)
     return value
+
+
+def _shared_path(path: str) -> str:
+    """The path of a file that the pipeline brings, as every installation has it; of all others the last part."""
+    if path.startswith(BROUGHT):
+        return path
+    if Path(path).is_relative_to(ROOT / BROUGHT):
+        return Path(path).relative_to(ROOT).as_posix()
+    return Path(path).name
