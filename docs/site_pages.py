@@ -40,7 +40,7 @@ def about(path: Path) -> str:
 
 def presets_page() -> str:
     """Return the table of all run configs and comparisons, the tiny ones in one line."""
-    rows = [(path, about(path)) for path in sorted([*RUNS.glob("*.yaml"), *RUNS.glob("compare/*.yaml")])]
+    rows = [(path, about(path)) for path in [*sorted(RUNS.glob("*.yaml")), *sorted(RUNS.glob("compare/*.yaml"))]]
     table = [f"| `{path.relative_to(ROOT)}` | {text} |" for path, text in rows]
     tiny = [path.stem for path in sorted((RUNS / "tiny").glob("*.yaml")) if "extends" in path.read_text()]
     twins = ", ".join(f"`{name}`" for name in tiny)
