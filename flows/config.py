@@ -368,6 +368,10 @@ class RunConfig(Config):
         """How conversations become tokens: the sampler's settings are everybody's."""
         return {name: getattr(self.sampling, name) for name in TurnConfig.model_fields}
 
+    def evaluation_of_policies(self) -> EvaluationConfig:
+        """How the run's policies are measured: given texts of held-out prompts are tokenised as the sampler would."""
+        return self.evaluation.model_copy(update=self.turn_settings())
+
     def weighting_for_pairs(self) -> WeightingConfig:
         """What the weigh stage must supply, from what the method declares."""
         needs = self.spec.needs(self.method)

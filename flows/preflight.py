@@ -79,7 +79,7 @@ def _preflight(settings: str, store_root: Path) -> Checked:
             f"evaluation.best_of needs {max(run.evaluation.best_of)} held-out answers per prompt, "
             f"heldout_sampling.num_candidates is {answers}"
         )
-    evaluation = _with_digests(run.evaluation)
+    evaluation = _with_digests(run.evaluation_of_policies())
     model = locate(run.policy, run.sampling.template == "chat")
     _check_models(run, model)
     check_adapter(run, model)
@@ -101,7 +101,7 @@ def gather(run: RunConfig, store: Store) -> Checked:
     memory = Memory(store.root)
     prepared = prepare(run.prompts, run.seed, run.reads)
     prepared = _fitted(run, prepared, locate(run.policy, run.sampling.template == "chat"), memory)
-    return _checked(prepared, _with_digests(run.evaluation))
+    return _checked(prepared, _with_digests(run.evaluation_of_policies()))
 
 
 def _checked(prepared: Prepared, evaluation: EvaluationConfig) -> Checked:

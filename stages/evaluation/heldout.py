@@ -19,6 +19,7 @@ from data_contracts.prompts import PromptRow
 from data_contracts.rows import GenerationRow, HeldoutRow, ReportRow
 from data_contracts.shard_rows import RowsByPrompt, ShardRows, prompt_hashes
 from data_contracts.shards import shard_path, to_table, write_shard
+from stages.evaluation.given import given_rows, has_given_texts
 from stages.evaluation.intervals import bootstrap
 from stages.evaluation.rouge import rouge_l
 from stages.evaluation.rows import interval_row, report_row
@@ -69,6 +70,7 @@ def evaluate_heldout(job: Job, device: str) -> list[ReportRow]:
         report_row("heldout", "heldout", "distinct_rate", distinct, heldout.num_rows),
         *means.best_of_rows(),
         *means.rouge_rows(),
+        *(given_rows(job, answers.batches()) if has_given_texts(job.path("prompts")) else ()),
     ]
 
 

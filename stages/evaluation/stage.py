@@ -12,11 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 from pydantic import Field, model_validator
 
 from data_contracts.artifact import ArtifactRef
-from data_contracts.config import Config as BaseConfig
 from data_contracts.errors import ConfigError, TransientError
 from data_contracts.rows import ReportRow
 from data_contracts.shards import read_shards
 from stages.evaluation import sandbox
+from stages.evaluation.given import VERSION as GIVEN_VERSION
+from stages.evaluation.given import has_given_texts
 from stages.evaluation.heldout import evaluate_heldout
 from stages.evaluation.judged import BENCHMARKS, AlpacaEval, ArenaHard, MTBench
 from stages.evaluation.lm_eval import (
@@ -36,6 +37,7 @@ from stages.models.lazy import import_auto_classes
 from stages.models.memory import free_device_memory
 from stages.models.policy import load_causal_lm, pick_device, pin_threads
 from stages.models.tokens import load_tokenizer
+from stages.models.turn_settings import TurnConfig
 from stages.registry import Named
 from stages.scoring import SCORERS
 from stages.scoring.base import compares
@@ -97,8 +99,12 @@ class LMEvalSuite(Prompting):
         return self
 
 
-class EvaluationConfig(BaseConfig):
-    """How a policy is measured, on prompts that never train."""
+class EvaluationConfig(TurnConfig):
+    """How a policy is measured, on prompts that never train.
+
+    How conversations become tokens (`template` to `special_tokens_in_data`) is the sampler's, and set for you from the
+    run's `sampling`: given texts of held-out prompts are tokenised by it (stages/evaluation/given.py).
+    """
 
     NEUTRAL: ClassVar[dict[str, Any]] = {
         "suites": (),
@@ -135,6 +141,10 @@ class EvaluationConfig(BaseConfig):
             )
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """The settings without those of the turns, which count where there are given texts: see `key_additions`."""
+        return {name: value for name, value in super().identity().items() if name not in TurnConfig.model_fields}
+
     def heldout_only(self) -> EvaluationConfig:
         """The same settings without benchmarks: what the checkpoints of one training are compared by."""
         return self.model_copy(
@@ -146,8 +156,13 @@ Config = EvaluationConfig
 
 
 def key_additions(config: EvaluationConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
-    """See `attention_addition`."""
-    return attention_addition(inputs.values())
+    """Before given texts of held-out prompts were measured, an evaluation was the same with them and without; and see
+    `attention_addition`."""
+    additions = attention_addition(inputs.values())
+    if "prompts" in inputs and has_given_texts(inputs["prompts"].path):
+        turns = TurnConfig(**{name: getattr(config, name) for name in TurnConfig.model_fields})
+        additions["given_texts"] = {"version": GIVEN_VERSION, **turns.identity()}
+    return additions
 
 
 def preload(config: EvaluationConfig) -> None:

@@ -43,7 +43,8 @@ HOSTILE = (
     "[here](javascript:document.title='broken') ![i](https://example.com/i.png) pay \u202eeno\u202c | # x `code`"
 )
 FIGURES = (
-    "score gain win-rates scores token-counts benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss grad-norm learning-rate weights-1 weights-2 "
+    "score gain win-rates scores token-counts preference-accuracy preference-margin preference-loss given-logps "
+    "benchmark-0 benchmark-1 benchmark-2 rewards logps margins accuracy loss grad-norm learning-rate weights-1 weights-2 "
     "heat lengths fluency rates dropped seconds"
 )
 
@@ -101,6 +102,12 @@ def evaluation(store: Store, iteration: int, prompts: Built, scored: bool = True
             "finished_rate": 1.0,
             "start_logp": -1.0,
             "distinct_rate": 0.9,
+            "preference_accuracy": 0.5 + 0.1 * iteration,
+            "preference_margin": 0.3 * iteration,
+            "preference_loss": 0.69 - 0.1 * iteration,
+            "chosen_logp": -2.0,
+            "rejected_logp": -2.5,
+            "response_logp": -2.0 + 0.1 * iteration,
         }.items()
     ]
     if scored:
@@ -270,6 +277,13 @@ def test_the_head_says_what_the_run_is_and_how_to_load_its_model(history_of):
     assert facts["checkpoint"] == checkpoint
     assert f"AutoModelForCausalLM.from_pretrained({checkpoint!r})" in page
     assert f"AutoTokenizer.from_pretrained({checkpoint!r})" in (history.directory / "report.md").read_text()
+
+
+def test_what_the_policies_make_of_given_texts_is_in_the_table_and_drawn(history_of):
+    history = history_of()
+    row = history.rows[-1]
+    assert (row["preference_accuracy"], row["preference_margin"], row["response_logp"]) == (0.7, 0.6, -1.8)
+    assert "Held-out pairs and responses" in page_of(history)
 
 
 def test_the_head_of_a_run_that_has_trained_nothing_names_no_model_to_load(history_of):
@@ -455,7 +469,19 @@ def test_runs_lie_over_each_other_with_what_differs_in_their_settings(history_of
         ),
     ]
     page = render_comparison("paper and dpo", runs, overlay(runs))
-    drawn = {"score", "difference", "tokens", "fluency", "loss", "rewards-margins", "rewards-accuracies", "grad-norm"}
+    drawn = {
+        "accuracy",
+        "margin",
+        "response",
+        "score",
+        "difference",
+        "tokens",
+        "fluency",
+        "loss",
+        "rewards-margins",
+        "rewards-accuracies",
+        "grad-norm",
+    }
     assert set(re.findall(r'id="fig-([^"]+)"', page)) == drawn | {"learning-rate"}
     assert re.findall('<li><a href="(.*?)">', page) == ["../paper/report.html", "../dpo/report.html"]
     rows = re.findall("<tr><td>([a-z_.]+)</td><td>(.*?)</td><td>(.*?)</td></tr>", page)
