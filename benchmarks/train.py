@@ -90,13 +90,16 @@ class Update(NamedTuple):
 
     end: Moment
     loss: float
+    margin: float
+    """Mean difference of the implicit rewards, chosen minus rejected."""
 
 
 def result_of(updates: list[Update], work: dict) -> dict:
-    """Seconds from the first update's end to the last one's, the pairs trained in that time, and all losses."""
+    """Seconds from the first update's end to the last one's, the pairs trained in that time, all losses and margins."""
     seconds = updates[-1].end.since(updates[0].end)
     pairs = len(work["pairs"]) - work["batch"]
-    return {**seconds, "pairs": pairs, "losses": [update.loss for update in updates]}
+    curves = {"losses": [update.loss for update in updates], "margins": [update.margin for update in updates]}
+    return {**seconds, "pairs": pairs, **curves}
 
 
 def reference(work: dict) -> dict:
@@ -113,7 +116,7 @@ def reference(work: dict) -> dict:
     logps = score_responses(model, prompts, responses, work["batch_tokens"])
     seconds = now().since(began)
     Path(work["directory"], "logps.json").write_text(json.dumps([values.tolist() for values in logps]))
-    return {**seconds, "pairs": len(rows), "losses": []}
+    return {**seconds, "pairs": len(rows), "losses": [], "margins": []}
 
 
 def ours(work: dict) -> dict:
@@ -151,7 +154,7 @@ def ours(work: dict) -> dict:
     Engine.export = lambda self, directory: None  # TRL does not save either
 
     def report(done: int, total: int, metrics: dict[str, float]) -> None:
-        updates.append(Update(now(), metrics["loss"]))
+        updates.append(Update(now(), metrics["loss"], metrics["rewards/margins"]))
 
     table = ShardRows([directory / "pairs"], "weighted_pairs")
     train(config, table, work["model"], None, None, out, work["device"], report)
@@ -208,8 +211,8 @@ def trl(work: dict, precompute: bool) -> dict:
     )  # fmt: skip
     started = time.perf_counter()
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    updates = [Update(end, loss) for end, loss in zip(ends, losses, strict=True)]
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    updates = [Update(end, line["loss"], line["rewards/margins"]) for end, line in zip(ends, lines, strict=True)]
     return result_of(updates, work) | {"start_seconds": started - began}
 
 
@@ -261,7 +264,11 @@ def measure(options: argparse.Namespace, pairs: list[dict], directory: Path) -> 
         for side in options.sides:
             result = in_process(path, side, options.threads)
             runs[side].append(result)
-            print(side, {name: round(value, 2) for name, value in result.items() if name != "losses"}, flush=True)
+            print(
+                side,
+                {name: round(value, 2) for name, value in result.items() if isinstance(value, int | float)},
+                flush=True,
+            )
     return runs
 
 

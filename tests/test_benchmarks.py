@@ -34,6 +34,7 @@ LAST_LINES = {
     "store": "| 300 | ",
     "swift_weights": "| SPIN | ",
     "train": "largest difference from TRL's ",
+    "trl_trajectory": "6 updates of ours on a random model; not run: TRL",
     "weights": "weights differ by ",
 }
 """What the last lines of each benchmark's output contain."""

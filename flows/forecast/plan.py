@@ -126,6 +126,10 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
     needs_of_rows = PAIRINGS.get(run.pairing)
     if needs_of_rows.texts or needs_of_rows.is_single:
         response = max(response, run.scoring.max_response_tokens)
+    if (total := run.scoring.max_total_tokens) is not None:
+        # The longest row is a given response that fills the whole beside one that is as long as its side may be.
+        response = min(total - 1, sampling.max_new_tokens if needs_of_rows.candidates else response)
+        prompt = total - response
     sides = len(run.spec.sides(run.method))
 
     def need(stage: str, settings: Any, models: str, device: Parts, host: Parts, nodes: int = 1) -> Need:

@@ -56,6 +56,9 @@ class WinRates(NamedTuple):
     """Preferences above 1/2 count 1, equal to it 1/2."""
     n: int
     failed: int
+    wins: int = 0
+    draws: int = 0
+    """Preferences above and equal to 1/2, of `n`."""
 
 
 class Gamed(NamedTuple):
@@ -91,12 +94,13 @@ def win_rates(
     if difficulty is not None:
         difficulty = np.asarray(difficulty, dtype=np.float64)[judged]
     controlled, controlled_stderr = length_controlled(preference, delta, difficulty, gamed)
-    discrete = float(np.where(preference > 0.5, 1.0, np.where(preference == 0.5, 0.5, 0.0)).mean())
+    wins, draws = int((preference > 0.5).sum()), int((preference == 0.5).sum())
+    discrete = (wins + draws / 2) / n
     stderr = math.nan
     if n > 1:
         stderr = float(preference.std(ddof=1) / math.sqrt(n))
     win_rate = 100 * float(preference.mean())
-    return WinRates(win_rate, 100 * stderr, controlled, controlled_stderr, 100 * discrete, n, failed)
+    return WinRates(win_rate, 100 * stderr, controlled, controlled_stderr, 100 * discrete, n, failed, wins, draws)
 
 
 def length_controlled(

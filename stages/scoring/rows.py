@@ -27,6 +27,8 @@ class Response(NamedTuple):
     """Its number; -1: a given text, or none."""
 
 
+NO_ROOM = "the prompt leaves nothing of scoring.max_total_tokens"
+"""Why a prompt is dropped."""
 NOTHING = Response([], "", win_rate=0.0)
 """The rejected side of a row of a single response."""
 
@@ -89,6 +91,11 @@ class RowMaker:
             if not choices:
                 return "no given answer"
         prompt_ids = candidates[0]["prompt_ids"] if candidates else self._given_texts().prompt(prompt)
+        room = None
+        if config.max_total_tokens is not None:
+            room = config.max_total_tokens - len(prompt_ids)
+            if room < 1:
+                return NO_ROOM
         rows: list[ScoredPairRow] = []
         for number, choice in enumerate(choices):
             chosen = self._response(choice.chosen, prompt, candidates, group)
@@ -103,8 +110,8 @@ class RowMaker:
                     "pair_id": f"{prompt['prompt_id']}/{self._label(choice, number)}",
                     "prompt_id": prompt["prompt_id"],
                     "prompt_ids": prompt_ids,
-                    "chosen_ids": chosen.ids,
-                    "rejected_ids": rejected.ids,
+                    "chosen_ids": chosen.ids[:room],
+                    "rejected_ids": rejected.ids[:room],
                     "chosen": chosen.text,
                     "rejected": rejected.text,
                     "score_chosen": chosen.score,

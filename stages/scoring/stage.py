@@ -54,6 +54,7 @@ class ScoringConfig(TurnConfig):
         "preference": "both_orders",
         "min_preference": None,
         "max_length_ratio": 1.25,
+        "max_total_tokens": None,
         "seed": 0,
     }
 
@@ -82,6 +83,9 @@ class ScoringConfig(TurnConfig):
     """The stage fails if a larger share of the prompts gives no row."""
     max_response_tokens: int = Field(1024, ge=1)
     """A longer given response is cut, and then carries no terminator."""
+    max_total_tokens: int | None = Field(None, ge=2)
+    """A response, given or sampled, is cut to what its prompt leaves of so many tokens, and then carries no terminator;
+    a prompt that leaves nothing is dropped. None: only the limits of each part count."""
     runtime: ScoringRuntime = ScoringRuntime()
 
 

@@ -81,7 +81,7 @@ class AdapterConfig(Config):
 class TrainingConfig(Config):
     """Optimisation. Vetted (SPPO, SPIN): RMSprop, lr 5e-7, batch 64, linear with 10 % warm-up, clip 1."""
 
-    NEUTRAL: ClassVar[dict[str, Any]] = {"checkpoints": (), "adapter": None}
+    NEUTRAL: ClassVar[dict[str, Any]] = {"checkpoints": (), "adapter": None, "warmup_steps": None}
 
     method: Annotated[Named, METHODS] = Field(default_factory=lambda: METHODS.config("sppo"), validate_default=True)
     """The loss, by name, with its settings. Set for you from the run's `method`."""
@@ -99,6 +99,9 @@ class TrainingConfig(Config):
     """Epochs that the schedule spans, if more than are run (SPPO's paper: 18, of which the first). None: `epochs`."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Part of the steps in which the rate rises: in equal steps to the peak, from the first update on."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Updates in which the rate rises, whatever their part of the training (DPO's code and its forks: 150). None:
+    `warmup_ratio` says."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the global gradient norm; 0: never."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

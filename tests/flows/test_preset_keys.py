@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).with_name("preset_keys.json")
 PRESETS = (
     "quickstart", "sppo", "spin", "swift", "swift-qwen1.5-1.8b-2x24", "tdpo", "tidpo", "tis_dpo_d", "tgdpo", "swift-kd-gpt2-1.5b",
     "tiny/sppo", "tiny/swift", "inpo", "comal", "mnpo", "opd", "iw_opd", "gkd", "tidpo_v3",
+    "spin_code", "swift_released", "sppo-mistral-7b",
 )  # fmt: skip
 
 

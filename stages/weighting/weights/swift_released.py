@@ -27,11 +27,12 @@ class SwiftReleasedWeights(WeightProvider):
 
     SOURCE = "SWIFT's released code (commit 45d8acc)"
     NEEDS = frozenset({"teacher_unshifted"})
+    VERSION = "2"
 
     class Config(WeightConfig):
         """Vetted setting: the released constants. Differs from the paper: (1) the policy's own probability is not used;
         (2) the teacher's logits are read at the token's own position, so it scores a repetition of the previous token;
-        (3) an affine map to [0.43, 1.5] in place of exp; (4) two decimals; (5) each response sums to 100; (6) EOS gets
+        (3) an affine map to [0.43, 1.5] in place of exp; (4) two decimals before and after it; (5) each response sums to 100; (6) EOS gets
         0."""
 
         name: Literal["swift_released"] = "swift_released"
@@ -42,7 +43,7 @@ class SwiftReleasedWeights(WeightProvider):
         div: float = Field(15.0, gt=0)
         """What the clipped score is divided by."""
         decimals: int = Field(2, ge=0)
-        """Digits that are stored."""
+        """Digits of the scores that are stored, and of the weights."""
         normalise: Literal["none", "sum100"] = "sum100"
         """The data loader's scale."""
 
@@ -71,6 +72,7 @@ class SwiftReleasedWeights(WeightProvider):
             means, _ = pair_means(alignment, np.zeros(len(score)), teacher, lambda gap, token: gap)
             score = np.where(is_shared[tokens.rows()], score, means)
         is_empty = np.isnan(score)
+        score = round_decimals(score, config.decimals)  # the code stores scores, and maps what it stored
         values = affine(np.where(is_empty, -np.inf, score), config)
         eos = tokens.is_eos()
         values[eos] = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,9 @@ class ContrastiveSettings(ClampedExp):
     transform: Literal["exp_clamp", "rank", "threshold_scale"] = "exp_clamp"
     """exp_clamp: Eq. 19; the published code instead maps signed, rounded differences: rank (linear in the rank inside
     the response) or threshold_scale (clipped, then linear)."""
+    eos: Literal["zero", "ranked"] = "zero"
+    """rank and threshold_scale: the EOS counts 0 and takes no rank (the published code), or is weighted as the text's
+    tokens are."""
     decimals: int = 2
     """Digits of the differences that the published code stores; for rank and threshold_scale."""
     threshold: float = 1.5
@@ -29,6 +32,13 @@ class ContrastiveSettings(ClampedExp):
     """Smallest weight of rank and threshold_scale."""
     high: float = 1.3
     """Largest weight of rank and threshold_scale."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings; without `eos` for Eq. 19, which has no such choice."""
+        fields = super().identity()
+        if self.transform == "exp_clamp":
+            del fields["eos"]
+        return fields
 
 
 class TISWeights(WeightProvider):
@@ -83,10 +93,17 @@ def contrastive_weights(config: ContrastiveSettings, batch: ResponseBatch) -> We
     if config.transform == "exp_clamp":
         values = config.omega(gap, np.where(is_chosen, config.mu_chosen, config.mu_rejected))
         return Weights.of(values, at_L=fraction(gap <= config.L), at_U=fraction(gap >= config.U))
-    raw = signed(gap, is_chosen, config.decimals)
+    raw, starts = signed(gap, is_chosen, config.decimals), batch.student.starts
+    counts = np.ones(len(raw), dtype=bool)
+    if config.eos == "zero":
+        counts = ~batch.student.is_eos()
+        starts = starts - np.concatenate([[0], np.cumsum(batch.student.ended)])
+    values = np.zeros(len(raw))
     if config.transform == "rank":
-        return Weights.of(by_rank(raw, batch.student.starts, config.low, config.high))
-    return Weights.of(by_threshold(raw, -config.threshold, config.threshold, config.low, config.high))
+        values[counts] = by_rank(raw[counts], starts, config.low, config.high)
+    else:
+        values[counts] = by_threshold(raw[counts], -config.threshold, config.threshold, config.low, config.high)
+    return Weights.of(values)
 
 
 def signed(gap: np.ndarray, is_chosen: np.ndarray, decimals: int) -> np.ndarray:

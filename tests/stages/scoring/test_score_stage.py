@@ -276,3 +276,14 @@ def test_every_prompt_has_rows_or_a_reason_to_have_none(with_rows, without, is_w
         else pytest.raises(ContractError, match="of 3 in all: some were lost or counted twice")
     ):
         check_every_prompt_counts(pairs, dropped, 3, "key")
+
+
+def test_responses_are_cut_to_what_the_prompt_leaves_of_the_whole(score, ranker):
+    record, out = score(lambda number: ["aaaa", "b", "cc"], max_total_tokens=5)  # prompts have two tokens
+    pair = read_shards(out, "scored_pairs").to_pylist()[0]
+    assert (pair["chosen_ids"], pair["rejected_ids"]) == ([1, 2, 3], [1])
+    assert record.metrics["mean_tokens/chosen"] == 3
+    with pytest.raises(ContractError, match=r"leaves nothing of scoring\.max_total_tokens"):
+        score(lambda number: ["aaaa", "b", "cc"], max_total_tokens=2)
+    config = ScoringConfig.model_validate({"pairing": "given"})
+    assert "max_total_tokens" not in config.identity()

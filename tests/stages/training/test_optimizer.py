@@ -112,3 +112,17 @@ def test_after_the_warm_up_the_rates_are_those_of_transformers_and_every_update_
         for optimizer, its_schedule in ((ours, our_schedule), (theirs, their_schedule)):
             optimizer.step()
             its_schedule.step()
+
+
+def test_a_warm_up_of_so_many_updates_is_not_a_part_of_the_training():
+    """As DPO's code and its forks warm up: 150 updates, then the peak, however long the training is."""
+    config = TrainingConfig(schedule="constant_with_warmup", warmup_steps=4, warmup_ratio=0.5)
+    for num_steps, expected in ((2, [0.25, 0.5]), (6, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])):
+        optimizer = make_optimizer(config, weights(), "cpu")
+        schedule, rates = make_schedule(config, optimizer, num_steps), []
+        for _ in range(num_steps):
+            rates.append(optimizer.param_groups[0]["lr"] / config.learning_rate)
+            optimizer.step()
+            schedule.step()
+        assert rates == pytest.approx(expected)
+    assert "warmup_steps" not in TrainingConfig().identity()

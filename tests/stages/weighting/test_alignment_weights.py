@@ -43,6 +43,20 @@ def test_tis_dpos_published_transforms():
     )
 
 
+def test_the_eos_takes_no_rank_unless_it_is_asked_to():
+    tokens = Tokens.of([[5, 6, 7], [1], [8, 9]], None, [True, True, False])
+    good, bad = np.array([0.5, 0.1, 3.0, 2.0, 0.2, 0.1]), np.zeros(6)
+    batch = ResponseBatch(["a", "b", "c"], np.ones(3, dtype=bool), tokens, {"positive": good, "negative": bad})
+    result = weights("tis_dpo", batch, transform="rank").values.tolist()
+    assert result == pytest.approx([1.3, 0.7, 0.0, 0.0, 1.3, 0.7])
+    result = weights("tis_dpo", batch, transform="rank", eos="ranked").values.tolist()
+    assert result == pytest.approx([1.0, 0.7, 1.3, 1.0, 1.3, 0.7])
+    result = weights("tis_dpo", batch, transform="threshold_scale").values.tolist()
+    assert result == pytest.approx([1.1, 1.02, 0.0, 0.0, 1.04, 1.02])
+    config = WEIGHTS.get("tis_dpo").Config
+    assert "eos" not in config().identity() and config(transform="rank").identity()["eos"] == "zero"
+
+
 def test_tgdpo_token_rewards_of_both_kinds():
     batch = responses(
         {"reward_model": [[-1.0, -3.0], [-1.0, -3.0]], "reference": [[-2.0, -1.0], [-2.0, -1.0]]}, [True, False]
@@ -110,6 +124,14 @@ def test_the_released_weights_end_in_zero_and_sum_to_a_hundred():
     # 2 (1 - 0/15) - 0.5 = 1.5 and 2 (1 - 8/15) - 0.5 = 0.43 after rounding; the EOS gets 0
     assert weights("swift_released", batch, normalise="none").values.tolist() == pytest.approx([1.5, 0.43, 0.0, 1.23])
     assert weights("swift_released", batch).values.tolist() == pytest.approx([150 / 1.93, 43 / 1.93, 0.0, 100.0])
+
+
+def test_the_released_scores_are_rounded_before_the_affine_map_too():
+    tokens = Tokens.of([[1, 2]], None, [False])
+    teacher = np.array([-7.0361, -9.8])
+    batch = ResponseBatch(["a"], np.ones(1, dtype=bool), tokens, {}, None, tokens, teacher)
+    # 7.0361 is stored as 7.04: 2 (1 - 0.04/15) - 0.5 = 1.4947; of 7.0361 itself it would be 1.4952, and 1.5
+    assert weights("swift_released", batch, normalise="none").values.tolist() == pytest.approx([1.49, 1.13])
 
 
 def test_decimals_are_rounded_as_python_does():
