@@ -20,7 +20,8 @@ PRESETS = """# Presets
 The settings of the papers, and CPU twins of them under `tiny/`. Their paths work in every directory, in a checkout and installed:
 `selfplay run deploy/runs/quickstart.yaml`. Change one by `--set training.learning_rate=1e-6`, or write a file of your own that
 begins with `extends: deploy/runs/sppo.yaml` and holds only what differs. `selfplay init METHOD` writes every setting with its
-meaning; `selfplay plan RUN.yaml` says whether it fits your GPUs.
+meaning; `selfplay plan RUN.yaml` says whether it fits your GPUs. Each number with its source, and where we differ from it:
+[number by number](presets.md).
 
 | run config | what it is |
 |---|---|
@@ -59,6 +60,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made here."""
     from mkdocs.structure.files import File
 
-    for name, content in {"methods.md": methods_page(), "presets.md": presets_page()}.items():
+    for name, content in {"methods.md": methods_page(), "run_configs.md": presets_page()}.items():
         files.append(File.generated(config, name, content=content))
     return files

@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-MADE = {"methods.md", "presets.md"}
+MADE = {"methods.md", "run_configs.md"}
 """Pages that docs/site_pages.py makes."""
 
 
