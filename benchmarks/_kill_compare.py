@@ -5,7 +5,7 @@ What may differ, because it tells of the run and not of its result:
 - record.json: `seconds`, `cost`, `provenance`, the paths of inputs, and metrics of speed; metrics.jsonl: its speeds
 - stage.log, `.events*.jsonl`, `.workers/`: the history of the tries
 - spec.json, .ranks.json: the path of the store; run.json: nothing
-- report.md, comparison.json: the seconds; comparison.md: all but its title; report.html, comparison.html: must be whole
+- report.md, comparison.json: the seconds, the date, the path of the store; comparison.md: all but its title; report.html, comparison.html: must be whole
 - ledger.jsonl: compared by what was built: each artifact once
 - mlflow.db: compared by runs, metrics and model versions; prefect/, digests/ and the content of lock files are not
 - names in set_aside/: the date and the counter
@@ -105,7 +105,8 @@ def digest_of(path: Path, store: Path) -> str:
     if path.name in ("report.html", "comparison.html"):
         return "whole" if path.read_text(encoding="utf-8").rstrip().endswith("</html>") else "cut"
     if path.name == "report.md":
-        return digest_text("\n".join(_without_seconds(path.read_text(encoding="utf-8").splitlines())))
+        page = path.read_text(encoding="utf-8").replace("\\_", "_").replace(str(store.resolve()), "STORE")
+        return digest_text("\n".join(_without_seconds(page.splitlines())))
     if path.suffix == ".svg":  # a figure of seconds is another one each time
         return "whole" if path.read_text(encoding="utf-8").rstrip().endswith("</svg>") else "cut"
     return digest_file(path)
@@ -132,9 +133,11 @@ def _without_speed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_seconds(lines: list[str]) -> Iterator[str]:
-    """Yield the lines of a report; of a table only the columns whose titles do not end in ` s`."""
+    """Yield the lines of a report but for its date; of a table only the columns whose titles do not end in ` s`."""
     kept: list[int] | None = None
     for line in lines:
+        if line.startswith("- built: "):
+            continue
         if not line.startswith("|"):
             kept = None
             yield line
