@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_contracts.errors import ConfigError
 from data_contracts.redaction import redact_value, secret_in
+from data_contracts.suggestions import suggestion
 from data_contracts.words import plural
 
 LONGEST_PIPE = 16 << 20
@@ -108,7 +109,7 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
             path = ".".join(str(part) for part in detail["loc"]) or "(top level)"
             message = detail["msg"].removeprefix("Value error, ")
             if detail["type"] == "extra_forbidden":
-                message = "unknown key"
+                message = f"unknown key{suggestion(model, data, detail['loc'])}"
             is_secret = "secret" in message or "password" in message or secret_in({path.rpartition(".")[2]: "x"})
             if detail["type"] not in ("missing", "extra_forbidden") and not is_secret:
                 message += f" (got {redact_value(detail['input'])!r:.120})"

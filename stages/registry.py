@@ -110,6 +110,16 @@ class Registry(Generic[P]):
             raise ValueError(f'must be a mapping with a "name" (one of {", ".join(self.names())})')
         return self.get(value["name"]).Config.model_validate(value)
 
+    def settings_class(self, value: Any) -> type[Named] | None:
+        """The class of the settings that a value names; None if it names no plug-in that loads."""
+        name = value.get("name") if isinstance(value, dict) else value
+        if not isinstance(name, str) or name not in self:
+            return None
+        try:
+            return self.get(name).Config
+        except ConfigError:
+            return None
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         # Serialized as any: by the plug-in's own class, not as a bare Named.
         return core_schema.no_info_before_validator_function(

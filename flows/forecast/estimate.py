@@ -36,6 +36,10 @@ GROWING_COSTS = ("tokens_in", "tokens_out", "flops")
 PEAKS = ("peak_rss_bytes", "peak_gpu_bytes", "gpus")
 
 
+UNKNOWN = "unknown"
+"""Source of a step that neither records nor a calibration tell."""
+
+
 class Estimate(NamedTuple):
     """One step, predicted."""
 
@@ -60,7 +64,13 @@ class Prediction(NamedTuple):
 
     @property
     def seconds(self) -> float:
+        """Of all that is known; a lower bound if `unknown` names something."""
         return sum(estimate.seconds for estimate in self.steps) + self.other
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the steps that neither records nor a calibration tell."""
+        return sorted({estimate.step.name for estimate in self.steps if estimate.source == UNKNOWN})
 
     @property
     def spread(self) -> float:
@@ -93,7 +103,8 @@ def estimate(
     left_out = tuple(name for name in JUDGED_BENCHMARKS if getattr(config.evaluation, name, None) is not None)
     disk_free = shutil.disk_usage(_nearest_existing(store.root)).free
     prediction = Prediction(config.name, steps, _other(store), price_per_hour, left_out, disk_free)
-    _write(prediction, store)
+    if not prediction.unknown:  # a lower bound would be held against what the whole run takes
+        _write(prediction, store)
     return prediction
 
 
@@ -130,7 +141,7 @@ def _predict(step: Step, rate: Rate | None, rehearsal: Rehearsal, checked: Check
     if step.record is not None:
         return Estimate(step, 0.0, 0.0, {}, "built")
     if rate is None:
-        return Estimate(step, 0.0, 0.0, {}, "unknown")
+        return Estimate(step, 0.0, 0.0, {}, UNKNOWN)
     prompts = _num_prompts(step, rehearsal.config, checked, rehearsal.num_prompts)
     units = units_of(step, rehearsal.config, prompts, rate.record.cost.get("pairs_per_prompt", 1.0))
     scale = units / rate.units if rate.units else 1.0
@@ -186,30 +197,41 @@ def show(prediction: Prediction) -> str:
         f"{'step':8} {'stage':22} {'seconds':>9} {'+- 95 %':>8} {'tokens in':>11} {'tokens out':>11} {'TFLOP':>9} "
         f"{'GiB':>6} {'MB':>8}  from"
     ]
-    for item in prediction.steps:
-        cost = item.cost
-        lines.append(
-            f"{item.step.place.step:8} {item.step.name:22} {item.seconds:9.1f} {1.96 * item.spread:8.1f} "
-            f"{cost.get('tokens_in', 0):11,.0f} {cost.get('tokens_out', 0):11,.0f} {cost.get('flops', 0) / 1e12:9.2f} "
-            f"{cost.get('peak_rss_bytes', 0) / 2**30:6.2f} {cost.get('bytes', 0) / 1e6:8.1f}  {item.source}"
-        )
+    lines += [_step_line(item) for item in prediction.steps]
     disk = sum(item.cost.get("bytes", 0.0) for item in prediction.steps)
     hours, half_hours = prediction.seconds / 3600, prediction.spread / 3600
+    bound = "at least " if prediction.unknown else ""
     lines += [
         "",
-        f"total: {prediction.seconds:.0f} s +- {prediction.spread:.0f} s ({hours:.2f} h), of which "
-        f"{prediction.other:.0f} s outside the stages; {disk / 1e9:.2f} GB of disk",
+        f"total: {bound}{prediction.seconds:.0f} s +- {prediction.spread:.0f} s ({hours:.2f} h), of which "
+        f"{prediction.other:.0f} s outside the stages; {bound}{disk / 1e9:.2f} GB of disk",
     ]
     if prediction.price_per_hour is not None:
         price = prediction.price_per_hour
-        lines.append(f"money: {hours * price:.2f} +- {half_hours * price:.2f} at {price:g} per hour")
+        lines.append(f"money: {bound}{hours * price:.2f} +- {half_hours * price:.2f} at {price:g} per hour")
     if disk > prediction.disk_free:
         lines.append(
-            f"DISK: {disk / 1e9:.1f} GB are needed, {prediction.disk_free / 1e9:.1f} GB are free: "
+            f"DISK: {bound}{disk / 1e9:.1f} GB are needed, {prediction.disk_free / 1e9:.1f} GB are free: "
             "training.save_dtype: bfloat16 halves the checkpoints, --store names another disk"
         )
-    if unknown := sorted({item.step.name for item in prediction.steps if item.source == "unknown"}):
-        lines.append(f"not known, and counted as 0: {', '.join(unknown)} (leave out --no-calibrate)")
+    if prediction.unknown:
+        lines.append(
+            f"unknown, and in no sum: {', '.join(prediction.unknown)}. Leave out --no-calibrate to have them measured; "
+            "this is not kept as a prediction"
+        )
     if prediction.left_out:
         lines.append(f"not included, because a calibration would pay a judge for it: {', '.join(prediction.left_out)}")
     return "\n".join(lines)
+
+
+def _step_line(item: Estimate) -> str:
+    """One step's line; of a step that is not known, no number."""
+    place = f"{item.step.place.step:8} {item.step.name:22}"
+    if item.source == UNKNOWN:
+        return f"{place} {UNKNOWN:>9}"
+    cost = item.cost
+    return (
+        f"{place} {item.seconds:9.1f} {1.96 * item.spread:8.1f} "
+        f"{cost.get('tokens_in', 0):11,.0f} {cost.get('tokens_out', 0):11,.0f} {cost.get('flops', 0) / 1e12:9.2f} "
+        f"{cost.get('peak_rss_bytes', 0) / 2**30:6.2f} {cost.get('bytes', 0) / 1e6:8.1f}  {item.source}"
+    )

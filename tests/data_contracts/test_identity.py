@@ -191,4 +191,4 @@ def test_every_problem_of_a_config_is_a_line_with_its_dotted_path():
     lines = str(caught.value).splitlines()
     assert lines[0] == "run.yaml cannot be used because of 2 problems:"
     assert lines[1].startswith("  temperature: Input should be a valid number") and lines[1].endswith("(got 'hot')")
-    assert lines[2] == "  inner.dtpye: unknown key"
+    assert lines[2] == "  inner.dtpye: unknown key; did you mean dtype?"

@@ -71,7 +71,7 @@ def prompt(number: int, **changes) -> dict:
 
 def test_an_unknown_key(refuse):
     said = refuse(
-        "bad.yaml cannot be used because of 1 problem:\n  sampling.temprature: unknown key\n",
+        "bad.yaml cannot be used because of 1 problem:\n  sampling.temprature: unknown key; did you mean temperature?\n",
         sampling={"temprature": 1},
     )
     assert said.startswith("ConfigError: ") and len(said.splitlines()) == 2
@@ -95,7 +95,7 @@ def test_an_override_with_bad_syntax(refuse, setting):
 
 
 def test_an_override_of_an_unknown_key(refuse):
-    refuse("  training.learning_rat: unknown key", settings=["training.learning_rat=1e-5"])
+    refuse("  training.learning_rat: unknown key; did you mean learning_rate?", settings=["training.learning_rat=1e-5"])
 
 
 def test_a_run_config_that_is_not_there(refuse, tmp_path):

@@ -51,8 +51,20 @@ def refused(**changes) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samplign": {}}, "  samplign: unknown key"),
-        ({"sampling": {"temprature": 1}}, "  sampling.temprature: unknown key"),
+        ({"samplign": {}}, "  samplign: unknown key; did you mean sampling?"),
+        ({"sampling": {"temprature": 1}}, "  sampling.temprature: unknown key; did you mean temperature?"),
+        ({"learning_rate": 1}, "key; did you mean auxiliary.learning_rate or training.learning_rate?"),
+        (
+            {"scoring": {"scorer": {"name": "length", "target": 1}}},
+            "scorer.target: unknown key; did you mean target_tokens?",
+        ),
+        (
+            {"training": {"adapter": {"name": "lora", "rnk": 3}}},
+            "training.adapter.rnk: unknown key; did you mean rank?",
+        ),
+        ({"prompts": {"train": {"path": "x", "colums": {}}}}, "colums: unknown key; did you mean columns?"),
+        ({"reference": {"evry": 2}}, "reference.Every.evry: unknown key; did you mean every?"),
+        ({"qqqq": 1}, "  qqqq: unknown key"),
         ({"sampling": {"runtime": {"shards": 1}}}, "  sampling.runtime.shards: unknown key"),
         (
             {"sampling": {"temperature": "hot"}},
@@ -69,7 +81,7 @@ def refused(**changes) -> str:
         ({"policy": {"hub_id": "a/b"}}, "  policy: give exactly one of `path`"),
         ({"method": {"name": "spppo"}}, "  method: unknown methods 'spppo'; known: "),
         ({"method": {"name": "spppo"}}, "Did you mean 'sppo'?"),
-        ({"method": {"name": "sppo", "betta": 1}}, "  method.betta: unknown key"),
+        ({"method": {"name": "sppo", "betta": 1}}, "  method.betta: unknown key; did you mean eta?"),
         ({"method": {"name": "sppo", "eta": -1}}, "  method.eta: Input should be greater than 0 (got -1)"),
         ({"method": {"eta": 1}}, '  method: must be a mapping with a "name"'),
         ({"method": 7}, '  method: must be a mapping with a "name"'),

@@ -1,8 +1,11 @@
 """Estimates: what is built costs nothing, records tell rates, a calibration measures the rest, money and disk are arithmetic."""
 
+import shutil
+
 import pytest
 
 from data_contracts.errors import ConfigError
+from data_contracts.ledger import ESTIMATE
 from data_contracts.store import Store
 from flows.config import load_run
 from flows.forecast.estimate import OTHER_SECONDS, estimate, show
@@ -48,7 +51,19 @@ def test_twice_the_prompts_are_twice_the_units(undisturbed):
 def test_what_nothing_is_known_of_is_said_to_be_unknown(tmp_path, undisturbed):
     found = estimate(load_run(undisturbed.config), Store(tmp_path), use_calibration=False)
     assert {one.source for one in found.steps} == {"unknown"}
-    assert "not known, and counted as 0: evaluate, heldout_generations, sample" in show(found)
+    shown = show(found)
+    assert "unknown, and in no sum: evaluate, heldout_generations, sample" in shown
+    assert "total: at least " in shown and "at least 0.00 GB of disk" in shown
+    line = next(line for line in shown.splitlines() if line.startswith("iter_01  train"))
+    assert line.split() == ["iter_01", "train", "unknown"]
+    assert not (tmp_path / "runs").exists()  # a lower bound is no prediction
+
+
+def test_a_prediction_is_kept_once_everything_is_known(tmp_path, undisturbed):
+    store = Store(shutil.copytree(undisturbed.store, tmp_path / "store", symlinks=True))
+    found = estimate(load_run(undisturbed.config), store, use_calibration=False)
+    assert not found.unknown and "at least" not in show(found)
+    assert (store.run_directory("tiny") / ESTIMATE).is_file()
 
 
 def test_a_run_killed_as_it_began_is_no_obstacle_to_the_others_estimates(tmp_path, undisturbed):
