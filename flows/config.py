@@ -425,8 +425,11 @@ class RunConfig(Config):
         return self.training.model_copy(update=update)
 
 
-def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}.
+def load_run(
+    path: Path | str, overrides: dict[str, Any] | None = None, changes: dict[str, Any] | None = None
+) -> RunConfig:
+    """A run config from YAML. `overrides`: dotted keys, e.g. {"training.learning_rate": 1e-6}. `changes`: settings
+    nested as in the file, merged into it before the overrides.
 
     A file may begin with `extends: other.yaml` (or a list, later ones win), relative to itself: only what differs is
     written. Other paths in a file are looked for beside it, then in the working directory; those of `overrides` in the
@@ -434,7 +437,8 @@ def load_run(path: Path | str, overrides: dict[str, Any] | None = None) -> RunCo
     (data_contracts/installation.py). Raises: ConfigError.
     """
     path = provided(os.fspath(path))
-    return parse(RunConfig, apply(read_run(Path(path)), overrides or {}), path)
+    settings = merge(read_run(Path(path)), changes or {})
+    return parse(RunConfig, apply(settings, overrides or {}), path)
 
 
 def apply(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
-from pydantic import BaseModel
 
 from data_contracts.artifact import ArtifactRef
-from data_contracts.checkpoint import ModelRef
+from data_contracts.errors import ConfigError
 from data_contracts.files import write_atomic
 from data_contracts.ledger import Ledger, cost_rows, format_table, read_account, sum_rows
 from data_contracts.redaction import redact_output
 from data_contracts.store import RUN_SETTINGS, Store
 from flows import hands
-from flows.config import (
-    EvaluationConfig,
-    ExecutionConfig,
-    PromptsConfig,
-    RunConfig,
-    SamplingConfig,
-    ScoringConfig,
-    TrainingConfig,
-    WeightingConfig,
-    load_run,
-)
+from flows.config import RunConfig, load_run, read_run
 from flows.preflight import models_of, preflight
 from flows.report.history import History
 from flows.report.prefect_pages import PrefectPages
 from flows.self_play import SelfPlay
 from flows.tournament import merged
 from stages.evaluation.promotion import Measurement
-from stages.methods import METHODS
-from stages.registry import Named
 from tasks.data.prompt_set import PromptSet
 from tasks.execution.engines import executor_for
 from tasks.place import Place
@@ -67,73 +55,32 @@ class BuildingHands:
         return hands.read_report(report)
 
 
-def flow_run_name() -> str:
-    """Return the run's name: the parameter, else the file name of the run config."""
+def given_name() -> str | None:
+    """Return the run's name as the flow run's parameters say it, if they do."""
     parameters = flow_run.parameters
-    return parameters.get("name") or Path(parameters["config"]).stem
+    return (parameters.get("overrides") or {}).get("name") or parameters.get("name")
+
+
+def flow_run_name() -> str:
+    """Return the run's name: as a parameter says, else the run config, else the name of its file."""
+    if name := given_name():
+        return name
+    path = Path(flow_run.parameters["config"])
+    with suppress(ConfigError):  # the flow itself says what is wrong with the file
+        return str(read_run(path).get("name", path.stem))
+    return path.stem
 
 
 @flow(name="self-play", flow_run_name=flow_run_name, persist_result=False)
-def self_play(
-    config: str = "deploy/runs/quickstart.yaml",
-    name: str | None = None,
-    iterations: int | None = None,
-    seed: int | None = None,
-    policy: ModelRef | None = None,
-    prompts: PromptsConfig | None = None,
-    method: Annotated[Named, METHODS] | None = None,
-    sampling: SamplingConfig | None = None,
-    scoring: ScoringConfig | None = None,
-    weighting: WeightingConfig | None = None,
-    training: TrainingConfig | None = None,
-    evaluation: EvaluationConfig | None = None,
-    execution: ExecutionConfig | None = None,
-    overrides: dict[str, Any] | None = None,
-    store: str | None = None,
-) -> dict[str, Any]:
-    """Run self-play from a YAML file; whatever else is given replaces that section of it.
+def self_play(config: str, overrides: dict[str, Any] | None = None, store: str | None = None) -> dict[str, Any]:
+    """Run self-play from a YAML file. Deployments have a form for each file: flows/presets.py.
 
     Args:
         config: Path of the run config, relative to the checkout or absolute.
-        name: Another name for the run.
-        iterations: Rounds of sample, score, weigh, train.
-        seed: Another seed.
-        policy: Another start model.
-        prompts: Other prompt files.
-        method: Another method, e.g. {"name": "dpo", "beta": 0.1}.
-        sampling: Replaces the whole section.
-        scoring: Replaces the whole section.
-        weighting: Replaces the whole section.
-        training: Replaces the whole section.
-        evaluation: Replaces the whole section.
-        execution: Replaces the whole section; changes no artifact.
         overrides: Single settings by dotted name, e.g. {"training.learning_rate": 1e-6}.
         store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
     """
-    sections = {
-        "name": name,
-        "iterations": iterations,
-        "seed": seed,
-        "policy": policy,
-        "prompts": prompts,
-        "method": method,
-        "sampling": sampling,
-        "scoring": scoring,
-        "weighting": weighting,
-        "training": training,
-        "evaluation": evaluation,
-        "execution": execution,
-    }
-    changes = {key: _plain(value) for key, value in sections.items() if value is not None}
-    resolved = load_run(config, changes | (overrides or {}))
-    return run_self_play(resolved, Store(store))
-
-
-def _plain(value: Any) -> Any:
-    """Return a section as the fields that were set, any other parameter as it is."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_unset=True)
-    return value
+    return run_self_play(load_run(config, overrides), Store(store))
 
 
 def keep_settings(config: RunConfig, store: Store) -> None:

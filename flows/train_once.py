@@ -11,7 +11,7 @@ from prefect import flow
 
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
-from flows.config import load_run
+from flows.config import RunConfig, load_run
 from flows.run import flow_run_name, run_self_play
 from stages.scoring.pairing import PAIRINGS
 
@@ -29,10 +29,15 @@ def train_once(
         store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
     """
     run = load_run(config, {"iterations": 1} | (overrides or {}) | ({"name": name} if name else {}))
+    check_given_responses(run, config)
+    return run_self_play(run, Store(store))
+
+
+def check_given_responses(run: RunConfig, config: str) -> None:
+    """Raises: ConfigError if the run reads generations, which training once does not make. `config`: its file."""
     if PAIRINGS.get(run.pairing).candidates:
         usable = ", ".join(name for name in PAIRINGS.names() if not PAIRINGS.get(name).candidates)
         raise ConfigError(
             f"{config}: train-once trains on given responses, but scoring.pairing is {run.pairing}, which needs "
             f"generations: use the flow self-play, or set it to one of {usable}"
         )
-    return run_self_play(run, Store(store))

@@ -47,6 +47,8 @@ class Plugin:
 
 
 P = TypeVar("P", bound=Plugin)
+FAMILY = "x-family"
+"""Key of a JSON schema: the family of the plug-ins that a field chooses from."""
 
 
 class Registry(Generic[P]):
@@ -130,9 +132,10 @@ class Registry(Generic[P]):
         return {
             "type": "object",
             "title": self.family,
-            "properties": {"name": {"type": "string", "description": f"one of: {', '.join(self.names())}"}},
+            # The options belong to each plug-in and are validated by its own class; flows/form.py spells them out.
+            FAMILY: self.family,
+            "properties": {"name": {"type": "string", "enum": self.names()}},
             "required": ["name"],
-            # Prefect enforces this schema; the options belong to each plug-in and are validated by its own class.
             "additionalProperties": True,
         }
 

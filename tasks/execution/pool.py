@@ -47,9 +47,10 @@ class Pool:
             try:
                 client.read_deployment_by_name(self.deployment)
             except ObjectNotFound:
+                file = {"process": "deploy/prefect/work.yaml", "kubernetes": "deploy/kubernetes/prefect.yaml"}[kind]
                 raise ConfigError(
-                    f"there is no deployment {self.deployment}: `prefect --no-prompt deploy --all` makes it from "
-                    "prefect.yaml"
+                    f"there is no deployment {self.deployment}: `prefect --no-prompt deploy --prefect-file {file} "
+                    "--all` makes it for the pool that the file names"
                 ) from None
 
     def start(self, work: Work) -> PoolHandle:

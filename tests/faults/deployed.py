@@ -83,8 +83,8 @@ class Cluster:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or "null")
 
-    def run(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess:
-        return self.prefect("deployment", "run", "self-play/quickstart", *words, timeout=timeout)
+    def run(self, *words: str, deployment: str = "own", timeout: float = 300) -> subprocess.CompletedProcess:
+        return self.prefect("deployment", "run", f"self-play/{deployment}", *words, timeout=timeout)
 
     def last_run(self) -> dict[str, Any]:
         return self.ask("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})[0]
@@ -102,8 +102,9 @@ def cluster(home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
         wait_for(lambda: one.ask("/health"), 120, one.log)
         for pool in ("selfplay", "selfplay-work"):
             assert one.prefect("work-pool", "create", pool, "--type", "process").returncode == 0
-        deployed = one.prefect("--no-prompt", "deploy", "--all")
-        assert deployed.returncode == 0, deployed.stdout
+        for file in ("prefect.yaml", "deploy/prefect/work.yaml"):
+            deployed = one.prefect("--no-prompt", "deploy", "--prefect-file", file, "--all")
+            assert deployed.returncode == 0, deployed.stdout
         yield one
     finally:
         for process in reversed(one.started):

@@ -142,7 +142,7 @@ def test_a_cancelled_run_leaves_no_process(cluster, make_run, tools):
         ),
         (
             {"pool": "selfplay"},
-            "there is no deployment stage-work/selfplay: `prefect --no-prompt deploy --all` makes it",
+            "there is no deployment stage-work/selfplay: `prefect --no-prompt deploy --prefect-file deploy/prefect/work.yaml --all`",
         ),
     ],
     ids=["no pool", "another type", "no deployment"],
