@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 
 from data_contracts.config import parse
 from data_contracts.store import Store
@@ -42,10 +42,7 @@ def compare(config: str, overrides: dict[str, Any] | None = None, store: str | N
     report = write_report(comparison, results, root)
     words = text(comparison, results)
     try:
-        create_markdown_artifact(words, key=f"{comparison.config.name}-comparison")
-        create_link_artifact(
-            report.as_uri(), link_text=f"Comparison {comparison.config.name}", key=f"{comparison.config.name}-page"
-        )
+        create_markdown_artifact(f"{words}\n\nPage: `{report}`", key=f"{comparison.config.name}-comparison")
     except Exception as error:  # a server that went away costs the picture, not the comparison
         get_run_logger().warning("the comparison could not be sent to Prefect: %s", error)
     return {"text": words, "report": str(report)}

@@ -38,6 +38,7 @@ from stages.weighting.weights import WEIGHTS
 from tasks.data.preparation import Reads
 from tasks.data.source import PromptsConfig
 from tasks.execution.config import ExecutionConfig
+from tasks.trackers import TrackingConfig
 
 PATHS = ("path", "file", "train", "heldout", "source")
 """Settings that hold a path, wherever they stand."""
@@ -125,6 +126,8 @@ class RunConfig(Config):
     """How held-out answers are drawn. None: like `sampling`, one answer per prompt."""
     execution: ExecutionConfig = ExecutionConfig()
     """Where the work runs. Never changes what comes out."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Trackers that get a copy beside MLflow. Never changes what comes out."""
 
     @model_validator(mode="before")
     @classmethod

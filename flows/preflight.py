@@ -60,6 +60,7 @@ def preflight(run: RunConfig, store: Store) -> Checked:
 def _preflight(settings: str, store_root: Path) -> Checked:
     run = RunConfig.model_validate_json(settings)
     Store(store_root).check_writable()
+    run.tracking.check()
     if run.execution.profile == "local":  # elsewhere the stage itself asks
         check_sandbox(run.evaluation)
         for suite in run.evaluation.suites:

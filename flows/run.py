@@ -26,11 +26,13 @@ from flows.report.history import History
 from flows.report.prefect_pages import PrefectPages
 from flows.self_play import SelfPlay
 from flows.tournament import merged
+from flows.tracked import described
 from stages.evaluation.promotion import Measurement
 from tasks.data.prompt_set import PromptSet
 from tasks.execution.engines import executor_for
 from tasks.place import Place
 from tasks.stages import prompts_task, run
+from tasks.trackers import Mirrors, other_mirrors
 from tasks.tracking import Tracker
 
 OWN_PROCESS = "SELFPLAY_OWN_PROCESS"
@@ -115,9 +117,11 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     start, models = models_of(config, store)
     if config.live_reference:
         logger.info("%s holds the reference model in memory beside the policy while it trains", config.method.name)
-    tracker = Tracker(store, config.name, logger.warning)
-    tracker.parameters(config.model_dump(mode="json"))
-    history = History(config, store, tracker, PrefectPages(config.name, logger))
+    about = described(config, checked)
+    mlflow = Tracker(store, config.name, logger.warning, described=about)
+    tracker = Mirrors([mlflow, *other_mirrors(config.tracking, store, config.name, about, logger.warning)])
+    pages = PrefectPages(config.name, logger)
+    history = History(config, store, tracker, pages)
     if checked.data is not None:
         history.data = checked.data.lines()
         logger.info("\n".join(history.data))
@@ -135,6 +139,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
         tracker.finish(None, "FAILED")
         raise
     report = history.write_report(plots=True)
+    pages.finish(report)
     tracker.register({"best": history.best or start, "final": final})
     tracker.finish(report)
     ledger.end()

@@ -23,6 +23,7 @@ from data_contracts.config import flatten
 from data_contracts.files import process_state
 from data_contracts.redaction import redact
 from data_contracts.store import Store
+from tasks.trackers import Described, curve_points, moment_of, stage_values
 
 # A server that does not answer would hold each call for four minutes otherwise.
 PATIENCE = {
@@ -40,6 +41,12 @@ PATH_COLUMNS = (
 """Tables and columns of MLflow's database that hold URIs of files."""
 HOST, PID = "selfplay.host", "selfplay.pid"
 """Tags of a parent run: the process that mirrors it."""
+SETTINGS = "selfplay.settings"
+"""Tag of a parent run: the digest of the settings, by which a repeated run is found."""
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of the experiment: MLflow's UI opens its training runs; without it, a page of traces that are not there."""
+BATCH = 900
+"""Metrics of one call; MLflow takes 1000."""
 
 
 def import_client() -> Any:
@@ -53,15 +60,37 @@ def import_client() -> Any:
 
 
 class Tracker:
-    """One run's mirror. Best effort: after the first failure it logs one line and does nothing more."""
+    """One run's mirror. Best effort: after the first failure it logs one line and does nothing more.
 
-    def __init__(self, store: Store, run: str, log: Callable[[str], None], uri: str | None = None):
+    A run that is repeated with the same settings goes on in the same MLflow run, and what is there is not sent again.
+    Points bear the time of their artifact, so that a point that is sent twice is one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        log: Callable[[str], None],
+        uri: str | None = None,
+        described: Described | None = None,
+    ):
+        """described: without it, each session has a run of its own, without parameters, tags and data."""
         self.store, self.run, self.log, self.working = store, run, log, True
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
         self.client: Any = None
         self.parent = ""
         self.children: dict[int, str] = {}
-        self._try(self._open, run)
+        self.sent: dict[tuple[int, str], str] = {}
+        """Iteration and stage -> digest of the artifact that MLflow has."""
+        self.whole: set[str] = set()
+        """Children that had ended before, to which nothing was added."""
+        self.steps = 0
+        """Optimizer steps of the iterations before."""
+        self.moment = time.time()
+        """When the last artifact was finished."""
+        self.ended: int | None = None
+        """When the run that goes on had ended, in ms; None once something is new."""
+        self._try(self._open, run, described)
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
         if not self.working:
@@ -76,7 +105,7 @@ class Tracker:
                 "this run is not mirrored there; nothing else is lost"
             )
 
-    def _open(self, run: str) -> None:
+    def _open(self, run: str, described: Described | None) -> None:
         mlflow_client = import_client()
         # Two processes that make the sqlite schema at once break each other.
         with self.store.lock_apart("mlflow"):
@@ -89,10 +118,65 @@ class Tracker:
                 location = None
                 if self.uri.startswith("sqlite"):
                     location = (self.store.root / "mlflow-artifacts").as_uri()
-                self.experiment = self.client.create_experiment("self-play", artifact_location=location)
+                self.experiment = self.client.create_experiment("self-play", artifact_location=location, tags=KIND)
+        if experiment is not None and not KIND.items() <= experiment.tags.items():
+            for name, value in KIND.items():
+                self.client.set_experiment_tag(self.experiment, name, value)
         self._end_dead_sessions(run)
         tags = {HOST: os.uname().nodename, PID: str(os.getpid())}
+        if described is not None:
+            tags |= {SETTINGS: described.digest, "mlflow.note.content": described.note} | described.tags
+            tags = {name: redact(value)[:5000] for name, value in tags.items()}
+            if self._go_on(run, described.digest, tags):
+                return
         self.parent = self.client.create_run(self.experiment, run_name=run, tags=tags).info.run_id
+        if described is not None:
+            self._describe(described)
+
+    def _go_on(self, run: str, settings: str, tags: Mapping[str, str]) -> bool:
+        """Take up the newest MLflow run of the same name and settings that has ended. Returns whether there is one."""
+        search = self.client.search_runs
+        ended = f"attributes.run_name = '{run}' and attributes.status != 'RUNNING' and tags.`{SETTINGS}` = '{settings}'"
+        runs = search([self.experiment], ended, max_results=1, order_by=["attributes.start_time DESC"])
+        if not runs:
+            return False
+        self.parent, self.ended = runs[0].info.run_id, runs[0].info.end_time
+        for child in search([self.experiment], f"tags.`mlflow.parentRunId` = '{self.parent}'"):
+            iteration = int(child.data.tags["iteration"])
+            self.children[iteration] = child.info.run_id
+            if child.info.status == "FINISHED":
+                self.whole.add(child.info.run_id)
+            for name, value in child.data.tags.items():
+                if name.startswith("digest."):
+                    self.sent[iteration, name.removeprefix("digest.")] = value
+        for name, value in tags.items():
+            if runs[0].data.tags.get(name) != value:
+                self.client.set_tag(self.parent, name, value)
+        self.client.update_run(self.parent, "RUNNING")
+        return True
+
+    def _describe(self, described: Described) -> None:
+        """Log the settings as parameters, nested sections by dotted names, and the prompts as data sets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        by_name = {_valid(name): value for name, value in flatten(described.settings).items()}
+        params = [_param(name, value) for name, value in by_name.items()]
+        self.client.log_batch(self.parent, params=params)
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=data.name[:500],
+                    digest=data.digest[:36],
+                    source_type="selfplay",
+                    source=json.dumps({"path": redact(data.source)}),
+                    profile=json.dumps({"rows": data.rows}),
+                ),
+                [InputTag("mlflow.data.context", data.context)],
+            )
+            for data in described.data
+        ]
+        if inputs:
+            self.client.log_inputs(self.parent, inputs)
 
     def _follow_the_store(self, location: str) -> None:
         """Have a database that moved with its store name the directories of the store where that lies now.
@@ -124,15 +208,6 @@ class Tracker:
             for dead in (*children, session):
                 self.client.set_terminated(dead.info.run_id, "KILLED")
 
-    def parameters(self, values: dict[str, Any]) -> None:
-        """The run's settings, nested sections by dotted names."""
-        self._try(self._parameters, values)
-
-    def _parameters(self, values: dict[str, Any]) -> None:
-        by_name = {_valid(name): value for name, value in flatten(values).items()}
-        params = [_param(name, value) for name, value in by_name.items()]
-        self.client.log_batch(self.parent, params=params)
-
     def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
         """Metrics, seconds, costs and digest of one artifact, into the iteration's child run; a training's curve too.
 
@@ -141,17 +216,38 @@ class Tracker:
         self._try(self._stage, iteration, record, cached, stage_name)
 
     def _stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
-        child = self._child(iteration)
-        metrics = [_metric(f"{stage_name}/{name}", value) for name, value in record.metrics.items()]
-        metrics += [_metric(f"{stage_name}/seconds/{name}", value) for name, value in record.seconds.items()]
-        metrics += [_metric(f"{stage_name}/cost/{name}", value) for name, value in record.cost.items()]
-        metrics += [_metric(f"{stage_name}/cached", float(cached))]
-        metrics += _curve(self.store.directory(record.kind, record.key) / "metrics.jsonl")
-        tags = {f"artifact.{stage_name}": f"{record.kind}/{record.key}", f"digest.{stage_name}": record.content}
-        for start in range(0, len(metrics), 900):  # MLflow takes 1000 in one call
-            self.client.log_batch(child, metrics=metrics[start : start + 900])
-        for name, value in tags.items():
-            self.client.set_tag(child, name, value)
+        self.moment = moment_of(record)
+        points = curve_points(self.store.directory(record.kind, record.key))
+        first = self.steps
+        if stage_name == "train":
+            self.steps += max((step for step, _ in points), default=0)
+        if self.sent.get((iteration, stage_name)) == record.content:
+            return
+        child, self.ended = self._child(iteration), None
+        self.whole.discard(child)
+        values = stage_values(record, cached, stage_name)
+        self._log(child, [self._metric(name, value) for name, value in values.items()])
+        self._log(child, [self._metric(name, value, step) for step, row in points for name, value in row.items()])
+        if stage_name == "train":
+            over_run = [(first + step, row) for step, row in points]
+            self._log(
+                self.parent, [self._metric(name, value, step) for step, row in over_run for name, value in row.items()]
+            )
+            if hardware := record.provenance.get("hardware"):
+                self.client.set_tag(self.parent, "hardware", str(hardware))
+        # Last: what bears its digest is whole.
+        self.client.set_tag(child, f"artifact.{stage_name}", f"{record.kind}/{record.key}")
+        self.client.set_tag(child, f"digest.{stage_name}", record.content)
+        self.sent[iteration, stage_name] = record.content
+
+    def _log(self, run: str, metrics: list[Any]) -> None:
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(run, metrics=metrics[start : start + BATCH])
+
+    def _metric(self, name: str, value: float, step: int = 0) -> Any:
+        from mlflow.entities import Metric
+
+        return Metric(_valid(name), float(value), int(self.moment * 1000), step)
 
     def _child(self, iteration: int) -> str:
         """The MLflow id of the iteration's run, made at its first use."""
@@ -169,8 +265,7 @@ class Tracker:
         self._try(self._summary, iteration, values)
 
     def _summary(self, iteration: int, values: dict[str, float]) -> None:
-        metrics = [_metric(name, value, iteration) for name, value in values.items()]
-        self.client.log_batch(self.parent, metrics=metrics)
+        self._log(self.parent, [self._metric(name, value, iteration) for name, value in values.items()])
 
     def register(self, policies: Mapping[str, ArtifactRef]) -> None:
         """Set the aliases of the registered model that has the run's name.
@@ -223,26 +318,10 @@ class Tracker:
                     self.client.log_artifact(self.parent, str(path))
             if (plots := report.with_name("plots")).is_dir():
                 self.client.log_artifacts(self.parent, str(plots), "plots")
-        for run in [*self.children.values(), self.parent]:
-            self.client.set_terminated(run, status)
-
-
-def _curve(path: Path) -> list[Any]:
-    """The metrics of every step of a training; none for a stage that writes no such file."""
-    if not path.is_file():
-        return []
-    metrics = []
-    for line in path.read_text().splitlines():
-        values = json.loads(line)
-        step = int(values.pop("step"))
-        metrics += [_metric(f"curve/{name}", value, step) for name, value in values.items()]
-    return metrics
-
-
-def _metric(name: str, value: float, step: int = 0) -> Any:
-    from mlflow.entities import Metric
-
-    return Metric(_valid(name), float(value), int(time.time() * 1000), step)
+        for child in self.children.values():
+            if child not in self.whole:
+                self.client.set_terminated(child, status)
+        self.client.set_terminated(self.parent, status, self.ended)
 
 
 def _valid(name: str) -> str:

@@ -20,21 +20,23 @@ from mlflow.tracking import MlflowClient
 
 from data_contracts.artifact import ArtifactRecord
 from data_contracts.store import Store
+from tasks.trackers import Data, Described
 from tasks.tracking import Tracker
 
 
-def record(store: Store, key: str = "a" * 16, kind: str = "checkpoint", **changes) -> ArtifactRecord:
+def record(store: Store, key: str = "a" * 16, kind: str = "checkpoint", steps: int = 1500, **changes) -> ArtifactRecord:
     """A signed artifact with a curve of 1500 steps: more points than MLflow takes in one call."""
     directory = store.directory(kind, key)
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_text(key)
-    curve = [{"step": step, "loss": 1 / step, "rewards/margins": float(step)} for step in range(1, 1501)]
+    curve = [{"step": step, "loss": 1 / step, "rewards/margins": float(step)} for step in range(1, steps + 1)]
     (directory / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in curve) if kind == "checkpoint" else ""
     )
     fields = {
         "metrics": {"loss": 0.25, "dropped/no pair, really?": 3},
         "seconds": {"wall": 12.5, "load": 1.0},
+        "provenance": {"hardware": "2 cores", "time": "2026-11-28T10:00:00+0000"},
     } | changes
     return store.sign(
         ArtifactRecord(
@@ -43,20 +45,26 @@ def record(store: Store, key: str = "a" * 16, kind: str = "checkpoint", **change
     )
 
 
+DESCRIBED = Described(
+    {
+        "method": {"name": "sppo", "eta": 20},
+        "iterations": 2,
+        "models": {"a@b(c)": 1, "/x//y": 2},
+        "long": "x" * 1000,
+        "many": {f"n{k}": k for k in range(250)},
+        "execution": {"profile": "local"},
+    },
+    {"method": "sppo", "policy": "models/tiny", "data": "prompts.jsonl", "seed": "0", "commit": "c0ffee"},
+    "**quickstart**: 2 iterations of sppo",
+    (Data("training", "prompts.jsonl", "d" * 64, "data/prompts.jsonl", 24),),
+)
+
+
 @pytest.fixture(scope="module")
 def mirrored(tmp_path_factory):
     """A run of two iterations, and a client that looks at what MLflow has of it."""
     store, logged = Store(tmp_path_factory.mktemp("tracked") / "store"), []
-    tracker = Tracker(store, "quickstart", logged.append)
-    tracker.parameters(
-        {
-            "method": {"name": "sppo", "eta": 20},
-            "iterations": 2,
-            "models": {"a@b(c)": 1, "/x//y": 2},
-            "long": "x" * 1000,
-            "many": {f"n{k}": k for k in range(250)},
-        }
-    )
+    tracker = Tracker(store, "quickstart", logged.append, described=DESCRIBED)
     signed = record(store)
     tracker.stage(1, signed, cached=False, stage_name="train")
     tracker.stage(1, record(store, "b" * 16, "generations", metrics={"tokens": 99}), cached=True, stage_name="sample")
@@ -120,6 +128,63 @@ def test_the_parent_has_settings_headlines_by_iteration_and_the_report(mirrored)
     assert [(point.step, point.value) for point in points] == [(0, 0.1), (1, 0.3)]
     assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["plots", "report.md"]
     assert [item.path for item in client.list_artifacts(parent.info.run_id, "plots")] == ["plots/score.svg"]
+
+
+def test_the_parent_has_the_steps_of_all_iterations_as_one_curve(mirrored):
+    """So the curves of two methods lie over each other: the children's steps all begin at 1."""
+    client, runs, _, _ = mirrored
+    points = client.get_metric_history(runs["quickstart"].info.run_id, "curve/loss")
+    by_step = {point.step: point.value for point in points}
+    assert sorted(by_step) == list(range(1, 3001)) and len(points) == 3000
+    assert by_step[3000] == pytest.approx(1 / 1500) and by_step[1501] == 1
+
+
+def test_the_parent_has_tags_a_description_and_its_data(mirrored):
+    _, runs, _, _ = mirrored
+    parent = runs["quickstart"]
+    tags = {"method": "sppo", "policy": "models/tiny", "data": "prompts.jsonl", "seed": "0", "commit": "c0ffee"}
+    tags |= {"hardware": "2 cores", "mlflow.note.content": "**quickstart**: 2 iterations of sppo"}
+    assert tags.items() <= parent.data.tags.items()
+    [data] = parent.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("prompts.jsonl", "d" * 36, "training")
+
+
+def test_the_experiment_opens_on_its_training_runs(mirrored):
+    """MLflow's page reads this tag; without it, it opens a list of traces, which a run has none of."""
+    assert mirrored[0].get_experiment_by_name("self-play").tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_run_that_finds_everything_adds_nothing_and_one_that_was_killed_goes_on(tmp_path):
+    store, logged = Store(tmp_path / "store"), []
+    artifacts = [record(store, key * 16, steps=5) for key in "ab"]
+
+    def play(count: int, described: Described = DESCRIBED, cached: bool = True, status: str = "FINISHED") -> Tracker:
+        tracker = Tracker(store, "again", logged.append, described=described)
+        for iteration, artifact in enumerate(artifacts[:count], 1):
+            tracker.stage(iteration, artifact, cached, "train")
+            tracker.summary(iteration, {"heldout_score": 0.1 * iteration})
+        tracker.finish(None, status)
+        return tracker
+
+    def everything(tracker: Tracker) -> list:
+        """All runs with their tags, but for the process, and all points."""
+        runs = sorted(tracker.client.search_runs([tracker.experiment]), key=lambda run: run.info.run_id)
+        return [
+            (run.info.status, run.info.end_time, sorted(run.data.metrics.items()), len(run.data.params),
+             len(tracker.client.get_metric_history(run.info.run_id, "curve/loss")),
+             len(tracker.client.get_metric_history(run.info.run_id, "heldout_score")))
+            for run in runs
+        ]  # fmt: skip
+
+    first = play(1, cached=False, status="KILLED")
+    second = play(2)
+    assert second.parent == first.parent and len(everything(second)) == 3
+    before = everything(second)
+    elsewhere = DESCRIBED._replace(settings={**DESCRIBED.settings, "execution": {"profile": "slurm"}})
+    for described in (DESCRIBED, elsewhere):
+        assert everything(play(2, described)) == before
+    other = play(1, DESCRIBED._replace(settings={"iterations": 3}))
+    assert other.parent != first.parent and logged == []
 
 
 def test_best_and_final_are_versions_of_one_model_and_a_repeated_run_adds_none(mirrored):
@@ -194,7 +259,6 @@ def test_a_server_that_takes_no_path_of_this_machine_gets_it_as_a_tag(store, tmp
 def test_a_server_that_does_not_answer_costs_one_warning_and_some_seconds(store):
     logged, began = [], time.monotonic()
     tracker = Tracker(store, "quickstart", logged.append, uri="http://127.0.0.1:9")
-    tracker.parameters({"iterations": 2})
     tracker.stage(1, record(store), cached=False, stage_name="train")
     tracker.summary(1, {"heldout_score": 0.5})
     tracker.finish(None)
@@ -218,7 +282,7 @@ def test_an_address_that_cannot_be_used_costs_one_warning(store, uri):
 def test_a_server_that_goes_away_midway_costs_one_warning(store, monkeypatch, words):
     logged = []
     # Opened already: what goes wrong is the next call.
-    monkeypatch.setattr(Tracker, "_open", lambda self, run: None)
+    monkeypatch.setattr(Tracker, "_open", lambda *_: None)
     tracker = Tracker(store, "quickstart", logged.append)
     signed = record(store)
 

@@ -168,7 +168,7 @@ def weighing(store: Store, iteration: int, ones: bool, dropped: float = 2.0) -> 
 def published(monkeypatch):
     """What would go to Prefect."""
     sent = []
-    for name in ("create_table_artifact", "create_markdown_artifact", "create_link_artifact"):
+    for name in ("create_table_artifact", "create_markdown_artifact", "create_image_artifact"):
         monkeypatch.setattr(flows.report.prefect_pages, name, lambda *_, key, kind=name, **__: sent.append((kind, key)))
     return sent
 
@@ -437,13 +437,30 @@ def test_the_gate_is_in_both_reports_and_beside_them(history_of):
     assert [decision["best"]["iteration"] for decision in recorded] == [1, 2]
 
 
-def test_prefect_gets_tables_with_a_history_and_a_link(history_of, published):
-    history_of()
-    kinds = [kind for kind, _ in published]
-    assert kinds.count("create_link_artifact") == 3
+def test_prefect_gets_the_history_the_report_and_its_figures(history_of, published):
+    history = history_of()
     assert ("create_table_artifact", "paper-history") in published
     assert ("create_markdown_artifact", "paper-iter-02") in published
-    assert ("create_link_artifact", "paper-report") in published
+    history.pages.finish(history.write_report(plots=True))
+    assert ("create_markdown_artifact", "paper-report") in published
+    figures = [key for kind, key in published if kind == "create_image_artifact"]
+    assert figures[:2] == ["paper-figure-score", "paper-figure-gain"] and "paper-figure-loss" in figures
+
+
+def test_a_figure_is_sent_inside_its_address(tmp_path, monkeypatch):
+    sent = {}
+    monkeypatch.setattr(
+        flows.report.prefect_pages, "create_image_artifact", lambda url, key, **_: sent.update({key: url})
+    )
+    monkeypatch.setattr(
+        flows.report.prefect_pages, "create_markdown_artifact", lambda text, key, **_: sent.update({key: text})
+    )
+    (tmp_path / "report.md").write_text("# fine")
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "score.svg").write_text("<svg/>")
+    PrefectPages("paper", logging.getLogger("test")).finish(tmp_path / "report.md")
+    assert sent["paper-figure-score"] == "data:image/svg+xml;base64,PHN2Zy8+"
+    assert str(tmp_path / "report.html") in sent["paper-report"] and sent["paper-report"].endswith("# fine")
 
 
 def test_token_pieces_give_the_text_back(tiny_model):

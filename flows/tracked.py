@@ -1,0 +1,74 @@
+"""Flows - what trackers of experiments show of a run beside its numbers: tags, a description, its data."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from data_contracts.checkpoint import ModelRef
+from flows.config import RunConfig
+from flows.preflight import Checked
+from stages.running.hardware import hardware
+from tasks.data.source import Source
+from tasks.trackers import Data, Described
+
+
+def described(config: RunConfig, checked: Checked) -> Described:
+    """Return what MLflow and the others show of a run: method, policy, data, seed, commit and hardware as tags."""
+    prompts = config.prompts
+    tags = {
+        "method": config.method.name,
+        "policy": _model(config.policy),
+        "data": _source(prompts.train_source),
+        "seed": str(config.seed),
+        "hardware": hardware(),
+    }
+    if config.weights.name != "ones":
+        tags["weights"] = config.weights.name
+    if config.models.teacher is not None:
+        tags["teacher"] = _model(config.models.teacher)
+    if commit := _commit():
+        tags |= {"commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")}
+    heldout = prompts.heldout_source or prompts.train_source
+    data = tuple(
+        Data(context, Path(_source(source)).name, rows.digest, _source(source), len(rows))
+        for context, source, rows in (
+            ("training", prompts.train_source, checked.train),
+            ("heldout", heldout, checked.heldout),
+        )
+    )
+    return Described(config.model_dump(mode="json"), tags, _note(config, tags, checked), data)
+
+
+def _note(config: RunConfig, tags: dict[str, str], checked: Checked) -> str:
+    """Return the description, as Markdown."""
+    rounds = f"{config.iterations} iterations" if config.iterations > 1 else "1 iteration"
+    lines = [
+        f"**{config.name}**: {rounds} of {tags['method']} on {tags['policy']}, "
+        f"{len(checked.train)} training prompts of {tags['data']}, {len(checked.heldout)} held-out prompts.",
+        "",
+        "Curves over the iteration: `heldout_score` and what else the report's table has. Curves over the optimizer "
+        "steps of all iterations: `curve/loss`, `curve/rewards/margins` ... The child runs have each iteration's own.",
+        "",
+        f"`selfplay report {config.name}` writes the page again.",
+    ]
+    return "\n".join(lines)
+
+
+def _model(model: ModelRef) -> str:
+    name = model.path or model.hub_id or ""
+    return f"{name} @ {model.revision}" if model.revision else name
+
+
+def _source(source: Source) -> str:
+    """Return the path of a source, the name of a data set, or the parts of a mix."""
+    return source.path or source.hub_id or " + ".join(_source(share.source) for share in source.mix)
+
+
+def _commit() -> str:
+    """Return the commit of this checkout, with -dirty if files have changed since; "" where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return ""
