@@ -102,9 +102,9 @@ class Cluster:
         ask = [sys.executable, "-c", f"import urllib.request as r; r.urlopen('{self.url}/health', timeout=5)"]
         wait_for(lambda: self.nodes.start(0, ask, self.home / "ask.log").wait() == 0, 240, "the server")
         assert self.prefect("work-pool", "create", "selfplay-work", "--type", "process").wait() == 0
-        assert self.prefect("--no-prompt", "deploy", "--prefect-file", "deploy/prefect/work.yaml", "--all").wait() == 0, (
-            self.home / "prefect-0.log"
-        ).read_text()[-3000:]
+        assert (
+            self.prefect("--no-prompt", "deploy", "--prefect-file", "deploy/prefect/work.yaml", "--all").wait() == 0
+        ), (self.home / "prefect-0.log").read_text()[-3000:]
         for node in (0, 1):
             self.prefect(
                 "worker", "start", "--pool", "selfplay-work", "--limit", "1", "--name", f"node{node}", node=node

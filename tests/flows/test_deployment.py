@@ -61,7 +61,7 @@ def first(cluster, make_run):
 
 def test_a_deployment_runs_to_its_end_through_a_worker(cluster, first):
     assert first.done.returncode == 0, first.done.stdout + cluster.log.read_text()[-3000:]
-    assert first.run["state_type"] == "COMPLETED"
+    assert (first.run["state_type"], first.run["name"]) == ("COMPLETED", "deployed")
     assert (cluster.store / "runs" / "deployed" / "report.md").is_file()
     states = wait_for(lambda: len(found := task_states(cluster, first.run)) == 10 and found, 30)
     assert set(states.values()) == {"Completed"}
@@ -77,6 +77,10 @@ def test_the_table_and_the_summaries_are_artifacts_of_the_run(cluster, first):
     assert [row["iteration"] for row in json.loads(newest["data"])] == [0, 1]
     assert {"deployed-iter-00", "deployed-iter-01"} <= by_key.keys()
     assert any(artifact["type"] == "progress" for artifact in found)
+    [report] = by_key["deployed-report"]
+    assert report["type"] == "markdown" and "## Settings" in report["data"]
+    [figure] = by_key["deployed-figure-score"]
+    assert figure["type"] == "image" and figure["data"].startswith("data:image/svg+xml;base64,")
 
 
 def test_mlflow_has_a_parent_run_and_a_child_for_each_iteration(cluster, first):
@@ -92,9 +96,13 @@ def test_run_again_every_stage_shows_as_cached(cluster, first):
     states = wait_for(lambda: len(found := task_states(cluster, cluster.last_run())) == 10 and found, 30)
     stages = {name: state for name, state in states.items() if "prompts" not in name}
     assert len(stages) == 8 and set(stages.values()) == {"Cached"}
+    database = sqlite3.connect(cluster.store / "mlflow.db")
+    assert database.execute("select count(*) from runs").fetchone() == (3,)  # the same as before
 
 
-@pytest.mark.parametrize("parameter", ["seed=many", 'sampling={"temprature": 1}', "nonsense=1"])
+@pytest.mark.parametrize(
+    "parameter", ["seed=many", 'sampling={"temprature": 1}', 'method={"name": "dop"}', "nonsense=1"]
+)
 def test_a_wrong_parameter_is_refused_before_a_run_exists(cluster, first, parameter):
     before = cluster.ask("/flow_runs/count", {})
     refused = cluster.run("-p", f"config={first.config}", "-p", parameter)
