@@ -101,9 +101,11 @@ def _resolved(schema: Any, definitions: Mapping[str, Schema], parents: tuple[str
         for key, value in schema.items()
         if key not in ("required", "discriminator")
     }
-    if "properties" in copy:  # a setting may itself be called `required`
+    if "properties" in copy:  # a setting may itself be called `required`; each bears the name that it has in a file
         properties = schema["properties"].items()
-        copy["properties"] = {name: _resolved(item, definitions, parents) for name, item in properties}
+        copy["properties"] = {
+            name: _resolved(item, definitions, parents) | {"title": name} for name, item in properties
+        }
     return copy
 
 

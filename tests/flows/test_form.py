@@ -122,7 +122,7 @@ def test_a_method_is_a_choice_of_all_methods_and_the_presets_own_comes_first(qui
         options = schema_of(flow)["properties"]["method"]["anyOf"]
         assert options[0]["title"] == name and sorted(option["title"] for option in options) == METHODS.names()
     dpo = next(option for option in options if option["title"] == "dpo")
-    assert dpo["properties"]["name"] == {"const": "dpo", "default": "dpo", "title": "Name", "type": "string"}
+    assert dpo["properties"]["name"] == {"const": "dpo", "default": "dpo", "title": "name", "type": "string"}
     assert dpo["properties"]["beta"]["default"] == 0.1 and dpo["additionalProperties"] is False
 
 
