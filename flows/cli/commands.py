@@ -281,6 +281,15 @@ def methods() -> None:
 
 
 @app.command()
+def checks() -> None:
+    """What the scorer `checks` can verify: names, values, examples."""
+    from flows.cli.checks import list_checks
+
+    for line in list_checks():
+        print(line)
+
+
+@app.command()
 def ls(
     kind: Annotated[str | None, typer.Option(help="only generations, checkpoint, ...")] = None, store: STORE = None
 ) -> None:

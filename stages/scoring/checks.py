@@ -2,7 +2,9 @@
 
 A prompt row carries `checks: [{"name": "max_words", "value": 12}, {"name": "all_lowercase"}]`.
 `validate_checks` refuses a wrong request before anything runs; `grade` says how much of it a completion
-satisfied. To add a check, write one small function and one line in `CHECKS`.
+satisfied. To add a check, write one small function and one line in `CHECKS`;
+another package declares an entry point in the group `selfplay.checks` instead (docs/scoring.md has one).
+The file is long (over 350 lines) because the checks are its one table, with the readings of a text that they share.
 
 What counts as what:
 - A *word* is a run between blanks (or dashes set as punctuation) that holds a letter or a digit; list markers
@@ -243,6 +245,10 @@ class Check(NamedTuple):
     argument: Argument
     doc: str
     """What the instruction asks for."""
+    example: Any = None
+    """A `value` that it may have."""
+    answer: str = ""
+    """An answer that satisfies it with that value."""
 
 
 def _is_count(value: Any) -> bool:
@@ -273,33 +279,101 @@ TEXTS = Argument("a non-empty list of texts", _is_texts)
 PHRASES = Argument("a non-empty text or a list of them", lambda value: _is_text(value) or _is_texts(value))
 
 CHECKS: dict[str, Check] = {
-    "min_words": Check(lambda r, n: _at_least(len(r.words), n), COUNT, "at least n words; graded"),
-    "max_words": Check(lambda r, n: _at_most(len(r.words), n), COUNT, "at most n words; graded"),
-    "words_between": Check(_words_between, RANGE, "a number of words within the range, ends included; graded"),
-    "min_sentences": Check(lambda r, n: _at_least(r.num_sentences, n), COUNT, "at least n sentences; graded"),
-    "max_sentences": Check(lambda r, n: _at_most(r.num_sentences, n), COUNT, "at most n sentences; graded"),
-    "sentences": Check(lambda r, n: _exactly(r.num_sentences, n), COUNT, "exactly n sentences; graded"),
+    "min_words": Check(
+        lambda r, n: _at_least(len(r.words), n), COUNT, "at least n words; graded", 3, "owls hunt at night"
+    ),
+    "max_words": Check(lambda r, n: _at_most(len(r.words), n), COUNT, "at most n words; graded", 3, "owls hunt mice"),
+    "words_between": Check(
+        _words_between, RANGE, "a number of words within the range, ends included; graded", [2, 4], "owls hunt mice"
+    ),
+    "min_sentences": Check(
+        lambda r, n: _at_least(r.num_sentences, n), COUNT, "at least n sentences; graded", 2, "Owls hunt. Mice hide."
+    ),
+    "max_sentences": Check(
+        lambda r, n: _at_most(r.num_sentences, n), COUNT, "at most n sentences; graded", 2, "Owls hunt."
+    ),
+    "sentences": Check(
+        lambda r, n: _exactly(r.num_sentences, n), COUNT, "exactly n sentences; graded", 2, "Owls hunt. Mice hide."
+    ),
     "paragraphs": Check(
-        lambda r, n: _exactly(_paragraphs(r), n), COUNT, "exactly n blocks between blank lines; graded"
+        lambda r, n: _exactly(_paragraphs(r), n),
+        COUNT,
+        "exactly n blocks between blank lines; graded",
+        2,
+        "Owls hunt.\n\nMice hide.",
     ),
     "bullet_count": Check(
-        lambda r, n: _exactly(_bullets(r), n), COUNT, "exactly n lines marked - * • · + or –; graded"
+        lambda r, n: _exactly(_bullets(r), n),
+        COUNT,
+        "exactly n lines marked - * • · + or –; graded",
+        2,
+        "- owls\n- mice",
     ),
-    "numbered_list": Check(_numbered_list, COUNT, "exactly n lines numbered 1. 2. ... or 1) 2) ...; graded"),
-    "single_line": Check(lambda r, _: float(len(r.lines) == 1), NOTHING, "no line breaks"),
-    "all_lowercase": Check(lambda r, _: _one_case(r, str.isupper), NOTHING, "no capital letter; graded"),
-    "all_uppercase": Check(lambda r, _: _one_case(r, str.islower), NOTHING, "no small letter; graded"),
-    "title_case": Check(lambda r, _: _title_case(r), NOTHING, "first line capitalised but for small words"),
-    "starts_with": Check(_starts_with, TEXT, "opens with the phrase, quotes and emphasis aside"),
-    "ends_with": Check(_ends_with, TEXT, "closes with the phrase; after a word, punctuation may follow"),
-    "contains": Check(_contains, PHRASES, "mentions the phrase, or all of a list; graded by share of the list"),
-    "avoids": Check(_avoids, PHRASES, "mentions none of the phrases"),
-    "on_topic": Check(_on_topic, TEXTS, "some word begins with one of these stems: it is about what was asked"),
-    "no_commas": Check(lambda r, _: _without(r, ",，、،".__contains__), NOTHING, "no comma of any script; graded"),
-    "no_digits": Check(lambda r, _: _without(r, str.isdigit), NOTHING, "no digit; graded"),
-    "question": Check(lambda r, _: _ends_with(r, "?"), NOTHING, "ends with a question mark"),
-    "json_object": Check(_json_object, TEXTS, "one JSON object with these keys, fenced or not; graded by keys"),
-    "finished": Check(lambda r, _: float(r.finished), NOTHING, "ended by itself rather than cut at the token limit"),
+    "numbered_list": Check(
+        _numbered_list, COUNT, "exactly n lines numbered 1. 2. ... or 1) 2) ...; graded", 2, "1. owls\n2. mice"
+    ),
+    "single_line": Check(lambda r, _: float(len(r.lines) == 1), NOTHING, "no line breaks", None, "Owls hunt mice."),
+    "all_lowercase": Check(
+        lambda r, _: _one_case(r, str.isupper), NOTHING, "no capital letter; graded", None, "owls hunt mice."
+    ),
+    "all_uppercase": Check(
+        lambda r, _: _one_case(r, str.islower), NOTHING, "no small letter; graded", None, "OWLS HUNT MICE."
+    ),
+    "title_case": Check(
+        lambda r, _: _title_case(r),
+        NOTHING,
+        "first line capitalised but for small words",
+        None,
+        "The Owl and the Mouse",
+    ),
+    "starts_with": Check(
+        _starts_with, TEXT, "opens with the phrase, quotes and emphasis aside", "Dear owl", "Dear owl, good night."
+    ),
+    "ends_with": Check(
+        _ends_with,
+        TEXT,
+        "closes with the phrase; after a word, punctuation may follow",
+        "good night",
+        "Sleep well, good night!",
+    ),
+    "contains": Check(
+        _contains,
+        PHRASES,
+        "mentions the phrase, or all of a list; graded by share of the list",
+        ["owl", "mouse"],
+        "The owl saw a mouse.",
+    ),
+    "avoids": Check(_avoids, PHRASES, "mentions none of the phrases", "cat", "Owls hunt mice."),
+    "on_topic": Check(
+        _on_topic,
+        TEXTS,
+        "some word begins with one of these stems: it is about what was asked",
+        ["owl", "bird"],
+        "Birds of prey hunt at night.",
+    ),
+    "no_commas": Check(
+        lambda r, _: _without(r, ",，、،".__contains__),
+        NOTHING,
+        "no comma of any script; graded",
+        None,
+        "Owls hunt mice.",
+    ),
+    "no_digits": Check(lambda r, _: _without(r, str.isdigit), NOTHING, "no digit; graded", None, "Two owls hunt."),
+    "question": Check(lambda r, _: _ends_with(r, "?"), NOTHING, "ends with a question mark", None, "Who hunts mice?"),
+    "json_object": Check(
+        _json_object,
+        TEXTS,
+        "one JSON object with these keys, fenced or not; graded by keys",
+        ["name"],
+        '{"name": "owl"}',
+    ),
+    "finished": Check(
+        lambda r, _: float(r.finished),
+        NOTHING,
+        "ended by itself rather than cut at the token limit",
+        None,
+        "Owls hunt mice.",
+    ),
 }
 TABLE = Table("checks", Check, CHECKS)
 """CHECKS, and those of other packages: entry points in the group `selfplay.checks`."""

@@ -242,6 +242,37 @@ def test_every_check_says_what_it_does():
     assert all(check.doc and check.argument.expected for check in CHECKS.values())
 
 
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_example_of_a_check_is_satisfied_by_its_own_answer(name):
+    assert credit(name, CHECKS[name].answer, CHECKS[name].example) == 1
+
+
+RHYMES = """
+from stages.scoring.checks import NOTHING, Check
+
+def _rhyme(answer, _):
+    ends = [line.rstrip(".,!?")[-2:].lower() for line in answer.lines]
+    return float(len(ends) > 1 and ends[0] == ends[1])
+
+RHYMES = Check(_rhyme, NOTHING, "the first two lines end alike", answer="An owl at night,\\nits eyes are bright.")
+"""
+
+
+def test_a_check_of_another_package_grades_and_is_listed_with_its_example(outside_package, capsys):
+    from flows.cli.commands import main
+
+    points = {"rhymes": "poetry:RHYMES", "gone": "poetry:NOTHING_OF_THE_KIND"}
+    outside_package("poetry", RHYMES, {"selfplay.checks": points})
+    assert credit("rhymes", "An owl at night,\nits eyes are bright.") == 1 and credit("rhymes", "One.\nTwo.") == 0
+    assert main(["checks"]) == 0
+    shown = capsys.readouterr().out
+    for name in CHECKS:
+        assert f"\n{name:16} {CHECKS[name].doc}\n" in shown
+    assert '"value": [2, 4]' in shown and "value: two whole numbers above 0, [least, most]" in shown
+    assert '\nrhymes           the first two lines end alike\n                 {"name": "rhymes"}\n' in shown
+    assert "\ngone             cannot be used: checks 'gone' is registered as 'poetry:NOTHING_OF_THE_KIND'" in shown
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
