@@ -67,14 +67,8 @@ def gc(
     Raises: ConfigError for a negative number of runs, and for a run that is to be kept but reaches no artifact: then
     nothing can be called unneeded.
     """
-    if keep_runs < 0:
-        raise ConfigError(f"--keep-runs is {keep_runs}: it must be 0 or more")
-    for name in store.artifact_names():
-        _inputs(store, name)  # a record of a newer program is refused here, before anything moves
-    runs = sorted(_runs_with_links(store), key=_newest_link_time, reverse=True)
-    kept_names = _kept_by_runs(store, runs[:keep_runs], keep_runs)
-    in_use = {name for name in store.artifact_names() if _is_in_use(store, name, kept_names, young_seconds)}
-    kept_names |= _with_inputs(store, in_use)
+    reasons = reasons_to_keep(store, keep_runs, young_seconds)
+    runs, kept_names = _runs_with_links(store), set(reasons)
     removals: list[Removal] = []
     for name in store.artifact_names():
         path = store.directory(*name)
@@ -98,12 +92,46 @@ def gc(
 # --- what is kept
 
 
-def _kept_by_runs(store: Store, runs: list[Path], keep_runs: int) -> set[Name]:
-    """Return what the links of these runs reach, with all inputs.
+def reasons_to_keep(store: Store, keep_runs: int, young_seconds: float = YOUNG_SECONDS) -> dict[Name, str]:
+    """Return why each artifact stays that stays; of several reasons the first of: the newest run, its age or state, what
+    needs it.
+
+    Raises: ConfigError for a negative number of runs, and for a run that is to be kept but reaches no artifact;
+    NewerRecordError for a record of a newer program, before anything moves.
+    """
+    if keep_runs < 0:
+        raise ConfigError(f"--keep-runs is {keep_runs}: it must be 0 or more")
+    for name in store.artifact_names():
+        _inputs(store, name)
+    reasons = _kept_by_runs(store, _runs_with_links(store)[:keep_runs], keep_runs)
+    kept_names = set(reasons)
+    in_use = {
+        name: why
+        for name in store.artifact_names()
+        if (why := _why_in_use(store, name, kept_names, young_seconds)) and name not in kept_names
+    }
+    reasons |= in_use
+    for name in _with_inputs(store, set(in_use)):
+        reasons.setdefault(name, "an input of what is not finished, or young")
+    return reasons
+
+
+def kept_lines(store: Store, reasons: dict[Name, str]) -> list[str]:
+    """Return a line per reason: how much stays for it, and how many artifacts."""
+    groups: dict[str, list[int]] = {}
+    for name, why in reasons.items():
+        groups.setdefault(why, []).append(bytes_below(store.directory(*name)))
+    return [
+        f"{format_bytes(sum(sizes)):>12}  {plural(len(sizes), 'artifact')}  ({why})" for why, sizes in groups.items()
+    ]
+
+
+def _kept_by_runs(store: Store, runs: list[Path], keep_runs: int) -> dict[Name, str]:
+    """Return what the links of these runs reach, with all inputs, and for which run; the newest counts.
 
     Raises: ConfigError for a run that reaches nothing: then the links are at fault, not the artifacts.
     """
-    existing, kept_names = set(store.artifact_names()), set[Name]()
+    existing, reasons = set(store.artifact_names()), dict[Name, str]()
     for run in runs:
         targets = {name for link in _links(run) if (name := _target(link)) is not None}
         if existing and not targets & existing:
@@ -111,17 +139,23 @@ def _kept_by_runs(store: Store, runs: list[Path], keep_runs: int) -> set[Name]:
                 f"the run {run.name} is to be kept, and none of its links leads to an artifact of {store.root}: "
                 f"nothing is removed. Look at {run}; if that run is not needed any more, remove its directory"
             )
-        kept_names |= _with_inputs(store, targets)
+        why = f"of the run {run.name}, or what it was made from"
+        if reasons:
+            why += "; no newer run has it"
+        for name in _with_inputs(store, targets):
+            reasons.setdefault(name, why)
     if keep_runs and existing and not runs:
         raise ConfigError(
             f"no run of {store.root} has links to artifacts, so --keep-runs {keep_runs} would keep none of "
             f"{len(existing)}: nothing is removed. `--keep-runs 0` says that none is needed"
         )
-    return kept_names
+    return reasons
 
 
 def _runs_with_links(store: Store) -> list[Path]:
-    return [path for path in (store.root / "runs").glob("*") if path.is_dir() and _links(path)]
+    """The directories of runs that show artifacts, the newest first."""
+    runs = [path for path in (store.root / "runs").glob("*") if path.is_dir() and _links(path)]
+    return sorted(runs, key=_newest_link_time, reverse=True)
 
 
 def _links(run: Path) -> list[Path]:
@@ -171,19 +205,22 @@ def _inputs(store: Store, name: Name) -> list[Name]:
     return [(kind, key.partition("/")[0]) for kind, key in names if key != EXTERNAL]
 
 
-def _is_in_use(store: Store, name: Name, kept_names: set[Name], young_seconds: float) -> bool:
-    """Return whether an artifact is being built, is young, or is unfinished work whose inputs are kept."""
+def _why_in_use(store: Store, name: Name, kept_names: set[Name], young_seconds: float) -> str:
+    """Return why an artifact stays whose run is not kept: it is being built, young, or unfinished work whose inputs are
+    kept. "" if it is none of these."""
     with store.try_lock(*name) as owner:
         if owner is not None:
-            return True
+            return "being built"
     directory = store.directory(*name)
     age = time.time() - max((path.lstat().st_mtime for path in (directory, *directory.iterdir())), default=0.0)
     if age < young_seconds:
-        return True
+        return f"younger than {young_seconds / 60:.0f} minutes"
     if (directory / RECORD).is_file():
-        return False
+        return ""
     inputs = _inputs(store, name)
-    return bool(inputs) and age < WAITING_SECONDS and set(inputs) <= kept_names
+    if inputs and age < WAITING_SECONDS and set(inputs) <= kept_names:
+        return f"unfinished work of a kept run, younger than {WAITING_SECONDS / 86400:.0f} days"
+    return ""
 
 
 def _unneeded_logps(store: Store, kept_names: set[Name], young_seconds: float) -> list[Path]:
@@ -262,9 +299,14 @@ def main(arguments: list[str]) -> int:
     try:
         store = Store(options.store)
         earlier = list_set_aside(store.root)
+        reasons = reasons_to_keep(store, options.keep_runs)
         removals = gc(store, options.keep_runs, options.dry_run, options.yes)
     except PipelineError as error:
         return print_error(error)
+    if reasons:
+        print("\n".join(["stays:", *kept_lines(store, reasons), f"{'':12}  reports of all runs"]))
+    if removals:
+        print("does not stay:")
     for removal in removals:
         print(f"{format_bytes(removal.size):>12}  {removal.path.relative_to(store.root)}  ({removal.why})")
     for path, reason in earlier:

@@ -17,7 +17,7 @@ import data_contracts.store
 from data_contracts.artifact import RECORD, ArtifactRecord, ArtifactRef
 from data_contracts.errors import ArtifactError, ConfigError
 from data_contracts.files import bytes_from_environment, is_abandoned
-from data_contracts.gc import gc, main
+from data_contracts.gc import gc, kept_lines, main, reasons_to_keep
 from data_contracts.set_aside import list_set_aside, set_aside
 from data_contracts.store import Store
 
@@ -117,6 +117,30 @@ def test_what_is_young_or_being_built_stays_with_its_inputs(store, three_runs):
         assert left(store) == {"generations/fresh", "checkpoint/busy", "generations/ga", "prompts/pa"}
     gc(store, 0)
     assert left(store) == {"generations/fresh"} and Path(fresh.path).is_dir()
+
+
+def test_what_stays_is_said_with_the_reason(store, three_runs):
+    """The newest run that has an artifact is named; young work, locked work and its inputs have reasons of their own."""
+    make(store, "generations", "fresh")
+    for key, ref in (("busy", three_runs["g-a"]), ("wanted", three_runs["c-c"])):
+        directory = store.directory("checkpoint", key)
+        directory.mkdir()
+        (directory / "spec.json").write_text(json.dumps({"inputs": {"x": ref.model_dump()}}))
+        for path in (directory, directory / "spec.json"):
+            os.utime(path, (time.time() - 7200, time.time() - 7200))
+    with store.lock("checkpoint", "busy"):
+        reasons = reasons_to_keep(store, 1)
+        lines = kept_lines(store, reasons)
+    of_c = "of the run c, or what it was made from"
+    assert {f"{kind}/{key}": why for (kind, key), why in reasons.items()} == dict.fromkeys(OF_C, of_c) | {
+        "generations/fresh": "younger than 60 minutes",
+        "checkpoint/busy": "being built",
+        "checkpoint/wanted": "unfinished work of a kept run, younger than 7 days",
+        "generations/ga": "an input of what is not finished, or young",
+        "prompts/pa": "an input of what is not finished, or young",
+    }
+    assert any(line.endswith(f"4 artifacts  ({of_c})") for line in lines) and len(lines) == 5
+    assert reasons_to_keep(store, 3)["prompts", "pa"] == "of the run a, or what it was made from; no newer run has it"
 
 
 def test_interrupted_work_of_a_kept_run_waits_a_week_for_it(store, three_runs):
@@ -237,6 +261,7 @@ def test_the_command_says_what_and_how_much(store, three_runs, capsys):
     assert main(["--keep-runs", "1", "--dry-run", "--store", str(store.root)]) == 0
     output = capsys.readouterr().out
     assert "artifacts/generations/ga  (of no kept run)" in output and "links of the run a" in output
+    assert "4 artifacts  (of the run c, or what it was made from)" in output.split("does not stay:")[0]
     assert "would set aside " in output.splitlines()[-1] and "that --keep-runs 1 does not keep" in output
     done = subprocess.run(
         [sys.executable, "-m", "data_contracts.gc", "--keep-runs", "-1", "--store", str(store.root)],
