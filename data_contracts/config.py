@@ -183,6 +183,9 @@ def read_yaml(path: os.PathLike[str] | str) -> dict[str, Any]:
     """
     try:
         text = _read_once(path)
+    except FileNotFoundError as error:
+        hint = "`selfplay presets` lists those that come with the pipeline"
+        raise ConfigError(f"cannot read the run config {path}: {error.strerror}; {hint}") from None
     except OSError as error:
         raise ConfigError(f"cannot read the run config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ import yaml
 
 from data_contracts.config import parse
 from data_contracts.errors import ConfigError
+from flows.comparison import load_comparison
 from flows.config import RunConfig, load_run, parse_assignment
 from flows.preflight import _suite_with_digest, preflight
 from stages.evaluation.lm_eval import check_suite
@@ -20,6 +21,7 @@ from stages.evaluation.stage import LMEvalSuite
 from stages.evaluation.suites import check_data
 from stages.methods import METHODS
 from stages.stage import STAGES
+from tasks.data.files import open_source
 
 RUN = {
     "name": "tiny",
@@ -423,6 +425,21 @@ def test_the_paths_of_the_presets_are_those_of_the_checkout():
     settings = load_run("deploy/runs/quickstart.yaml")
     assert settings.prompts.train.path == "deploy/prompts/quickstart_train.jsonl"
     assert settings.policy.path == "models/smollm2-135m-instruct"
+
+
+def test_what_comes_with_the_pipeline_is_found_from_any_directory_behind_files_of_ones_own(beside):
+    preset = "deploy/runs/tiny/sppo.yaml"
+    assert load_run(preset).prompts.train.path == "deploy/prompts/tiny.jsonl"
+    assert load_comparison("deploy/runs/compare/sppo_k.yaml").config.name == "sppo-k"
+    (beside / "mine.yaml").write_text(yaml.safe_dump({"extends": preset, "iterations": 5}))
+    assert load_run(beside / "mine.yaml").iterations == 5
+    opened, _ = open_source(load_run(preset).prompts.train)
+    assert len(opened) == 1
+    Path(preset).parent.mkdir(parents=True)
+    Path(preset).write_text(yaml.safe_dump({**RUN, "name": "own"}))
+    assert load_run(preset).name == "own"
+    with pytest.raises(ConfigError, match=r"deploy/runs/no\.yaml: No such file .*; `selfplay presets` lists"):
+        load_run("deploy/runs/no.yaml")
 
 
 # --- prompts
