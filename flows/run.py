@@ -124,7 +124,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     history = History(config, store, tracker, pages)
     if checked.data is not None:
         history.data = checked.data.lines()
-        logger.info("\n".join(history.data))
+        logger.info(checked.data.summary())
     keep_settings(config, store)
     store.sweep()  # a run that finds everything built tidies up too
     ledger = Ledger(store, config.name)

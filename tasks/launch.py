@@ -28,7 +28,9 @@ from tasks.forkserver import SWITCH, ForkedProcess
 
 LINES_PER_SECOND = 10
 """At most this many reach Prefect (20,000 lines cost its server 50 s); the log file gets all."""
-NOISE = re.compile(r"\d+%\||it/s\]|s/it\]|^@|^\s*$|Warning: |^\S*W\d{4} |^  ")
+NOISE = re.compile(
+    r"\d+%\||(it|examples)/s\]|s/it\]|^@|^\s*$|Warning: |^\S*W\d{4} |\bWARNING \d\d-\d\d |\[WARNING\]|^\[transformers\]|^  "
+)
 """Progress bars, warnings of libraries and their quoted source lines: in the log file, not in the UI."""
 GRACE_SECONDS = 10.0
 """Time that a stage gets to end by itself after SIGTERM."""

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from data_contracts.errors import ConfigError
 from data_contracts.near_duplicates import check_disjoint
+from data_contracts.words import plural
 from tasks.data.drops import Drops
 from tasks.data.memory import Memory
 from tasks.data.prompt_set import PromptSet
@@ -44,8 +45,19 @@ class Prepared(NamedTuple):
         dropped = {f"dropped/{reason}": float(count) for reason, count in self.drops.counts.items()}
         return {"source_rows": float(self.rows), "dropped": float(self.drops.counts.total())} | dropped
 
+    def summary(self) -> str:
+        """What a terminal says of the prompts: how many, and in the same line how many rows are not used, and why."""
+        line = f"{len(self.train)} training prompts of {self.rows} rows, {len(self.heldout)} held-out prompts"
+        for drops, what in ((self.drops, "training"), (self.heldout_drops, "held-out")):
+            if drops.counts:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in drops.counts.most_common())
+                line += f"; {plural(drops.counts.total(), f'{what} row')} not used ({reasons})"
+        if self.drops.counts or self.heldout_drops.counts or self.notes:
+            line += "; more in the report"
+        return line
+
     def lines(self) -> list[str]:
-        """What a log or a report says of the prompts."""
+        """What a report says of the prompts, with places and examples of the rows that are not used."""
         lines = [f"{len(self.train)} training prompts of {self.rows} rows, {len(self.heldout)} held-out prompts"]
         for drops, what in ((self.drops, "training"), (self.heldout_drops, "held-out")):
             if drops.counts:

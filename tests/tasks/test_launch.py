@@ -190,6 +190,13 @@ def test_bars_and_library_noise_are_in_the_file_only(stage):
     )
     assert stage.logged == ["loss 0.5"]
     assert len(stage.log_file.read_text().splitlines()) == 4
+    stage(
+        "print('(EngineCore pid=7) WARNING 11-28 10:00:01 [cpu.py:9] slow'); "
+        "print('[2026-11-28 09:46:58,496] [WARNING] [real_accelerator.py:213] no GPU'); "
+        "print('[transformers] `x` is old'); print('Generating: 8 examples [00:00, 2841.19 examples/s]'); "
+        "print('shard 0: WARNING of ours')"
+    )
+    assert stage.logged[1:] == ["shard 0: WARNING of ours"]
 
 
 def test_a_flood_of_lines_is_throttled_in_the_log_and_complete_in_the_file(stage):

@@ -44,7 +44,7 @@ def test_a_part_of_the_training_prompts_is_held_out(prepared):
     result = prepared("prompts", questions(10))
     assert len(result.train) == 8 and len(result.heldout) == 2
     assert not set(prompts_of(result.train)) & set(prompts_of(result.heldout))
-    assert result.lines() == ["8 training prompts of 10 rows, 2 held-out prompts"]
+    assert result.lines() == ["8 training prompts of 10 rows, 2 held-out prompts"] == [result.summary()]
 
 
 def test_training_prompts_that_are_nearly_held_out_are_dropped_where_a_part_is_held_out(prepared):
@@ -126,3 +126,7 @@ def test_too_many_rows_that_cannot_be_used_stop_the_run(prepared):
         "training rows that are not used:",
         "  4  the prompt is empty or blank: line 7, line 8, line 9, line 10",
     ]
+    assert result.summary() == (
+        "6 training prompts of 10 rows, 1 held-out prompts; 4 training rows not used (4 the prompt is empty or blank); "
+        "more in the report"
+    )
