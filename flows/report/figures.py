@@ -1,7 +1,7 @@
 """Flows - plots as inline SVG: curves with intervals, histograms, stacked bars, matrices. No script, font or network.
 
 A drawing is NARROW units wide, so its text reads the same on a phone and in a grid on a laptop; a figure that stands
-alone is drawn WIDE too, for a screen that has the room. Colours are classes of style.css: s0 ... s7 for strokes, f0 ...
+alone, or with one other, is drawn wider too, for a screen that has the room. Colours are classes of style.css: s0 ... s7 for strokes, f0 ...
 f7 for fills. Values that are not finite leave a gap. A pointer over a plot is shown the values there (SVG's <title>).
 """
 
@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol, TypeGuard
 
 from markupsafe import Markup, escape
 
-NARROW, WIDE = 420, 1000
-"""Units of a drawing's width."""
+NARROW, HALF, WIDE = 420, 560, 1000
+"""Units of a drawing's width; on a wide screen one of two figures is drawn HALF, one alone is drawn WIDE."""
 HEIGHT = 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 """Margins around the axes."""
@@ -72,12 +72,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number, as short as it can be read: 0.25, 1500, 2.1e+06."""
+    """A number, as short as it can be read: 0.25, 1500, 2.1e6, 5e\N{MINUS SIGN}7."""
     if value == 0:
         return "0"
+    text = f"{value:.5g}"
     if abs(value) >= 1e5 or abs(value) < 1e-4:
-        return f"{value:.1e}"
-    return f"{value:.5g}".replace("-", "\N{MINUS SIGN}")
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def lines(
@@ -296,7 +298,7 @@ def _axis_labels(x_middle: float, x_label_y: float, x_label: str, y_middle: floa
     x, y = f"{x_middle:.0f}", f"{y_middle:.0f}"
     return [
         _element("text", x_label, class_="label", x=x, y=x_label_y, text_anchor="middle"),
-        _element("text", y_label, class_="label", x=12, y=y, text_anchor="middle", transform=f"rotate(-90 12 {y})"),
+        _element("text", y_label, class_="label", x=11, y=y, text_anchor="middle", transform=f"rotate(-90 11 {y})"),
     ]
 
 

@@ -22,6 +22,15 @@ from stages.evaluation.intervals import Interval, paired_bootstrap
 
 MOST_RUNS = figures.COLOURS
 """Runs that are drawn: each has a colour of its own."""
+HELDOUT = (
+    ("score", "Held-out score, 95 % interval over prompts", "score", "score"),
+    ("tokens", "Tokens per held-out answer", "mean_tokens", "tokens"),
+    ("fluency", "Mean log-prob per token under the start model", "start_logp", "nats"),
+    ("accuracy", "Held-out pairs whose chosen text gained more", "preference_accuracy", "part"),
+    ("margin", "Margin of the held-out pairs over the start model", "preference_margin", "nats"),
+    ("response", "Log-prob per token of the true responses", "response_logp", "nats"),
+)
+"""Name of a figure, caption, held-out metric and axis."""
 CURVES = {
     "loss": ("Loss (those of two methods have no common scale)", "loss"),
     "rewards/margins": ("Reward margin", "chosen minus rejected"),
@@ -60,8 +69,10 @@ def overlay(runs: Sequence[LaidRun]) -> list[Section]:
 def differing_settings(runs: Sequence[LaidRun]) -> Table:
     """A row per setting that is not the same in all runs; their names, and where they run, are not compared."""
     settings = [flatten(run.config.model_dump(mode="json", exclude={"name", "execution"})) for run in runs]
+    names = list(dict.fromkeys(name for values in settings for name in values))
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in names))
     rows = []
-    for name in dict.fromkeys(name for values in settings for name in values):
+    for name in sorted(names, key=lambda name: sections.index(name.partition(".")[0])):
         texts = [_text(values[name]) if name in values else "" for values in settings]
         if len(set(texts)) > 1:
             rows.append({"setting": name, **{run.label: text for run, text in zip(runs, texts, strict=True)}})
@@ -73,34 +84,26 @@ def _text(value: Any) -> str:
 
 
 def _progress(runs: Sequence[LaidRun]) -> list[Figure]:
+    """Held-out numbers of all runs over each other. A run has one colour in all figures, so none is left out of one."""
+    labels = [run.label for run in runs]
     shown = []
-    for name, caption, metric, axis in (
-        ("score", "Held-out score, 95 % interval over prompts", "score", "score"),
-        ("tokens", "Tokens per held-out answer", "mean_tokens", "tokens"),
-        ("fluency", "Mean log-prob per token under the start model", "start_logp", "nats"),
-        ("accuracy", "Held-out pairs whose chosen text gained more", "preference_accuracy", "part"),
-        ("margin", "Margin of the held-out pairs over the start model", "preference_margin", "nats"),
-        ("response", "Log-prob per token of the true responses", "response_logp", "nats"),
-    ):
+    for name, caption, metric, axis in HELDOUT:
         curves = [metric_curve(run.story, metric, run.label) for run in runs]
-        curves = [curve for curve in curves if any(value is not None for value in curve.y)]
-        if curves:
-            draw = partial(figures.lines, caption, curves, "iteration", axis)
-            shown.append(Figure(name, caption, draw, [curve.label for curve in curves]))
-    if curves := [curve for run in runs[1:] if (curve := _difference(runs[0], run)) is not None]:
+        if any(value is not None for curve in curves for value in curve.y):
+            shown.append(Figure(name, caption, partial(figures.lines, caption, curves, "iteration", axis), labels))
+    differences = [_difference(runs[0], run) for run in runs]
+    if any(len(curve.x) for curve in differences[1:]):
         caption = f"Held-out score minus that of {runs[0].label}, iteration by iteration, paired by prompt"
-        draw = partial(figures.lines, caption, curves, "iteration", "score", zero=True)
-        shown.insert(1, Figure("difference", caption, draw, [curve.label for curve in curves]))
+        draw = partial(figures.lines, caption, differences, "iteration", "score", zero=True)
+        shown.insert(1, Figure("difference", caption, draw, labels))
     return shown
 
 
-def _difference(first: LaidRun, other: LaidRun) -> Series | None:
-    """The score of a run minus the first one's at each iteration that both have; None without a common prompt."""
+def _difference(first: LaidRun, other: LaidRun) -> Series:
+    """The score of a run minus the first one's, at each iteration in which both have scored a common prompt."""
     both = zip(iterations_of(first.story), first.story.heldout, other.story.heldout, strict=False)
     gains = {iteration: _gain(before, after) for iteration, before, after in both}
     measured = {iteration: gain for iteration, gain in gains.items() if gain is not None}
-    if not measured:
-        return None
     mean, low, high = ([getattr(gain, name) for gain in measured.values()] for name in ("mean", "low", "high"))
     return Series(other.label, list(measured), mean, low, high)
 
@@ -133,18 +136,17 @@ def _interval(gain: Interval | None) -> str:
 
 def _training(runs: Sequence[LaidRun]) -> list[Figure]:
     """The metrics of the runs' optimizer steps over each other."""
+    labels, steps_by_run = [run.label for run in runs], [steps_of(run.story)[0] for run in runs]
     shown = []
     for metric, (caption, axis) in CURVES.items():
         curves = []
-        for run in runs:
-            lines, _ = steps_of(run.story)
+        for label, lines in zip(labels, steps_by_run, strict=True):
             steps = spread(len(lines), MOST_STEPS)
-            if any(metric in line for line in lines):
-                values = [lines[i].get(metric) for i in steps]
-                curves.append(Series(run.label, [i + 1 for i in steps], values, dots=len(steps) < 60))
-        if curves:
+            values = [lines[i].get(metric) for i in steps]
+            curves.append(Series(label, [i + 1 for i in steps], values, dots=len(steps) < 60))
+        if any(value is not None for curve in curves for value in curve.y):
             draw = partial(figures.lines, caption, curves, "optimizer step, all iterations", axis)
-            shown.append(Figure(metric.replace("/", "-").replace("_", "-"), caption, draw, [c.label for c in curves]))
+            shown.append(Figure(metric.replace("/", "-").replace("_", "-"), caption, draw, labels))
     return shown
 
 

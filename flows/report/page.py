@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from flows.report.figures import WIDE
+from flows.report.figures import HALF, WIDE
 from flows.report.overlay import LaidRun
 from flows.report.sections import Section, headline_numbers, sections_of
 from flows.report.story import Story
@@ -72,5 +72,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"style": Markup((DIRECTORY / "style.css").read_text(encoding="utf-8")), "wide": WIDE}
+    environment.globals |= {
+        "style": Markup((DIRECTORY / "style.css").read_text(encoding="utf-8")),
+        "widths": {1: WIDE, 2: HALF},
+    }
     return environment

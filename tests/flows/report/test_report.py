@@ -28,6 +28,7 @@ from flows.gate import Gate
 from flows.hands import read_report
 from flows.report.about import loading_lines
 from flows.report.figures import Series, histograms, lines
+from flows.report.figures import number as short_number
 from flows.report.history import History
 from flows.report.overlay import LaidRun, overlay
 from flows.report.page import render_comparison
@@ -391,6 +392,13 @@ def test_a_pointer_over_a_plot_is_shown_the_values_there():
     columns = re.findall(r'<rect class="hover".*?<title>(.*?)</title></rect>', drawing.body, re.DOTALL)
     assert columns[0] == "step 1\n&lt;a&gt;: 0.5\nb: 2 [1.5, 2.5]"
     assert 50 < len(columns) <= 100 and columns[-1].endswith("&lt;a&gt;: 0.5")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.25, "0.25"), (-1500.0, "\u22121500"), (7.5e-7, "7.5e\u22127"), (1e6, "1e6")]
+)
+def test_a_number_is_as_short_as_it_can_be_read(value, text):
+    assert short_number(value) == text
 
 
 def test_a_histogram_tells_each_bin():
