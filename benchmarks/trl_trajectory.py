@@ -36,7 +36,8 @@ def conversations(source: str, count: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines[:count]]
     from datasets import load_dataset
 
-    return list(load_dataset(source, split=f"train[:{count}]"))
+    rows: Any = load_dataset(source, split=f"train[:{count}]")
+    return list(rows)
 
 
 def pairs_of(options: argparse.Namespace) -> list[dict[str, list[int]]]:

@@ -232,6 +232,26 @@ class ClassifierScorer(PointScorer):
         if directory is not None:
             settings = json.loads((directory / "config.json").read_text())
             refuse_remote_code(settings, directory, config.trust_remote_code)
+            refuse_long_prompts(config, directory, prompts)
+
+
+def refuse_long_prompts(config: PointScorerConfig, directory: Path, prompts: Sequence[PromptRow]) -> None:
+    """Raises: ConfigError if more than `max_cut_share` of the prompts fill the scorer's longest input without an answer."""
+    longest, most = longest_input(config, directory, None), config.max_cut_share * len(prompts)
+    texts = (prompt_text(prompt["messages"]) for prompt in prompts)
+    suspects = [number for number, text in enumerate(texts) if len(text.encode()) >= longest]
+    if len(suspects) <= most:  # a token is a byte of text at least: no tokenizer is needed
+        return
+    tokenizer = tokens.load_tokenizer(directory)
+    sizes = [len(tokenizer.encode(prompt_text(prompts[k]["messages"]), add_special_tokens=False)) for k in suspects]
+    count = sum(size >= longest for size in sizes)
+    if count > most:
+        raise ConfigError(
+            f"{count} of {len(prompts)} prompts have {longest} tokens and more, all that the scorer {config.name} reads: "
+            f"with an answer they are cut, and more than scorer.max_cut_share = {config.max_cut_share:g} of the texts "
+            "would be. Raise scorer.max_tokens if the model's context is longer, leave out long prompts, or set "
+            "max_cut_share to score them as they are"
+        )
 
 
 class RewardModel(ClassifierScorer):

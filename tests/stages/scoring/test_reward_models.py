@@ -142,6 +142,21 @@ def test_a_model_with_code_of_its_own_is_refused_unless_switched_on(reward_model
     SCORERS.get("reward_model").check_prompts(config.model_copy(update={"trust_remote_code": True}), [])
 
 
+@pytest.mark.parametrize("name", ["reward_model", "pair_encoder"])
+def test_prompts_that_leave_no_room_for_an_answer_are_refused_before_anything_is_sampled(
+    reward_model, encoder, scoring, name
+):
+    directory = {"reward_model": reward_model, "pair_encoder": encoder}[name]
+    settings = {"name": name, "model": {"path": str(directory)}, "max_tokens": 64}
+    prompts = [scoring.candidates(text, ["a"]).prompt for text in ("look down " * 60, "look down", "oil", "sea")]
+    check = SCORERS.get(name).check_prompts
+    with pytest.raises(ConfigError, match=r"1 of 4 prompts have 64 tokens and more.*max_cut_share = 0\.1"):
+        check(SCORERS.config(settings), prompts)
+    check(SCORERS.config(settings | {"max_cut_share": 0.25}), prompts)
+    check(SCORERS.config(settings | {"max_tokens": 2000}), prompts)
+    check(SCORERS.config(settings), prompts[1:])
+
+
 def test_damaged_weights_are_no_score(scoring, reward_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
