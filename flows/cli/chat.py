@@ -17,8 +17,8 @@ from data_contracts.artifact import ArtifactRef
 from data_contracts.errors import ConfigError
 from data_contracts.prompts import Message
 from data_contracts.store import Store
+from flows.cli.finished import measured_policies
 from flows.config import RunConfig
-from flows.forecast.rehearsal import rehearse
 from flows.report.text import visible
 from stages.models.policy import pick_device
 from stages.models.turns import Turns
@@ -68,7 +68,7 @@ def chat(config: RunConfig, store: Store, iteration: int | None, prompts: TextIO
 
     Raises: ConfigError for a run without a trained model, and for an iteration that is not measured.
     """
-    policies = rehearse(config, store).policies()
+    policies = measured_policies(store, config.name)
     trained = [number for number in policies if number]
     if not trained:
         raise ConfigError(

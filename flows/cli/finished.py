@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from data_contracts.artifact import ArtifactRef
+from data_contracts.artifact import RECORD, ArtifactRef, parse_record
 from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import RunConfig
@@ -66,3 +66,15 @@ def read_run(config: RunConfig, store: Store, directory: Path | None = None) -> 
             "see `selfplay status`"
         )
     return PlayedRun(config, checked, rehearsal, history)
+
+
+def measured_policies(store: Store, run: str) -> dict[int, ArtifactRef]:
+    """Return iteration -> policy, of what a run shows as measured (`runs/<run>/iter_NN/evaluate`); 0 is the start model.
+
+    Needs neither the run's prompts nor today's keys, so a run of an earlier version of the program is found too.
+    """
+    policies: dict[int, ArtifactRef] = {}
+    for path in sorted(store.run_directory(run).glob(f"iter_*/evaluate/{RECORD}")):
+        record = parse_record(path.read_bytes(), str(path))
+        policies[int(path.parent.parent.name.removeprefix("iter_"))] = store.here(record.inputs["policy"])
+    return policies
