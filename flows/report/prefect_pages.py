@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+import re
+from html import unescape
 from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from data_contracts.redaction import redact, redact_value
+from flows.report.text import as_markdown
 from tasks.place import Place
 
 SHOWN_FIGURES = (
@@ -51,7 +53,7 @@ class PrefectPages:
         """Show the whole report and its main figures, at the end of the run.
 
         report: report.md, with report.html and plots/ beside it. A browser opens no file of the machine that the run was
-        on, so what it shows is sent: text as Markdown, each figure as an image in its own address.
+        on, so what it shows is sent as Markdown, with each figure inside its own address.
         """
         head = f"The page with all figures: `{report.with_suffix('.html')}`, on the machine of the run.\n\n"
         try:
@@ -60,9 +62,8 @@ class PrefectPages:
                 key=f"{self.run}-report",
                 description=f"Report of {self.run}",
             )
-            for name, path in _figures(report.with_name("plots")):
-                address = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-                create_image_artifact(address, key=f"{self.run}-figure-{name}", description=f"{self.run}: {name}")
+            if figures := _figures(report.with_name("plots")):
+                create_markdown_artifact(figures, key=f"{self.run}-figures", description=f"Main figures of {self.run}")
         except Exception as error:
             self.warn(f"the report could not be sent to Prefect: {error}")
 
@@ -73,7 +74,15 @@ class PrefectPages:
         self.logger.warning("%s", message)
 
 
-def _figures(directory: Path) -> Iterable[tuple[str, Path]]:
-    """The name and the file of each figure to show."""
-    paths = ((name, directory / f"{name}.svg") for name in SHOWN_FIGURES)
-    return ((name, path) for name, path in paths if path.is_file())
+def _figures(directory: Path) -> str:
+    """Return the figures to show, each under its caption, as Markdown."""
+    parts: list[str] = []
+    for name in SHOWN_FIGURES:
+        path = directory / f"{name}.svg"
+        if not path.is_file():
+            continue
+        svg = redact(path.read_text(encoding="utf-8"))
+        caption = re.search(r"<title>(.*?)</title>", svg, re.DOTALL)
+        parts.append(f"### {as_markdown(unescape(caption[1]) if caption else name)}")
+        parts.append(f"![{name}](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})")
+    return "\n\n".join(parts)

@@ -79,8 +79,8 @@ def test_the_table_and_the_summaries_are_artifacts_of_the_run(cluster, first):
     assert any(artifact["type"] == "progress" for artifact in found)
     [report] = by_key["deployed-report"]
     assert report["type"] == "markdown" and "## Settings" in report["data"]
-    [figure] = by_key["deployed-figure-score"]
-    assert figure["type"] == "image" and figure["data"].startswith("data:image/svg+xml;base64,")
+    [figures] = by_key["deployed-figures"]
+    assert "![score](data:image/svg+xml;base64," in figures["data"]
 
 
 def test_mlflow_has_a_parent_run_and_a_child_for_each_iteration(cluster, first):

@@ -169,7 +169,7 @@ def weighing(store: Store, iteration: int, ones: bool, dropped: float = 2.0) -> 
 def published(monkeypatch):
     """What would go to Prefect."""
     sent = []
-    for name in ("create_table_artifact", "create_markdown_artifact", "create_image_artifact"):
+    for name in ("create_table_artifact", "create_markdown_artifact"):
         monkeypatch.setattr(flows.report.prefect_pages, name, lambda *_, key, kind=name, **__: sent.append((kind, key)))
     return sent
 
@@ -450,24 +450,24 @@ def test_prefect_gets_the_history_the_report_and_its_figures(history_of, publish
     assert ("create_table_artifact", "paper-history") in published
     assert ("create_markdown_artifact", "paper-iter-02") in published
     history.pages.finish(history.write_report(plots=True))
-    assert ("create_markdown_artifact", "paper-report") in published
-    figures = [key for kind, key in published if kind == "create_image_artifact"]
-    assert figures[:2] == ["paper-figure-score", "paper-figure-gain"] and "paper-figure-loss" in figures
+    assert published[-2:] == [
+        ("create_markdown_artifact", "paper-report"),
+        ("create_markdown_artifact", "paper-figures"),
+    ]
 
 
-def test_a_figure_is_sent_inside_its_address(tmp_path, monkeypatch):
+def test_a_figure_is_sent_inside_its_address_under_its_caption(tmp_path, monkeypatch):
     sent = {}
-    monkeypatch.setattr(
-        flows.report.prefect_pages, "create_image_artifact", lambda url, key, **_: sent.update({key: url})
-    )
     monkeypatch.setattr(
         flows.report.prefect_pages, "create_markdown_artifact", lambda text, key, **_: sent.update({key: text})
     )
     (tmp_path / "report.md").write_text("# fine")
     (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "score.svg").write_text("<svg/>")
+    (tmp_path / "plots" / "score.svg").write_text("<svg><title>Score &amp; interval</title></svg>")
     PrefectPages("paper", logging.getLogger("test")).finish(tmp_path / "report.md")
-    assert sent["paper-figure-score"] == "data:image/svg+xml;base64,PHN2Zy8+"
+    caption, image = sent["paper-figures"].split("\n\n")
+    assert caption == "### Score &amp; interval"
+    assert image.startswith("![score](data:image/svg+xml;base64,PHN2Zz48dGl0bGU+")
     assert str(tmp_path / "report.html") in sent["paper-report"] and sent["paper-report"].endswith("# fine")
 
 
