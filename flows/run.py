@@ -32,8 +32,9 @@ from tasks.data.prompt_set import PromptSet
 from tasks.execution.engines import executor_for
 from tasks.place import Place
 from tasks.stages import prompts_task, run
-from tasks.trackers import Mirrors, other_mirrors
+from tasks.trackers import Mirrors
 from tasks.tracking import Tracker
+from tasks.writers import other_mirrors
 
 OWN_PROCESS = "SELFPLAY_OWN_PROCESS"
 """Environment variable the CLI sets: this process serves a single run."""
@@ -145,6 +146,8 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     ledger.end()
     _show_costs(config.name, store)
     logger.info("report: %s", report)
+    if where := mlflow.where():
+        logger.info("MLflow: %s", where)
     if loop.unanswered is not None:
         raise loop.unanswered
     return {

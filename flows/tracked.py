@@ -29,7 +29,7 @@ def described(config: RunConfig, checked: Checked) -> Described:
     if config.models.teacher is not None:
         tags["teacher"] = _model(config.models.teacher)
     if commit := _commit():
-        tags |= {"commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")}
+        tags["commit"] = commit
     heldout = prompts.heldout_source or prompts.train_source
     data = tuple(
         Data(context, Path(_source(source)).name, rows.digest, _source(source), len(rows))

@@ -25,8 +25,7 @@ from data_contracts.redaction import redact
 from data_contracts.store import Store
 from tasks.trackers import Described, curve_points, moment_of, stage_values
 
-# A server that does not answer would hold each call for four minutes otherwise.
-PATIENCE = {
+PATIENCE = {  # a server that does not answer would hold each call for four minutes otherwise
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -44,7 +43,9 @@ HOST, PID = "selfplay.host", "selfplay.pid"
 SETTINGS = "selfplay.settings"
 """Tag of a parent run: the digest of the settings, by which a repeated run is found."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""Tag of the experiment: MLflow's UI opens its training runs; without it, a page of traces that are not there."""
+"""Tag of the experiment by which MLflow's UI knows that it holds training runs."""
+TRAINING_PAGE = "workflowType=machine_learning"
+"""What MLflow 3.17's UI opens training runs by, whatever the tag says; without it, a page of traces that are not there."""
 BATCH = 900
 """Metrics of one call; MLflow takes 1000."""
 
@@ -62,8 +63,7 @@ def import_client() -> Any:
 class Tracker:
     """One run's mirror. Best effort: after the first failure it logs one line and does nothing more.
 
-    A run that is repeated with the same settings goes on in the same MLflow run, and what is there is not sent again.
-    Points bear the time of their artifact, so that a point that is sent twice is one.
+    A run with the same settings goes on in the same MLflow run. Points bear their artifact's time: sent twice, one stays.
     """
 
     def __init__(
@@ -107,8 +107,7 @@ class Tracker:
 
     def _open(self, run: str, described: Described | None) -> None:
         mlflow_client = import_client()
-        # Two processes that make the sqlite schema at once break each other.
-        with self.store.lock_apart("mlflow"):
+        with self.store.lock_apart("mlflow"):  # two processes that make the sqlite schema at once break each other
             self.client = mlflow_client(tracking_uri=self.uri, registry_uri=self.uri)
             experiment = self.client.get_experiment_by_name("self-play")
             if experiment is not None:
@@ -126,6 +125,9 @@ class Tracker:
         tags = {HOST: os.uname().nodename, PID: str(os.getpid())}
         if described is not None:
             tags |= {SETTINGS: described.digest, "mlflow.note.content": described.note} | described.tags
+            tags |= {"mlflow.source.name": "selfplay", "mlflow.source.type": "LOCAL"}
+            if commit := described.tags.get("commit"):
+                tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
             tags = {name: redact(value)[:5000] for name, value in tags.items()}
             if self._go_on(run, described.digest, tags):
                 return
@@ -207,6 +209,15 @@ class Tracker:
             children = search([self.experiment], f"{running} tags.`mlflow.parentRunId` = '{parent}'")
             for dead in (*children, session):
                 self.client.set_terminated(dead.info.run_id, "KILLED")
+
+    def where(self) -> str:
+        """Return where to look at the run, for the log; "" if it is not mirrored."""
+        if not self.working:
+            return ""
+        page = f"/#/experiments/{self.experiment}/runs/{self.parent}?{TRAINING_PAGE}"
+        if self.uri.startswith("http"):
+            return redact(self.uri).rstrip("/") + page
+        return f"`mlflow ui --backend-store-uri {redact(self.uri)}`, then http://127.0.0.1:5000{page}"
 
     def stage(self, iteration: int, record: ArtifactRecord, cached: bool, stage_name: str) -> None:
         """Metrics, seconds, costs and digest of one artifact, into the iteration's child run; a training's curve too.

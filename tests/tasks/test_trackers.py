@@ -14,7 +14,8 @@ from data_contracts.errors import ConfigError
 from data_contracts.store import Store
 from flows.config import load_run
 from tasks import trackers
-from tasks.trackers import Described, Mirror, Mirrors, TrackingConfig, other_mirrors
+from tasks.trackers import Described, Mirror, Mirrors, TrackingConfig
+from tasks.writers import other_mirrors
 
 DESCRIBED = Described({"method": {"name": "sppo"}, "seed": 0}, {"method": "sppo", "seed": "0"}, "**a run**")
 

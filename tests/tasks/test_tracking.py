@@ -150,7 +150,7 @@ def test_the_parent_has_tags_a_description_and_its_data(mirrored):
 
 
 def test_the_experiment_opens_on_its_training_runs(mirrored):
-    """MLflow's page reads this tag; without it, it opens a list of traces, which a run has none of."""
+    """By its tag, and by a word in the address, which is all that the UI of MLflow 3.17 goes by."""
     assert mirrored[0].get_experiment_by_name("self-play").tags["mlflow.experimentKind"] == "custom_model_development"
 
 
@@ -185,6 +185,8 @@ def test_a_run_that_finds_everything_adds_nothing_and_one_that_was_killed_goes_o
         assert everything(play(2, described)) == before
     other = play(1, DESCRIBED._replace(settings={"iterations": 3}))
     assert other.parent != first.parent and logged == []
+    page = f"/#/experiments/1/runs/{first.parent}?workflowType=machine_learning"
+    assert second.where() == f"`mlflow ui --backend-store-uri {second.uri}`, then http://127.0.0.1:5000{page}"
 
 
 def test_best_and_final_are_versions_of_one_model_and_a_repeated_run_adds_none(mirrored):
