@@ -32,7 +32,7 @@ from typing import NamedTuple
 from data_contracts.artifact import EXTERNAL, RECORD
 from data_contracts.errors import ArtifactError, ConfigError, NewerRecordError, PipelineError, print_error
 from data_contracts.files import bytes_below
-from data_contracts.set_aside import SET_ASIDE, list_set_aside, set_aside
+from data_contracts.set_aside import REASON, SET_ASIDE, list_set_aside, set_aside
 from data_contracts.store import Store
 from data_contracts.streams import open_standard_streams
 from data_contracts.words import format_bytes, plural
@@ -212,7 +212,7 @@ def _why_in_use(store: Store, name: Name, kept_names: set[Name], young_seconds: 
         if owner is not None:
             return "being built"
     directory = store.directory(*name)
-    age = time.time() - max((path.lstat().st_mtime for path in (directory, *directory.iterdir())), default=0.0)
+    age = _age(directory)
     if age < young_seconds:
         return f"younger than {young_seconds / 60:.0f} minutes"
     if (directory / RECORD).is_file():
@@ -221,6 +221,17 @@ def _why_in_use(store: Store, name: Name, kept_names: set[Name], young_seconds: 
     if inputs and age < WAITING_SECONDS and set(inputs) <= kept_names:
         return f"unfinished work of a kept run, younger than {WAITING_SECONDS / 86400:.0f} days"
     return ""
+
+
+def _age(directory: Path) -> float:
+    """Return the seconds since something of an artifact changed. That a killed call began to set it aside, and wrote the
+    reason into it, is no change.
+    """
+    paths = list(directory.iterdir())
+    changed = [path for path in paths if path.name != REASON]
+    if len(changed) == len(paths):
+        changed.append(directory)
+    return time.time() - max((path.lstat().st_mtime for path in changed), default=0.0)
 
 
 def _unneeded_logps(store: Store, kept_names: set[Name], young_seconds: float) -> list[Path]:

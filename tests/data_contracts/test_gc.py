@@ -347,6 +347,23 @@ def test_what_is_not_needed_is_set_aside_and_deleted_only_when_asked(store, thre
     )
 
 
+def test_what_a_killed_call_began_to_set_aside_goes_with_the_next(store, three_runs, monkeypatch):
+    grow_old(store)
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data_contracts.set_aside.shutil.move", killed)  # the reason is written, the directory not moved
+        gc(store, 1)
+    assert list(store.root.glob("artifacts/*/*/set_aside.json"))
+    gc(store, 1)
+    assert not list(store.root.glob("artifacts/*/*/set_aside.json"))
+    assert {reason["was"] for _, reason in list_set_aside(store.root)} == {
+        "artifacts/checkpoint/ca", "artifacts/generations/ga", "artifacts/prompts/pa"
+    }  # fmt: skip
+
+
 def test_two_things_of_one_name_are_set_aside_side_by_side(store):
     for _ in range(2):
         make(store, "prompts", "pa")
