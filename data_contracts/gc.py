@@ -228,7 +228,7 @@ def _age(directory: Path) -> float:
     reason into it, is no change.
     """
     paths = list(directory.iterdir())
-    changed = [path for path in paths if path.name != REASON]
+    changed = [path for path in paths if path.name != REASON and not path.name.startswith(f".{REASON}.tmp-")]
     if len(changed) == len(paths):
         changed.append(directory)
     return time.time() - max((path.lstat().st_mtime for path in changed), default=0.0)

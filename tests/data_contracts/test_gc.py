@@ -349,6 +349,9 @@ def test_what_is_not_needed_is_set_aside_and_deleted_only_when_asked(store, thre
 
 def test_what_a_killed_call_began_to_set_aside_goes_with_the_next(store, three_runs, monkeypatch):
     grow_old(store)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (store.directory("prompts", "pa") / f".set_aside.json.tmp-{os.uname().nodename}-{dead.pid}").write_text("{")
 
     def killed(*paths):
         raise KeyboardInterrupt
@@ -358,7 +361,8 @@ def test_what_a_killed_call_began_to_set_aside_goes_with_the_next(store, three_r
         gc(store, 1)
     assert list(store.root.glob("artifacts/*/*/set_aside.json"))
     gc(store, 1)
-    assert not list(store.root.glob("artifacts/*/*/set_aside.json"))
+    assert not list(store.root.glob("artifacts/*/*/*set_aside.json*"))
+    assert not list(store.root.glob("set_aside/*/.set_aside.json*"))
     assert {reason["was"] for _, reason in list_set_aside(store.root)} == {
         "artifacts/checkpoint/ca", "artifacts/generations/ga", "artifacts/prompts/pa"
     }  # fmt: skip
