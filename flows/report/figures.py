@@ -76,7 +76,7 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     text = f"{value:.5g}"
-    if abs(value) >= 1e5 or abs(value) < 1e-4:
+    if abs(value) >= 1e5 or abs(value) < 1e-3:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return text.replace("-", "\N{MINUS SIGN}")

@@ -74,14 +74,15 @@ def _rows_of(prompts: ArtifactRef) -> int:
 
 def _by_source(prompts: ArtifactRef, weighted: ArtifactRef) -> dict[str, Source]:
     """Return what there was of each source; {} where all prompts are of one."""
-    source_of: dict[str, str] = {}
-    for path in shard_paths(prompts.path, "prompts"):
-        table = pq.read_table(path, columns=["prompt_id", "source"], partitioning=None)
-        names = cast("list[str]", table["source"].to_pylist())
-        source_of |= zip(cast("list[str]", table["prompt_id"].to_pylist()), names, strict=True)
-    num_prompts = Counter(source_of.values())
-    if len(num_prompts) < 2:
+    paths = shard_paths(prompts.path, "prompts")
+    tables = [pq.read_table(path, columns=["prompt_id", "source"], partitioning=None) for path in paths]
+    if len({source for table in tables for source in table["source"].unique().to_pylist()}) < 2:
         return {}
+    source_of: dict[str, str] = {}
+    for table in tables:
+        ids, names = (cast("list[str]", table[name].to_pylist()) for name in ("prompt_id", "source"))
+        source_of |= zip(ids, names, strict=True)
+    num_prompts = Counter(source_of.values())
     num_pairs: Counter[str] = Counter()
     for path in shard_paths(weighted.path, "weighted_pairs"):
         ids = cast("list[str]", pq.read_table(path, columns=["prompt_id"], partitioning=None)["prompt_id"].to_pylist())

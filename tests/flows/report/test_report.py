@@ -395,7 +395,15 @@ def test_a_pointer_over_a_plot_is_shown_the_values_there():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.25, "0.25"), (-1500.0, "\u22121500"), (7.5e-7, "7.5e\u22127"), (1e6, "1e6")]
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.25, "0.25"),
+        (-1500.0, "\u22121500"),
+        (7.5e-7, "7.5e\u22127"),
+        (0.00015, "1.5e\u22124"),
+        (1e6, "1e6"),
+    ],
 )
 def test_a_number_is_as_short_as_it_can_be_read(value, text):
     assert short_number(value) == text
