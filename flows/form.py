@@ -57,14 +57,14 @@ def changes(values: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, A
         base = preset.get(key)
         if key in preset and value == base:
             continue
-        is_same_section = isinstance(value, Mapping) and isinstance(base, Mapping)
-        if is_same_section and value.get("name", base.get("name")) == base.get("name"):
-            value = changes(value, base)
-            if value and "name" in base:
-                value["name"] = base["name"]
-            if not value:
-                continue
-        different[key] = value
+        if not (isinstance(value, Mapping) and isinstance(base, Mapping)):
+            different[key] = value
+            continue
+        section, earlier = cast("Mapping[str, Any]", value), cast("Mapping[str, Any]", base)
+        if section.get("name", earlier.get("name")) != earlier.get("name"):
+            different[key] = dict(section)
+        elif changed := changes(section, earlier):
+            different[key] = changed | ({"name": earlier["name"]} if "name" in earlier else {})
     return different
 
 

@@ -53,7 +53,7 @@ def preset_flow(path: Path) -> Flow[..., dict[str, Any]]:
     preset = load_run(path)
     is_training_once = not PAIRINGS.get(preset.pairing).candidates
     forced = {"iterations": 1} if is_training_once else {}
-    values = form_values(preset) | forced
+    values: dict[str, Any] = form_values(preset) | forced
 
     def play(*arguments: Any, **parameters: Any) -> dict[str, Any]:
         given = signature.bind(*arguments, **parameters).arguments

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from data_contracts.checkpoint import ModelRef
 from flows.config import RunConfig
 from flows.preflight import Checked
 from stages.running.hardware import hardware
+from tasks.data.prompt_set import PromptSet
 from tasks.data.source import Source
 from tasks.trackers import Data, Described
 
@@ -31,14 +33,13 @@ def described(config: RunConfig, checked: Checked) -> Described:
     if commit := _commit():
         tags["commit"] = commit
     heldout = prompts.heldout_source or prompts.train_source
-    data = tuple(
-        Data(context, Path(_source(source)).name, rows.digest, _source(source), len(rows))
-        for context, source, rows in (
-            ("training", prompts.train_source, checked.train),
-            ("heldout", heldout, checked.heldout),
-        )
-    )
+    data = (_data("training", prompts.train_source, checked.train), _data("heldout", heldout, checked.heldout))
     return Described(config.model_dump(mode="json"), tags, _note(config, tags, checked), data)
+
+
+def _data(context: Literal["training", "heldout"], source: Source, prompts: PromptSet) -> Data:
+    name = _source(source)
+    return Data(context, Path(name).name, prompts.digest, name, len(prompts))
 
 
 def _note(config: RunConfig, tags: dict[str, str], checked: Checked) -> str:

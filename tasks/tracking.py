@@ -124,7 +124,7 @@ class Tracker:
         self._end_dead_sessions(run)
         tags = {HOST: os.uname().nodename, PID: str(os.getpid())}
         if described is not None:
-            tags |= {SETTINGS: described.digest, "mlflow.note.content": described.note} | described.tags
+            tags |= {SETTINGS: described.digest, "mlflow.note.content": described.note, **described.tags}
             tags |= {"mlflow.source.name": "selfplay", "mlflow.source.type": "LOCAL"}
             if commit := described.tags.get("commit"):
                 tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")

@@ -25,27 +25,31 @@ from tasks.trackers import (
 )
 
 
+def _package(name: str) -> Any:
+    """Import a module of an optional extra; its types are not known here."""
+    return importlib.import_module(name)
+
+
 class TensorBoardWriter:
     """An event file, written by TensorBoard's own package, which needs neither TensorFlow nor PyTorch."""
 
     def __init__(self, config: TensorBoardConfig, store: Store, run: str, described: Described):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self.Event, self.Summary = event_pb2.Event, summary_pb2.Summary
+        self.Event: Any = _package("tensorboard.compat.proto.event_pb2").Event
+        self.Summary: Any = _package("tensorboard.compat.proto.summary_pb2").Summary
         root = Path(config.directory) if config.directory else store.root / "tensorboard"
-        self.file = EventFileWriter(str(root / f"{run}-{described.digest[:8]}"))
+        file_writer = _package("tensorboard.summary.writer.event_file_writer").EventFileWriter
+        self.file = file_writer(str(root / f"{run}-{described.digest[:8]}"))
         self._text("description", described.note)
         self._text("settings", f"```json\n{json.dumps(redact_value(described.settings), indent=1)}\n```")
 
     def _text(self, tag: str, markdown: str) -> None:
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
-        from tensorboard.compat.proto.types_pb2 import DT_STRING
-        from tensorboard.plugins.text.metadata import create_summary_metadata
-
-        tensor = TensorProto(dtype=DT_STRING, string_val=[redact(markdown).encode()])
+        types = _package("tensorboard.compat.proto.types_pb2")
+        tensor = _package("tensorboard.compat.proto.tensor_pb2").TensorProto(
+            dtype=types.DT_STRING, string_val=[redact(markdown).encode()]
+        )
         tensor.tensor_shape.dim.add(size=1)
-        metadata = create_summary_metadata(display_name="", description="")
+        text = _package("tensorboard.plugins.text.metadata")
+        metadata = text.create_summary_metadata(display_name="", description="")
         value = self.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
         self.file.add_event(self.Event(wall_time=time.time(), step=0, summary=self.Summary(value=[value])))
 
@@ -64,7 +68,7 @@ class WandbWriter:
     """A run of Weights & Biases; the same settings go on in the same one."""
 
     def __init__(self, config: WandbConfig, store: Store, run: str, described: Described):
-        wandb: Any = importlib.import_module("wandb")
+        wandb = _package("wandb")
         directory = store.run_directory(run)
         directory.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
@@ -98,7 +102,7 @@ class TrackioWriter:
     """A run of Trackio, whose interface is that of Weights & Biases in small."""
 
     def __init__(self, config: TrackioConfig, store: Store, run: str, described: Described):
-        self.trackio: Any = importlib.import_module("trackio")
+        self.trackio = _package("trackio")
         settings = redact_value(flatten(described.settings)) | {
             f"tag.{name}": text for name, text in described.tags.items()
         }

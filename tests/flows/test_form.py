@@ -49,8 +49,8 @@ def settings_of(monkeypatch):
 
     def settings(flow: Any, **parameters: Any) -> RunConfig:
         played = []
+        assert validate(parameters, schema_of(flow)) == []
         monkeypatch.setattr(presets, "run_self_play", lambda config, store: played.append(config))
-        refuse_as_the_server_does(flow, parameters)
         flow.fn(**parameters)
         return played[0]
 
