@@ -2,7 +2,7 @@
 
 What may differ, because it tells of the run and not of its result:
 
-- record.json: `seconds`, `cost`, `provenance`, the paths of inputs, and metrics of speed; metrics.jsonl: its speeds
+- record.json: `seconds`, `cost`, `provenance`, the paths of inputs, and metrics of speed and of what was found; metrics.jsonl: its speeds
 - stage.log, `.events*.jsonl`, `.workers/`: the history of the tries
 - spec.json, .ranks.json: the path of the store; run.json: nothing
 - report.md, comparison.json: the seconds, the date, the path of the store; comparison.md: all but its title; report.html, comparison.html: must be whole
@@ -36,7 +36,10 @@ HISTORY = re.compile(r"(^|/)(stage\.log|\.events.*\.jsonl|\.workers(/.*)?|mlflow
 NOT_RESULTS = ("provenance", "seconds", "cost")
 COST_METRIC = re.compile(r"/(seconds|cost)/")
 """Which of them there are depends on what a try found in the log-prob store."""
-SPEED_METRIC = re.compile(r"seconds|per_second|(^|[ _])s$|cached|mfu|/s$")
+SPEED_METRIC = re.compile(r"seconds|per_second|(^|[ _])s$|cached|mfu|/s$|/(hits|misses)$")
+"""Speeds, and what a try found: in the store, and in the store of log-probs."""
+FOUND = re.compile(r"/cached$")
+"""A session says whether it built an artifact or found it: two that send one artifact say both."""
 LITTER = re.compile(r"\.tmp-")
 
 
@@ -229,7 +232,7 @@ class Mirror:
         return Counter(
             (names[run], key, step, None if SPEED_METRIC.search(key) else value)
             for run, key, step, value in self.metrics
-            if run in names and not COST_METRIC.search(key)
+            if run in names and not COST_METRIC.search(key) and not FOUND.search(key)
         )
 
 

@@ -231,10 +231,16 @@ def _damage_explained(path: Path) -> Generator[None]:
 
 def _check_seal(path: Path) -> None:
     """Raises: ValueError if a shard is not what was written."""
+    digest = _seal_of(path)
+    if digest is not None and digest_file(path) != digest:
+        raise ValueError("its content is not what was written")
+
+
+def _seal_of(path: Path) -> str | None:
+    """Return the digest that a shard's seal says; None without one, and for one that a crash cut short."""
     seal = seal_path(path)
     digest = seal.read_text(errors="replace") if seal.is_file() else ""
-    if len(digest) == 64 and digest_file(path) != digest:
-        raise ValueError("its content is not what was written")
+    return digest if len(digest) == 64 else None
 
 
 def _check_columns(path: Path, schema: pa.Schema, kind: str) -> None:
@@ -247,7 +253,9 @@ def _check_columns(path: Path, schema: pa.Schema, kind: str) -> None:
 
 
 def shard_is_whole(path: Path, kind: str) -> bool:
-    """Return whether a shard that an earlier try left can be kept. A damaged one is deleted."""
+    """Return whether a shard that an earlier try left can be kept. A damaged one is deleted; one whose writer was killed
+    before its seal was whole is sealed.
+    """
     if not path.is_file():
         return False
     try:
@@ -255,6 +263,8 @@ def shard_is_whole(path: Path, kind: str) -> bool:
     except (ArtifactError, ContractError):
         path.unlink()
         return False
+    if _seal_of(path) is None:
+        seal_path(path).write_text(digest_file(path))
     return True
 
 

@@ -13,6 +13,7 @@ import pytest
 import data_contracts.shard_rows
 import data_contracts.shards
 from data_contracts.errors import ArtifactError, ContractError
+from data_contracts.identity import digest_file
 from data_contracts.shard_rows import RowsByPrompt, ShardRows, prompt_hashes
 from data_contracts.shards import (
     SCHEMAS,
@@ -257,7 +258,9 @@ def test_a_shard_without_its_seal_is_read_by_parquets_own_checksums(tmp_path, se
     seal_path(path).unlink()
     if seal is not None:
         seal_path(path).write_text(seal)
-    assert shard_is_whole(path, "generations")
+    assert read_shard(path, "generations").num_rows == 1
+    assert shard_is_whole(path, "generations")  # asked by the stage that goes on: it seals the shard
+    assert seal_path(path).read_text() == digest_file(path)
 
 
 def test_a_shard_that_was_replaced_without_a_new_seal_is_made_again(tmp_path):
