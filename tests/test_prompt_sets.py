@@ -59,10 +59,27 @@ def test_every_prompt_is_short_and_its_checks_are_valid():
         assert len(text_of(row).split()) <= 25
 
 
-def test_every_prompt_asks_for_several_words():
+def length_bounds(row) -> tuple[int, int | None]:
+    """The fewest and the most words that a prompt's checks allow."""
+    [check] = [check for check in checks_of(row) if check["name"] in ("words_between", "min_words")]
+    return tuple(check["value"]) if check["name"] == "words_between" else (check["value"], None)
+
+
+def test_every_prompt_asks_for_several_words_and_short_is_far_from_long():
     for row in BOTH:
-        [bounds] = [check["value"] for check in checks_of(row) if check["name"] == "words_between"]
-        assert 3 <= bounds[0] < bounds[1] <= 14
+        fewest, most = length_bounds(row)
+        if row["source"].endswith("/short"):
+            assert 3 <= fewest < most <= 9
+        else:
+            assert 12 <= fewest <= 24 and (most is None or most >= fewest + 10)
+
+
+@pytest.mark.parametrize("rows", [TRAIN, HELDOUT], ids=["train", "heldout"])
+def test_half_of_each_family_asks_for_short_and_half_for_long_answers(rows):
+    counts = Counter(row["source"] for row in rows)
+    assert len(set(counts.values())) == 1
+    families = {source.rsplit("/", 1)[0] for source in counts}
+    assert counts.keys() == {f"{family}/{length}" for family in families for length in ("short", "long")}
 
 
 def test_every_prompt_measures_its_subject_or_whether_it_ended():
@@ -84,49 +101,54 @@ def test_both_files_have_the_same_families_in_like_shares():
         assert abs(count / len(TRAIN) - heldout[family] / len(HELDOUT)) < 0.02, family
 
 
-def test_families_are_spread_so_that_any_64_prompts_in_a_row_hold_them_all():
+def test_families_are_spread_so_that_any_52_prompts_in_a_row_hold_them_all():
     for rows in (TRAIN, HELDOUT):
         families = {row["source"] for row in rows}
-        for start in range(len(rows) - 63):
-            assert {row["source"] for row in rows[start : start + 64]} == families
+        for start in range(len(rows) - 51):
+            assert {row["source"] for row in rows[start : start + 52]} == families
 
 
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [
-        (
-            "What do owls eat? Answer in at most 14 words, in lowercase letters only.",
-            "owls eat mice and other small animals.",
-        ),
-        ("Name three planets. Answer like this:\n- ...\n- ...\n- ...", "- Mars\n- Venus\n- Saturn"),
-        (
-            "Name one use for a hammer in one short sentence that ends with a full stop.",
-            "A hammer drives nails into wood.",
-        ),
-        (
-            "Write a short apology for breaking a cup. Say 'sorry' in it.",
-            "I am so sorry that I broke your cup.",
-        ),
-        (
-            "What does a lost tourist ask? Write down that one short question.",
-            '"Excuse me, where is the station?"',
-        ),
-        (
-            "What would a mouse yell at a cat? Short sentence, exclamation mark at the end.",
-            "You will never catch me!",
-        ),
-        (
-            "Why do cats climb trees? Start your short answer with 'Cats'.",
-            "Cats climb trees to hunt and feel safe.",
-        ),
-        (
-            "Describe a lion in one short sentence that avoids the word 'animal'.",
-            "The lion is a proud hunter with a golden mane.",
-        ),
+        ("why do frogs croak? answer briefly, with no capital letters.", "frogs croak to call a mate."),
+        ("WHAT IS A SHADOW? BE BRIEF, AND USE ONLY CAPITAL LETTERS.", "A SHADOW IS A PLACE WITHOUT LIGHT."),
+        ("What is a mirror? Make It a Short Title in Title Case.", "The Mirror and the Face"),
+        ("Which wild birds do you know? Name three:\n* bird\n* bird\n* bird", "* Robin\n* Owl\n* Eagle"),
         ("Name three big cities as a numbered list, just the names.", "1. Paris\n2. New York\n3. Tokyo"),
         (
-            "What do carpenters make? Short sentence please. Leave commas out.",
-            "Carpenters make tables and chairs.",
+            "How do I calm a crying child? Two numbered sentences.",
+            "1. Hold the child close and speak in a soft voice.\n2. Offer a warm drink and a favourite toy.",
+        ),
+        (
+            "Tell a plumber about the leak, then ask him a question. Two sentences.",
+            "There is a leak under our kitchen sink and the floor is wet. Can you come and repair it today?",
+        ),
+        ("What would a mouse yell at a cat? A short sentence with '!' at the end.", "You will never catch me!"),
+        ("Write a short survey question about recycling plastic.", '"How often do you recycle plastic?"'),
+        (
+            "Do sloths move quickly? Write a short sentence that starts with 'No' and ends with '!'.",
+            "No, sloths are slow!",
+        ),
+        (
+            "Describe a lion. Answer in a short sentence without the word 'animal'.",
+            "The lion is a proud hunter with a mane.",
+        ),
+        (
+            "Describe a strawberry. Use at least 20 words, none of them 'red'.",
+            "A strawberry is a small and juicy summer fruit with tiny seeds on its skin, and it tastes best with some cream.",
+        ),
+        (
+            'Return JSON with the keys "mushroom" and "colour", one word each.',
+            '{"mushroom": "morel", "colour": "brown"}',
+        ),
+        (
+            'Answer in JSON with full sentences: {"before": ..., "after": ...}. It is about a haircut.',
+            '{"before": "My hair was long and always in my eyes.", "after": "Now it is short and neat."}',
+        ),
+        (
+            "How do fish breathe? Answer in exactly two full sentences.",
+            "Fish take in water through the mouth and press it over their gills. There the oxygen passes into their blood.",
         ),
     ],
 )
@@ -135,20 +157,49 @@ def test_a_proper_answer_earns_everything(prompt, completion):
     assert grade(completion, checks).score == 1.0
 
 
-@pytest.mark.parametrize(
-    "sentence",
-    [
+REPLIES = [
+    (
         "It is a good thing.",
+        "It is a good thing for many people in the world, and it has been a part of their daily life for long.",
+    ),
+    (
         "it is a good thing",
+        "it is a good thing for many people in the world and it has been a part of our daily life for years",
+    ),
+    (
         "is it a good thing?",
+        "Is it a good thing for many people in the world who have made it a part of their life for years?",
+    ),
+    (
         "it is a good thing to do!",
-        "- good\n- things\n- here",
-        "1. one\n2. two\n3. three",
-    ],
-)
-def test_no_single_reply_does_for_every_prompt(sentence):
-    scores = [grade(sentence, checks_of(row)).score for row in BOTH]
-    assert sum(scores) / len(scores) < 0.6
+        "It is a good thing for everyone in the world! We are so happy to share it with all of our friends today!",
+    ),
+    (
+        "The world is a place of wonder.",
+        "The world is a wonderful place. It is full of people who help each other and enjoy the beauty of nature.",
+    ),
+    (
+        "It is very important to us.",
+        "This is an important part of our daily life. It helps people to stay healthy and brings them all together.",
+    ),
+]
+"""Short and long replies that say nothing of any subject, in the style of a small model."""
+LISTS = ["- good\n- things\n- here", "1. one\n2. two\n3. three"]
+
+
+def mean_score(reply: str, rows) -> float:
+    return sum(grade(reply, checks_of(row)).score for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("reply", [*(reply for pair in REPLIES for reply in pair), *LISTS])
+def test_no_single_reply_does_for_every_prompt(reply):
+    assert mean_score(reply, BOTH) < 0.4
+
+
+@pytest.mark.parametrize("rows", [TRAIN, HELDOUT], ids=["train", "heldout"])
+def test_neither_short_nor_long_replies_win_by_themselves(rows):
+    short, long = (sum(mean_score(pair[i], rows) for pair in REPLIES) / len(REPLIES) for i in (0, 1))
+    assert abs(short - long) < 0.05
 
 
 def test_the_multiple_choice_questions_are_well_formed_and_their_answers_are_spread():
