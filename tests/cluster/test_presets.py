@@ -1,5 +1,6 @@
 """Presets at the papers' sizes can be read and fit the hardware they name; every deployment names an existing file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,13 @@ def test_the_ranks_of_a_preset_wait_for_each_other_a_twentieth_of_the_time_at_mo
 
 
 def test_every_deployment_names_a_run_and_a_flow_that_exist():
+    runs = {re.sub(r"\W", "_", path.stem): path for path in (ROOT / "deploy" / "runs").glob("*.yaml")}
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    for deployment in deployments:
+    work = yaml.safe_load((ROOT / "deploy" / "prefect" / "work.yaml").read_text())["deployments"]
+    for deployment in (*deployments, *work):
         file, _, function = deployment["entrypoint"].partition(":")
-        assert f"def {function}(" in (ROOT / file).read_text()
-        if config := deployment.get("parameters", {}).get("config"):
-            load_run(ROOT / config)
+        if file == "flows/presets.py" and function != "own":
+            load_run(runs[function])
+        elif file != "flows/presets.py":
+            assert f"def {function}(" in (ROOT / file).read_text()
     assert {deployment["name"] for deployment in deployments} >= set(PRESETS)
