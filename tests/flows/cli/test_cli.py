@@ -199,15 +199,15 @@ def test_a_store_moves_and_what_it_holds_is_found_where_it_lies_now(undisturbed,
 
 
 def test_its_ledger_accounts_for_all_of_its_time(undisturbed):
-    """The session, launch to end, is the command's wall time but for its last 2.5 s at most, in which the server and the
-    interpreter end; the stages' own walls are within their tasks'."""
+    """The session, launch to end, is the command's wall time but for its end, in which the server and the interpreter end
+    (2 s of 60 on a machine of one's own, more where others use it); the stages' own walls are within their tasks'."""
     from data_contracts import ledger
     from data_contracts.store import Store
 
     account = ledger.read_account(Store(undisturbed.store), "tiny")
     (session,) = account.sessions
     assert session.is_finished
-    assert undisturbed.first.seconds - 2.5 < session.wall_seconds <= undisturbed.first.seconds
+    assert 0.9 * undisturbed.first.seconds < session.wall_seconds <= undisturbed.first.seconds
     rows = ledger.cost_rows(account)
     assert len(rows) == 14 and not any(row["cached"] for row in rows)
     paid = sum(row["wall"] for row in rows)
