@@ -81,7 +81,7 @@ def test_one_changed_field_replaces_itself_alone(quickstart, settings_of):
     for section in (whole, {"temperature": 0.33}):
         run = settings_of(quickstart, sampling=section)
         assert run.sampling == preset.sampling.model_copy(update={"temperature": 0.33})
-        assert run.sampling.max_new_tokens == 32
+        assert run.sampling.max_new_tokens == 40  # the file's, not the class's 512
         assert run.model_copy(update={"sampling": preset.sampling}) == preset
     assert settings_of(quickstart, method={"eta": 5.0}).method == preset.method.model_copy(update={"eta": 5.0})
     assert settings_of(quickstart, seed=7, overrides={"seed": 8}).seed == 8
@@ -136,7 +136,7 @@ def test_a_file_of_ones_own_is_changed_field_by_field(tmp_path, settings_of):
     run = settings_of(
         flow_of("own"), config=str(file), sampling={"temperature": 0.33}, method={"name": "sppo", "eta": 5}
     )
-    assert (run.sampling.temperature, run.sampling.max_new_tokens, run.method.eta) == (0.33, 32, 5)
+    assert (run.sampling.temperature, run.sampling.max_new_tokens, run.method.eta) == (0.33, 40, 5)
     with pytest.raises(ValidationError, match="'config' is a required property"):
         refuse_as_the_server_does(flow_of("own"), {"seed": 1})
 
