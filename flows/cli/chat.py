@@ -1,6 +1,6 @@
 """Flows - talk to a trained model: each prompt is answered by the start model and by an iteration's, side by side.
 
-Both are asked as the run asks for held-out answers: the same chat template, turn ends, temperature, top_p and limits,
+Both are asked as the run asks for held-out answers: the same chat template, turn ends, temperature, top_p, top_k and limits,
 and the same seed for both, so that what differs is the model. Each prompt is a conversation of its own.
 """
 

@@ -203,7 +203,7 @@ def _generation_config(run: PlayedRun, directory: Path, iteration: int) -> dict[
     sampling = run.config.sampling
     settings["do_sample"] = sampling.temperature > 0
     if settings["do_sample"]:
-        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     for step in run.rehearsal.steps:
         if step.record is not None and step.iteration == iteration and "stop_ids" in step.record.facts:
             settings["eos_token_id"] = step.record.facts["stop_ids"]

@@ -194,8 +194,8 @@ def _use(facts: CardFacts) -> list[str]:
         "```",
         "",
         f"generation_config.json holds the run's own sampling (temperature {sampling.temperature:g}, top_p "
-        f"{sampling.top_p:g}, no top_k) and the tokens that end an answer. In the run, answers had at most "
-        f"{sampling.max_new_tokens} tokens and prompts {sampling.max_prompt_tokens}.",
+        f"{sampling.top_p:g}, top_k {sampling.top_k or 'none'}) and the tokens that end an answer. In the run, answers had at "
+        f"most {sampling.max_new_tokens} tokens and prompts {sampling.max_prompt_tokens}.",
         "",
     ]
 

@@ -30,7 +30,7 @@ class Candidate(NamedTuple):
     token_ids: list[int]
     """With the stop id that ended it, if one did."""
     token_logps: list[float]
-    """log pi(token), before temperature and top_p; nats."""
+    """log pi(token), before temperature, top_p and top_k; nats."""
     finish_reason: str
     """"stop": it ended by itself; "length": it was cut."""
 
@@ -50,7 +50,7 @@ class Sampler(Plugin, ABC):
         device: str,
         blank_ids: Sequence[int] = (),
     ):
-        """`config`: an instance of the subclass's own `Config`; `sampling`: temperature, top_p, max_new_tokens and
+        """`config`: an instance of the subclass's own `Config`; `sampling`: temperature, top_p, top_k, max_new_tokens and
         context_tokens; `model`: a directory; `stop_ids`: ids that end a response; `device`: cpu or cuda; `blank_ids`:
         ids that the model has logits for and the tokenizer no token, never to be drawn."""
         self.config, self.sampling, self.directory, self.stop_ids, self.device = (

@@ -7,7 +7,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Annotated, Any, overload
+from typing import Annotated, Any, ClassVar, overload
 
 import pyarrow.compute as pc
 from pydantic import Field
@@ -39,6 +39,8 @@ class SamplingRuntime(StageRuntime):
 class SamplingConfig(TurnConfig):
     """K candidates of the policy for each prompt. Vetted: K = 5, temperature 1, top_p 1 (SPPO's paper)."""
 
+    NEUTRAL: ClassVar[dict[str, Any]] = TurnConfig.NEUTRAL | {"top_k": 0}
+
     backend: Annotated[Named, SAMPLERS] = Field(default_factory=lambda: SAMPLERS.config("vllm"), validate_default=True)
     """vllm, transformers, or canned (tests)."""
     num_candidates: int = Field(5, ge=1, le=1024)
@@ -46,7 +48,9 @@ class SamplingConfig(TurnConfig):
     temperature: float = Field(1.0, ge=0)
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus: sample from the smallest set of tokens with this much mass."""
+    """Nucleus: sample from the smallest set of tokens with this much mass (of what top_k leaves)."""
+    top_k: int = Field(0, ge=0)
+    """Sample from this many most likely tokens; 0 from all. On a CPU vLLM sorts the vocabulary for top_p, not for top_k."""
     max_new_tokens: int = Field(512, ge=1)
     """A response longer than this is cut, and then carries no terminator."""
     max_prompt_tokens: int = Field(512, ge=1)

@@ -81,7 +81,7 @@ class Transformers(Sampler):
                         "the policy's log-probs are NaN or infinite: its weights are damaged (diverged training?)"
                     )
                 allowed = scores.index_fill(1, torch.tensor(self.blank_ids), -torch.inf) if self.blank_ids else scores
-                drawn = _draw(allowed, generators, self.sampling.temperature, self.sampling.top_p)
+                drawn = _draw(allowed, generators, self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
                 for row, token in enumerate(drawn):
                     if not ended[row]:
                         tokens[row].append(token)
@@ -95,11 +95,16 @@ class Transformers(Sampler):
         return [Candidate(tokens[row], logps[row], "stop" if ended[row] else "length") for row in range(len(rows))]
 
 
-def _draw(logps: Any, generators: list[Any], temperature: float, top_p: float) -> list[int]:
-    """One token per row; temperature 0 is greedy. Nucleus: the smallest set of top tokens whose mass reaches top_p."""
+def _draw(logps: Any, generators: list[Any], temperature: float, top_p: float, top_k: int = 0) -> list[int]:
+    """One token per row; temperature 0 is greedy. Nucleus: of the top_k, the smallest set whose mass reaches top_p."""
     if temperature == 0:
         return logps.argmax(-1).tolist()
-    probabilities, order = (logps / temperature).softmax(-1).double().sort(-1, descending=True)
+    probabilities = (logps / temperature).softmax(-1).double()
+    if top_k:
+        probabilities, order = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    else:
+        probabilities, order = probabilities.sort(-1, descending=True)
     mass = probabilities.cumsum(-1)
     if top_p < 1:
         probabilities = torch.where(mass - probabilities < top_p, probabilities, 0.0)

@@ -211,7 +211,7 @@ class VLLM(Sampler):
         shared = {
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
-            "top_k": 0,
+            "top_k": self.sampling.top_k,
             "max_tokens": self.sampling.max_new_tokens,
             "logprobs": 0,  # the sampled token's only
             "stop_token_ids": self.stop_ids,

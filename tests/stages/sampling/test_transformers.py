@@ -88,26 +88,29 @@ def test_temperature_0_is_what_transformers_itself_decodes(tiny_model, prompts):
         assert {tuple(candidate.token_ids) for candidate in group} == {tuple(expected[0, len(prompt.ids) :].tolist())}
 
 
-def counts(temperature: float, top_p: float, number: int = 4000) -> np.ndarray:
+def counts(temperature: float, top_p: float, top_k: int, number: int = 4000) -> np.ndarray:
     """How often each of four tokens of probability 0.1, 0.2, 0.3, 0.4 is drawn, as a share."""
     logps = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().repeat(number, 1)
-    drawn = _draw(logps, [np.random.default_rng(seed) for seed in range(number)], temperature, top_p)
+    drawn = _draw(logps, [np.random.default_rng(seed) for seed in range(number)], temperature, top_p, top_k)
     return np.bincount(drawn, minlength=4) / number
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "expected"),
+    ("temperature", "top_p", "top_k", "expected"),
     [
-        (1.0, 1.0, [0.1, 0.2, 0.3, 0.4]),
-        (0.5, 1.0, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),  # squares
-        (1.0, 0.7, [0, 0, 3 / 7, 4 / 7]),  # 0.4 + 0.3 reach 0.7
-        (1.0, 0.75, [0, 2 / 9, 3 / 9, 4 / 9]),
-        (1.0, 0.01, [0, 0, 0, 1]),  # the likeliest is always kept
-        (0.0, 1.0, [0, 0, 0, 1]),
+        (1.0, 1.0, 0, [0.1, 0.2, 0.3, 0.4]),
+        (0.5, 1.0, 0, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),  # squares
+        (1.0, 0.7, 0, [0, 0, 3 / 7, 4 / 7]),  # 0.4 + 0.3 reach 0.7
+        (1.0, 0.75, 0, [0, 2 / 9, 3 / 9, 4 / 9]),
+        (1.0, 0.01, 0, [0, 0, 0, 1]),  # the likeliest is always kept
+        (0.0, 1.0, 0, [0, 0, 0, 1]),
+        (0.5, 1.0, 2, [0, 0, 9 / 25, 16 / 25]),
+        (1.0, 0.75, 3, [0, 0, 3 / 7, 4 / 7]),  # of the three, 0.4 and 0.3 are 7 / 9
+        (1.0, 1.0, 9, [0.1, 0.2, 0.3, 0.4]),  # more than there are
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_should(temperature, top_p, expected):
-    shares = counts(temperature, top_p)
+def test_tokens_are_drawn_as_often_as_they_should(temperature, top_p, top_k, expected):
+    shares = counts(temperature, top_p, top_k)
     # Four standard deviations of a share of 4000 draws.
     assert np.abs(shares - expected).max() < 4 * 0.5 / 4000**0.5
     assert (shares[np.array(expected) == 0] == 0).all()

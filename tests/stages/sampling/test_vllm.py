@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from stages.models.policy import load_causal_lm, score_responses
 from stages.models.tokens import load_tokenizer
+from stages.models.turns import Turns
 from stages.running.history import events
 
 pytestmark = pytest.mark.skipif(
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 SETTINGS = {
     "backend": {"name": "vllm", "dtype": "float32", "runtime": {"kv_cache_gib": 0.1}},
     "num_candidates": 4,
+    "top_k": 20,
     "max_new_tokens": 16,
     "max_prompt_tokens": 96,
 }
@@ -75,6 +78,16 @@ def test_other_shards_give_the_same_candidates(runs):
             right[name] for name in ("prompt_id", "candidate", "seed", "token_ids", "finish_reason")
         ]
         assert np.allclose(left["token_logps"], right["token_logps"], atol=1e-4)
+
+
+def test_every_token_is_one_of_the_top_k(runs, tiny_model, make_rows):
+    model, turns = load_causal_lm(str(tiny_model), "float32", "cpu"), Turns(tiny_model)
+    prompts = {row["prompt_id"]: turns.prompt(row["messages"]) for row in make_rows(7)}
+    for row in runs[0][1]:
+        prompt, answer = prompts[row["prompt_id"]], row["token_ids"]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        ranks = (logits > logits.gather(1, torch.tensor(answer)[:, None])).sum(1)
+        assert ranks.max() < 20
 
 
 def test_candidates_of_a_prompt_differ(runs):
