@@ -19,7 +19,7 @@ from typing import IO, overload
 
 from data_contracts.errors import ArtifactError, ConfigError
 
-TEMPORARY = re.compile(r"\..+\.tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)")
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)")
 ABANDONED_ELSEWHERE_SECONDS = 86400.0
 """Age from which the temporary file of another host counts as abandoned: its processes cannot be seen from here."""
 ABANDONED_WORK_SECONDS = 3600.0
@@ -41,6 +41,12 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 def temporary_beside(path: Path) -> Path:
     """Return the name under which this process writes what becomes `path` by a rename; no other process uses it."""
     return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+
+
+def written_by(temporary: Path) -> str:
+    """Return the name of the file that `temporary_beside` made this name for; "" if it did not."""
+    match = TEMPORARY.fullmatch(temporary.name)
+    return match["name"] if match else ""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from data_contracts.artifact import EXTERNAL, RECORD
 from data_contracts.errors import ArtifactError, ConfigError, NewerRecordError, PipelineError, print_error
-from data_contracts.files import bytes_below
+from data_contracts.files import bytes_below, written_by
 from data_contracts.set_aside import REASON, SET_ASIDE, list_set_aside, set_aside
 from data_contracts.store import Store
 from data_contracts.streams import open_standard_streams
@@ -67,9 +67,20 @@ def gc(
     Raises: ConfigError for a negative number of runs, and for a run that is to be kept but reaches no artifact: then
     nothing can be called unneeded.
     """
-    reasons = reasons_to_keep(store, keep_runs, young_seconds)
-    runs, kept_names = _runs_with_links(store), set(reasons)
-    removals: list[Removal] = []
+    kept_names = set(reasons_to_keep(store, keep_runs, young_seconds))
+    return remove_others(store, keep_runs, kept_names, dry_run, delete, young_seconds)
+
+
+def remove_others(
+    store: Store,
+    keep_runs: int,
+    kept_names: set[Name],
+    dry_run: bool = False,
+    delete: bool = False,
+    young_seconds: float = YOUNG_SECONDS,
+) -> list[Removal]:
+    """Set aside all but these artifacts, and the links of all but the last `keep_runs` runs; the rest as `gc`."""
+    runs, removals = _runs_with_links(store), list[Removal]()
     for name in store.artifact_names():
         path = store.directory(*name)
         if name not in kept_names:
@@ -228,7 +239,7 @@ def _age(directory: Path) -> float:
     reason into it, is no change.
     """
     paths = list(directory.iterdir())
-    changed = [path for path in paths if path.name != REASON and not path.name.startswith(f".{REASON}.tmp-")]
+    changed = [path for path in paths if REASON not in (path.name, written_by(path))]
     if len(changed) == len(paths):
         changed.append(directory)
     return time.time() - max((path.lstat().st_mtime for path in changed), default=0.0)
@@ -311,7 +322,7 @@ def main(arguments: list[str]) -> int:
         store = Store(options.store)
         earlier = list_set_aside(store.root)
         reasons = reasons_to_keep(store, options.keep_runs)
-        removals = gc(store, options.keep_runs, options.dry_run, options.yes)
+        removals = remove_others(store, options.keep_runs, set(reasons), options.dry_run, options.yes)
     except PipelineError as error:
         return print_error(error)
     if reasons:

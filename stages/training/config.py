@@ -114,6 +114,14 @@ class TrainingConfig(Config):
     """Also keep the policy after these parts of the steps, in `steps/`; the run goes on from the best one (SPPO)."""
     runtime: TrainingRuntime = TrainingRuntime()
 
+    def warmup_of(self, planned: int) -> int:
+        """Updates of `planned` in which the rate rises."""
+        return round(self.warmup_ratio * planned) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def has_warmup(self) -> bool:
+        return bool(self.warmup_ratio if self.warmup_steps is None else self.warmup_steps)
+
     @model_validator(mode="after")
     def _schedule_spans_the_training(self) -> TrainingConfig:
         if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:

@@ -81,9 +81,7 @@ def make_schedule(
         1 - u (linear), (1 + cos(pi u)) / 2 (cosine), or 1 (constant_with_warmup)
     """
     planned = num_steps * (config.schedule_epochs or config.epochs) // config.epochs
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = round(config.warmup_ratio * planned)
+    warmup = config.warmup_of(planned)
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -38,8 +38,7 @@ Config = TrainingConfig
 
 def key_additions(config: TrainingConfig, inputs: Mapping[str, ArtifactRef]) -> dict[str, Any]:
     """The attention of the models (see `attention_addition`), and the rule of a warm-up, if there is one."""
-    has_warmup = config.warmup_ratio if config.warmup_steps is None else config.warmup_steps
-    warmup = {"warmup": "first update moves"} if has_warmup else {}
+    warmup = {"warmup": "first update moves"} if config.has_warmup else {}
     return warmup | attention_addition(inputs.values())
 
 

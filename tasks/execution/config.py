@@ -13,7 +13,7 @@ from data_contracts.config import Runtime
 from data_contracts.redaction import without_secrets
 from stages.stage import STAGES, check_variables
 from tasks.execution.engines import profiles
-from tasks.execution.gpus import gpu_uuids
+from tasks.execution.gpus import machine_has_gpus
 
 
 def _known_profile(name: str) -> str:
@@ -93,7 +93,7 @@ class ExecutionConfig(Runtime):
         if stage in self.gpus:
             return self.gpus[stage]
         on_cpu = self.gpus_per_node == 0 or getattr(settings.runtime, "device", "auto") == "cpu"
-        if on_cpu or (self.profile == "local" and self.gpus_per_node is None and not gpu_uuids()):
+        if on_cpu or (self.profile == "local" and self.gpus_per_node is None and not machine_has_gpus()):
             return 0
         if stage == "train":
             return settings.runtime.num_processes

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 from data_contracts.errors import ConfigError
@@ -54,6 +55,12 @@ def gpu_uuids() -> dict[str, str]:
         return {}
     lines = [line.split(",") for line in process.stdout.splitlines() if "," in line]
     return {number.strip(): uuid.strip() for number, uuid in lines}
+
+
+@cache
+def machine_has_gpus() -> bool:
+    """Whether this machine has a GPU; nvidia-smi takes a second or more, and is asked once per process."""
+    return bool(gpu_uuids())
 
 
 def uuid_of(name: str, uuids: Mapping[str, str]) -> str:

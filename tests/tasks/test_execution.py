@@ -233,7 +233,7 @@ def test_what_ray_wraps_is_unwrapped():
 
 def test_workers_on_a_machine_without_a_gpu_ask_for_none(monkeypatch):
     settings = SimpleNamespace(runtime=SimpleNamespace(device="auto"))
-    for uuids, asked in (({}, [0, 1, 0, 1]), ({"0": "GPU-1"}, [1, 1, 0, 1])):
-        monkeypatch.setattr("tasks.execution.config.gpu_uuids", lambda uuids=uuids: uuids)
+    for has_gpus, asked in ((False, [0, 1, 0, 1]), (True, [1, 1, 0, 1])):
+        monkeypatch.setattr("tasks.execution.config.machine_has_gpus", lambda has_gpus=has_gpus: has_gpus)
         configs = ({}, {"profile": "slurm"}, {"gpus_per_node": 0}, {"gpus_per_node": 8})
         assert [ExecutionConfig.model_validate(config).gpus_of("weigh", settings) for config in configs] == asked
