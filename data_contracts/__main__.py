@@ -84,7 +84,7 @@ def explain(store: Store, key: str) -> None:
         print(f"  {field} is {_in_words(value)}, not {_in_words(sibling_value)}")
     for name, ref in record.inputs.items():
         if f"input {name}" in differences and store.load(ref.kind, ref.key):
-            print(f"  (why {name} differs: python -m data_contracts explain {_name(ref)})")
+            print(f"  (why {name} differs: selfplay explain {_name(ref)})")
 
 
 def verify(store: Store, keys: Sequence[str]) -> None:

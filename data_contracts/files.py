@@ -33,7 +33,7 @@ DISK_ADVICE = {
     errno.EMFILE: "Raise the limit of open files (`ulimit -n 65536`)",
     errno.EIO: "Look at the disk (`dmesg`)",
 }
-FREE_SPACE_ADVICE = "Free some space (`python -m data_contracts.gc --keep-runs 3 --dry-run` shows what can go)"
+FREE_SPACE_ADVICE = "Free some space (`selfplay gc --keep-runs 3 --dry-run` shows what can go)"
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -45,7 +45,7 @@ the size is compared; `verify` reads them."""
 MAX_BYTES, MIN_FREE_BYTES = "SELFPLAY_STORE_MAX_BYTES", "SELFPLAY_STORE_MIN_FREE_BYTES"
 """Environment variables: budget of the store, and what must stay free on its disk."""
 DEFAULT_MIN_FREE = 256 << 20
-GC_ADVICE = "`python -m data_contracts.gc --keep-runs 3 --dry-run` shows what can go"
+GC_ADVICE = "`selfplay gc --keep-runs 3 --dry-run` shows what can go"
 WRITABLE_ADVICE = "Set SELFPLAY_STORE (or --store) to a directory you can write"
 NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 ARTIFACTS = "artifacts"
@@ -291,8 +291,7 @@ class Store:
             return matches[0]
         if not matches:
             raise ConfigError(
-                f"no artifact in {self.root} has a key that starts with {text!r}; "
-                "list them with `python -m data_contracts ls`"
+                f"no artifact in {self.root} has a key that starts with {text!r}; list them with `selfplay ls`"
             )
         raise ConfigError(
             f"{start!r} is the start of {len(matches)} keys: "

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "deploy" / "runs"
+LINKS = {"](../stages/methods/README.md)": "](methods.md)", "](../deploy/runs)": "](run_configs.md)"}
+"""Links of pages as a reader of the repository needs them -> as the site has them."""
 PRESETS = """# Presets
 
 The settings of the papers, and CPU twins of them under `tiny/`. Their paths work in every directory, in a checkout and installed:
@@ -63,3 +65,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, content in {"methods.md": methods_page(), "run_configs.md": presets_page()}.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Return a page whose links to the repository's own pages lead to those of the site."""
+    for link, page in LINKS.items():
+        markdown = markdown.replace(link, page)
+    return markdown

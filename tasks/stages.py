@@ -98,9 +98,12 @@ class _TerminalBar:
     def __call__(self, progress: Progress) -> None:
         if not sys.stderr.isatty():
             return
+        # Until a stage knows how much it has to do, a rate and a count would be question marks.
+        bar_format = None if progress.total else "{desc}: starting, {elapsed}"
         if self.bar is None:
-            self.bar = tqdm(desc=self.description, leave=False)
+            self.bar = tqdm(desc=self.description, leave=False, bar_format=bar_format)
         self.bar.total, self.bar.unit = progress.total or None, progress.unit or "it"
+        self.bar.bar_format = bar_format
         self.bar.update(progress.done - self.bar.n)
         self.bar.refresh()
 

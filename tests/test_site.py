@@ -37,6 +37,18 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(pages) == sorted({path.name for path in (ROOT / "docs").glob("*.md")} | MADE)
 
 
+def test_a_link_of_a_page_leads_somewhere_in_the_repository_too():
+    links = [
+        (path.name, link)
+        for path in (ROOT / "docs").glob("*.md")
+        for link in re.findall(
+            r"\]\(([^)#:]+)(?:#[^)]*)?\)", re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.S)
+        )
+        if not (path.parent / link).exists()
+    ]
+    assert links == []
+
+
 def test_the_table_of_presets_says_of_each_what_it_is(site_pages):
     page = site_pages.presets_page()
     for path in (ROOT / "deploy" / "runs").glob("*.yaml"):

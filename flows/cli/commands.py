@@ -13,6 +13,10 @@ from typing import Annotated, Any
 import typer
 
 INTERRUPTED = "interrupted; run the same command again to resume"
+ENGINE_PACKAGES = frozenset(
+    {"torch", "transformers", "vllm", "deepspeed", "accelerate", "peft", "datasets", "lm_eval", "gguf"}
+)
+"""What an install without an extra (`cpu`, `gpu`) leaves out."""
 
 app = typer.Typer(
     name="selfplay",
@@ -401,7 +405,7 @@ def _settings_of(name: str, store: str | None) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns its exit code."""
-    from data_contracts.errors import PipelineError, print_error
+    from data_contracts.errors import ConfigError, PipelineError, print_error
     from data_contracts.redaction import redact_output
     from stages.running.loopback import bypass_proxies_on_loopback
 
@@ -411,6 +415,11 @@ def main(arguments: list[str] | None = None) -> int:
         code = app(arguments, prog_name="selfplay", standalone_mode=False)
     except PipelineError as error:
         return print_error(error)
+    except ModuleNotFoundError as error:
+        if error.name not in ENGINE_PACKAGES:
+            raise
+        message = f'the package {error.name} is not installed, and models do not load without it: pip install "selfplay-pipeline[cpu]" '
+        return print_error(ConfigError(message + 'or "[gpu]" (in a checkout `make venv`)'))
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130

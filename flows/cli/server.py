@@ -21,8 +21,8 @@ from data_contracts.errors import TransientError
 from data_contracts.installation import import_paths
 from stages.running.supervise import supervisor_options
 
-START_SECONDS = 120
-"""For our own server, from its start to its first answer."""
+START_SECONDS = 300
+"""For our own server, from its start to its first answer: seconds on an idle machine, minutes on one with other work."""
 ANSWER_SECONDS = 10
 """For a server that the user has started, maybe a moment ago."""
 RESTARTS = 5
@@ -53,6 +53,7 @@ def prefect_server(home: Path) -> Iterator[str]:
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
         "DO_NOT_TRACK": "1",
     }
+    print(f"starting a Prefect server for this run; its log: {home / 'server.log'}", flush=True)
     server = _Server(port, home / "server.log")
     try:
         _import_clients()

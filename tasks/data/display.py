@@ -17,6 +17,9 @@ SAMPLED = 2000
 """Rows whose tokens are counted, evenly spaced: counting all of a large set takes minutes."""
 BINS = 8
 WIDTH = 40
+WITHOUT_ANSWER = "without an answer"
+SHOWN_PLACES = 5
+"""Rows without an answer that are named, where others have one."""
 LEGEND = "[...] is a special token, >>>...<<< is what the policy is trained on or scored by; all else is text"
 
 
@@ -29,9 +32,13 @@ def contents(prompts: PromptSet) -> list[str]:
         "with a response": ~missing["response"],
         "pairs": has_pair,
         "single answers with a label": is_single,
-        "prompts alone": missing["response"] & missing["chosen"] & missing["rejected"],
+        WITHOUT_ANSWER: missing["response"] & missing["chosen"] & missing["rejected"],
     }
     lines = [f"{int(count.sum())} {name}" for name, count in counts.items() if count.any()]
+    if len(lines) > 1 and counts[WITHOUT_ANSWER].any():  # methods on given answers will drop these
+        rows = np.flatnonzero(counts[WITHOUT_ANSWER])
+        more = f" and {len(rows) - SHOWN_PLACES} more" if len(rows) > SHOWN_PLACES else ""
+        lines[-1] += f" ({', '.join(prompts.where(int(row)) for row in rows[:SHOWN_PLACES])}{more})"
     if is_single.any():
         pairs, drops = paired(prompts)
         count = len(pairs) - pairs.column("chosen").null_count

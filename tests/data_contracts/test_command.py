@@ -124,7 +124,7 @@ def test_explain_sees_nested_settings_added_ones_versions_and_inputs(store, comm
         f"not prompts/{old.key} with content {old.content[:16]}",
         f"  input policy is checkpoint/external with content {'cd' * 8} (/models/tiny), "
         f"not checkpoint/external with content {'ab' * 8} (/models/tiny)",
-        f"  (why prompts differs: python -m data_contracts explain prompts/{new_prompts.key})",
+        f"  (why prompts differs: selfplay explain prompts/{new_prompts.key})",
     ):
         assert line in out.splitlines()
 

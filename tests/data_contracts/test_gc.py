@@ -389,9 +389,7 @@ def test_a_store_beyond_its_budget_or_on_a_full_disk_is_not_built_in(store, thre
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "1G")
     store.check_room()
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "1K")
-    with pytest.raises(
-        ArtifactError, match="its budget SELFPLAY_STORE_MAX_BYTES is 1 KiB. `python -m data_contracts.gc"
-    ):
+    with pytest.raises(ArtifactError, match="its budget SELFPLAY_STORE_MAX_BYTES is 1 KiB. `selfplay gc"):
         store.check_room()
     monkeypatch.delenv("SELFPLAY_STORE_MAX_BYTES")
     monkeypatch.setenv("SELFPLAY_STORE_MIN_FREE_BYTES", "999T")

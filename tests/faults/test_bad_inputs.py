@@ -539,7 +539,7 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "a store that cannot be written": (words("--store", "/proc/store"), WRONG, ("the store /proc/store is not writable", "Set SELFPLAY_STORE")),
     "an unknown stage": (stages_words("sampel", "spec.json"), WRONG, ("usage: python -m stages {sample|score|",)),
     "a stage without a spec": (stages_words("sample"), WRONG, ("usage: python -m stages",)),
-    "a key that nothing has": (store_words("show", "ffff"), WRONG, ("no artifact in", "has a key that starts with 'ffff'", "data_contracts ls")),
+    "a key that nothing has": (store_words("show", "ffff"), WRONG, ("no artifact in", "has a key that starts with 'ffff'", "selfplay ls")),
     "a key that is a path": (store_words("show", "../../etc/passwd"), WRONG, ("no artifact in", "'../../etc/passwd'")),
     "an unknown store command": (store_words("shwo"), WRONG, ("invalid choice: 'shwo'",)),
     "a gc that keeps a negative number of runs": (gc_words("--keep-runs", "-1"), WRONG, ("--keep-runs is -1: it must be 0 or more",)),

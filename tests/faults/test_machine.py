@@ -33,7 +33,7 @@ def test_a_full_disk_stops_the_build_in_a_sentence_and_a_larger_one_finishes_it(
     (disk / "filler").write_bytes(b"x" * (free - 12_288))  # three blocks are left
     ended = run(scene, disk / "store", tmp_path, SELFPLAY_STORE_MIN_FREE_BYTES="0")
     assert ended.code in (4, 5) and "No space left on device" in ended.out, ended.out
-    assert "Free some space (`python -m data_contracts.gc" in ended.out
+    assert "Free some space (`selfplay gc" in ended.out
     assert not (disk / "store" / "artifacts" / scene.directory / "record.json").exists()
     (disk / "filler").unlink()
     again = run(scene, disk / "store", tmp_path, SELFPLAY_STORE_MIN_FREE_BYTES="0")

@@ -100,6 +100,7 @@ NOT_RUN = {
     r"selfplay run ": "minutes; the run config must load with these settings",
     r"selfplay compare ": "minutes; the comparison must load",
     r"selfplay estimate RUN.yaml": "a synopsis",
+    r"selfplay (data|init) .*my_prompts": "a file of the reader's; tests/flows/cli/test_data.py and tests/flows/test_own_data.py have theirs",
     r"selfplay report --compare RUN": "needs a second run; tests/flows/cli/test_cli.py lays two over each other",
     r"pip install \.": "an index, or an environment to change; tests/test_installed.py installs the wheel into one of its own",
     r"selfplay replay-batch ": "needs a training that went wrong; tests/stages/training/test_replay.py has one",

@@ -160,3 +160,15 @@ def test_a_table_that_arrow_refuses_as_a_whole(monkeypatch):
     monkeypatch.setattr("data_contracts.shards.pa.Table", Table)
     with pytest.raises(ContractError, match="dropped: too much"):
         to_table([{"prompt_id": "p", "reason": "r"}], "dropped")
+
+
+def test_a_bar_shows_no_question_marks_while_a_stage_starts(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with tasks.stages._TerminalBar("iter_01 sample") as bar:
+        bar(progress := Progress())
+        shown = capsys.readouterr().err
+        assert "iter_01 sample: starting, 00:00" in shown and "?" not in shown
+        progress.done, progress.total, progress.unit = 1, 2, "shards"
+        bar(progress)
+        shown = capsys.readouterr().err.splitlines()[-1]
+        assert "50%" in shown and "1/2" in shown and "starting" not in shown

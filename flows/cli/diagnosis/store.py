@@ -24,7 +24,7 @@ def disk(store: Store) -> Iterator[Finding]:
     nearest = next(path for path in (store.root, *store.root.parents) if path.exists())
     free = shutil.disk_usage(nearest).free
     least = bytes_from_environment(MIN_FREE_BYTES, 256 << 20) or 0
-    cure = f"python -m data_contracts.gc --keep-runs 3 --dry-run --store {store.root}"
+    cure = f"selfplay gc --keep-runs 3 --dry-run --store {store.root}"
     room = f"the disk of {store.root} has {format_bytes(free)} left"
     if free < least:
         yield Finding("bad", f"{room}: nothing is built below {format_bytes(least)}", cure)
@@ -90,11 +90,11 @@ def artifacts(store: Store) -> Iterator[Finding]:
             yield Finding(
                 "note",
                 f"{kind} {key} is damaged ({problems[0]}): the next run that needs it makes what is missing",
-                f"python -m data_contracts verify {kind}/{key}",
+                f"selfplay verify {kind}/{key}",
             )
     if interrupted:
         message = f"{plural(interrupted, 'interrupted build')}: start the run again and it goes on from there"
-        yield Finding("note", message, f"python -m data_contracts verify --store {store.root}")
+        yield Finding("note", message, f"selfplay verify --store {store.root}")
     for path, reason in list_set_aside(store.root):
         message = (
             f"{reason['was']} was set aside by {reason['by']} on {reason['since']}, "

@@ -2,12 +2,14 @@
 
 import http.server
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -233,3 +235,32 @@ def test_a_report_on_a_store_that_may_only_be_read_is_refused_in_a_sentence(undi
         pytest.skip("a filesystem cannot be mounted here")
     assert ended.code == 2 and "Traceback" not in ended.out, ended.out
     assert f"(Read-only file system: {store}/runs/tiny/" in ended.out and f"make {store} writable" in ended.out
+
+
+def test_an_install_without_engines_is_said_in_a_sentence(monkeypatch, capsys):
+    """`pip install .` brings no torch: the first command that loads a model says how to get it, and shows no traceback."""
+    error = ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    def play_without_engines(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("flows.cli.play.play", play_without_engines)
+    assert main(["run", "deploy/runs/quickstart.yaml"]) == 2
+    assert re.search(r"transformers is not installed.*pip install .*\[cpu\]", capsys.readouterr().err)
+    error.name = "a_module_of_ours"
+    with pytest.raises(ModuleNotFoundError):
+        main(["run", "deploy/runs/quickstart.yaml"])
+
+
+def test_while_the_server_starts_something_is_on_the_screen(monkeypatch, capsys, tmp_path):
+    """On a busy machine it takes minutes, which must not look like a hang."""
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(server, "_Server", lambda port, log: SimpleNamespace(stop=lambda: None))
+    for step in ("_import_clients", "_drain_prefect_workers"):
+        monkeypatch.setattr(server, step, lambda: None)
+    monkeypatch.setattr(server, "_wait_for_start", lambda process, url: None)
+    with server.prefect_server(tmp_path / "prefect"):
+        assert (
+            f"starting a Prefect server for this run; its log: {tmp_path}/prefect/server.log" in capsys.readouterr().out
+        )

@@ -81,3 +81,8 @@ def test_what_is_read_can_be_written_in_our_own_format_and_read_again(data, tmp_
 def test_a_source_that_cannot_be_read_is_one_sentence(data):
     code, lines = data(ROWS, "--column", "prompt=text")
     assert code == 2 and len(lines) == 1 and "has no column 'text' (columns.prompt); it has question, good" in lines[0]
+
+
+def test_rows_without_an_answer_among_others_are_named(data):
+    rows = [{"prompt": f"{number}?", "response": "yes" if number else None} for number in range(3)]
+    assert "3 rows can be used: 2 with a response; 1 without an answer (line 1)" in data(rows)[1]

@@ -135,7 +135,7 @@ def test_a_disk_nearly_full_and_a_budget_nearly_spent(store, monkeypatch, make_p
     make_prompts(store, 3)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
     (finding,) = disk(store)
-    assert finding.level == "bad" and "100 MiB left" in finding.message and "data_contracts.gc" in finding.cure
+    assert finding.level == "bad" and "100 MiB left" in finding.message and "selfplay gc" in finding.cure
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 30))
     monkeypatch.setenv("SELFPLAY_STORE_MAX_BYTES", "4K")
     assert [finding.level for finding in disk(store)] == ["note", "bad"]
