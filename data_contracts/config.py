@@ -6,9 +6,13 @@ interpreter) is left out of the key: it may move the last bits of a bf16 result,
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import stat
+import textwrap
 from collections.abc import Hashable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import yaml
@@ -34,10 +38,41 @@ else:
     FrozenModel = type(BaseModel)
 
 
+def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Return the docstring below each field that has one, by the field's name, inherited fields included.
+
+    The source is read when this is called. pydantic's `use_attribute_docstrings` reads it as every class is made, which
+    took 0.15 s of each command, and only forms and `selfplay init` show them.
+    """
+    docstrings: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if base is BaseModel or not issubclass(base, BaseModel):
+            continue
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # typed into an interpreter: a form without its descriptions
+            continue
+        (definition,) = ast.parse(textwrap.dedent(source)).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in pairwise(definition.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
+                    docstrings[name] = inspect.cleandoc(docstring)
+    return {name: text for name, text in docstrings.items() if name in model.model_fields}
+
+
+def _describe_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add the fields' docstrings to a JSON schema of the model."""
+    for name, text in field_docstrings(model).items():
+        field = schema["properties"].get(model.model_fields[name].alias or name)
+        if field is not None:
+            field.setdefault("description", text)
+
+
 class Config(BaseModel, metaclass=FrozenModel):
     """Settings that are frozen and refuse unknown keys. The docstring below a field describes it in forms."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_describe_fields, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[dict[str, Any]] = {}
     """Fields that were added later, with the value that means "as before". A field at that value is left out of the

@@ -197,8 +197,10 @@ def read_shard(path: Path, kind: str) -> pa.Table:
     """Return a shard. Raises: ArtifactError if it cannot be read, ContractError if its columns are of another kind."""
     with _damage_explained(path):
         _check_seal(path)
-        # Without the checksums nine of ten flipped bits would be read as data.
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        # Without the checksums nine of ten flipped bits would be read as data. `pq.read_table` reads the same rows by
+        # pyarrow.dataset, which imports pandas: 0.3 s of every command.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
     _check_columns(path, table.schema, kind)
     return table
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from data_contracts.config import Config
+from data_contracts.config import Config, field_docstrings
 from data_contracts.errors import ConfigError
 from flows.cli.own_data import settings_for
 from flows.config import RunConfig, merge
@@ -50,15 +50,16 @@ def commented_config(method: str, data: str | None = None, policy: str | None = 
         "# A commented line shows a default: remove its # to change it.",
         "",
     ]
-    for name, field in RunConfig.model_fields.items():
+    descriptions = field_docstrings(RunConfig)
+    for name in RunConfig.model_fields:
         value = getattr(run, name)
         if name == "method":
-            head = ["", f"# {field.description}", "method:", f"  name: {method}"]
+            head = ["", f"# {descriptions[name]}", "method:", f"  name: {method}"]
             lines += head + _fields(value, {}, "  ", skip={"name"})
         elif isinstance(value, Config) and name != "policy":
             lines += _section(name, value, chosen.get(name, {}))
         else:
-            lines += _entry(name, value, field.description, name in chosen, "")
+            lines += _entry(name, value, descriptions.get(name), name in chosen, "")
     return "\n".join(lines) + "\n"
 
 
@@ -117,10 +118,10 @@ def _title(section: type[Config]) -> list[str]:
 
 def _fields(section: Config, chosen: dict[str, Any], indent: str, skip: set[str]) -> list[str]:
     """A line for each field of a section, a comment unless it is chosen."""
-    lines = []
-    for name, field in type(section).model_fields.items():
+    lines, descriptions = [], field_docstrings(type(section))
+    for name in type(section).model_fields:
         if name not in skip:
-            lines += _entry(name, getattr(section, name), field.description, name in chosen, indent)
+            lines += _entry(name, getattr(section, name), descriptions.get(name), name in chosen, indent)
     return lines
 
 

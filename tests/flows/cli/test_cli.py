@@ -40,6 +40,20 @@ def test_what_is_read_before_a_server_is_known_does_not_import_prefect():
     assert done.stdout.strip() == "False"
 
 
+def test_status_and_ledger_import_what_they_need(undisturbed):
+    """The store is only read, so none of these is needed; pandas came with pyarrow's conversions, 0.3 s of 1."""
+    names = "torch", "transformers", "prefect", "mlflow", "pandas", "httpx"
+    code = (
+        "import sys; from flows.cli.commands import main\n"
+        f"assert main(['status', 'tiny', '--store', {str(undisturbed.store)!r}]) == 0\n"
+        f"assert main(['ledger', 'tiny', '--store', {str(undisturbed.store)!r}]) == 0\n"
+        f"print([m for m in {names} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "the run is complete" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_server_that_does_not_answer_is_said_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(server, "ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as probe:

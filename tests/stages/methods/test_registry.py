@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_contracts.config import field_docstrings
 from data_contracts.errors import ConfigError, ContractError
 from stages.methods import METHODS
 from stages.methods.base import NEEDS, Method, Pairs, Responses
@@ -49,8 +50,9 @@ def test_a_method_declares_itself(name):
     assert method.WEIGHTS is None or method.WEIGHTS in WEIGHTS.table
     assert method.sides(config) == method.SIDES
     assert sys.modules[method.__module__].__doc__.startswith("Method - ")
-    for field, info in type(config).model_fields.items():
-        assert field == "name" or info.description, f"{name}.{field} has no docstring"
+    described = field_docstrings(type(config))
+    for field in type(config).model_fields:
+        assert field == "name" or described[field], f"{name}.{field} has no docstring"
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=variant_id)
@@ -64,8 +66,9 @@ def test_a_weight_provider_declares_itself(name):
     provider, config = WEIGHTS.get(name), WEIGHTS.config(name)
     assert issubclass(provider, WeightProvider) and config.name == name
     assert provider.VERSION and provider.SOURCE and provider.needs(config) == provider.NEEDS <= WEIGHT_NEEDS.keys()
-    for field, info in type(config).model_fields.items():
-        assert field == "name" or info.description, f"{name}.{field} has no docstring"
+    described = field_docstrings(type(config))
+    for field in type(config).model_fields:
+        assert field == "name" or described[field], f"{name}.{field} has no docstring"
 
 
 def test_settings_are_validated_without_torch():

@@ -1,10 +1,12 @@
 """Which rows a run uses: shares, held-out parts and pairs are counted by hand on rows of a few words."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_contracts.prompts import prompt_row
-from tasks.data.prompt_set import PromptSet
+from data_contracts.shards import SCHEMAS
+from tasks.data.prompt_set import PromptSet, batch_of
 from tasks.data.selection import (
     NEARLY_HELD_OUT,
     different_prompts,
@@ -19,6 +21,17 @@ from tasks.data.selection import (
 
 def rows_of(*texts: str, **columns) -> PromptSet:
     return PromptSet.of([prompt_row([{"role": "user", "content": text}], **columns) for text in texts])
+
+
+def test_columns_are_made_as_arrow_makes_them_of_rows():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Où ? 🙂"}]
+    rows = [
+        prompt_row(turns[1:], response="There."),
+        prompt_row(turns, chosen="Here.", rejected="No.\n"),
+        prompt_row([*turns, {"role": "assistant", "content": "-"}, turns[1]], checks=[]),
+    ]
+    assert batch_of(rows).equals(pa.RecordBatch.from_pylist(rows, schema=SCHEMAS["prompts"]))
+    assert batch_of([]).equals(pa.RecordBatch.from_pylist([], schema=SCHEMAS["prompts"]))
 
 
 def numbered(prefix: str, count: int) -> PromptSet:
