@@ -55,9 +55,14 @@ def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
         (definition,) = ast.parse(textwrap.dedent(source)).body
         assert isinstance(definition, ast.ClassDef)
         for field, text in pairwise(definition.body):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
-                    docstrings[name] = inspect.cleandoc(docstring)
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                docstrings[field.target.id] = inspect.cleandoc(text.value.value)
     return {name: text for name, text in docstrings.items() if name in model.model_fields}
 
 

@@ -205,6 +205,12 @@ def read_shard(path: Path, kind: str) -> pa.Table:
     return table
 
 
+def read_columns(path: Path, columns: list[str]) -> pa.Table:
+    """Return some columns of a shard of a finished artifact, whose digests have been compared. Raises: ArtifactError."""
+    with _damage_explained(path), pq.ParquetFile(path) as file:
+        return file.read(columns)
+
+
 def shard_parts(path: Path, kind: str) -> Iterator[pa.Table]:
     """Yield the rows of a shard as tables, a large one (the prompts of a run are one shard) in parts. Raises: as
     `read_shard`."""

@@ -26,7 +26,7 @@ from flows.report.history import History
 from flows.report.prefect_pages import PrefectPages
 from flows.self_play import SelfPlay
 from flows.tournament import merged
-from flows.tracked import described
+from flows.tracked import described, forget_complete, note_complete
 from stages.evaluation.promotion import Measurement
 from tasks.data.prompt_set import PromptSet
 from tasks.execution.engines import executor_for
@@ -126,6 +126,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     if checked.data is not None:
         history.data = checked.data.lines()
         logger.info(checked.data.summary())
+    forget_complete(config, store)
     keep_settings(config, store)
     store.sweep()  # a run that finds everything built tidies up too
     ledger = Ledger(store, config.name)
@@ -150,6 +151,8 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
         logger.info("MLflow: %s", where)
     if loop.unanswered is not None:
         raise loop.unanswered
+    if mlflow.working:
+        note_complete(config, store)
     return {
         "final": final.path,
         "report": str(report),

@@ -1,19 +1,60 @@
-"""Flows - what trackers of experiments show of a run beside its numbers: tags, a description, its data."""
+"""Flows - what trackers of experiments show of a run beside its numbers: tags, a description, its data; and whether
+they have the whole run already."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from data_contracts.checkpoint import ModelRef
+from data_contracts.files import write_atomic
+from data_contracts.identity import digest_text
+from data_contracts.mirror import MIRROR
+from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.preflight import Checked
 from stages.running.hardware import hardware
 from tasks.data.prompt_set import PromptSet
 from tasks.data.source import Source
-from tasks.trackers import Data, Described
+from tasks.trackers import Data, Described, mlflow_database, mlflow_uri
+
+COMPLETE = "complete.txt"
+"""File beside a run's report, there while the last session of the run ended whole: digest of its settings and of the
+MLflow that has it."""
+
+
+def note_complete(config: RunConfig, store: Store) -> None:
+    """Write that a session of the run has ended, with everything built, reported and mirrored."""
+    write_atomic(store.run_directory(config.name) / COMPLETE, _complete_as(config, store))
+
+
+def forget_complete(config: RunConfig, store: Store) -> None:
+    """Have the run count as not complete, as a session begins."""
+    (store.run_directory(config.name) / COMPLETE).unlink(missing_ok=True)
+
+
+def is_noted_complete(config: RunConfig, store: Store) -> bool:
+    """Whether playing the run again would tell nobody anything new, as far as its artifacts are still there.
+
+    Not so with a Prefect server of the user's, with other trackers than MLflow, with a mirror of the store, or where
+    MLflow is another one now or has lost its database.
+    """
+    if config.tracking.chosen() or os.environ.get("PREFECT_API_URL") or os.environ.get(MIRROR):
+        return False
+    database = mlflow_database(store)
+    if mlflow_uri(store) == f"sqlite:///{database}" and not database.is_file():
+        return False
+    with suppress(OSError, ValueError):
+        note = (store.run_directory(config.name) / COMPLETE).read_text(encoding="utf-8")
+        return note == _complete_as(config, store)
+    return False
+
+
+def _complete_as(config: RunConfig, store: Store) -> str:
+    return f"{digest_text(config.model_dump_json())}\n{digest_text(mlflow_uri(store))}\n"
 
 
 def described(config: RunConfig, checked: Checked) -> Described:

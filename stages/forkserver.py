@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pyarrow as pa
+
 from stages.__main__ import set_defaults
 from stages.models.policy import pick_device
 from stages.running.cost import before_fork
@@ -148,6 +150,7 @@ class ForkServer:
             device = pick_device(device)
         if self.device in (None, device) and (preload := getattr(stage.load(), "preload", None)):
             preload(config)
+        pa.array([], pa.int64())  # imports pandas, 0.3 s, where that is installed: so does each stage's first row
         return device
 
 

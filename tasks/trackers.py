@@ -8,6 +8,7 @@ artifacts are all found sends nothing again.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -71,6 +72,16 @@ class TrackingConfig(Runtime):
                     f"tracking.{name} needs the package {name}, which is not installed: `pip install {name}`, or "
                     f"remove tracking.{name}"
                 )
+
+
+def mlflow_database(store: Store) -> Path:
+    """Return the file of a store's own MLflow, which is used where no other is named."""
+    return store.root / "mlflow.db"
+
+
+def mlflow_uri(store: Store) -> str:
+    """Return the address of the MLflow that runs of a store are mirrored to: MLFLOW_TRACKING_URI, or the store's own."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{mlflow_database(store)}"
 
 
 class Data(NamedTuple):

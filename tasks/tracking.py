@@ -23,7 +23,7 @@ from data_contracts.config import flatten
 from data_contracts.files import process_state
 from data_contracts.redaction import redact
 from data_contracts.store import Store
-from tasks.trackers import Described, curve_points, moment_of, stage_values
+from tasks.trackers import Described, curve_points, mlflow_database, mlflow_uri, moment_of, stage_values
 
 PATIENCE = {  # a server that does not answer would hold each call for four minutes otherwise
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -76,7 +76,7 @@ class Tracker:
     ):
         """described: without it, each session has a run of its own, without parameters, tags and data."""
         self.store, self.run, self.log, self.working = store, run, log, True
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.root}/mlflow.db"
+        self.uri = uri or mlflow_uri(store)
         self.client: Any = None
         self.parent = ""
         self.children: dict[int, str] = {}
@@ -188,9 +188,10 @@ class Tracker:
         """
         root, artifacts = self.store.root.as_uri(), "/mlflow-artifacts"
         earlier = location.removesuffix(artifacts)
-        if self.uri != f"sqlite:///{self.store.root}/mlflow.db" or earlier in (root, location):
+        path = mlflow_database(self.store)
+        if self.uri != f"sqlite:///{path}" or earlier in (root, location):
             return
-        with closing(sqlite3.connect(self.store.root / "mlflow.db")) as database, database:
+        with closing(sqlite3.connect(path)) as database, database:
             for table, column in PATH_COLUMNS:
                 database.execute(
                     f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",

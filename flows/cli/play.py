@@ -10,10 +10,12 @@ from typing import Any
 from data_contracts.errors import ConfigError
 from data_contracts.ledger import Ledger
 from data_contracts.store import Store
+from flows.cli.finished import read_run
 from flows.cli.server import prefect_server, server_errors_explained
 from flows.comparison import load_comparison
 from flows.config import RunConfig, load_run
 from flows.preflight import preflight
+from flows.tracked import is_noted_complete
 
 # Prefect reads its settings when it is imported. So the flows are imported below, after the server's address is known.
 
@@ -35,6 +37,10 @@ def play(config: str, overrides: dict[str, Any], root: str | None) -> None:
     settings = load_run(config, overrides)
     refuse_missing_server(settings)
     preflight(settings, store)
+    if (found := found_whole(settings, store)) is not None:
+        print(f"run {settings.name} is complete: nothing is built, and neither Prefect nor MLflow is started")
+        show_outcome(settings.name, found, root)
+        return
     os.environ["SELFPLAY_OWN_PROCESS"] = "1"
     with prefect_server(store.root / "prefect") as url:
         from flows.run import self_play
@@ -42,11 +48,40 @@ def play(config: str, overrides: dict[str, Any], root: str | None) -> None:
         print(f"watch it at {url.removesuffix('/api')}", flush=True)
         with server_errors_explained(url):
             history = self_play(config=config, overrides=overrides, store=str(store.root))
-    print("\n\n".join(tables_of(settings.name, history["rows"])) + "\n")
-    print(history["headline"])
-    for line in last_lines(settings.name, history, root):
-        print(line)
+    show_outcome(settings.name, history, root)
     Ledger(store, settings.name, history["session"]).end()
+
+
+def found_whole(settings: RunConfig, store: Store) -> dict[str, Any] | None:
+    """Return what the flow returns, of a run that ended whole and whose artifacts are all there and intact; else None.
+
+    The report is written again, and the store tidied up, as the flow does.
+    """
+    if not is_noted_complete(settings, store):
+        return None
+    try:
+        played = read_run(settings, store)
+    except ConfigError:  # its artifacts are gone
+        return None
+    if any(step.record is None for step in played.rehearsal.steps):
+        return None
+    store.sweep()
+    history = played.history
+    report = history.write_report(plots=True)
+    return {
+        "final": played.rehearsal.final.path,
+        "report": str(report),
+        "headline": history.headline(),
+        "rows": history.rows,
+    }
+
+
+def show_outcome(name: str, history: dict[str, Any], root: str | None) -> None:
+    """Print a run's tables, its headline and where to go from here. `root`: of the store, if named."""
+    print("\n\n".join(tables_of(name, history["rows"])) + "\n")
+    print(history["headline"])
+    for line in last_lines(name, history, root):
+        print(line)
 
 
 def play_comparison(config: str, overrides: dict[str, Any], root: str | None) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import pyarrow.parquet as pq
 
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
-from data_contracts.shards import shard_paths
+from data_contracts.shards import read_columns, shard_paths
 from tasks.build import Built
 
 
@@ -75,7 +75,7 @@ def _rows_of(prompts: ArtifactRef) -> int:
 def _by_source(prompts: ArtifactRef, weighted: ArtifactRef) -> dict[str, Source]:
     """Return what there was of each source; {} where all prompts are of one."""
     paths = shard_paths(prompts.path, "prompts")
-    tables = [pq.read_table(path, columns=["prompt_id", "source"], partitioning=None) for path in paths]
+    tables = [read_columns(path, ["prompt_id", "source"]) for path in paths]
     if len({source for table in tables for source in table["source"].unique().to_pylist()}) < 2:
         return {}
     source_of: dict[str, str] = {}
@@ -85,6 +85,6 @@ def _by_source(prompts: ArtifactRef, weighted: ArtifactRef) -> dict[str, Source]
     num_prompts = Counter(source_of.values())
     num_pairs: Counter[str] = Counter()
     for path in shard_paths(weighted.path, "weighted_pairs"):
-        ids = cast("list[str]", pq.read_table(path, columns=["prompt_id"], partitioning=None)["prompt_id"].to_pylist())
+        ids = cast("list[str]", read_columns(path, ["prompt_id"])["prompt_id"].to_pylist())
         num_pairs.update(source_of[prompt_id] for prompt_id in ids if prompt_id in source_of)
     return {source: Source(count, num_pairs[source]) for source, count in num_prompts.items()}

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_contracts.artifact import ArtifactRef
+from data_contracts.shards import read_columns
 from flows.report.story import SIDES, ShownPrompt, TokenPieces, WeightPicture, shown_prompts
 from tasks.build import Built
 
@@ -37,7 +37,7 @@ def weight_picture(weighed: Built, trained: Built, prompts: ArtifactRef | None =
     read = 0
     paths = sorted(Path(weighed.ref.path).glob("part-*.parquet"))
     for path in paths:
-        table = pq.read_table(path, columns=[f"{side}_weights" for side in sides], partitioning=None)
+        table = read_columns(path, [f"{side}_weights" for side in sides])
         for side, arrays in sides.items():
             column = cast(pa.ListArray, table[f"{side}_weights"].combine_chunks())
             arrays.append(column.flatten().to_numpy())
@@ -80,7 +80,7 @@ def _token_examples(
         return []
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     columns = ["prompt_id", "chosen_ids", "chosen_weights", "rejected_ids", "rejected_weights"]
-    rows = pq.read_table(shard, columns=columns, partitioning=None).slice(0, 500).to_pylist()
+    rows = read_columns(shard, columns).slice(0, 500).to_pylist()
     rows.sort(key=lambda row: (-float(np.std(row["chosen_weights"] or [0.0])), row["prompt_id"]))
     shown = {} if prompts is None else shown_prompts(prompts, [row["prompt_id"] for row in rows[:count]])
     examples = []

@@ -11,6 +11,7 @@ from typing import Any, cast, overload
 
 import numpy as np
 import pyarrow as pa
+from pyarrow.lib import StringBuilder
 
 from data_contracts.prompts import Message, PromptRow
 from data_contracts.shards import MESSAGES, SCHEMAS
@@ -144,13 +145,13 @@ def batch_of(rows: Sequence[PromptRow]) -> pa.RecordBatch:
     schema = SCHEMAS["prompts"]
     columns: list[pa.Array] = []
     for field in schema:
-        values = [cast("dict[str, Any]", row).get(field.name) for row in rows]
+        values: list[Any] = [cast("dict[str, Any]", row).get(field.name) for row in rows]
         columns.append(_conversations(values) if field.name == "messages" else _texts(values))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _texts(values: Iterable[str | None]) -> pa.Array:
-    builder = pa.lib.StringBuilder()
+    builder = StringBuilder()
     builder.append_values(values)
     return builder.finish()
 
@@ -160,8 +161,10 @@ def _conversations(conversations: Sequence[Sequence[Message]]) -> pa.Array:
     turns = [turn for messages in conversations for turn in messages]
     texts = [_texts(turn[name] for turn in turns) for name in ("role", "content")]
     ends = np.cumsum([0, *map(len, conversations)], dtype=np.int32)
-    offsets = pa.Array.from_buffers(pa.int32(), len(ends), [None, pa.py_buffer(ends)])
-    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(texts, fields=list(MESSAGES.value_type)))
+    offsets = pa.Array.from_buffers(pa.int32(), len(ends), [None, pa.py_buffer(ends.tobytes())])
+    return pa.ListArray.from_arrays(
+        cast("pa.Int32Array", offsets), pa.StructArray.from_arrays(texts, fields=list(MESSAGES.value_type))
+    )
 
 
 def canonical_row(row: PromptRow) -> str:

@@ -8,8 +8,11 @@ import pytest
 
 from data_contracts.shards import read_shards
 from data_contracts.store import Store
+from flows.cli.commands import main
+from flows.cli.play import found_whole
 from flows.config import load_run
 from flows.forecast.rehearsal import rehearse
+from flows.tracked import forget_complete, is_noted_complete, note_complete
 
 STAGES_OF_TWO_ITERATIONS = (
     2 + 2 * 6
@@ -67,6 +70,30 @@ def test_run_again_without_mlflow_it_builds_nothing_and_prints_the_same_table(un
     assert again.table == undisturbed.first.table.replace(str(undisturbed.store), str(copy))
     assert again.out.count("MLflow at http://127.0.0.1:9 does not work") == 1
     assert again.seconds < 90
+
+
+def test_a_complete_run_prints_the_same_table_without_prefect_and_mlflow(undisturbed, copy, capsys, monkeypatch):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    config, store = load_run(undisturbed.config), Store(copy)
+    assert found_whole(config, store) is None  # its MLflow is that of another store: the copy's has to be told
+    note_complete(config, store)
+    monkeypatch.setattr("flows.cli.play.prefect_server", None)
+    assert main(["run", str(undisturbed.config), "--store", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("run tiny is complete: nothing is built")
+    table = undisturbed.first.table.replace(str(undisturbed.store), str(copy))
+    assert out[out.index("self-play run ") :] == table
+
+    assert found_whole(config.model_copy(update={"seed": 1}), store) is None
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert found_whole(config, store) is None  # somebody watches that server
+    monkeypatch.delenv("PREFECT_API_URL")
+    shard = next((copy / "runs" / "tiny" / "iter_02" / "evaluate").resolve().glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert found_whole(config, store) is None
+    forget_complete(config, store)
+    assert not is_noted_complete(config, store)
 
 
 def found_and_built(undisturbed, **changes) -> tuple[set[str], set[str]]:
