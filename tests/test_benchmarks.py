@@ -26,7 +26,7 @@ LAST_LINES = {
     "faults": "1 faults struck, 0 came too late, 0 not survived",
     "gpu_check": "| sample | tokens_per_second | ",
     "kills": " plays, 0 of them lost, doubled",
-    "orchestration": "| cached 1 | ",
+    "orchestration": "| server and imports alone | ",
     "pairrm": "largest difference of a score ",
     "sample": "| stage | ",
     "scale": "| 4 | ",
