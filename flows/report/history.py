@@ -203,15 +203,19 @@ class History:
         return self.rows[-1]["start_logp"] - self.rows[0]["start_logp"]
 
     def headline(self) -> str:
-        """The run's outcome in one sentence: held-out gain with its interval, and the change of fluency."""
+        """The run's outcome in one sentence: held-out gain, measured and at equal length, and the change of fluency."""
         gain, fluency = self.gain(), f"start-model log-prob per token {self.fluency_change():+.3f} nats"
         if gain is None:
             return f"the held-out answers could not be scored; {fluency}"
         before, after = self.rows[0]["heldout_score"], self.rows[-1]["heldout_score"]
         prompts = len(per_prompt(self.heldout[0], "score"))
+        controlled = ""
+        if "controlled" in self._gains[-1]:
+            interval = Interval(**self._gains[-1]["controlled"])
+            controlled = f", at equal length {interval.mean:+.3f} {interval.ends()}"
         return (
-            f"held-out score {before:.3f} -> {after:.3f}: gain {gain.mean:+.3f}, "
-            f"95 % interval {gain.ends()} (paired bootstrap over {prompts} prompts); {fluency}"
+            f"held-out score {before:.3f} -> {after:.3f}: gain {gain.mean:+.3f} {gain.ends()}{controlled} "
+            f"(95 %, paired bootstrap over {prompts} prompts); {fluency}"
         )
 
     def write_report(self, plots: bool = False) -> Path:
