@@ -1,10 +1,11 @@
 # Everything a newcomer types. Needs Python 3.11 or 3.12, git and make; sets up the rest by itself, once, in .venv and models/.
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart table3 test test-all oracle faults kills soak gpu-check lint audit docs
+.PHONY: help venv model quickstart table3 claims test test-all oracle faults kills soak gpu-check lint audit docs
 
 RUN ?= deploy/runs/quickstart.yaml
 LOCK ?= cpu
 ARGS ?=
+STORIES ?= ../shared/models/stories260K
 # Two workers: most tests wait for processes to start. Files in their order: the one that kills runs, minutes long, has few tests and would come last.
 # PARALLEL= runs them one after the other.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -31,6 +32,10 @@ quickstart: venv model  ## three self-play iterations on the CPU, and how much t
 
 table3: venv model  ## SWIFT against TIS-DPO (D): seconds of generation, weights and training, as in the paper's Table 3
 	@$(PY) -m flows compare deploy/runs/compare/table3.yaml
+
+claims: venv model  ## the papers' claims, tried small: about an hour, docs/evidence.md (ARGS="--only swift"; STORIES=DIR: the story writer)
+	@test -e models/stories260K || test ! -d "$(STORIES)" || ln -s "$(abspath $(STORIES))" models/stories260K
+	@$(PY) -m benchmarks.claims $(ARGS)
 
 # Tests never ask the hub for anything unless told to (HF_HUB_OFFLINE=0 make test ARGS="-m hub").
 test test-all: export HF_HUB_OFFLINE ?= 1

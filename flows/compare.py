@@ -25,16 +25,19 @@ def variant(name: str, settings: dict[str, Any], store: str) -> None:
 
 
 @flow(name="compare", flow_run_name="{config}", persist_result=False)
-def compare(config: str, overrides: dict[str, Any] | None = None, store: str | None = None) -> dict[str, Any]:
+def compare(
+    config: str, overrides: dict[str, Any] | None = None, store: str | None = None, size: str | None = None
+) -> dict[str, Any]:
     """Run every variant and seed of a comparison; what they share is built once.
 
     Args:
         config: Path of the comparison, e.g. deploy/runs/compare/table3.yaml.
         overrides: Settings of the runs by dotted name, laid over all variants, e.g. {"training.learning_rate": 1e-6}.
         store: Directory of the artifact store; default SELFPLAY_STORE, else ./store.
+        size: A name of the comparison's `sizes`, e.g. gpu.
     """
     root = Store(store)
-    comparison = load_comparison(config, overrides)
+    comparison = load_comparison(config, overrides, size)
     comparison.check(root)
     for item in comparison.variants:
         variant(item.config.name, item.config.model_dump(mode="json"), str(root.root))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_contracts.config import Config, flatten, parse, read_yaml
 from data_contracts.errors import ConfigError
@@ -37,6 +37,26 @@ PHASES = tuple(dict.fromkeys([*PAPER_PHASES, *(stage.phase for stage in STAGES.v
 MEASURING = (Purpose.HELDOUT, Purpose.CHECKPOINT, Purpose.BASELINE, Purpose.TOURNAMENT)
 
 
+START = "start"
+"""In a claim's order: the model that the runs began with."""
+
+
+class Claim(Config):
+    """A published claim that the comparison tries (flows/claims.py)."""
+
+    source: str
+    """Where it is made, e.g. `SWIFT, Table 3`."""
+    statement: str
+    measure: Literal["score", "fluency", "rouge_l", "truth_logp", "preference", "training_loss", "winner_logratio"]
+    """More is better."""
+    order: tuple[str, ...] = Field(min_length=2)
+    """Variants, the best first; `start` is the model that the runs began with."""
+    equal_within: float | None = Field(None, gt=0)
+    """The others differ from the first by less than this. None: each is above the next."""
+    reading: str = ""
+    """What a reader must know to judge the result, if anything."""
+
+
 class ComparisonConfig(Config):
     """Variants of one run config."""
 
@@ -55,6 +75,21 @@ class ComparisonConfig(Config):
     """Published figures to print beside the measured ones: weights_ratio (second variant / first), weights_share (of
     the first's training).
     """
+    claims: tuple[Claim, ...] = ()
+    """What it is to show; decided in its report."""
+    sizes: dict[str, str] = Field(default_factory=dict)
+    """Name -> a file of sections, relative to this one, that `--size NAME` lays over `base` and `set`, below the
+    variants' own: larger models and more data, for a GPU."""
+
+    @model_validator(mode="after")
+    def _claims_name_variants(self) -> ComparisonConfig:
+        for claim in self.claims:
+            if strange := [name for name in claim.order if name not in (*self.variants, START)]:
+                raise ValueError(
+                    f"the claim {claim.statement!r} orders {', '.join(strange)}, and the variants are "
+                    f"{', '.join(self.variants)}"
+                )
+        return self
 
 
 class Variant(NamedTuple):
@@ -76,14 +111,19 @@ class Comparison(NamedTuple):
                 raise ConfigError(f"variant {variant.name}: {error}") from None
 
 
-def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None) -> Comparison:
-    """`overrides` are settings of the runs, laid over all variants.
+def load_comparison(path: Path | str, overrides: dict[str, Any] | None = None, size: str | None = None) -> Comparison:
+    """`overrides` are settings of the runs, laid over all variants; `size` is a name of the comparison's `sizes`.
 
     Raises: ConfigError; for variants that differ in more than `vary`, with the fields.
     """
     path = Path(provided(os.fspath(path)))
     config = parse(ComparisonConfig, read_yaml(path), str(path))
     base = merge(read_run(provided_beside(path.parent, config.base)), config.set)
+    if size is not None:
+        if size not in config.sizes:
+            raise ConfigError(f"{path}: no size is called {size!r}; there are {', '.join(config.sizes) or 'none'}")
+        base = merge(base, read_run(provided_beside(path.parent, config.sizes[size])))
+        config = config.model_copy(update={"name": f"{config.name}-{size}"})
     variants = []
     for name, settings in config.variants.items():
         for seed in config.seeds:

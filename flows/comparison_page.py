@@ -10,6 +10,7 @@ from typing import Any
 from data_contracts.files import write_atomic
 from data_contracts.redaction import redact
 from data_contracts.store import Store
+from flows.claims import claims_table, results_of
 from flows.comparison import (
     PAPER_PHASES,
     Comparison,
@@ -37,21 +38,27 @@ def write_report(comparison: Comparison, results: list[Outcome], store: Store) -
     directory = store.run_directory(comparison.config.name)
     directory.mkdir(parents=True, exist_ok=True)
     rows, seconds = table(comparison, results), seconds_table(comparison, results)
+    claims = claims_table(results_of(comparison, results, store))
     write_atomic(directory / "comparison.md", text(comparison, results))
     plain = [
         {name: value.as_json() if isinstance(value, Interval) else value for name, value in row.items()} for row in rows
     ]
     write_atomic(
         directory / "comparison.json",
-        json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(results)}, indent=1) + "\n",
+        json.dumps({"variants": plain, "seconds": seconds, "sharing": sharing(results), "claims": claims}, indent=1)
+        + "\n",
     )
     page = directory / "comparison.html"
-    write_atomic(page, redact(_page(comparison, results, rows, seconds)))
+    write_atomic(page, redact(_page(comparison, results, rows, seconds, claims)))
     return page
 
 
 def _page(
-    comparison: Comparison, results: list[Outcome], rows: list[dict[str, Any]], seconds: list[dict[str, Any]]
+    comparison: Comparison,
+    results: list[Outcome],
+    rows: list[dict[str, Any]],
+    seconds: list[dict[str, Any]],
+    claims: list[dict[str, str]],
 ) -> str:
     names = list(comparison.config.variants)
     curves = []
@@ -71,6 +78,7 @@ def _page(
     duration = partial(figures.stacks, "seconds", bars, stacked, "variant, iteration", "seconds")
     lines = "\n".join(ratios(comparison, seconds))
     pooled = [
+        Section("claims", "What it was to show", table=table_of(claims)),
         Section(
             "variants",
             "The variants, their seeds pooled",
@@ -86,7 +94,9 @@ def _page(
         ),
     ]
     runs = [_laid(outcome, len(comparison.config.seeds) > 1) for outcome in results]
-    return render_comparison(comparison.config.name, runs, [*pooled, *overlay(runs)])
+    return render_comparison(
+        comparison.config.name, runs, [*(section for section in pooled if section.has_content), *overlay(runs)]
+    )
 
 
 def _laid(outcome: Outcome, with_seed: bool) -> LaidRun:

@@ -20,6 +20,7 @@ IN_ORDER = ("orchestration", "estimate")
 """These share a store: the second finds what the first has built."""
 LAST_LINES = {
     "alignment": "alignment and weights: ",
+    "claims": "| ipo | ",
     "dealing": "| tidpo-llama-3.2-3b | 8 | ",
     "error_paths": "together: ",
     "estimate": "smoke  ",

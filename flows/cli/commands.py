@@ -82,6 +82,7 @@ def compare(
     config: Annotated[str, typer.Argument(metavar="COMPARISON.yaml", help="e.g. deploy/runs/compare/table3.yaml")],
     set: SET = None,
     store: STORE = None,
+    size: Annotated[str | None, typer.Option(help="one of the comparison's `sizes`, e.g. gpu")] = None,
 ) -> None:
     """Several methods or seeds on shared artifacts.
 
@@ -89,7 +90,7 @@ def compare(
     """
     from flows.cli.play import play_comparison
 
-    play_comparison(config, _overrides(set), store)
+    play_comparison(config, _overrides(set), store, size)
 
 
 @app.command()

@@ -84,10 +84,10 @@ def show_outcome(name: str, history: dict[str, Any], root: str | None) -> None:
         print(line)
 
 
-def play_comparison(config: str, overrides: dict[str, Any], root: str | None) -> None:
+def play_comparison(config: str, overrides: dict[str, Any], root: str | None, size: str | None = None) -> None:
     """Play all variants of a comparison's config file, print its tables and where the report is."""
     store = Store(root)
-    comparison = load_comparison(config, overrides)
+    comparison = load_comparison(config, overrides, size)
     comparison.check(store)
     for variant in comparison.variants:
         refuse_missing_server(variant.config)
@@ -96,7 +96,7 @@ def play_comparison(config: str, overrides: dict[str, Any], root: str | None) ->
 
         print(f"watch it at {url.removesuffix('/api')}", flush=True)
         with server_errors_explained(url):
-            result = compare(config=config, overrides=overrides, store=str(store.root))
+            result = compare(config=config, overrides=overrides, store=str(store.root), size=size)
     print(result["text"])
     print(f"report: {result['report']}")
 
