@@ -21,6 +21,7 @@ from data_contracts.errors import ConfigError
 from data_contracts.installation import provided, provided_beside
 from data_contracts.redaction import secret_in
 from flows.tournament import TournamentConfig
+from flows.warm_start import WarmStartConfig
 from stages.evaluation.promotion import GateConfig
 from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
@@ -102,6 +103,9 @@ class RunConfig(Config):
     scoring: ScoringConfig
     weighting: WeightingConfig = WeightingConfig()
     training: TrainingConfig = TrainingConfig()
+    warm_start: WarmStartConfig | None = None
+    """Train the start model on the training prompts' own responses first, e.g. {method: {name: sft}}; what comes out is
+    the policy of iteration 0 and the start model of all that follows. None: `policy` as it is."""
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Peak rate of each iteration; the last one goes on. Empty: training.learning_rate for all."""
     models: ModelsConfig = ModelsConfig()
@@ -196,6 +200,7 @@ class RunConfig(Config):
                 raise ValueError(f"{section}.{field} is set by the run's own `{field}`: remove it there")
         self._refuse_unread_sides()
         self._refuse_unread_models()
+        self._refuse_warm_start_on_pairs()
         if self.spec.WEIGHTS is None and self.weights.name != "ones":
             raise ValueError(
                 f"the method {self.method.name} has no place for per-token weights: remove weighting.weights"
@@ -245,6 +250,21 @@ class RunConfig(Config):
         if len(self.opponents) != self.policies_compared:
             raise ValueError(
                 f"the method {name} compares with one policy, and `history` is {self.history}: remove it, or use mnpo"
+            )
+
+    def _refuse_warm_start_on_pairs(self) -> None:
+        """Raises: ValueError for a warm start whose responses the run does not read, or whose model a role would miss."""
+        if self.warm_start is None:
+            return
+        if not {"chosen", "rejected"}.isdisjoint(PAIRINGS.get(self.pairing).texts):
+            raise ValueError(
+                f"warm_start trains on the prompts' `response`, and pairing {self.pairing} reads `chosen` and `rejected`: "
+                "train the start model in a run of its own (method: {name: sft}) and give its checkpoint as `policy`"
+            )
+        if self.weighting.positive_system is not None or self.weighting.negative_system is not None:
+            raise ValueError(
+                "weighting.positive_system and negative_system put questions to `policy` as it is, which warm_start "
+                "trains: train it in a run of its own (method: {name: sft}) and give its checkpoint as `policy`"
             )
 
     @model_validator(mode="after")
@@ -313,6 +333,8 @@ class RunConfig(Config):
     def reads(self) -> Reads:
         """What the run reads of its training prompts beside the prompt."""
         pairing = PAIRINGS.get(self.pairing)
+        if self.warm_start is not None:
+            return "response"
         if self.prompts.answers_from_teacher or not pairing.texts:
             return "prompts"
         if "response" in pairing.texts:
@@ -406,6 +428,31 @@ class RunConfig(Config):
         if self.learning_rates:
             update["learning_rate"] = self.learning_rates[min(iteration, len(self.learning_rates) - 1)]
         return self.training.model_copy(update=update)
+
+    def warm_start_run(self) -> RunConfig:
+        """The run of single responses whose one iteration is the warm start: its settings of score, weigh and train.
+
+        An adapter is merged: self-play starts from a whole model.
+        """
+        assert self.warm_start is not None
+        lengths = ("max_response_tokens", "max_total_tokens", "max_drop_rate", "runtime")
+        scoring = {name: getattr(self.scoring, name) for name in lengths}
+        adapter = self.training.adapter
+        if adapter is not None:
+            adapter = adapter.model_copy(update={"goes_on": False, "save_merged": True})
+        spans = {"schedule_epochs": None, "warmup_steps": None, "checkpoints": ()}
+        training = dict(self.warm_start) | spans | {"adapter": adapter}
+        update = {
+            "method": self.warm_start.method,
+            "scoring": ScoringConfig(pairing="truth", **scoring),
+            "weighting": WeightingConfig(runtime=self.weighting.runtime),
+            "training": self.training.model_copy(update=training),
+            "learning_rates": (),
+            "reference": None,
+            "history": None,
+            "warm_start": None,
+        }
+        return self.model_copy(update=update)
 
     def auxiliary_training(self) -> TrainingConfig:
         """Settings of the auxiliary trainings. Default: TIS-DPO (D)'s, on the run's own hardware settings."""

@@ -142,7 +142,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
         raise
     report = history.write_report(plots=True)
     pages.finish(report)
-    tracker.register({"best": history.best or start, "final": final})
+    tracker.register({"best": history.best or loop.start, "final": final})
     tracker.finish(report)
     ledger.end()
     _show_costs(config.name, store)

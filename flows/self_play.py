@@ -2,6 +2,8 @@
 
 prompts -> sample -> score -> weigh -> train -> evaluate, and the checkpoint is the next policy
 
+A warm start trains the start model on given responses before that.
+
 Each method of `SelfPlay` makes one thing from finished artifacts; `play` is the order. What is built, found or only
 looked at is the hands' matter (flows/hands.py). How a run starts and what it leaves behind is in flows/run.py.
 """
@@ -49,7 +51,7 @@ class SelfPlay:
         hands: Hands,
         listener: Listener,
     ):
-        """`start`: the model that the run starts from; `models`: those that the user gave beside it, by role."""
+        """`start`: the model that the user gave as `policy`; `models`: those that the user gave beside it, by role."""
         self.config, self.checked, self.start, self.models = config, checked, start, models
         self.hands, self.listener = hands, listener
         self.answers: dict[int, ArtifactRef] = {}
@@ -63,7 +65,9 @@ class SelfPlay:
 
     def play(self, place: Place) -> ArtifactRef:
         """Play all iterations. Returns the run's final policy: the best one under a gate, else the last."""
-        config, gate = self.config, Gate(self.config.gate, self.start)
+        config = self.config
+        self.start = self.latest_reference = self.warm_start(place)
+        gate = Gate(config.gate, self.start)
         heldout = self.hands.publish(self.checked.heldout, place.serving(Purpose.HELDOUT))
         policy, previous_pairs = self.start, None
         gate.begin(self.measure(policy, heldout, place))
@@ -95,6 +99,19 @@ class SelfPlay:
         if config.tournament is not None:
             self.tournament(heldout, place)
         return gate.final(policy)
+
+    def warm_start(self, place: Place) -> ArtifactRef:
+        """Return the model that self-play starts from: the user's, or what the run's `warm_start` makes of it."""
+        if self.config.warm_start is None:
+            return self.start
+        run, place = self.config.warm_start_run(), place.serving(Purpose.WARM_START)
+        prompts = self.hands.publish(self.checked.train, place)
+        inputs = {"prompts": prompts, "policy": self.start, "start": self.start}
+        responses = self.hands.run("score", run.scoring_for_pairs(), place, **inputs)
+        rows = self.hands.run("weigh", run.weighting_for_pairs(), place, pairs=responses.ref)
+        trained = self.hands.run("train", run.training_for(0), place, pairs=rows.ref, policy=self.start)
+        self.listener.built(place, score=responses, weigh=rows, train=trained)
+        return trained.ref
 
     def reference(self, policy: ArtifactRef, iteration: int) -> ArtifactRef:
         """The model that the iteration's log-ratios are against, as the run's `reference` says."""

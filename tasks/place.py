@@ -15,6 +15,8 @@ class Purpose(StrEnum):
 
     TRAINING = "training"
     """The iteration's own chain: prompts, generations, pairs, weights, checkpoint."""
+    WARM_START = "warm_start"
+    """Train the start model on given responses, before the first iteration."""
     HELDOUT = "heldout"
     """Measure the iteration's policy on the held-out prompts."""
     CHECKPOINT = "checkpoint"
@@ -32,6 +34,10 @@ class Purpose(StrEnum):
 
 
 NAMES = {
+    (Purpose.WARM_START, "prompts"): "warm_start_prompts",
+    (Purpose.WARM_START, "score"): "warm_start_responses",
+    (Purpose.WARM_START, "weigh"): "warm_start_rows",
+    (Purpose.WARM_START, "train"): "warm_start",
     (Purpose.HELDOUT, "prompts"): "heldout_prompts",
     (Purpose.HELDOUT, "sample"): "heldout_generations",
     (Purpose.CHECKPOINT, "sample"): "checkpoint_{subject}_heldout_generations",
@@ -53,7 +59,7 @@ class Place(NamedTuple):
     store: str
     run: str
     iteration: int = 0
-    """0: the start model is measured; from 1 on: rounds of self-play."""
+    """0: the start model is trained, where the run has a warm start, and measured; from 1 on: rounds of self-play."""
     session: str = ""
     """Ledger session of the process that plays the run."""
     execution: ExecutionConfig = LOCAL

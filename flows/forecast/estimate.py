@@ -156,6 +156,8 @@ def _predict(step: Step, rate: Rate | None, rehearsal: Rehearsal, checked: Check
 def _num_prompts(step: Step, config: RunConfig, checked: Checked, num_prompts: Mapping[str, int]) -> int:
     if step.place.purpose in MEASURING:
         return len(checked.heldout)
+    if step.place.purpose is Purpose.WARM_START:
+        return len(checked.train)
     ref = step.inputs.get("prompts")
     if ref is not None and num_prompts.get(ref.key):
         return num_prompts[ref.key]

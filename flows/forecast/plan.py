@@ -155,6 +155,10 @@ def stage_memory(run: RunConfig, shapes: dict[str, Shape] | None = None, gpus_pe
         {},
     )
     needs["train"] = _training(run, shapes, rows_of(run.training.runtime.batch_tokens, prompt, response, sides), need)
+    if run.warm_start is not None:
+        warm_start = stage_memory(run.warm_start_run(), shapes, gpus_per_node)["train"]
+        if warm_start.device_bytes > needs["train"].device_bytes:
+            needs["train"] = warm_start._replace(models="policy (warm start)")
     rows = rows_of(run.evaluation.runtime.batch_tokens, prompt, run.sampling_for_heldout().max_new_tokens, 1)
     judged = {"policy": pass_memory(policy, "bfloat16", rows)}
     if "judge" in shapes:

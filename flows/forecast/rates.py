@@ -69,13 +69,14 @@ class Rate(NamedTuple):
 def kind_of(step: Step, start: ArtifactRef) -> str:
     """Steps of one kind cost alike.
 
-    A weigh stage whose policy is the start model finds its pass among the scores' fluency floors. Checkpoints from
-    the middle of a training are measured as the last one is.
+    A weigh stage whose policy is the start model, a warm start's included, finds its pass among the scores' fluency
+    floors. Checkpoints from the middle of a training are measured as the last one is.
     """
     if step.place.purpose is Purpose.CHECKPOINT:
         return step.place.serving(Purpose.HELDOUT).name_of(step.stage)
-    if step.stage == "weigh" and "policy" in step.inputs and step.inputs["policy"].content == start.content:
-        return f"{step.name} (first)"
+    if step.stage == "weigh" and "policy" in step.inputs:
+        is_first = step.iteration == 1 or step.inputs["policy"].content == start.content
+        return f"{step.name} (first)" if is_first else step.name
     return step.name
 
 
@@ -189,11 +190,17 @@ def _small(config: RunConfig) -> RunConfig:
         "batch_size": min(config.training.batch_size, CALIBRATION_PROMPTS),
         "checkpoints": (),
     }
+    warm_start = config.warm_start
+    if warm_start is not None:
+        sizes = {name: value for name, value in training.items() if name != "checkpoints"}
+        sizes["epochs"] = max(warm_start.epochs, 3)
+        warm_start = warm_start.model_copy(update=sizes)
     prompts = {"per_iteration": CALIBRATION_PROMPTS, "reuse": True}
     changes = {
         "iterations": 2,
         "prompts": config.prompts.model_copy(update=prompts),
         "training": config.training.model_copy(update=training),
+        "warm_start": warm_start,
         "evaluation": config.evaluation.model_copy(update=dict.fromkeys(JUDGED_BENCHMARKS) | {"suites": ()}),
         "scoring": config.scoring.model_copy(update={"max_drop_rate": 1.0}),
         "mix_previous": False,

@@ -46,6 +46,7 @@ def about(
         "method": _method(config),
         "reference": _reference(config),
         "policy": _model(config.policy),
+        "warm start": _warm_start(config),
         **{name: _model(model) for name, model in config.models if model is not None},
         "data": f"{config.prompts.train}; held out: {config.prompts.heldout}",
         "prompts": data[0] if data else "",
@@ -65,6 +66,14 @@ def _method(config: RunConfig) -> str:
     if config.weights.name != "ones":
         text += f"; token weights: {_settings(config.weights)}"
     return text
+
+
+def _warm_start(config: RunConfig) -> str:
+    """Return how the policy was trained before the first iteration; "" if it was not."""
+    if config.warm_start is None:
+        return ""
+    values = [f"{name} {_short(value)}" for name, value in config.warm_start if name != "method"]
+    return f"{_settings(config.warm_start.method)} on the prompts' responses ({', '.join(values)})"
 
 
 def _settings(chosen: Named) -> str:

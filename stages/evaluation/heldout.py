@@ -21,13 +21,13 @@ from data_contracts.shard_rows import RowsByPrompt, ShardRows, prompt_hashes
 from data_contracts.shards import shard_path, to_table, write_shard
 from stages.evaluation.given import given_rows, has_given_texts
 from stages.evaluation.intervals import bootstrap
-from stages.evaluation.rouge import rouge_l
 from stages.evaluation.rows import interval_row, report_row
 from stages.evaluation.win_rates import best_means
 from stages.job import Job
 from stages.models.logps import Pass
 from stages.scoring.base import Candidates, Scorer, Scores, Services, open_scorer, score_once, scorer_class
 from stages.scoring.checks import repetition
+from stages.scoring.rouge import rouge_l
 
 if TYPE_CHECKING:
     from stages.evaluation.stage import EvaluationConfig

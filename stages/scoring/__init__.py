@@ -20,6 +20,7 @@ SCORERS: Registry[Scorer] = Registry(
         "pair_encoder": "stages.scoring.reward_model:PairEncoder",
         "pairrm": "stages.scoring.pairrm:PairRM",
         "reward_model": "stages.scoring.reward_model:RewardModel",
+        "rouge_l": "stages.scoring.rouge:RougeL",
         "teacher_logp": "stages.scoring.teacher:TeacherLogp",
     },
 )

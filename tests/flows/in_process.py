@@ -56,10 +56,14 @@ class History:
     """Keeps what the iterations made."""
 
     def __init__(self):
-        self.iterations, self.tournament = [], None
+        self.iterations, self.tournament, self.warm_start = [], None, None
 
     def built(self, place, **stages):
-        self.iterations.append({name: built.record.metrics for name, built in stages.items()})
+        metrics = {name: built.record.metrics for name, built in stages.items()}
+        if place.iteration == 0:
+            self.warm_start = metrics
+        else:
+            self.iterations.append(metrics)
 
     def measured(self, place, answers, report):
         pass
@@ -87,6 +91,7 @@ def play(case, store):
     return {
         "final": final.path,
         "iterations": history.iterations,
+        "warm_start": history.warm_start,
         "tournament": history.tournament,
         "unanswered": str(loop.unanswered),
     }

@@ -556,3 +556,44 @@ def test_the_reference_is_computed_in_the_layout_that_trains(method, packing):
         weighting = config.weighting_for_pairs()
         assert weighting.runtime.packing == (packing and is_on)
         assert weighting.identity() == run(method={"name": method}).weighting_for_pairs().identity()
+
+
+SWIFT = "deploy/runs/swift.yaml"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warm_start": {"method": "dpo"}}, "warm_start.method: dpo trains on pairs; a warm start trains on one given"),
+        ({"warm_start": {"method": "kd"}}, "kd needs policy_logits, teacher_logits"),
+        ({"warm_start": {"epoch": 2}}, "unknown key; did you mean epochs"),
+        (
+            {"warm_start": {}, "method": "dpo", "scoring.pairing": "given"},
+            "pairing given reads `chosen` and `rejected`",
+        ),
+        ({"warm_start": {}, "weighting.positive_system": "Be good."}, "which warm_start trains: train it in a run"),
+    ],
+    ids=str,
+)
+def test_a_warm_start_that_could_not_be_trained_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_run(SWIFT, settings)
+
+
+def test_a_warm_start_is_an_sft_run_on_the_hardware_of_the_run():
+    run = load_run(SWIFT, {"warm_start": {"epochs": 3, "batch_size": 16}, "seed": 5})
+    warm = run.warm_start_run()
+    training = warm.training_for(0)
+    assert (training.method.name, training.learning_rate, training.epochs, training.seed) == ("sft", 2e-5, 3, 5)
+    assert (training.batch_size, training.optimizer, training.runtime) == (16, "adamw", run.training.runtime)
+    assert warm.scoring_for_pairs().pairing == "truth" and warm.scoring_for_pairs().max_total_tokens == 2048
+    assert warm.scoring_for_pairs().template == run.sampling.template
+    assert warm.weighting_for_pairs().weights.name == "ones" and not warm.weighting_for_pairs().reference
+    assert run.reads == "response" and load_run(SWIFT, {"warm_start": {}, "method": "opd"}).reads == "response"
+    lora = {
+        "warm_start": {},
+        "training.adapter": {"name": "lora", "save_merged": False},
+        "training.runtime.zero_stage": 0,
+    }
+    adapter = load_run(SWIFT, lora).warm_start_run().training_for(0).adapter
+    assert adapter.save_merged and not adapter.goes_on, "self-play's own adapter starts on a whole model"

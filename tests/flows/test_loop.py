@@ -128,6 +128,30 @@ def test_a_method_against_the_start_model_keeps_it_as_reference(play):
     assert hands.of("weigh2")["reference"] == ("external" if load_reference("tdpo") == "start" else "train1")
 
 
+def test_what_a_warm_start_trains_is_the_start_model_of_all_that_follows(play):
+    settings = {"warm_start": {"method": "sft"}, "prompts": {"per_iteration": 8}}
+    _, hands, events = play([0.5, 0.6, 0.7], **settings)
+    assert [name for name, _ in hands.calls][:5] == [
+        "warm_start_responses0", "warm_start_rows0", "warm_start0", "heldout_generations0", "evaluate0"
+    ]  # fmt: skip
+    assert hands.of("warm_start_responses0") == {
+        "prompts": "warm_start_prompts", "policy": "external", "start": "external"
+    }  # fmt: skip
+    assert hands.of("warm_start0") == {"pairs": "warm_start_rows0", "policy": "external"}
+    assert [hands.of(f"{stage}")["policy"] for stage in ("evaluate0", "sample1", "train1")] == ["warm_start0"] * 3
+    assert {hands.of(f"{stage}")["start"] for stage in ("score1", "score2", "evaluate0", "evaluate2")} == {
+        "warm_start0"
+    }
+    assert hands.of("weigh1")["reference"] == "warm_start0" and hands.of("weigh2")["reference"] == "train1"
+    assert events[:2] == ["built 0 score weigh train", "measured 0"]
+    _, hands, _ = play([0.5, 0.6, 0.7], reference="start", **settings)
+    assert hands.of("weigh2")["reference"] == "warm_start0"
+    final = play([0.5, 0.2, 0.2], gate={"enabled": True, "length_controlled": False, "patience": 1}, **settings)[0]
+    assert final == "warm_start0", "the best policy under a gate"
+    _, hands, events = play([0.5, 0.6, 0.7], last_built=-1, **settings)
+    assert events == [] and hands.of("train2")["policy"] == "train1"
+
+
 def test_the_reference_is_a_setting_of_the_run(play):
     def references_of(**settings) -> list[str]:
         hands = play([0.5, 0.6, 0.7, 0.8, 0.9], prompts={"per_iteration": 8}, **settings)[1]

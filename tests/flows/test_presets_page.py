@@ -19,7 +19,7 @@ PRESETS = sorted(path.stem for path in RUNS.glob("*.yaml"))
 SOURCES = {"paper", "code", "fork", "proof", "ours"}
 SECTIONS = (
     "policy", "models", "iterations", "method", "reference", "history", "mix_previous", "sampling", "scoring",
-    "weighting", "learning_rates", "training", "auxiliary",
+    "weighting", "warm_start", "learning_rates", "training", "auxiliary",
 )  # fmt: skip
 """Parts of a run config that make a method's numbers."""
 

@@ -5,7 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from stages.evaluation.rouge import best_rouge_l, rouge_l
+from data_contracts.errors import ConfigError
+from data_contracts.prompts import prompt_row
+from stages.scoring.base import Candidates, Services, open_scorer
+from stages.scoring.rouge import RougeL, best_rouge_l, rouge_l
 
 
 def test_by_hand():
@@ -25,3 +28,15 @@ def test_it_is_the_packages_number_on_dialogues(shared):
     ]
     for text, reference in pairs:
         assert rouge_l(text, reference) == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure, abs=1e-12)
+
+
+def test_as_a_scorer_it_compares_with_the_prompts_response():
+    prompt = prompt_row([{"role": "user", "content": "Who sat?"}], prompt_id="a", response="The cat, lay down!")
+    scorer = open_scorer(RougeL.Config(), "cpu", Services())
+    texts = Candidates.of_texts("Who sat?", ["the cat sat", "dogs", ""])
+    (scores,) = scorer.score([texts._replace(prompt=prompt)])
+    assert scores.scores.tolist() == pytest.approx([4 / 7, 0.0, 0.0])
+    without = prompt_row([{"role": "user", "content": "Who?"}], prompt_id="b")
+    RougeL.check_prompts(scorer.config, [prompt])
+    with pytest.raises(ConfigError, match=r"1 of 2 prompts have none \(b\): give prompts that have one"):
+        RougeL.check_prompts(scorer.config, [prompt, without])

@@ -1,13 +1,48 @@
-"""Stages - ROUGE-L F1 of a text against a reference (Lin 2004), as the package rouge-score gives it without stemming.
+"""Stages - the `rouge_l` scorer: ROUGE-L F1 of a completion against the prompt's `response` (Lin 2004).
+
+The number is the one that the package rouge-score gives without stemming.
 
 With L the length of the longest common subsequence of words: precision = L / words of the text, recall = L / words of
-the reference, F1 = 2 precision recall / (precision + recall). Standard library only.
+the reference, F1 = 2 precision recall / (precision + recall).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
+
+from data_contracts.errors import ConfigError
+from data_contracts.prompts import PromptRow
+from stages.registry import Named
+from stages.scoring.base import Candidates, Scorer, Scores
+
+
+class RougeL(Scorer):
+    TEXT_ONLY = True
+
+    class Config(Named):
+        """No setting: F1, no stemming, in [0, 1]."""
+
+        name: Literal["rouge_l"] = "rouge_l"
+
+    @classmethod
+    def check_prompts(cls, config: Config, prompts: Sequence[PromptRow]) -> None:
+        if missing := [prompt["prompt_id"] for prompt in prompts if not prompt["response"]]:
+            raise ConfigError(
+                f"the scorer rouge_l compares answers with the prompts' `response`, and {len(missing)} of "
+                f"{len(prompts)} prompts have none ({', '.join(missing[:3])}): give prompts that have one, or say with "
+                "`prompts.columns` which column it is"
+            )
+
+    def score(self, batch: Sequence[Candidates]) -> list[Scores]:
+        return [self._score(item) for item in batch]
+
+    def _score(self, item: Candidates) -> Scores:
+        reference = item.prompt["response"]
+        if not reference:
+            return Scores.of_points([float("nan")] * len(item.generations), ["no response"] * len(item.generations))
+        return Scores.of_points([rouge_l(row["completion"], reference) for row in item.generations])
 
 
 def words(text: str) -> list[str]:
