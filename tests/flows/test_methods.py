@@ -163,7 +163,9 @@ def test_a_fixed_model_may_be_the_reference(played):
 def test_a_warm_start_learns_the_responses_and_self_play_begins_at_its_constant(played, name):
     result = result_of(played, name)
     warm_start = result["warm_start"]
-    assert (warm_start["train"]["rows_trained"], warm_start["train"]["steps"]) == (16, 8) and warm_start["score"]["pairs"] == 16
+    assert (warm_start["train"]["rows_trained"], warm_start["train"]["steps"]) == (16, 8) and warm_start["score"][
+        "pairs"
+    ] == 16
     assert warm_start["train"]["loss"] < warm_start["train"]["first_loss"]
     assert result["iterations"][0]["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
 
