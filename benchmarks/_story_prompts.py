@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROMPTS = Path(__file__).resolve().parents[1] / "deploy" / "prompts"
-SIZES = {"stories_train": 224, "stories_more": 64, "stories_heldout": 96}
+SIZES = {"stories_train": 224, "stories_more": 64, "stories_heldout": 64}
 """File -> stories. stories_more: training stories too, in a file of their own so that their pairs can be swapped."""
 
 

@@ -141,7 +141,7 @@ Made by `make claims`, never by hand: the comparisons of deploy/runs/claims and 
 with three seeds. Nothing is left out because it failed. A row that is not as claimed speaks of these small models and few steps first, of the paper second.
 
 The policy is stories260K (0.26 M parameters, which writes children's stories), the teacher SmolLM2-135M-Instruct, the prompts are
-openings of stories of ours (deploy/prompts/README.md): 96 of them are held out. Learning rates are far above the papers', so that a few steps
+openings of stories of ours (deploy/prompts/README.md): 64 of them are held out. Learning rates are far above the papers', so that a few steps
 visibly move so small a model.
 
 **How it is decided.** A claim orders variants by one measure. *As claimed*: the 95 % interval of every neighbouring pair's difference lies above 0.
