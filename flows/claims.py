@@ -36,9 +36,9 @@ from flows.comparison import START, Claim, Comparison, Outcome
 from flows.forecast.rehearsal import Step
 from stages.evaluation.heldout import per_prompt
 from stages.evaluation.intervals import Interval
-from stages.evaluation.rouge import rouge_l
 from stages.models.logps import Pass
 from stages.models.turns import Turns
+from stages.scoring.rouge import rouge_l
 from tasks.place import Purpose
 
 Verdict = Literal["as claimed", "not decided", "against"]
