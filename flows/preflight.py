@@ -72,8 +72,11 @@ def _preflight(settings: str, store_root: Path) -> Checked:
     _check_amount(run, len(prepared.train))
     _check_gpus(run)
     _check_processes(run)
-    for scorer, prompts in _scorers(run, prepared):
-        scorer_class(scorer).check_prompts(scorer, prompts)
+    for setting, scorer, prompts in _scorers(run, prepared):
+        try:
+            scorer_class(scorer).check_prompts(scorer, prompts)
+        except ConfigError as error:
+            raise ConfigError(f"{setting}: {error}") from None
     answers = run.sampling_for_heldout().num_candidates
     if run.evaluation.best_of and max(run.evaluation.best_of) > answers:
         raise ConfigError(
@@ -85,7 +88,7 @@ def _preflight(settings: str, store_root: Path) -> Checked:
     _check_models(run, model)
     check_adapter(run, model)
     if run.execution.profile == "local":  # elsewhere the stage's machine fetches and keeps them
-        for scorer in _scorer_settings(run):
+        for scorer in _scorer_settings(run).values():
             for named, _ in scorer_class(scorer).models(scorer):
                 model_directory(named)
     prepared = _fitted(run, prepared, model, memory)
@@ -129,7 +132,7 @@ def _loaded_models(run: RunConfig, policy: Path) -> list[LoadedModel]:
             if (adapter := adapter_alone(directory)) is not None:
                 directory = base_directory(adapter)
             models.append(LoadedModel(directory, "causal"))
-    for scorer in _scorer_settings(run):
+    for scorer in _scorer_settings(run).values():
         for ref, task in scorer_class(scorer).models(scorer):
             directory = directory_here(ref)
             if task and directory is not None:
@@ -138,22 +141,25 @@ def _loaded_models(run: RunConfig, policy: Path) -> list[LoadedModel]:
     return list(dict.fromkeys(models))
 
 
-def _scorer_settings(run: RunConfig) -> list[Named]:
-    """The scorers of the run: of the pairs, where their pairing asks for scores, of the evaluation, the tournament."""
-    scorers = [run.evaluation.scorer]
+SCORER_OF_PAIRS = "scoring.scorer"
+
+
+def _scorer_settings(run: RunConfig) -> dict[str, Named]:
+    """Setting -> scorer: of the pairs, where their pairing asks for scores, of the evaluation, the tournament."""
+    scorers: dict[str, Named] = {}
     if PAIRINGS.get(run.pairing).needs_scores and run.scoring.scorer is not None:
-        scorers.insert(0, run.scoring.scorer)
+        scorers[SCORER_OF_PAIRS] = run.scoring.scorer
+    scorers["evaluation.scorer"] = run.evaluation.scorer
     if run.tournament is not None:
-        scorers.append(run.tournament.scorer)
+        scorers["tournament.scorer"] = run.tournament.scorer
     return scorers
 
 
-def _scorers(run: RunConfig, prepared: Prepared) -> Iterator[tuple[Named, PromptSet]]:
-    """Every scorer of the run, and the prompts whose answers it will score."""
+def _scorers(run: RunConfig, prepared: Prepared) -> Iterator[tuple[str, Named, PromptSet]]:
+    """Every scorer of the run under its setting, and the prompts whose answers it will score."""
     heldout = prepared.heldout or prepared.train  # of which a part will be held out
-    is_of_pairs = PAIRINGS.get(run.pairing).needs_scores and run.scoring.scorer is not None
-    for number, scorer in enumerate(_scorer_settings(run)):
-        yield scorer, prepared.train if is_of_pairs and number == 0 else heldout
+    for setting, scorer in _scorer_settings(run).items():
+        yield setting, scorer, prepared.train if setting == SCORER_OF_PAIRS else heldout
 
 
 def _check_amount(run: RunConfig, count: int) -> None:

@@ -81,7 +81,7 @@ class Registry(Generic[P]):
             if target is None and point.name == name:
                 target = point.value
         if target is None:
-            message = f"unknown {self.family} {name!r}; known: {', '.join(self.names())}."
+            message = f"unknown {self.family.removesuffix('s')} {name!r}; known: {', '.join(self.names())}."
             if close := difflib.get_close_matches(name, self.names(), 1):
                 message += f" Did you mean {close[0]!r}?"
             raise ConfigError(message)

@@ -383,7 +383,10 @@ def validate_checks(specs: Iterable[Mapping[str, Any]]) -> None:
     """Refuse what `grade` could not grade. Raises: ConfigError naming the check and what it wants."""
     specs = list(specs)
     if not specs:
-        raise ConfigError("A prompt for the checks scorer needs at least one check; got none.")
+        raise ConfigError(
+            "the scorer `checks` needs at least one check in a prompt's row (`selfplay checks` lists them); got none. Add them to "
+            "the rows, or set another scorer"
+        )
     for spec in specs:
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str) or set(spec) - {"name", "value"}:
             raise ConfigError(f'A check is {{"name": ..., "value": ...}} and nothing more; got {spec!r}.')

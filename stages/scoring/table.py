@@ -36,7 +36,7 @@ class Table(Generic[T]):
         for point in entry_points_of(self.family):
             if point.name == name:
                 return self._load(point)
-        message = f"unknown {self.family} {name!r}; known: {', '.join(self.names())}."
+        message = f"unknown {self.family.removesuffix('s')} {name!r}; known: {', '.join(self.names())}."
         if close := difflib.get_close_matches(name, self.names(), 1):
             message += f" Did you mean {close[0]!r}?"
         raise ConfigError(message)

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from data_contracts.errors import ConfigError
-from data_contracts.prompts import PromptRow
+from data_contracts.prompts import PromptRow, name_of
 from stages.registry import Named
 from stages.scoring.base import Candidates, Scorer, Scores
 from stages.scoring.checks import grade, repetition, validate_checks
@@ -78,7 +78,7 @@ class Checks(Scorer):
             try:
                 validate_checks(checks)
             except ConfigError as error:
-                raise ConfigError(f"prompt {prompt['prompt_id']!r}: {error}") from None
+                raise ConfigError(f"the prompt {name_of(prompt)}: {error}") from None
 
     def score(self, batch: Sequence[Candidates]) -> list[Scores]:
         return [self._score(item) for item in batch]

@@ -85,7 +85,7 @@ def test_a_wrong_type(refuse):
 
 
 def test_an_unknown_method_with_the_nearest_known_one(refuse):
-    refuse("  method: unknown methods 'sppoo'; known: ", "dpo", "Did you mean 'sppo'?", method={"name": "sppoo"})
+    refuse("  method: unknown method 'sppoo'; known: ", "dpo", "Did you mean 'sppo'?", method={"name": "sppoo"})
 
 
 @pytest.mark.parametrize("setting", ["iterations", "method={name: dpo"])
@@ -167,7 +167,9 @@ def test_a_heldout_prompt_in_the_training_set(refuse, lines):
 
 def test_a_prompt_with_a_check_that_nobody_knows(refuse, lines):
     train = lines(*[prompt(number, checks=[{"name": "max_wordz", "value": 3}]) for number in range(30)])
-    refuse("prompt 'q0'", "max_wordz", prompts={"train": train}, scoring={"scorer": {"name": "checks"}})
+    refuse(
+        "scoring.scorer: the prompt 'q0'", "max_wordz", prompts={"train": train}, scoring={"scorer": {"name": "checks"}}
+    )
 
 
 def test_a_prompt_without_the_truth_that_the_method_trains_on(refuse, lines):

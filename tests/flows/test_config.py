@@ -81,7 +81,7 @@ def refused(**changes) -> str:
         ({"training": {"dtype": "fp8"}}, "  training.dtype: Input should be 'bfloat16' or 'float32' (got 'fp8')"),
         ({"name": "My run"}, "  name: String should match pattern"),
         ({"policy": {"hub_id": "a/b"}}, "  policy: give exactly one of `path`"),
-        ({"method": {"name": "spppo"}}, "  method: unknown methods 'spppo'; known: "),
+        ({"method": {"name": "spppo"}}, "  method: unknown method 'spppo'; known: "),
         ({"method": {"name": "spppo"}}, "Did you mean 'sppo'?"),
         ({"method": {"name": "sppo", "betta": 1}}, "  method.betta: unknown key; did you mean eta?"),
         ({"method": {"name": "sppo", "eta": -1}}, "  method.eta: Input should be greater than 0 (got -1)"),

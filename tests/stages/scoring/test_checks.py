@@ -213,8 +213,8 @@ def test_every_check_stays_within_bounds_on_strange_text():
     ("specs", "message"),
     [
         ([], "at least one check"),
-        ([{"name": "max_word", "value": 3}], r"unknown checks 'max_word'.*Did you mean 'max_words'\?"),
-        ([{"name": "sonnet"}], "unknown checks 'sonnet'; known: min_words"),
+        ([{"name": "max_word", "value": 3}], r"unknown check 'max_word'.*Did you mean 'max_words'\?"),
+        ([{"name": "sonnet"}], "unknown check 'sonnet'; known: min_words"),
         ([{"name": "max_words"}], "'max_words' wants a whole number above 0; got None"),
         ([{"name": "max_words", "value": "3"}], "got '3'"),
         ([{"name": "max_words", "value": True}], "got True"),

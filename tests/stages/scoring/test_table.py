@@ -35,7 +35,7 @@ def test_an_entry_of_another_package_stands_behind_ours_and_cannot_replace_one(p
     [
         ("absent", "pairings 'absent' is registered as 'pairs:NOTHING', which does not load: AttributeError"),
         ("other", r"pairings 'other' \(pairs:each\) is no Pairing"),
-        ("one_by_two", "unknown pairings 'one_by_two'; known: best_vs_worst, .*Did you mean 'one_by_one'"),
+        ("one_by_two", "unknown pairing 'one_by_two'; known: best_vs_worst, .*Did you mean 'one_by_one'"),
     ],
 )
 def test_an_entry_that_cannot_be_used_says_why(package, name, message):
