@@ -32,6 +32,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from stages.__main__ import set_defaults
+from stages.models.lazy import import_model_class
 from stages.models.policy import pick_device
 from stages.running.cost import before_fork
 from stages.running.request import TREE, Request
@@ -150,6 +151,8 @@ class ForkServer:
             device = pick_device(device)
         if self.device in (None, device) and (preload := getattr(stage.load(), "preload", None)):
             preload(config)
+            with suppress(Exception):  # no model, or an unknown type: the stage itself says so
+                import_model_class(spec["inputs"]["policy"]["path"])
         pa.array([], pa.int64())  # imports pandas, 0.3 s, where that is installed: so does each stage's first row
         return device
 

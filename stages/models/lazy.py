@@ -67,6 +67,22 @@ def import_auto_classes() -> None:
         )
 
 
+def import_model_class(directory: str) -> None:
+    """Import the class of a causal language model's own type, and have transformers compile its names of tensors.
+
+    Both are most of what loading a small model takes: of a training of two steps 0.84 s of processor time were left in
+    the stage, now 0.4. Raises: what transformers raises for a directory that holds no model of a type that it knows.
+    """
+    import_auto_classes()
+    with loading():
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        get_checkpoint_conversion_mapping(config.model_type)
+
+
 if TYPE_CHECKING:
     import torch
 else:

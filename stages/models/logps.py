@@ -207,7 +207,8 @@ class Pass:
 
     def _read(self, path: Path) -> pa.ListArray:
         try:
-            table = pq.read_table(path, columns=["logps"], page_checksum_verification=True)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read(["logps"])
             return cast(pa.ListArray, table["logps"].combine_chunks())
         except (OSError, ValueError) as error:
             raise ArtifactError(
