@@ -8,13 +8,16 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from setuptools import find_packages
@@ -134,6 +137,27 @@ def test_what_pip_leaves_uncompiled_is_compiled_for_the_interpreter_of_the_envir
     (packages / "tests" / "broken.py").write_text("print 'as Python 2 had it'\n")
     setup_venv.byte_compile()
     assert [path.name.split(".")[0] for path in packages.rglob("*.pyc")] == ["module"]
+
+
+def test_a_stopped_set_up_leaves_no_compiler_at_work(tmp_path):
+    """compileall's workers do not end with it: they went on for minutes, as orphans."""
+    worker = tmp_path / "worker"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {worker}.new; mv {worker}.new {worker}; wait\n")
+    python.chmod(0o755)
+    (tmp_path / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    code = (
+        "import setup_venv as s, pathlib, signal; signal.signal(signal.SIGTERM, s.stop);"
+        f"s.VENV = pathlib.Path({str(tmp_path)!r}); s.PYTHON, s.LOG = s.VENV / 'python', s.VENV / 'log'; s.byte_compile()"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "deploy" / "setup")}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as process:
+        while not worker.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert "run make again" in process.communicate(timeout=30)[1]
+    assert not psutil.pid_exists(pid := int(worker.read_text())) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_python_that_is_there_but_does_not_run_is_passed_over(tmp_path):

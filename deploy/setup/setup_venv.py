@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import venv
+from contextlib import suppress
 from pathlib import Path
 
 import libnuma
@@ -50,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lock", choices=sorted(NEEDED_GB), default="cpu", help="which environment (default: cpu)")
     which = parser.parse_args().lock
+    signal.signal(signal.SIGTERM, stop)
     digest = recipe_digest(which)
     if is_done(digest):
         return
@@ -57,6 +59,11 @@ def main() -> None:
         wait_for(lock)
         if not is_done(digest):
             set_up(which, digest, lock)
+
+
+def stop(*_: object) -> None:
+    """End as Ctrl-C does, so that what was started ends too."""
+    raise SystemExit("set-up: stopped; run make again to finish it")
 
 
 def recipe_digest(which: str) -> str:
@@ -94,6 +101,9 @@ def set_up(which: str, digest: str, lock) -> None:
             raise SystemExit(
                 f"set-up: less than {NEEDED_GB[which]} GB free on the disk of {ROOT}; nothing was changed."
             )
+        say(
+            f"{len(wrong)} packages to fetch and unpack: some minutes, and {NEEDED_GB[which]} GB of the disk while it lasts"
+        )
         if not VENV.exists():
             create_venv(lock)
         install(wrong, lock)
@@ -209,16 +219,23 @@ def byte_compile() -> None:
 
     Files of a package's tests that are no valid Python stay as they are, as they would with pip.
     """
-    say("byte-compiling the packages")
+    say(
+        "byte-compiling the packages, for faster starts; all else is ready: after Ctrl-C, run make again, and it goes on without"
+    )
     with LOG.open("a") as log:
-        subprocess.run(
+        process = subprocess.Popen(
             [PYTHON, "-m", "compileall", "-qq", "-j", "0", site_packages()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            check=False,
+            start_new_session=True,
             preexec_fn=die_with_parent,
         )
+        try:
+            process.wait()
+        finally:  # its workers do not end with it
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def install_torch_cpu(torch: dict[str, str], lock) -> None:
@@ -316,7 +333,8 @@ def watch(process: subprocess.Popen, begin: int, pins: dict[str, str]) -> None:
             unpacked = max(0, count_installed() - already)
             total = max(len(pins), len(asked))
             if unpacked:
-                text = f"set-up: {unpacked} of {total} unpacked, {seconds:.0f} s"
+                last = ", pip finishes the last ones" if unpacked >= total else ""
+                text = f"set-up: {unpacked} of {total} unpacked{last}, {seconds:.0f} s"
             else:
                 text = f"set-up: fetching {len(asked)} of {total}: {asked[-1] if asked else ''}, {seconds:.0f} s"
             print(f"\r{text}\033[K" if terminal else text, end="" if terminal else "\n", flush=True)

@@ -28,7 +28,11 @@ def copy(undisturbed, tmp_path):
 def test_two_iterations_end_with_a_table_a_headline_and_a_report(undisturbed):
     first = undisturbed.first
     assert len(first.names("Completed()")) == STAGES_OF_TWO_ITERATIONS + 3  # the three prompt sets
-    assert "gain " in first.table and ", at equal length " in first.table and "(95 %, paired bootstrap over " in first.table
+    assert (
+        "gain " in first.table
+        and ", at equal length " in first.table
+        and "(95 %, paired bootstrap over " in first.table
+    )
     report = undisturbed.store / "runs" / "tiny" / "report.md"
     assert str(report) in first.table
     assert "iteration 2 (" in report.read_text()
