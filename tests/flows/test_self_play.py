@@ -164,5 +164,5 @@ def test_two_iterations_with_vllm_build_once_and_are_found_again(make_run, tmp_p
     assert first.code == 0, first.out
     assert len(first.names("Completed()")) == STAGES_OF_TWO_ITERATIONS + 3
     again = tools.play(config, tmp_path / "store")
-    assert len(again.names("Cached")) == STAGES_OF_TWO_ITERATIONS
+    assert again.out.startswith("run engine is complete")
     assert again.table == first.table
