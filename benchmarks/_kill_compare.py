@@ -28,6 +28,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_contracts.identity import digest_file, digest_text
+from flows.tracked import COMPLETE
 from stages.stage import STAGES
 from stages.training.speed import SPEEDS
 
@@ -105,6 +106,8 @@ def digest_of(path: Path, store: Path) -> str:
         return digest_text(json.dumps({name: value for name, value in page.items() if name != "seconds"}))
     if path.name == "comparison.md":  # tables of seconds; its figures are in the JSON
         return digest_text(path.read_text(encoding="utf-8").partition("\n")[0])
+    if path.name == COMPLETE:  # digests of run.json's settings, and of MLflow's address, in which the store's path is
+        return "whole" if path.read_text(encoding="utf-8").count("\n") == 2 else "cut"
     if path.name in ("report.html", "comparison.html"):
         return "whole" if path.read_text(encoding="utf-8").rstrip().endswith("</html>") else "cut"
     if path.name == "report.md":
