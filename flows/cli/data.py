@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,11 @@ from data_contracts.config import load_yaml, parse
 from data_contracts.errors import ConfigError
 from data_contracts.files import open_atomic, remove_abandoned_beside
 from data_contracts.prompts import own_line
+from data_contracts.words import plural
 from flows.config import load_run
 from stages.models.turns import Turns
 from stages.sampling.stage import SamplingConfig
+from stages.scoring.checks import validate_checks
 from tasks.data.display import LEGEND, SAMPLED, as_seen, contents, histograms, lengths
 from tasks.data.drops import Drops
 from tasks.data.lengths import fit_to_model
@@ -26,6 +29,7 @@ from tasks.data.source import PromptsConfig, Source
 from tasks.models import locate
 
 SHOWN_ROWS = 3
+SHOWN_PROBLEMS = 5
 SIMILARITY = PromptsConfig.model_fields["duplicate_similarity"].default
 
 
@@ -93,6 +97,7 @@ def _describe_rows(prompts: PromptSet, drops: Drops, model: Path | None, samplin
     if drops.counts:
         yield f"{drops.counts.total()} rows are dropped:"
         yield drops.text()
+    yield from _unusable_checks(prompts)
     turns = None
     if model is not None:
         plain = sampling.is_chat and not has_chat_template(model)
@@ -115,6 +120,22 @@ def _describe_rows(prompts: PromptSet, drops: Drops, model: Path | None, samplin
         yield f"{longer} of {num_counted} prompts that were counted have more than {sampling.max_prompt_tokens} tokens"
     if len(prompts) > SAMPLED:
         yield f"tokens are those of {len(counts['prompt'])} rows, evenly spaced"
+
+
+def _unusable_checks(prompts: PromptSet) -> Iterator[str]:
+    """Name the rows whose checks the scorer `checks` refuses, and with it a run."""
+    problems: list[str] = []
+    for index, row in enumerate(prompts):
+        if row["checks"] != "[]":
+            try:
+                validate_checks(json.loads(row["checks"]))
+            except ConfigError as error:
+                problems.append(f"  {prompts.where(index)}: {error}")
+    if problems:
+        yield f"{plural(len(problems), 'row')} with checks that the scorer `checks` refuses, and with them the run:"
+        yield from problems[:SHOWN_PROBLEMS]
+        if len(problems) > SHOWN_PROBLEMS:
+            yield f"  and {len(problems) - SHOWN_PROBLEMS} more"
 
 
 def _write(prompts: PromptSet, out: Path | None) -> Iterator[str]:

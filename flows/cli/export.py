@@ -266,7 +266,11 @@ def _sources(role: str, source: Source) -> list[Digest]:
     if source.hub_id is not None:
         return [Digest(role, source.hub_id, f"revision {source.revision or 'not pinned'}")]
     path = Path(str(source.path)).expanduser()
-    return [Digest(role, path.name, digest_file(path) if path.is_file() else "several files")]
+    if path.is_file():
+        return [Digest(role, path.name, digest_file(path))]
+    return [
+        Digest(role, path.name, "not known: not on this machine any more" if not path.exists() else "several files")
+    ]
 
 
 def _costs(name: str, store: Store) -> list[dict[str, str]]:

@@ -65,7 +65,14 @@ def commented_config(method: str, data: str | None = None, policy: str | None = 
 
 def _section(name: str, section: Config, chosen: dict[str, Any]) -> list[str]:
     """The lines of a section; its name is a comment too where nothing in it is set."""
-    title = ["# How each iteration is measured."] if name == "evaluation" else _title(type(section))
+    title = _title(type(section))
+    if name == "evaluation":
+        title = ["# How each iteration is measured."]
+        if section.scorer.name == "length":
+            title.append(
+                "# `length` knows nothing of quality. Read the log-prob of the true responses, or the accuracy on"
+            )
+            title.append("# pairs, that the report shows; or name a judge, a reward model or checks (docs/scoring.md).")
     fields = _fields(section, chosen, "  ", SET_BY_RUN.get(name, set()))
     mark = "" if chosen and fields else "# "
     return ["", *title, f"{mark}{name}:", *fields]
@@ -86,7 +93,8 @@ def essentials(method: str) -> dict[str, Any]:
         "method": {"name": method},
         "sampling": {"backend": {"name": "vllm"}, "num_candidates": 5, "max_prompt_tokens": 128, "max_new_tokens": 32},
         "scoring": {},
-        "training": {"learning_rate": 1e-6, "batch_size": 4},
+        # A likelihood takes a larger rate than a preference, which moves two of them apart.
+        "training": {"learning_rate": 1e-5 if spec.PAIRING == "truth" else 1e-6, "batch_size": 4},
         "evaluation": {"scorer": {"name": "checks"}},
     }
     if PAIRINGS.get(spec.PAIRING).needs_scores:

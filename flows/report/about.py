@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from data_contracts.adapter import ADAPTER, is_adapter_only, weights_directory
 from data_contracts.artifact import ArtifactRecord, ArtifactRef
 from data_contracts.checkpoint import ModelRef
+from data_contracts.config import Config
 from data_contracts.errors import ConfigError
 from flows.config import RunConfig
 from stages.registry import Named
@@ -44,6 +45,7 @@ def about(
     records = [record for record in records if record.provenance]
     facts = {
         "method": _method(config),
+        "scored by": _scorers(config),
         "reference": _reference(config),
         "policy": _model(config.policy),
         "warm start": _warm_start(config),
@@ -66,6 +68,37 @@ def _method(config: RunConfig) -> str:
     if config.weights.name != "ones":
         text += f"; token weights: {_settings(config.weights)}"
     return text
+
+
+def _scorers(config: RunConfig) -> str:
+    """Return what scores the answers that train, and the held-out ones."""
+    heldout = f"held out: {_settings(config.evaluation.scorer)}"
+    return f"{_settings(config.scoring.scorer)}; {heldout}" if config.scoring.scorer else heldout
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Return what differs from the defaults, as a run config says it: with the name of every plug-in.
+
+    >>> from stages.sampling.stage import SamplingConfig
+    >>> changed_settings(SamplingConfig(backend="transformers", top_k=40, runtime={"prompts_per_shard": 8}))
+    {'backend': {'name': 'transformers'}, 'top_k': 40, 'runtime': {'prompts_per_shard': 8}}
+    """
+    changed: dict[str, Any] = {"name": config.name} if isinstance(config, Named) else {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value != field.get_default(call_default_factory=True):
+            changed[name] = _plain(value)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return changed_settings(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _warm_start(config: RunConfig) -> str:

@@ -18,7 +18,7 @@ from data_contracts.shards import read_shards
 from data_contracts.store import Store
 from flows.config import RunConfig
 from flows.gate import Verdict
-from flows.report.about import about
+from flows.report.about import about, changed_settings
 from flows.report.channels import Pages, RunTracker
 from flows.report.markdown import markdown_report
 from flows.report.page import markdown_table, render, standalone_figures
@@ -258,7 +258,7 @@ class History:
             decisions=self.decisions,
             selections=self.selections,
             tournament=self.tournament,
-            settings=self.config.model_dump_json(indent=1, exclude_defaults=True),
+            settings=json.dumps(changed_settings(self.config), indent=1),
             data=self.data,
             about=about(self.config, self.data, self._records, self._policy),
         )

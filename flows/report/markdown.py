@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from flows.report.page import markdown_table
+from flows.report.sections import trained_rows
 from flows.report.story import Story
 from flows.report.text import as_markdown
 from flows.tournament import Standing
@@ -22,6 +23,8 @@ def markdown_report(story: Story) -> str:
     lines += ["", markdown_table(story.rows), ""]
     if story.decisions:
         lines += ["## Promotion gate", ""]
+        if not story.decisions[-1]["enabled"]:
+            lines += ["It only watches here: gate.enabled is false.", ""]
         lines += [
             f"- iteration {decision['iteration']} against {decision['against']}: {decision['outcome']} "
             f"({decision['reason']})"
@@ -32,6 +35,8 @@ def markdown_report(story: Story) -> str:
         lines += ["## Checkpoints of each training", "", markdown_table(story.selections), ""]
     if story.tournament:
         lines += ["## Tournament", "", *_tournament_lines(story.tournament), ""]
+    if story.trained:
+        lines += ["## What trained, and what was dropped", "", markdown_table(trained_rows(story)), ""]
     if story.data:
         lines += ["## The data", "", "```", *(line.replace("```", "'''") for line in story.data), "```", ""]
     lines += ["## The same prompts, iteration by iteration", "", *_examples(story)]

@@ -103,7 +103,12 @@ def sections_of(story: Story) -> list[Section]:
         _weights(story),
         Section("lengths", "Lengths and fluency", figures=plots.lengths(story)),
         Section("prompts", "The data", text="\n".join(story.data)),
-        Section("data", "What trained, and what was dropped", table=_trained(story), figures=plots.dropped(story)),
+        Section(
+            "data",
+            "What trained, and what was dropped",
+            table=table_of(trained_rows(story)),
+            figures=plots.dropped(story),
+        ),
         _sources(story),
         Section("responses", "The same prompts, iteration by iteration", answers=answers_of(story)),
         Section("times", "Where the time went", figures=plots.times(story)),
@@ -113,14 +118,14 @@ def sections_of(story: Story) -> list[Section]:
     return [section for section in sections if section.has_content]
 
 
-def _trained(story: Story) -> Table:
+def trained_rows(story: Story) -> list[dict[str, Any]]:
     """How much of each iteration's data trained, and why the rest did not."""
     rows = []
     for iteration, part in sorted(story.trained.items()):
         reasons = sorted(part.dropped.items(), key=lambda item: -item[1])
         why = "; ".join(f"{count:g} {reason}" for reason, count in reasons)
         rows.append({"iteration": iteration, **part.counts, "not trained, and why": why})
-    return table_of(rows)
+    return rows
 
 
 def _sources(story: Story) -> Section:

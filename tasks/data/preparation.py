@@ -52,9 +52,16 @@ class Prepared(NamedTuple):
             if drops.counts:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in drops.counts.most_common())
                 line += f"; {plural(drops.counts.total(), f'{what} row')} not used ({reasons})"
+        if self.drops.counts[NEARLY_HELD_OUT]:
+            line += "; prompts.duplicate_similarity says how near: 1.0 drops the same text only"
         if self.drops.counts or self.heldout_drops.counts or self.notes:
             line += "; more in the report"
         return line
+
+    @property
+    def is_mostly_dropped(self) -> bool:
+        """Whether more than a third of the training rows is not used: a person should look."""
+        return 3 * self.drops.counts.total() > self.rows
 
     def lines(self) -> list[str]:
         """What a report says of the prompts, with places and examples of the rows that are not used."""

@@ -91,7 +91,7 @@ class PromptSet(Sequence[PromptRow]):
             if last - first == batch.num_rows:
                 parts.append(batch)
             elif last > first:
-                parts.append(batch.take(pa.array(indices[first:last] - start, pa.int64())))
+                parts.append(batch.take(_int64s(indices[first:last] - start)))
             start = end
         return self._with(parts, self.places[indices])
 
@@ -138,6 +138,11 @@ class PromptSet(Sequence[PromptRow]):
             digest.update(canonical_row(row).encode())
         digest.update(b"]")
         return digest.hexdigest()
+
+
+def _int64s(numbers: np.ndarray) -> pa.Array:
+    """The numbers as Arrow has them. `pa.array` makes the same, and imports pandas first."""
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers.astype(np.int64))])
 
 
 def batch_of(rows: Sequence[PromptRow]) -> pa.RecordBatch:

@@ -82,8 +82,8 @@ def test_its_card_says_what_was_done_measured_and_paid_and_no_path_of_this_machi
     assert "loss = sum over the kept responses of (LR(y) - eta (p - 1/2))^2" in text and "Wu et al. 2024" in text
     digest = hashlib.sha256(Path(load_run(undisturbed.config).prompts.train_source.path).read_bytes()).hexdigest()
     assert f"| training prompts | train.jsonl | {digest} |" in text
-    gain = re.search(r"gain ([+-][\d.]+, 95 % interval \[[^]]+\])", undisturbed.first.out)[1]
-    assert f"against the start model: {gain.replace(', 95 % interval', '')}" in text
+    gain = re.search(r"gain ([+-][\d.]+ \[[^]]+\])", undisturbed.first.out)[1]
+    assert f"against the start model: {gain}" in text
     assert re.search(r"at equal length: [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", text)
     assert "| stage | seconds |" in text and "| train |" in text
     assert "- start model: apache-2.0\n- data: mit\n" in text
