@@ -112,10 +112,13 @@ class TrackioWriter:
             space_id=config.space_id,
             config=settings,
             resume="allow",
+            auto_log_cpu=False,  # the stages run in other processes
+            auto_log_gpu=False,
         )
 
     def write(self, values: Mapping[str, float], axis: Axis, step: int, seconds: float) -> None:
-        self.trackio.log({**values, axis: step})
+        # `step` is Trackio's own x-axis, of every series for itself: curves have optimizer steps there, the others iterations.
+        self.trackio.log(dict(values), step=step)
 
     def flush(self) -> None:
         pass  # another thread writes it within a second

@@ -36,9 +36,12 @@ def render_comparison(name: str, runs: Sequence[LaidRun], sections: Sequence[Sec
 
 
 def standalone_figures(story: Story) -> dict[str, str]:
-    """Name -> SVG file of each figure of a run's page, with its caption as the title and the page's colours."""
+    """Name -> SVG file of each figure of a run's page, with its caption as the title, the page's colours and what they mean."""
     figures = [figure for section in sections_of(story) for figure in section.figures]
-    return {figure.name: _fill("standalone.jinja", caption=figure.caption, drawing=figure.draw()) for figure in figures}
+    return {
+        figure.name: _fill("standalone.jinja", caption=figure.caption, drawing=figure.draw(), labels=figure.labels)
+        for figure in figures
+    }
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -5,8 +5,10 @@ with their own packages, where those are installed.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,6 +132,20 @@ def mirror_of(store: Store, **settings) -> tuple[Mirror, list[str]]:
     logged: list[str] = []
     [mirror] = other_mirrors(TrackingConfig.model_validate(settings), store, "tiny", DESCRIBED, logged.append)
     return mirror, logged
+
+
+def test_trackio_has_steps_as_its_own_axis(store, monkeypatch):
+    """A value called `step` is renamed by Trackio 0.43, with a warning, and then every curve is drawn over a counter."""
+    logged = []
+    stand_in = SimpleNamespace(
+        init=lambda **_: None, finish=lambda: None, log=lambda values, step: logged.append((step, values))
+    )
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    mirror, problems = mirror_of(store, trackio={})
+    play(mirror, store)
+    assert problems == []
+    assert [(step, values) for step, values in logged if "curve/loss" in values][3] == (4, {"curve/loss": 1.0})
+    assert (2, {"heldout_score": 0.2}) in logged
 
 
 def test_tensorboard_reads_what_was_written(store):

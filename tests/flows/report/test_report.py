@@ -250,6 +250,8 @@ def test_the_page_holds_every_figure_and_nothing_from_outside(history_of):
 def test_each_figure_is_a_file_of_its_own_too(history_of):
     history = history_of()
     folder = history.write_report(plots=True).with_name("plots")
+    gain = (folder / "gain.svg").read_text()
+    assert re.search(r'<rect class="f1" .*\n<text .*>at equal length</text>', gain)  # a file says what its colours mean
     assert {path.stem for path in folder.iterdir()} == set(FIGURES.split()) - {"heat"}
     for path in folder.iterdir():
         root = ElementTree.parse(path).getroot()
