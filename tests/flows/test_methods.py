@@ -4,12 +4,20 @@ Strategy: all runs are played once, in one process on one store (in_process.py),
 policy and reference are one model, so the first loss is a constant that the paper gives: log 2 for everything of the form -log sigmoid(h).
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from data_contracts.artifact import parse_record
+from flows.config import load_run
 from stages.methods import METHODS
+from stages.running.history import events
 from stages.weighting.weights import WEIGHTS
 from tests.stages.methods.outside_package import write_package
 
@@ -19,6 +27,7 @@ TWINS = sorted(
     for path in (ROOT / "deploy" / "runs" / "tiny").glob("*.yaml")
     if path.stem not in ("base", "teacher", "auxiliary")
 )
+SINCE_THE_FOUR_PAPERS = ("comal", "gkd", "inpo", "iw_opd", "mnpo", "opd", "swift-kd-gpt2-1.5b", "tidpo_v3")
 LOG_2 = ("d2po", "dpo", "kto_pair", "spin", "spin_lengthnorm", "swift", "swift_released", "tdpo", "tgdpo", "tis_dpo")
 CONSTANTS = {name: math.log(2) for name in LOG_2} | {
     "kto_pair": 1.0,
@@ -183,6 +192,43 @@ def test_the_cpu_twin_of_every_preset_plays_two_iterations(played, name):
         assert math.isfinite(iteration["train"]["loss"])
 
 
+def steps_of_unfinished(store: Path, finished: int) -> int:
+    """Steps of the training that comes after so many finished ones; 0 if it has not begun."""
+    directories = list((store / "artifacts" / "checkpoint").glob("*"))
+    unfinished = [path for path in directories if not (path / "record.json").is_file()]
+    if len(directories) - len(unfinished) < finished or not unfinished:
+        return 0
+    return sum(event["event"] == "step" for event in events(unfinished[0]))
+
+
+def kill_in_training(request: Path, store: Path, finished: int) -> None:
+    """Play a request and SIGKILL it in its last training, which comes after so many finished ones."""
+    command = [sys.executable, str(ROOT / "tests/flows/in_process.py"), str(request), str(request.with_name("killed"))]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    while not steps_of_unfinished(store, finished):
+        assert process.poll() is None, f"it was over before it was killed: {process.communicate()[1][-2000:]}"
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SINCE_THE_FOUR_PAPERS)
+def test_a_method_goes_on_after_a_kill_in_its_last_training(played, name, tmp_path, make_model, tiny_model, tools):
+    same, teacher = make_model(tmp_path / "same", seed=1), make_model(tmp_path / "teacher", seed=2, vocabulary=300)
+    case = twin_case(name, small_settings(tmp_path, tiny_model), same, teacher)
+    case["set"] |= {"training.runtime.save_every_steps": 1}
+    request, store = tmp_path / "request.json", tmp_path / "store"
+    request.write_text(json.dumps({"store": str(store), "cases": [case]}))
+    warm_start = load_run(ROOT / case["config"]).warm_start
+    kill_in_training(request, store, finished=1 if warm_start is None else 2)
+    final = Path(result_of(tools.play_cases([case], tmp_path), case["id"])["final"])
+    undisturbed = Path(result_of(played, case["id"])["final"])
+    assert final.name == undisturbed.name, "the same key"
+    assert (final / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert parse_record((final / "record.json").read_bytes(), name).provenance["starts"] == 2
+
+
 def test_a_teachers_pass_over_ground_truths_is_paid_once(played):
     first, second = (iteration["weigh"] for iteration in result_of(played, "swift alone")["iterations"])
     # 16 ground truths and 16 generations: from the second iteration on only the new generations are paid.
@@ -198,8 +244,6 @@ def test_contrastive_models_are_trained_by_the_run_itself(played):
 
 
 def test_every_preset_has_a_twin_and_is_valid():
-    from flows.config import load_run
-
     presets = {path.stem for path in (ROOT / "deploy" / "runs").glob("*.yaml")} - {"quickstart"}
     sizes = {
         name for name in presets if "-" in name
