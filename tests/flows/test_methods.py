@@ -204,12 +204,14 @@ def steps_of_unfinished(store: Path, finished: int) -> int:
 def kill_in_training(request: Path, store: Path, finished: int) -> None:
     """Play a request and SIGKILL it in its last training, which comes after so many finished ones."""
     command = [sys.executable, str(ROOT / "tests/flows/in_process.py"), str(request), str(request.with_name("killed"))]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with request.with_name("killed.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     while not steps_of_unfinished(store, finished):
-        assert process.poll() is None, f"it was over before it was killed: {process.communicate()[1][-2000:]}"
+        assert process.poll() is None, "it was over before it was killed: see killed.log"
         time.sleep(0.001)
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 @pytest.mark.slow
