@@ -86,3 +86,16 @@ def test_a_source_that_cannot_be_read_is_one_sentence(data):
 def test_rows_without_an_answer_among_others_are_named(data):
     rows = [{"prompt": f"{number}?", "response": "yes" if number else None} for number in range(3)]
     assert "3 rows can be used: 2 with a response; 1 without an answer (line 1)" in data(rows)[1]
+
+
+def test_checks_that_a_run_would_refuse_are_named_by_line(data):
+    rows = [
+        {"prompt": "Say yes.", "checks": [{"name": "max_words", "value": 3}]},
+        {"prompt": "Say no.", "checks": [{"name": "max_wordss", "value": 3}]},
+        {"prompt": "Say it briefly.", "checks": [{"name": "max_words", "value": "six"}]},
+    ]
+    code, lines = data(rows)
+    assert code == 0
+    start = lines.index("2 rows with checks that the scorer `checks` refuses, and with them the run:")
+    assert lines[start + 1].startswith("  line 2: ") and "max_words" in lines[start + 1].split("wordss", 1)[1]
+    assert lines[start + 2].startswith("  line 3: Check 'max_words' wants ") and lines[start + 2].endswith("got 'six'.")
