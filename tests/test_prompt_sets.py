@@ -77,9 +77,9 @@ def test_every_prompt_asks_for_several_words_and_short_is_far_from_long():
 @pytest.mark.parametrize("rows", [TRAIN, HELDOUT], ids=["train", "heldout"])
 def test_half_of_each_family_asks_for_short_and_half_for_long_answers(rows):
     counts = Counter(row["source"] for row in rows)
-    assert len(set(counts.values())) == 1
     families = {source.rsplit("/", 1)[0] for source in counts}
-    assert counts.keys() == {f"{family}/{length}" for family in families for length in ("short", "long")}
+    assert len(families) == 13 and min(counts.values()) >= 3
+    assert all(counts[f"{family}/short"] == counts[f"{family}/long"] for family in families)
 
 
 def test_every_prompt_measures_its_subject_or_whether_it_ended():
@@ -113,9 +113,15 @@ def test_families_are_spread_so_that_any_52_prompts_in_a_row_hold_them_all():
     [
         ("why do frogs croak? answer briefly, with no capital letters.", "frogs croak to call a mate."),
         ("WHAT IS A SHADOW? BE BRIEF, AND USE ONLY CAPITAL LETTERS.", "A SHADOW IS A PLACE WITHOUT LIGHT."),
-        ("What is a mirror? Make It a Short Title in Title Case.", "The Mirror and the Face"),
+        ("Describe an ice rink. Make It a Short Title in Title Case.", "The Ice Rink at Night"),
+        ("What is a mirror? Give three keywords as bullet points.", "- Glass\n- Light\n- Face"),
+        ("What is a volcano? Give three single words as a numbered list.", "1. Lava\n2. Mountain\n3. Ash"),
         ("Which wild birds do you know? Name three:\n* bird\n* bird\n* bird", "* Robin\n* Owl\n* Eagle"),
         ("Name three big cities as a numbered list, just the names.", "1. Paris\n2. New York\n3. Tokyo"),
+        (
+            "What is a calendar? Use two bulleted sentences.",
+            "- A calendar shows the days of a month.\n- It tells people when to pay and when to rest.",
+        ),
         (
             "How do I calm a crying child? Two numbered sentences.",
             "1. Hold the child close and speak in a soft voice.\n2. Offer a warm drink and a favourite toy.",
