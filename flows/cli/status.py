@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from data_contracts.words import format_bytes, plural
 from flows.cli.finished import read_run
 from flows.config import RunConfig
 from flows.forecast.rehearsal import Step, rehearse
-from flows.report.overlay import LaidRun, overlay
+from flows.report.overlay import LaidRun, not_comparable, overlay
 from flows.report.page import render_comparison
 from stages.running.history import events
 from stages.stage import STAGES
@@ -107,6 +108,8 @@ def report_over_each_other(configs: Sequence[RunConfig], store: Store) -> Path:
     runs = []
     for config, history in zip(configs, histories, strict=True):
         runs.append(LaidRun(config.name, history.story(), config, f"../{config.name}/report.html"))
+    if warning := not_comparable(runs):
+        print(warning, file=sys.stderr)
     page = store.run_directory(names[0]) / f"against-{'-'.join(names[1:])[:LONGEST_NAME]}.html"
     with _write_errors_explained(names[0], store):
         for history in histories:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+from flows.report.about import Fact
 from flows.report.page import markdown_table
 from flows.report.sections import trained_rows
 from flows.report.story import Story
 from flows.report.text import as_markdown
 from flows.tournament import Standing
+from stages.evaluation.intervals import Interval
 
 SHOWN_PROMPTS = 8
 """Held-out prompts whose answers are shown."""
@@ -17,10 +20,10 @@ SHOWN_PROMPTS = 8
 def markdown_report(story: Story) -> str:
     """The whole of report.md."""
     lines = [f"# Self-play run {story.name}", "", story.headline, ""]
-    lines += [f"- {fact.label}: {as_markdown(fact.value)}" for fact in story.about.facts]
+    lines += [f"- {fact.label}: {_value(fact)}" for fact in story.about.facts]
     if story.about.load:
         lines += ["", "```python", story.about.load, "```"]
-    lines += ["", markdown_table(story.rows), ""]
+    lines += ["", markdown_table(_rows(story)), ""]
     if story.decisions:
         lines += ["## Promotion gate", ""]
         if not story.decisions[-1]["enabled"]:
@@ -41,6 +44,27 @@ def markdown_report(story: Story) -> str:
         lines += ["## The data", "", "```", *(line.replace("```", "'''") for line in story.data), "```", ""]
     lines += ["## The same prompts, iteration by iteration", "", *_examples(story)]
     return "\n".join([*lines, "", "## Settings", "", "```json", story.settings, "```", ""])
+
+
+def _value(fact: Fact) -> str:
+    """What a line of the head says; a path can be copied from the file as it stands."""
+    if fact.label == "checkpoint" and "`" not in fact.value:
+        return f"`{fact.value}`"
+    return as_markdown(fact.value)
+
+
+def _rows(story: Story) -> list[dict[str, Any]]:
+    """The table's rows, with the gain over the start model at equal length where it is known."""
+    if not any("controlled" in gain for gain in story.gains):
+        return story.rows
+    rows = []
+    for row, gain in zip(story.rows, story.gains, strict=True):
+        text = ""
+        if "controlled" in gain and row["iteration"]:
+            interval = Interval(**gain["controlled"])
+            text = f"{interval.mean:+.3f} {interval.ends()}"
+        rows.append({"iteration": row["iteration"], "gain at equal length [95 %]": text} | row)
+    return rows
 
 
 def _tournament_lines(standing: Standing) -> list[str]:
@@ -66,6 +90,8 @@ def _examples(story: Story) -> list[str]:
     for row in first[::step][:SHOWN_PROMPTS]:
         shown = story.prompts.get(row["prompt_id"])
         lines += [f"**{as_markdown(shown.name if shown else row['prompt_id'])}**", ""]
+        if shown and shown.text != shown.name:
+            lines += [f"> {as_markdown(' '.join(shown.text.split()))}", ""]
         for iteration, rows in enumerate(story.heldout):
             match = next(r for r in rows if (r["prompt_id"], r["candidate"]) == (row["prompt_id"], row["candidate"]))
             text = re.sub(r"\s+", " ", match["completion"]).strip()

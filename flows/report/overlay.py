@@ -55,7 +55,10 @@ def overlay(runs: Sequence[LaidRun]) -> list[Section]:
     """The sections of a page about these runs; those without content are left out. The first run is the one that the
     others are compared with."""
     drawn = runs[:MOST_RUNS]
-    note = "" if len(runs) == len(drawn) else f"The first {MOST_RUNS} of {len(runs)} runs are drawn."
+    notes = [not_comparable(runs)]
+    if len(drawn) < len(runs):
+        notes.append(f"The first {MOST_RUNS} of {len(runs)} runs are drawn.")
+    note = " ".join(filter(None, notes))
     sections = [
         Section("progress", "Did they get better?", note=note, figures=_progress(drawn)),
         Section("runs", "In numbers", table=_numbers(runs)),
@@ -64,6 +67,23 @@ def overlay(runs: Sequence[LaidRun]) -> list[Section]:
         Section("answers", "The same prompts, run by run", answers=_answers(drawn)),
     ]
     return [section for section in sections if section.has_content]
+
+
+def not_comparable(runs: Sequence[LaidRun]) -> str:
+    """Return why the held-out scores of these runs have no common scale; "" if they have one."""
+    first = runs[0]
+    differing = []
+    if any(run.config.evaluation.scorer != first.config.evaluation.scorer for run in runs):
+        differing.append("scorers (evaluation.scorer)")
+    if any(_measured_on(run) != _measured_on(first) for run in runs):
+        differing.append("held-out prompts (prompts.heldout)")
+    if not differing:
+        return ""
+    return f"The held-out scores of these runs are not comparable: their {' and '.join(differing)} differ."
+
+
+def _measured_on(run: LaidRun) -> set[str]:
+    return {row["prompt_id"] for row in run.story.heldout[0]}
 
 
 def differing_settings(runs: Sequence[LaidRun]) -> Table:

@@ -139,10 +139,12 @@ def _sources(story: Story) -> Section:
     measured: dict[str, list[str]] = {}
     for prompt_id, prompt in story.prompts.items():
         measured.setdefault(prompt.source, []).append(prompt_id)
-    sources = list(dict.fromkeys([*used, *(measured if len(measured) > 1 else ())]))[:MOST_SOURCES]
+    sources = list(dict.fromkeys([*used, *(measured if len(measured) > 1 else ())]))
+    # Those that trained most are shown, by name: what belongs together stands together.
+    largest = sorted(sources, key=lambda source: -used.get(source, {}).get("training prompts", 0))[:MOST_SOURCES]
     before, after = (per_prompt(rows, "score") for rows in (story.heldout[0], story.heldout[-1]))
     rows = []
-    for source in sources:
+    for source in sorted(largest):
         ids = [name for name in measured.get(source, ()) if name in before and name in after]
         row: dict[str, Any] = {"source": source or "(none named)", **used.get(source, {})}
         row["held-out prompts"] = len(measured.get(source, ()))

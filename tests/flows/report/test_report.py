@@ -30,7 +30,7 @@ from flows.report.about import loading_lines
 from flows.report.figures import Series, histograms, lines
 from flows.report.figures import number as short_number
 from flows.report.history import History
-from flows.report.overlay import LaidRun, overlay
+from flows.report.overlay import LaidRun, not_comparable, overlay
 from flows.report.page import render_comparison
 from flows.report.prefect_pages import PrefectPages
 from flows.report.story import TokenPieces, shown_prompts
@@ -258,6 +258,14 @@ def test_each_figure_is_a_file_of_its_own_too(history_of):
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(root) > 3
 
 
+def test_the_table_as_markdown_has_the_gain_at_equal_length_and_a_path_can_be_copied(history_of):
+    history = history_of()
+    text = history.write_report().read_text()
+    assert re.search(r"^\| iteration \| gain at equal length \\\[95 %\\\] \| heldout_score ", text, re.M)
+    assert re.search(r"^\| 0 \|  \| .*\n\| 1 \| [+-]0\.\d{3} \\\[[+-]0\.\d{3}, ", text, re.M)
+    assert f"- checkpoint: `{history.store.directory('checkpoint', 'c2')}`" in text
+
+
 def test_an_id_that_nobody_wrote_is_not_shown(store, make_prompts):
     rows = [prompt_row([{"role": "user", "content": text}], prompt_id=name) for text, name in (("a", None), ("b", "B"))]
     prompts = make_prompts(store, rows)
@@ -345,10 +353,13 @@ def test_what_a_model_wrote_is_text_in_markdown_too(history_of):
     """Read by the Markdown reader that Prefect's and MLflow's dependencies bring (rich's)."""
     from markdown_it import MarkdownIt
 
-    text = history_of().write_report().read_text()
+    history = history_of()
+    text = history.write_report().read_text()
     tokens = MarkdownIt("commonmark", {"html": True, "linkify": False}).parse(text)
     kinds = {child.type for token in tokens for child in token.children or ()} | {token.type for token in tokens}
-    assert not kinds & {"html_inline", "html_block", "link_open", "image"} and "code_inline" not in kinds
+    assert not kinds & {"html_inline", "html_block", "link_open", "image"}
+    code = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+    assert code == [str(history.store.directory("checkpoint", "c2"))]  # our own path, and nothing that a model wrote
     assert "pay [U+202E]eno" in " ".join(token.content for token in tokens).replace("\\", "")
     assert not re.search(r"[\u202a-\u202e\u2066-\u2069\x00-\x08]", text)
     shown = [child.content for token in tokens for child in token.children or () if child.type.startswith("text")]
@@ -526,6 +537,13 @@ def test_runs_lie_over_each_other_with_what_differs_in_their_settings(history_of
     assert "<td>-0.250 [-0.250, -0.250]</td>" in page  # paired by prompt: a constant has no spread
     assert "<h4>paper, iteration 2 <b>" in page and "<h4>&lt;i&gt;dpo&lt;/i&gt;, iteration 2 <b>" in page
     assert "<i>dpo" not in page and "<script" not in page and "&lt;script&gt;" in page
+    assert "not comparable" not in page
+    other = load_run(make_run("dpo", **settings, evaluation={"scorer": {"name": "length", "target_tokens": 3}}))
+    fewer = story._replace(heldout=[rows[1:] for rows in story.heldout])
+    assert not_comparable([runs[0], LaidRun("dpo", fewer, other, "")]) == (
+        "The held-out scores of these runs are not comparable: their scorers (evaluation.scorer) and held-out prompts "
+        "(prompts.heldout) differ."
+    )
 
 
 PROBE = """<script>addEventListener('load',()=>{const f=[...document.querySelectorAll('[id^=fig-]')];
