@@ -12,6 +12,7 @@ from typing import NamedTuple
 from data_contracts.adapter import BASE, adapter_alone, base_content
 from data_contracts.artifact import ArtifactRef
 from data_contracts.checkpoint import (
+    HUB_ID,
     MODEL_SUFFIXES,
     WEIGHTS_INDEX,
     ModelRef,
@@ -28,6 +29,19 @@ from stages.models.hub import base_directory, model_directory
 
 MERGED = "merged"
 """Directory of the store for adapters that runs name as models, merged into their base models."""
+
+
+def model_named(text: str) -> ModelRef:
+    """Return the model that a directory or a hub id names. Raises: ConfigError for a text that is neither."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return ModelRef(path=text)
+    if not HUB_ID.fullmatch(text):
+        raise ConfigError(
+            f"the model {text!r} is neither a directory ({path.absolute()} does not exist) nor owner/name of the hub; in a "
+            "checkout `make model` fetches the quickstart's"
+        )
+    return ModelRef(hub_id=text)
 
 
 class LoadedModel(NamedTuple):

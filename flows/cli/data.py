@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_contracts.checkpoint import ModelRef, has_chat_template
+from data_contracts.checkpoint import has_chat_template
 from data_contracts.config import load_yaml, parse
 from data_contracts.errors import ConfigError
 from data_contracts.files import open_atomic, remove_abandoned_beside
@@ -26,7 +26,7 @@ from tasks.data.prompt_set import PromptSet
 from tasks.data.reading import read_source
 from tasks.data.selection import NEARLY_HELD_OUT, near_heldout, without
 from tasks.data.source import PromptsConfig, Source
-from tasks.models import locate
+from tasks.models import locate, model_named
 
 SHOWN_ROWS = 3
 SHOWN_PROBLEMS = 5
@@ -69,7 +69,7 @@ def describe(source: str, options: Options) -> Iterator[str]:
         prompts, more_drops = without(prompts, near, NEARLY_HELD_OUT)
         drops.update(more_drops)
     sampling = parse(SamplingConfig, load_yaml(options.sampling, "--sampling") or {}, "--sampling")
-    model = None if options.policy is None else locate(_model(options.policy), False)
+    model = None if options.policy is None else locate(model_named(options.policy), False)
     yield from _describe_rows(prompts, drops, model, sampling)
     yield from _write(prompts, options.out)
 
@@ -173,9 +173,3 @@ def _column(assignment: str) -> tuple[str, str]:
     if not separator:
         raise ConfigError(f"--column looks like prompt=question, got {assignment!r}")
     return ours, theirs
-
-
-def _model(text: str) -> ModelRef:
-    if Path(text).expanduser().exists():
-        return ModelRef(path=text)
-    return ModelRef(hub_id=text)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from data_contracts.checkpoint import ModelRef, has_chat_template
+from data_contracts.checkpoint import has_chat_template
 from data_contracts.errors import ConfigError
 from stages.methods import METHODS
 from stages.models.tokens import context_length
@@ -18,7 +18,7 @@ from tasks.data.display import ANSWERS, lengths
 from tasks.data.prompt_set import PromptSet
 from tasks.data.reading import Reading, read_source
 from tasks.data.source import Source
-from tasks.models import locate
+from tasks.models import locate, model_named
 
 HELDOUT_SHARE = 0.05
 SAMPLE = 1000
@@ -90,9 +90,9 @@ def _scorer(reading: Reading, otherwise: str) -> str:
 
 def _sizes(policy: str, prompts: PromptSet, beside: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The model, its template, and room for nearly all prompts and answers."""
-    is_here = Path(policy).expanduser().exists()
-    model = {"path": _relative(policy, beside)} if is_here else {"hub_id": policy}
-    directory = locate(ModelRef(path=policy) if is_here else ModelRef(hub_id=policy), False)
+    chosen = model_named(policy)
+    model = {"path": _relative(policy, beside)} if chosen.path else {"hub_id": policy}
+    directory = locate(chosen, False)
     settings = TurnConfig(template="chat" if has_chat_template(directory) else "plain")
     counts = lengths(prompts, Turns(directory, settings))
     context = context_length(directory) or 2048

@@ -11,11 +11,13 @@ from data_contracts.errors import ArtifactError, NewerRecordError
 from data_contracts.files import bytes_below, bytes_from_environment, process_state
 from data_contracts.lease import LockOwner
 from data_contracts.set_aside import list_set_aside
-from data_contracts.store import MAX_BYTES, MIN_FREE_BYTES, Store
+from data_contracts.store import MAX_BYTES, MIN_FREE_BYTES, RUN_SETTINGS, Store
 from data_contracts.words import format_bytes, plural
 from flows.cli.diagnosis import Finding
 
 GIB = 1 << 30
+NAMED = 3
+"""Interrupted builds that are named."""
 
 
 def disk(store: Store) -> Iterator[Finding]:
@@ -70,12 +72,12 @@ def _lock(store: Store, kind: str, key: str, owner: LockOwner) -> Finding:
 def artifacts(store: Store) -> Iterator[Finding]:
     """Artifacts that do not hold what was signed or that a newer program wrote, builds that were interrupted, what was
     set aside, temporary files of dead writers."""
-    interrupted = 0
+    interrupted: list[str] = []
     for kind, key in store.artifact_names():
         directory = store.directory(kind, key)
         if not (directory / RECORD).is_file():
             with store.try_lock(kind, key) as owner:
-                interrupted += owner is None
+                interrupted += [f"{kind}/{key}"] if owner is None else []
             continue
         try:
             record = store.load(kind, key)
@@ -93,8 +95,12 @@ def artifacts(store: Store) -> Iterator[Finding]:
                 f"selfplay verify {kind}/{key}",
             )
     if interrupted:
-        message = f"{plural(interrupted, 'interrupted build')}: start the run again and it goes on from there"
-        yield Finding("note", message, f"selfplay verify --store {store.root}")
+        names = ", ".join(interrupted[:NAMED]) + (" and others" if len(interrupted) > NAMED else "")
+        message = (
+            f"{plural(len(interrupted), 'interrupted build')} ({names}): start its run again, and it goes on from there"
+        )
+        runs = store.runs_with(RUN_SETTINGS)
+        yield Finding("note", message, f"selfplay resume {runs[0] if len(runs) == 1 else 'RUN'} --store {store.root}")
     for path, reason in list_set_aside(store.root):
         message = (
             f"{reason['was']} was set aside by {reason['by']} on {reason['since']}, "

@@ -83,6 +83,15 @@ def test_a_source_that_cannot_be_read_is_one_sentence(data):
     assert code == 2 and len(lines) == 1 and "has no column 'text' (columns.prompt); it has question, good" in lines[0]
 
 
+@pytest.mark.parametrize("command", ["data", "init"])
+def test_a_model_that_is_nowhere_is_one_sentence(command, data, tmp_path, capsys):
+    data([{"prompt": "1?", "response": "yes"}])
+    source = str(tmp_path / "mine.jsonl")
+    words = {"data": ["data", source], "init": ["init", "sft", "--data", source, "--out", "-"]}[command]
+    assert selfplay([*words, "--policy", "../no/such/model"]) == 2
+    assert "neither a directory (" in (error := capsys.readouterr().err) and "Traceback" not in error
+
+
 def test_rows_without_an_answer_among_others_are_named(data):
     rows = [{"prompt": f"{number}?", "response": "yes" if number else None} for number in range(3)]
     assert "3 rows can be used: 2 with a response; 1 without an answer (line 1)" in data(rows)[1]

@@ -214,7 +214,7 @@ def test_damage_litter_and_interrupted_work(store, make_prompts):
     assert f"prompts {ref.key} is damaged (part-00000.parquet has 1 bytes" in damaged.message and damaged.cure.endswith(
         f"verify prompts/{ref.key}"
     )
-    assert "1 interrupted build:" in waiting.message and "1 temporary file of" in litter.message
+    assert "1 interrupted build (checkpoint/half):" in waiting.message and "1 temporary file of" in litter.message
     (Path(ref.path) / "record.json").write_text("{")
     assert "record.json is damaged" in next(artifacts(store)).message
 
