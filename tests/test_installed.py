@@ -118,7 +118,7 @@ def test_presets_are_found_from_any_directory(installed):
     listed = installed.run("selfplay", "presets")
     assert listed.returncode == 0, listed.stderr
     paths = {line.split()[0] for line in listed.stdout.splitlines()}
-    parts = {"base", "teacher", "auxiliary"}
+    parts = {"base", "teacher", "auxiliary", "gpu"}
     expected = {path for path in (ROOT / "deploy" / "runs").rglob("*.yaml") if path.stem not in parts}
     assert paths == {path.relative_to(ROOT).as_posix() for path in expected}
     (installed.directory / "mine.yaml").write_text("extends: deploy/runs/tiny/sppo.yaml\niterations: 1\n")
