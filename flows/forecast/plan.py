@@ -10,7 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data_contracts.checkpoint import ModelRef
@@ -220,6 +220,14 @@ def plan(run: RunConfig) -> list[Line]:
     return lines
 
 
+NOTHING_HELPS = "no setting here makes it fit: take GPUs with more memory, more of them, or a smaller model"
+
+
+def _advice(helpful: Sequence[str]) -> str:
+    """What follows a problem: settings to try, or that none helps."""
+    return f"; {NOTHING_HELPS}" if NOTHING_HELPS in helpful else f". Try {'; or '.join(helpful)}"
+
+
 def _utilisation(run: RunConfig, stage: str) -> float:
     """Part of a GPU's memory that the stage may take: an engine reserves its own."""
     runtime = getattr(run.sampling.backend, "runtime", None)
@@ -247,7 +255,7 @@ def _what_helps(run: RunConfig, stage: str, shapes: dict[str, Shape], have: Hard
         if fits(changes):
             yield _words(changes)
             return
-    yield "no setting here makes it fit: take GPUs with more memory, more of them, or a smaller model"
+    yield NOTHING_HELPS
 
 
 def _knobs(run: RunConfig, stage: str, have: Hardware) -> Iterator[list[dict[str, Any]]]:
@@ -315,7 +323,7 @@ def refuse_what_cannot_fit(run: RunConfig) -> list[Line]:
     if problems := [line for line in lines if line.problem]:
         raise ConfigError(
             f"{run.name}: {plural(len(problems), 'stage')} without enough memory\n"
-            + "\n".join(f"  {line.need.stage}: {line.problem}. Try " + "; or ".join(line.help) for line in problems)
+            + "\n".join(f"  {line.need.stage}: {line.problem}{_advice(line.help)}" for line in problems)
         )
     return lines
 
