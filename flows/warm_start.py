@@ -34,8 +34,10 @@ class WarmStartConfig(Config):
     @classmethod
     def _trains_on_given_responses(cls, method: Named) -> Named:
         spec = METHODS.get(method.name)
-        if spec.sides(method) != ("chosen",) or (needs := spec.needs(method)):
-            reason = "trains on pairs" if spec.sides(method) != ("chosen",) else f"needs {', '.join(sorted(needs))}"
+        needs = sorted(spec.needs(method))
+        is_single = spec.sides(method) == ("chosen",)
+        if needs or not is_single:
+            reason = f"needs {', '.join(needs)}" if is_single else "trains on pairs"
             raise ValueError(
                 f"{method.name} {reason}; a warm start trains on one given response per prompt and knows no other model: "
                 "set warm_start.method to {name: sft}"

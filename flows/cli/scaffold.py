@@ -13,6 +13,7 @@ from data_contracts.config import Config, field_docstrings
 from data_contracts.errors import ConfigError
 from flows.cli.own_data import settings_for
 from flows.config import RunConfig, merge
+from stages.evaluation.stage import EvaluationConfig
 from stages.methods import METHODS
 from stages.scoring.pairing import PAIRINGS
 from stages.weighting.weights import WEIGHTS
@@ -66,7 +67,7 @@ def commented_config(method: str, data: str | None = None, policy: str | None = 
 def _section(name: str, section: Config, chosen: dict[str, Any]) -> list[str]:
     """The lines of a section; its name is a comment too where nothing in it is set."""
     title = _title(type(section))
-    if name == "evaluation":
+    if isinstance(section, EvaluationConfig):
         title = ["# How each iteration is measured."]
         if section.scorer.name == "length":
             title.append(

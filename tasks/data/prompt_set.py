@@ -142,7 +142,7 @@ class PromptSet(Sequence[PromptRow]):
 
 def _int64s(numbers: np.ndarray) -> pa.Array:
     """The numbers as Arrow has them. `pa.array` makes the same, and imports pandas first."""
-    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers.astype(np.int64))])
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers.astype(np.int64).tobytes())])
 
 
 def batch_of(rows: Sequence[PromptRow]) -> pa.RecordBatch:
