@@ -33,6 +33,7 @@ class PromptAnswers(NamedTuple):
     reason: str
     """Why this prompt is shown; "" for one of the evenly spaced ones."""
     prompt: str
+    """Its text; "" where the name says all of it."""
     answers: list[Answer]
 
 
@@ -60,7 +61,8 @@ def side_by_side(
     for prompt_id, reason in _telling_prompts(ids, list(by_prompt.values()), reasons):
         answers = [_answer(policy, rows[prompt_id]) for policy, rows in by_prompt.items()]
         shown = prompts.get(prompt_id, ShownPrompt(prompt_id, ""))
-        examples.append(PromptAnswers(shown.name, reason, shown.text[:LONGEST_TEXT], answers))
+        text = "" if shown.name == repr(shown.text) else shown.text[:LONGEST_TEXT]
+        examples.append(PromptAnswers(shown.name, reason, text, answers))
     return examples
 
 

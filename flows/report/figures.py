@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 NARROW, HALF, WIDE = 420, 560, 1000
 """Units of a drawing's width; on a wide screen one of two figures is drawn HALF, one alone is drawn WIDE."""
 HEIGHT = 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 12, 40
 """Margins around the axes."""
 COLOURS = 8
 MOST_COLUMNS = 100

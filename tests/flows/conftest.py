@@ -38,7 +38,8 @@ class Finished(NamedTuple):
 
 def table_of(store: Path, run: str) -> list[dict[str, str]]:
     """The table of a run's report, without the seconds: they are measured, all else must repeat."""
-    lines = [line for line in (store / "runs" / run / "report.md").read_text().splitlines() if line.startswith("| ")]
+    text = (store / "runs" / run / "report.md").read_text()
+    lines = text[text.index("\n| iteration |") + 1 :].partition("\n\n")[0].splitlines()  # the first table of several
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     names = cells[0]
     return [

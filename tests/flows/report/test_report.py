@@ -7,12 +7,9 @@ phone and of a laptop.
 
 import json
 import logging
-import os
 import re
 import shutil
-import subprocess
 from html import unescape
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -27,17 +24,19 @@ from flows.config import load_run
 from flows.gate import Gate
 from flows.hands import read_report
 from flows.report.about import loading_lines
+from flows.report.answers import side_by_side
 from flows.report.figures import Series, histograms, lines
 from flows.report.figures import number as short_number
 from flows.report.history import History
 from flows.report.overlay import LaidRun, not_comparable, overlay
 from flows.report.page import render_comparison
 from flows.report.prefect_pages import PrefectPages
-from flows.report.story import TokenPieces, shown_prompts
+from flows.report.story import ShownPrompt, TokenPieces, shown_prompts
 from flows.report.token_cards import middle_of, token_weights
 from flows.report.weights import token_pieces
 from tasks.build import Built
 from tasks.place import Place
+from tests.browser import visit
 
 HOSTILE = (
     "<script>document.title='broken'</script> & <b>bold</b> https://example.com/x.js\x00 "
@@ -381,6 +380,12 @@ def test_a_card_of_tokens_bears_the_prompt_and_shows_less_and_more(history_of, m
     assert "Blue: less than 1.00; orange: more. <span>0.50 </span>" in page
 
 
+def test_a_prompt_that_its_heading_says_whole_is_not_said_again():
+    heldout = {"start": [{"prompt_id": name, "completion": "a", "score": 1.0, "num_tokens": 1} for name in "ab"]}
+    prompts = {"a": ShownPrompt("'Name a fruit.'", "Name a fruit."), "b": ShownPrompt("'Name...'", "Name a pear.")}
+    assert [item.prompt for item in side_by_side(heldout, prompts, ("", ""))] == ["", "Name a pear."]
+
+
 @pytest.mark.parametrize(
     ("weights", "middle"),
     [
@@ -559,10 +564,6 @@ p.textContent=e.data;document.body.append(p)})</script>
 
 @pytest.mark.parametrize("width", [390, 1440])
 def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(history_of, tmp_path, width):
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next((path for path in map(shutil.which, names) if path is not None), None)
-    if browser is None:
-        pytest.skip("no chromium to open the page with")
     page = page_of(history_of())
     bare = tmp_path / "page.html"
     bare.write_text(page)
@@ -570,25 +571,9 @@ def test_a_browser_shows_every_figure_without_errors_or_sideways_scrolling(histo
     probed.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</head>", PROBE))
     host = tmp_path / "host.html"  # a frame: no window is narrower than 500 pixels
     host.write_text(HOST % width)
-    quiet = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-    ]
-    quiet += ["--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=1500,1600"]
-
-    def visit(path: Path, name: str) -> subprocess.CompletedProcess:
-        command = [browser, *quiet, f"--user-data-dir={tmp_path / name}", "--dump-dom", path.as_uri()]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=180, check=True, env=os.environ | {"HOME": str(tmp_path)}
-        )
-
-    visited = visit(bare, "a")
-    assert "CONSOLE" not in visited.stderr, visited.stderr
-    probe = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', visit(host, "b").stdout)[1]))
+    visited = visit(bare.as_uri(), tmp_path / "a")
+    assert "CONSOLE" not in visited.log, visited.log
+    probe = json.loads(unescape(re.search(r'<pre id="probe">(.*?)</pre>', visit(host.as_uri(), tmp_path / "b").dom)[1]))
     assert probe["figures"] == len(FIGURES.split())
     assert not probe["empty"]
     assert probe["wide"] == ([] if width < 860 else ["fig-dropped", "fig-seconds"])  # they stand alone
