@@ -229,8 +229,8 @@ def difference(above: np.ndarray, below: np.ndarray) -> Interval:
     One column: Student's interval over the seeds. Else a crossed bootstrap: seeds and prompts are drawn with
     replacement, independently of each other.
 
-    >>> difference(np.array([[3.0], [2.0], [4.0]]), np.ones((3, 1)))
-    Interval(mean=2.0, low=-0.48..., high=4.48..., stderr=0.57...)
+    >>> [round(float(value), 2) for value in difference(np.array([[3.0], [2.0], [4.0]]), np.ones((3, 1)))]
+    [2.0, -0.48, 4.48, 0.58]
     """
     values = above - below
     seeds, prompts = values.shape

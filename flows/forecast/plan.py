@@ -220,7 +220,7 @@ def plan(run: RunConfig) -> list[Line]:
     return lines
 
 
-NOTHING_HELPS = "no setting here makes it fit: take GPUs with more memory, more of them, or a smaller model"
+NOTHING_HELPS = "no setting here makes it fit: take GPUs or nodes with more memory, more of them, or a smaller model"
 
 
 def _advice(helpful: Sequence[str]) -> str:

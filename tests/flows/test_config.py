@@ -55,7 +55,10 @@ def refused(**changes) -> str:
     [
         ({"samplign": {}}, "  samplign: unknown key; did you mean sampling?"),
         ({"sampling": {"temprature": 1}}, "  sampling.temprature: unknown key; did you mean temperature?"),
-        ({"learning_rate": 1}, "key; did you mean auxiliary.learning_rate or training.learning_rate or warm_start.learning_rate?"),
+        (
+            {"learning_rate": 1},
+            "key; did you mean auxiliary.learning_rate or training.learning_rate or warm_start.learning_rate?",
+        ),
         (
             {"scoring": {"scorer": {"name": "length", "target": 1}}},
             "scorer.target: unknown key; did you mean target_tokens?",

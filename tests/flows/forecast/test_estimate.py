@@ -95,8 +95,10 @@ def test_a_model_larger_than_memory_is_refused_with_what_would_help(tmp_path, un
     run = load_run(
         undisturbed.config, {"execution": {"host_memory_gib": 0.002}, "training.runtime.batch_tokens": 100_000}
     )
-    with pytest.raises(
-        ConfigError, match=r"(?s)stages? without enough memory\n.*train: .* of host memory on a node.*Try "
-    ):
+    advice = (
+        r"stages without enough memory\n  sample: .* of host memory on a node, .*Try sampling\.backend\.runtime\.batch_size=\d+\n"
+        r".*\n  train: .* of host memory on a node, which has 0\.0; no setting here makes it fit: take "
+    )
+    with pytest.raises(ConfigError, match=advice):
         estimate(run, Store(tmp_path))
     assert not list(tmp_path.iterdir())
