@@ -94,17 +94,12 @@ class Cluster:
 
 
 @contextmanager
-def cluster(home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
-    """It, without a worker; nothing of it is left afterwards."""
+def server(home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
+    """A cluster's server, without pools and deployments; nothing of it is left afterwards."""
     one = Cluster(home, environment)
     one.start("server", "start", "--host", "127.0.0.1", "--port", str(one.port))
     try:
         wait_for(lambda: one.ask("/health"), 120, one.log)
-        for pool in ("selfplay", "selfplay-work"):
-            assert one.prefect("work-pool", "create", pool, "--type", "process").returncode == 0
-        for file in ("prefect.yaml", "deploy/prefect/work.yaml"):
-            deployed = one.prefect("--no-prompt", "deploy", "--prefect-file", file, "--all")
-            assert deployed.returncode == 0, deployed.stdout
         yield one
     finally:
         for process in reversed(one.started):
@@ -112,3 +107,15 @@ def cluster(home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
         for process in one.started:
             process.wait(30)
         signal_all(processes_with(one.mark), signal.SIGKILL)
+
+
+@contextmanager
+def cluster(home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
+    """A cluster, without a worker."""
+    with server(home, environment) as one:
+        for pool in ("selfplay", "selfplay-work"):
+            assert one.prefect("work-pool", "create", pool, "--type", "process").returncode == 0
+        for file in ("prefect.yaml", "deploy/prefect/work.yaml"):
+            deployed = one.prefect("--no-prompt", "deploy", "--prefect-file", file, "--all")
+            assert deployed.returncode == 0, deployed.stdout
+        yield one
