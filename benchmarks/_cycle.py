@@ -9,6 +9,9 @@ policy that counts is the mean over the iterations, for both methods.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -18,6 +21,8 @@ from stages.methods.base import Pairs, Responses
 PREFERENCE = torch.tensor([[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]], dtype=torch.float64)
 """P(row beats column)."""
 ITERATIONS, ETA = 100, 0.5
+LIMITS = {"max_iter": 50, "tolerance_grad": 1e-10}
+"""Of each iteration's minimisation."""
 
 
 def worst_win_rate(method: str, seed: int) -> float:
@@ -48,7 +53,7 @@ def _sppo(policy: torch.Tensor) -> torch.Tensor:
         pairs = Pairs(_side(logps, reference), None, rates, None, values={"log_z": log_z})
         return (policy * method.pair_loss(config, pairs).loss).sum()
 
-    return _minimise(loss, policy)
+    return minimise(loss, policy, **LIMITS).clamp(min=1e-9)
 
 
 def _dpo(policy: torch.Tensor) -> torch.Tensor:
@@ -62,13 +67,13 @@ def _dpo(policy: torch.Tensor) -> torch.Tensor:
         pairs = Pairs(*(_side(logps[index], reference[index]) for index in (chosen, rejected)))
         return (share * method.pair_loss(config, pairs).loss).sum()
 
-    return _minimise(loss, policy)
+    return minimise(loss, policy, **LIMITS).clamp(min=1e-9)
 
 
-def _minimise(loss, start: torch.Tensor) -> torch.Tensor:
-    """The policy of least loss."""
+def minimise(loss: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, **limits: Any) -> torch.Tensor:
+    """Return the table policy of least loss. `loss` takes its log-probs; `limits` are LBFGS's: steps and tolerances."""
     logits = start.log().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=50, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([logits], line_search_fn="strong_wolfe", **limits)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -77,4 +82,4 @@ def _minimise(loss, start: torch.Tensor) -> torch.Tensor:
         return value
 
     optimizer.step(closure)
-    return torch.softmax(logits.detach(), -1).clamp(min=1e-9)
+    return torch.softmax(logits.detach(), -1)

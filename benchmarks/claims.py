@@ -229,7 +229,7 @@ def shown_cycle(store: Store) -> Shown:
         "source": "SPPO, section 1 and Theorem 4.1",
         "measure": "win rate of the mean policy against the answer that beats it most (1/2: equilibrium)",
         "expected": " > ".join(rates),
-        "what came": "; ".join(f"{a} - {b} {interval.mean:+.3f} {interval.ends()}" for a, b, interval in pairs),
+        "what came": "; ".join(f"{a} - {b} {interval.text()}" for a, b, interval in pairs),
         "means": ", ".join(f"{name} {values.mean():.3f}" for name, values in rates.items()),
         "verdict": verdict([interval for _, _, interval in pairs]),
     }

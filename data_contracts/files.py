@@ -43,8 +43,8 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
 
 
-def written_by(temporary: Path) -> str:
-    """Return the name of the file that `temporary_beside` made this name for; "" if it did not."""
+def replaced_by(temporary: Path) -> str:
+    """Return the name of the file that this temporary one was to replace; "" if `temporary_beside` did not name it."""
     match = TEMPORARY.fullmatch(temporary.name)
     return match["name"] if match else ""
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from data_contracts.artifact import EXTERNAL, RECORD
 from data_contracts.errors import ArtifactError, ConfigError, NewerRecordError, PipelineError, print_error
-from data_contracts.files import bytes_below, written_by
+from data_contracts.files import bytes_below, replaced_by
 from data_contracts.set_aside import REASON, SET_ASIDE, list_set_aside, set_aside
 from data_contracts.store import Store
 from data_contracts.streams import open_standard_streams
@@ -239,7 +239,7 @@ def _age(directory: Path) -> float:
     reason into it, is no change.
     """
     paths = list(directory.iterdir())
-    changed = [path for path in paths if REASON not in (path.name, written_by(path))]
+    changed = [path for path in paths if REASON not in (path.name, replaced_by(path))]
     if len(changed) == len(paths):
         changed.append(directory)
     return time.time() - max((path.lstat().st_mtime for path in changed), default=0.0)

@@ -285,8 +285,7 @@ def claims_table(results: list[Result]) -> list[dict[str, str]]:
             "measure": MEASURES[result.claim.measure].words,
             "expected": expected(result.claim),
             "what came": "; ".join(
-                f"{item.above} - {item.below} {item.interval.mean:+.3f} {item.interval.ends()}"
-                for item in result.differences
+                f"{item.above} - {item.below} {item.interval.text()}" for item in result.differences
             ),
             "means": ", ".join(f"{name} {mean:.3f}" for name, mean in result.means.items()),
             "verdict": result.verdict,

@@ -336,7 +336,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Interval):
-        return f"{value.mean:+.3f} {value.ends()}"
+        return value.text()
     if isinstance(value, float) and abs(value) < 10:
         return f"{value:.3f}"
     if isinstance(value, float):

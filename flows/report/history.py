@@ -160,7 +160,7 @@ class History:
                     "iteration": place.iteration,
                     "checkpoint": ref.key.partition("/")[2] or "end of training",
                     "heldout_score": round(float(np.mean(scores)), 4) if scores else None,
-                    "gain over the first": f"{gain.mean:+.3f} {gain.ends()}" if gain else "",
+                    "gain over the first": gain.text() if gain else "",
                     "goes on": "yes" if number == chosen else "",
                 }
             )
@@ -211,10 +211,9 @@ class History:
         prompts = len(per_prompt(self.heldout[0], "score"))
         controlled = ""
         if "controlled" in self._gains[-1]:
-            interval = Interval(**self._gains[-1]["controlled"])
-            controlled = f", at equal length {interval.mean:+.3f} {interval.ends()}"
+            controlled = f", at equal length {Interval(**self._gains[-1]['controlled']).text()}"
         return (
-            f"held-out score {before:.3f} -> {after:.3f}: gain {gain.mean:+.3f} {gain.ends()}{controlled} "
+            f"held-out score {before:.3f} -> {after:.3f}: gain {gain.text()}{controlled} "
             f"(95 %, paired bootstrap over {prompts} prompts); {fluency}"
         )
 

@@ -59,10 +59,8 @@ def _rows(story: Story) -> list[dict[str, Any]]:
         return story.rows
     rows = []
     for row, gain in zip(story.rows, story.gains, strict=True):
-        text = ""
-        if "controlled" in gain and row["iteration"]:
-            interval = Interval(**gain["controlled"])
-            text = f"{interval.mean:+.3f} {interval.ends()}"
+        is_known = "controlled" in gain and row["iteration"]
+        text = Interval(**gain["controlled"]).text() if is_known else ""
         rows.append({"iteration": row["iteration"], "gain at equal length [95 %]": text} | row)
     return rows
 

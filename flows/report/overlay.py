@@ -151,7 +151,7 @@ def _numbers(runs: Sequence[LaidRun]) -> Table:
 
 
 def _interval(gain: Interval | None) -> str:
-    return f"{gain.mean:+.3f} {gain.ends()}" if gain else ""
+    return gain.text() if gain else ""
 
 
 def _training(runs: Sequence[LaidRun]) -> list[Figure]:

@@ -152,7 +152,7 @@ def _sources(story: Story) -> Section:
             start, end = ({name: scores[name] for name in ids} for scores in (before, after))
             gain = paired_bootstrap(start, end)
             row["start"], row["last"] = (f"{sum(scores.values()) / len(ids):.3f}" for scores in (start, end))
-            row["gain, 95 %"] = f"{gain.mean:+.3f} {gain.ends()}"
+            row["gain, 95 %"] = gain.text()
         rows.append(row)
     note = "By what the data says of each prompt's source; a source with few prompts has a wide interval."
     return Section("sources", "By source", note=note, table=table_of(rows))

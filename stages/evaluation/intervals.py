@@ -28,6 +28,14 @@ class Interval(NamedTuple):
             return "[not known]"
         return f"[{self.low:+.3f}, {self.high:+.3f}]"
 
+    def text(self) -> str:
+        """Return the mean and both ends as a table has them.
+
+        >>> Interval(0.2, 0.1, 0.3, 0.05).text()
+        '+0.200 [+0.100, +0.300]'
+        """
+        return f"{self.mean:+.3f} {self.ends()}"
+
     def as_json(self) -> dict[str, float | None]:
         """Return the fields by name; None for what is not known."""
         return {name: None if math.isnan(value) else value for name, value in self._asdict().items()}

@@ -70,8 +70,8 @@ def import_auto_classes() -> None:
 def import_model_class(directory: str) -> None:
     """Import the class of a causal language model's own type, and have transformers compile its names of tensors.
 
-    Both are most of what loading a small model takes: of a training of two steps 0.84 s of processor time were left in
-    the stage, now 0.4. Raises: what transformers raises for a directory that holds no model of a type that it knows.
+    Both are most of what loading a small model takes. Raises: what transformers raises for a directory that holds no
+    model of a type that it knows.
     """
     import_auto_classes()
     with loading():

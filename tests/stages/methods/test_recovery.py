@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks._cycle import PREFERENCE, minimise
 from stages.methods import METHODS
 from stages.methods.base import Pairs, Responses
 from stages.weighting.weights import WEIGHTS
 from stages.weighting.weights.base import ResponseBatch, Tokens
 
 VOCABULARY = 5
+LIMITS = {"max_iter": 200, "tolerance_grad": 1e-12, "tolerance_change": 1e-14}
 DATA = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
 TEACHER = torch.tensor([0.45, 0.2, 0.2, 0.1, 0.05], dtype=torch.float64)
 
@@ -39,22 +41,6 @@ def swift_weights(policy: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(provider.weights(provider.Config(), rows).values)
 
 
-def minimise(loss, start: torch.Tensor) -> torch.Tensor:
-    logits = start.log().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits], lr=1.0, max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = loss(torch.log_softmax(logits, -1))
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return torch.softmax(logits.detach(), -1)
-
-
 def iterate(name: str, policy: torch.Tensor, beta: float) -> torch.Tensor:
     """One self-play iteration: y from the data, y' from the policy, which is also the reference and the start."""
     method = METHODS.get(name)
@@ -70,7 +56,7 @@ def iterate(name: str, policy: torch.Tensor, beta: float) -> torch.Tensor:
         ones = torch.ones(len(truth), dtype=torch.float64)
         return (share * method.pair_loss(config, Pairs(*sides, ones, 0 * ones)).loss).sum()
 
-    return minimise(loss, policy)
+    return minimise(loss, policy, **LIMITS)
 
 
 @pytest.mark.parametrize(("name", "beta", "iterations"), [("spin", 1.0, 2), ("spin", 2.0, 30), ("swift", 2.0, 60)])
@@ -90,13 +76,12 @@ def test_spin_at_beta_one_recovers_the_data_in_a_single_iteration():
 
 def test_sppo_on_a_cyclic_game_averages_to_a_third_each():
     # Rock, paper, scissors: 0 beats 1 beats 2 beats 0. Sampled often enough, the K candidates are the policy itself.
-    preference = torch.tensor([[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]], dtype=torch.float64)
     method = METHODS.get("sppo")
     eta = 0.5
     config = method.Config(eta=eta, keep="all", log_z=True)
     policy, total, rounds = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 500
     for _ in range(rounds):
-        rates = preference @ policy
+        rates = PREFERENCE @ policy
         log_z = torch.log((policy * torch.exp(eta * rates)).sum()).expand(3)
         reference = policy.log()
 
@@ -106,6 +91,6 @@ def test_sppo_on_a_cyclic_game_averages_to_a_third_each():
                 config, Pairs(side(logps, reference, ones), None, rates, None, values={"log_z": log_z})
             ).loss.mean()
 
-        policy = minimise(loss, policy)
+        policy = minimise(loss, policy, **LIMITS)
         total += policy
     assert torch.allclose(total / rounds, torch.full((3,), 1 / 3, dtype=torch.float64), atol=0.03)
