@@ -126,7 +126,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     history = History(config, store, tracker, pages)
     if checked.data is not None:
         history.data = checked.data.lines()
-        logger.log(logging.WARNING if checked.data.is_mostly_dropped else logging.INFO, checked.data.summary())
+        logger.log(logging.WARNING if checked.data.drops_over_a_third else logging.INFO, checked.data.summary())
     forget_complete(config, store)
     keep_settings(config, store)
     store.sweep()  # a run that finds everything built tidies up too

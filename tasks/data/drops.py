@@ -40,13 +40,14 @@ class Drops:
         """Rows that are lost. What an earlier row says is not."""
         return sum(count for reason, count in self.counts.items() if not reason.startswith(REPETITION))
 
-    def check(self, origin: str, rows: int, max_drop_rate: float) -> None:
-        """Raises: ConfigError with all problems if this part of the rows, or more, is unusable."""
+    def check(self, origin: str, rows: int, max_drop_rate: float, advice: str = "") -> None:
+        """Raises: ConfigError with all problems, and `advice` on them, if this part of the rows, or more, is unusable."""
         if self.unusable and self.unusable >= max_drop_rate * rows:
             raise ConfigError(
                 f"{origin}: {self.unusable} of {rows} rows cannot be used (limit: {max_drop_rate:.0%}, "
                 f"prompts.max_drop_rate)\n{self.text()}\n"
                 "Mend or remove these rows, say with `columns` what the columns hold, or raise the limit"
+                + (f"; {advice}" if advice else "")
             )
 
     def text(self, indent: str = "  ") -> str:

@@ -28,6 +28,10 @@ Reads = Literal["prompts", "response", "pair", "answers"]
 of them."""
 
 
+HOW_NEAR = "prompts.duplicate_similarity says how near: 1.0 drops the same text only"
+"""What to do about rows that are nearly a held-out prompt."""
+
+
 class Prepared(NamedTuple):
     """The prompts of a run, and what to say of them."""
 
@@ -53,13 +57,13 @@ class Prepared(NamedTuple):
                 reasons = ", ".join(f"{count} {reason}" for reason, count in drops.counts.most_common())
                 line += f"; {plural(drops.counts.total(), f'{what} row')} not used ({reasons})"
         if self.drops.counts[NEARLY_HELD_OUT]:
-            line += "; prompts.duplicate_similarity says how near: 1.0 drops the same text only"
+            line += f"; {HOW_NEAR}"
         if self.drops.counts or self.heldout_drops.counts or self.notes:
             line += "; more in the report"
         return line
 
     @property
-    def is_mostly_dropped(self) -> bool:
+    def drops_over_a_third(self) -> bool:
         """Whether more than a third of the training rows is not used: a person should look."""
         return 3 * self.drops.counts.total() > self.rows
 
@@ -73,7 +77,8 @@ class Prepared(NamedTuple):
 
     def check(self, config: PromptsConfig) -> None:
         """Raises: ConfigError if more rows were dropped than the settings allow."""
-        self.drops.check(str(config.train), self.rows, config.max_drop_rate)
+        advice = HOW_NEAR if self.drops.counts[NEARLY_HELD_OUT] else ""
+        self.drops.check(str(config.train), self.rows, config.max_drop_rate, advice)
         rows = len(self.heldout) + self.heldout_drops.unusable
         self.heldout_drops.check(f"held-out prompts ({config.heldout})", rows, config.max_drop_rate)
 

@@ -63,6 +63,9 @@ def test_overlap_with_a_held_out_file_is_refused_or_dropped(prepared):
     result = prepared("prompts", questions(10), questions(2), near_duplicates="drop")
     assert prompts_of(result.train) == prompts_of(result.train) and len(result.train) == 8
     assert result.counts() == {"source_rows": 10, "dropped": 2, "dropped/nearly a held-out prompt": 2}
+    strict = PromptsConfig(train="train.jsonl", heldout="heldout.jsonl", max_drop_rate=0.1)
+    with pytest.raises(ConfigError, match=r"or raise the limit; prompts\.duplicate_similarity says how near"):
+        result.check(strict)
 
 
 def test_what_was_compared_is_remembered(prepared, tmp_path, monkeypatch):
