@@ -151,9 +151,11 @@ class VLLM(Sampler):
             }
         if device == "cpu":
             # enable_chunked_prefill=False: a seeded request in a chunked prefill kills the CPU engine ("CPU Generator
-            # does not use offset").
+            # does not use offset"). block_size: whole blocks alone are shared, and prompts are often shorter than its
+            # 128; 32 is the least that its attention takes.
             arguments |= {
                 "enforce_eager": True,
+                "block_size": 32,
                 "kv_cache_memory_bytes": int(runtime.kv_cache_gib * 2**30),
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, sampling.context_tokens),
