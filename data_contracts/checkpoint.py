@@ -8,6 +8,7 @@ import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,11 +140,31 @@ def _check_json_object(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
+        kind, _ = _type_and_added_tokens(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}; fetch it again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}; fetch it again")
+    if kind is not dict:
+        raise ConfigError(f"{path} must hold a JSON object, got {kind.__name__}; fetch it again")
+
+
+def added_tokens(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of `added_tokens` in a tokenizer.json; none where there is no such file, or another thing in it."""
+    try:
+        return _type_and_added_tokens(path.read_bytes())[1]
+    except (OSError, ValueError, RecursionError):
+        return []
+
+
+@lru_cache(maxsize=4)
+def _type_and_added_tokens(content: bytes) -> tuple[type, list[dict[str, Any]]]:
+    """What a JSON text holds, and its entry `added_tokens`.
+
+    By content: a tokenizer.json has megabytes, is asked for several times, and a run's checkpoints have the same.
+    Raises: ValueError, RecursionError.
+    """
+    value: Any = json.loads(content)
+    entries = cast(dict[str, Any], value).get("added_tokens") if isinstance(value, dict) else None
+    return type(value), entries if isinstance(entries, list) else []
 
 
 def check_safetensors(path: Path) -> None:

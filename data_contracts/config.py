@@ -77,7 +77,9 @@ def _describe_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
 class Config(BaseModel, metaclass=FrozenModel):
     """Settings that are frozen and refuse unknown keys. The docstring below a field describes it in forms."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_describe_fields, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", json_schema_extra=_describe_fields, allow_inf_nan=False, defer_build=True
+    )
 
     NEUTRAL: ClassVar[dict[str, Any]] = {}
     """Fields that were added later, with the value that means "as before". A field at that value is left out of the
@@ -158,7 +160,7 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
         raise ConfigError(f"{where} cannot be used because of {count}:\n" + "\n".join(problems)) from None
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """YAML in which a key that is given twice is an error, not a wish for the second value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

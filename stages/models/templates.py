@@ -21,6 +21,7 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data_contracts.checkpoint import added_tokens
 from data_contracts.errors import ConfigError
 from data_contracts.prompts import Message
 
@@ -191,7 +192,7 @@ def read_controls(directory: str | Path) -> dict[str, int | None]:
     if isinstance(decoder, dict) and decoder:
         entries = [entry | {"id": int(number)} for number, entry in decoder.items() if isinstance(entry, dict)]
     else:
-        entries = read_json(Path(directory) / "tokenizer.json").get("added_tokens") or []
+        entries = added_tokens(Path(directory) / "tokenizer.json")
     ids: dict[str, int] = {str(entry["content"]): int(entry["id"]) for entry in entries}
     marked = [str(entry["content"]) for entry in entries if entry.get("special")]
     listed = [_content(token) or "" for token in settings.get("additional_special_tokens") or []]
