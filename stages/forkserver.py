@@ -94,6 +94,7 @@ class ForkServer:
         times = os.times()
         with _output_to(output):
             problem = self._prepare(request)
+        _let_go_of(output)
         if problem:
             connection.sendall(f"refused {problem}\n".encode())
             return
@@ -176,6 +177,16 @@ def _output_to(output: int) -> Iterator[None]:
         for file, copy in saved:
             os.dup2(copy, file)
             os.close(copy)
+
+
+def _let_go_of(output: int) -> None:
+    """Let the copies of this descriptor that an import kept lead nowhere: DeepSpeed's look for a compiler keeps one of
+    stderr, and whoever reads the output waits until the last copy is closed."""
+    with open(os.devnull, "wb") as nowhere:
+        for file in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # the descriptor of the listing itself
+                if file > 2 and file != output and os.path.sameopenfile(file, output):
+                    os.dup2(nowhere.fileno(), file)
 
 
 def _supervise(request: Request, connection: socket.socket) -> int:

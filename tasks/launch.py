@@ -32,6 +32,9 @@ NOISE = re.compile(
     r"\d+%\||(it|examples)/s\]|s/it\]|^@|^\s*$|Warning: |^\S*W\d{4} |\bWARNING \d\d-\d\d |\[WARNING\]|^\[transformers\]|^  "
 )
 """Progress bars, warnings of libraries and their quoted source lines: in the log file, not in the UI."""
+OF_ALL_STAGES = {"PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1"}
+"""Environment variables. DO_NOT_TRACK: libraries read it when they are imported, and a run sets it for its Prefect server
+after its first fork; with it set from the first, one fork server serves both."""
 GRACE_SECONDS = 10.0
 """Time that a stage gets to end by itself after SIGTERM."""
 POLL_SECONDS = 0.2
@@ -171,7 +174,7 @@ class StageProcess:
         self.stage, self.log_file, self.timeout = arguments[0], log_file, timeout
         tree = uuid.uuid4().hex
         self.marker = f"{TREE}={tree}"
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", TREE: tree} | import_paths()
+        environment = os.environ | OF_ALL_STAGES | {TREE: tree} | import_paths()
         environment |= env or {}
         self.began = time.monotonic()
         start_plainly = partial(_start_interpreter, python or sys.executable, module, arguments, environment, inherit)

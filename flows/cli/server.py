@@ -43,16 +43,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    os.environ |= {
-        "PREFECT_API_URL": url,
-        "PREFECT_HOME": str(home),
-        "PREFECT_SERVER_UI_API_URL": url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "results"),
-        "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
-        "DO_NOT_TRACK": "1",
-    }
+    os.environ |= _environment(url, home)
     print(f"starting a Prefect server for this run; its log: {home / 'server.log'}", flush=True)
     server = _Server(port, home / "server.log")
     try:
@@ -62,6 +53,20 @@ def prefect_server(home: Path) -> Iterator[str]:
     finally:
         _drain_prefect_workers()
         server.stop()
+
+
+def _environment(url: str, home: Path) -> dict[str, str]:
+    """Variables of a server of our own, its clients and all that they start."""
+    return {
+        "PREFECT_API_URL": url,
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_UI_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "results"),
+        "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+        "DO_NOT_TRACK": "1",
+    }
 
 
 def _import_clients() -> None:

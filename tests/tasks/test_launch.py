@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import pytest
 import tasks.forkserver
 import tasks.launch
 from data_contracts.errors import ArtifactError, ConfigError, ContractError, StageError, TransientError
+from flows.cli.server import _environment
 from stages.running.supervise import descendants, processes_with, supervisor_options
-from tasks.launch import LINES_PER_SECOND, run_stage
+from tasks.launch import LINES_PER_SECOND, OF_ALL_STAGES, run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = """
@@ -494,6 +496,19 @@ print("drawn", random.random(), numpy.random.random())
 def test_where_an_import_spoils_the_server_the_stage_is_an_interpreter_of_its_own(forked, servers, before):
     forked("import os; print(open(f'/proc/{os.getppid()}/cmdline').read().split(chr(0))[2])", before)
     assert forked.logged == ["stages.running.supervise"]
+
+
+def test_a_copy_of_the_output_that_an_import_keeps_holds_nobody_up(forked):
+    readers = {thread for thread in threading.enumerate() if "_copy" in thread.name}
+    forked("print('the stage')", "import os; os.dup(2); print('the import')")
+    assert forked.logged == ["the import", "the stage"]
+    assert {thread for thread in threading.enumerate() if "_copy" in thread.name} <= readers
+
+
+def test_a_server_of_our_own_sets_nothing_that_makes_another_environment():
+    added = _environment("http://127.0.0.1:1/api", Path("home"))
+    others = [name for name in added if not tasks.forkserver.VOLATILE.match(name)]
+    assert all(OF_ALL_STAGES.get(name) == added[name] for name in others)
 
 
 def test_an_import_that_fails_is_said_by_the_stage(forked):
