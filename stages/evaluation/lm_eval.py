@@ -359,7 +359,10 @@ def _evaluate(
 ) -> dict[str, Any]:
     """lm-eval's own results, with every sample. tasks: names, or tasks from `load_task`; options: from `_asked_by`."""
     import lm_eval
+    from lm_eval import evaluator
 
+    # It asks pip, the compiler and the graphics driver what there is, a second or more each time; nothing reads it.
+    evaluator.add_env_info = lambda results: None
     simple_evaluate: Any = lm_eval.simple_evaluate  # lm-eval's decorators hide the parameters from type checkers
     return simple_evaluate(
         model=lm,
