@@ -98,6 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         run = run_of(options, Path(directory))
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "SELFPLAY_STORE": str(run.store)}
+        # Some shells set it, and every command would compile our modules anew.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         overrides = [word for setting in run.settings for word in ("--set", setting)]
         command = [sys.executable, "-m", "flows", "run", run.config, *overrides]
         built = play(command, environment)
