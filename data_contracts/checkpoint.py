@@ -163,8 +163,10 @@ def _type_and_added_tokens(content: bytes) -> tuple[type, list[dict[str, Any]]]:
     Raises: ValueError, RecursionError.
     """
     value: Any = json.loads(content)
-    entries = cast(dict[str, Any], value).get("added_tokens") if isinstance(value, dict) else None
-    return type(value), entries if isinstance(entries, list) else []
+    if not isinstance(value, dict):
+        return type(value), []
+    entries = cast(dict[str, Any], value).get("added_tokens")
+    return dict, cast(list[dict[str, Any]], entries) if isinstance(entries, list) else []
 
 
 def check_safetensors(path: Path) -> None:
