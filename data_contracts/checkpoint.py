@@ -143,8 +143,8 @@ def _check_json_object(path: Path) -> None:
         kind, _ = _type_and_added_tokens(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}; fetch it again") from None
-    if kind is not dict:
-        raise ConfigError(f"{path} must hold a JSON object, got {kind.__name__}; fetch it again")
+    if kind != "dict":
+        raise ConfigError(f"{path} must hold a JSON object, got {kind}; fetch it again")
 
 
 def added_tokens(path: Path) -> list[dict[str, Any]]:
@@ -156,17 +156,16 @@ def added_tokens(path: Path) -> list[dict[str, Any]]:
 
 
 @lru_cache(maxsize=4)
-def _type_and_added_tokens(content: bytes) -> tuple[type, list[dict[str, Any]]]:
-    """What a JSON text holds, and its entry `added_tokens`.
+def _type_and_added_tokens(content: bytes) -> tuple[str, list[dict[str, Any]]]:
+    """The name of the type of what a JSON text holds, and its entry `added_tokens`.
 
     By content: a tokenizer.json has megabytes, is asked for several times, and a run's checkpoints have the same.
     Raises: ValueError, RecursionError.
     """
     value: Any = json.loads(content)
-    if not isinstance(value, dict):
-        return type(value), []
-    entries = cast(dict[str, Any], value).get("added_tokens")
-    return dict, cast(list[dict[str, Any]], entries) if isinstance(entries, list) else []
+    kind = type(value).__name__
+    entries: Any = cast(dict[str, Any], value).get("added_tokens") if kind == "dict" else None
+    return kind, cast(list[dict[str, Any]], entries) if isinstance(entries, list) else []
 
 
 def check_safetensors(path: Path) -> None:
