@@ -28,7 +28,6 @@ Model = TypeVar("Model", bound=BaseModel)
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
-    from yaml import SafeLoader
 
     # For type checkers, which do not read model_config: every settings class is frozen, so that a subclass may narrow a
     # field (`name: Literal["dpo"]`); and without field specifiers `= Field(1, ge=0)` counts as the default it is.
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 else:
     FrozenModel = type(BaseModel)
-    SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 
 
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
@@ -162,7 +160,7 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
         raise ConfigError(f"{where} cannot be used because of {count}:\n" + "\n".join(problems)) from None
 
 
-class _Loader(SafeLoader):
+class _Loader(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error, not a wish for the second value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
