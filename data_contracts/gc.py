@@ -235,14 +235,12 @@ def _why_in_use(store: Store, name: Name, kept_names: set[Name], young_seconds: 
 
 
 def _age(directory: Path) -> float:
-    """Return the seconds since something of an artifact changed. That a killed call began to set it aside, and wrote the
-    reason into it, is no change.
+    """Return the seconds since a file of an artifact was written. That a killed call deleted some of them, or wrote the
+    reason why it set them aside, is no change.
     """
     paths = list(directory.iterdir())
-    changed = [path for path in paths if REASON not in (path.name, replaced_by(path))]
-    if len(changed) == len(paths):
-        changed.append(directory)
-    return time.time() - max((path.lstat().st_mtime for path in changed), default=0.0)
+    written = [path for path in paths if REASON not in (path.name, replaced_by(path))] if paths else [directory]
+    return time.time() - max((path.lstat().st_mtime for path in written), default=0.0)
 
 
 def _unneeded_logps(store: Store, kept_names: set[Name], young_seconds: float) -> list[Path]:

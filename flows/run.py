@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
@@ -29,6 +28,7 @@ from flows.self_play import SelfPlay
 from flows.tournament import merged
 from flows.tracked import described, forget_complete, note_complete
 from stages.evaluation.promotion import Measurement
+from stages.running.cost import process_start
 from tasks.data.prompt_set import PromptSet
 from tasks.execution.engines import executor_for
 from tasks.place import Place
@@ -133,7 +133,7 @@ def run_self_play(config: RunConfig, store: Store) -> dict[str, Any]:
     ledger = Ledger(store, config.name)
     # Imports belong to the run where the process was made for it: by the command line, or by a worker.
     is_own = OWN_PROCESS in os.environ or "PREFECT__FLOW_RUN_ID" in os.environ
-    ledger.begin(psutil.Process().create_time() if is_own else None)
+    ledger.begin(process_start() if is_own else None)
     place = Place(str(store.root), config.name, session=ledger.session, execution=config.execution)
     loop = SelfPlay(config, checked, start, models, BuildingHands(), history)
     try:

@@ -37,7 +37,6 @@ set_defaults()
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ from data_contracts.redaction import redact_output
 from data_contracts.store import Store
 from stages.execute import LOCK_HELD, execute, execute_share
 from stages.running.claims import WORKER
-from stages.running.cost import before_fork
+from stages.running.cost import before_fork, process_start
 from stages.running.loopback import bypass_proxies_on_loopback
 from stages.running.rendezvous import node_rank
 from stages.stage import STAGES
@@ -97,10 +96,7 @@ def _launched() -> float:
     """When this process was asked for, in seconds since the epoch: when the kernel started it, unless it is a fork."""
     if before_fork.launched is not None:
         return before_fork.launched
-    with open("/proc/self/stat") as file:
-        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
-    since_boot = ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+    return process_start()
 
 
 def _read(path: Path) -> dict[str, Any]:

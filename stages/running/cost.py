@@ -31,6 +31,15 @@ SECONDS_BETWEEN_LOOKS = 1.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+def process_start() -> float:
+    """Return when the kernel started this process, in seconds since the epoch, to a hundredth. psutil's `create_time` is
+    off by up to a second, which the kernel's `btime` is cut to."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+    since_boot = ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
 class _Loading:
     """A context manager that adds up the seconds this process spends on importing libraries and loading models."""
 

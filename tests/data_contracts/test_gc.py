@@ -368,6 +368,13 @@ def test_what_a_killed_call_began_to_set_aside_goes_with_the_next(store, three_r
     }  # fmt: skip
 
 
+def test_what_a_killed_call_began_to_delete_goes_with_the_next(store, three_runs):
+    grow_old(store)
+    (store.directory("prompts", "pa") / RECORD).unlink()  # goes first; that its directory changed makes nothing young
+    gc(store, 1, delete=True)
+    assert not store.directory("prompts", "pa").exists()
+
+
 def test_two_things_of_one_name_are_set_aside_side_by_side(store):
     for _ in range(2):
         make(store, "prompts", "pa")
