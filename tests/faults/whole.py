@@ -124,12 +124,10 @@ def _contents(store: Path) -> dict[str, str]:
 
 
 def _table(store: Path) -> list[list[str]]:
-    """The report's table without its seconds."""
-    lines = [
-        line.strip("|").split("|")
-        for line in (store / "runs" / "tiny" / "report.md").read_text().splitlines()
-        if line.startswith("| ")
-    ]
+    """The report's first table, a row per iteration, without its seconds."""
+    text = (store / "runs" / "tiny" / "report.md").read_text()
+    first = next(part for part in text.split("\n\n") if part.startswith("| "))
+    lines = [line.strip("|").split("|") for line in first.splitlines()]
     keep = [number for number, name in enumerate(lines[0]) if not name.strip().endswith(" s")]
     return [[line[number].strip() for number in keep] for line in lines[2:]]
 
