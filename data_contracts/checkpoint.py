@@ -157,12 +157,13 @@ def added_tokens(path: Path) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=4)
 def _type_and_added_tokens(content: bytes) -> tuple[str, list[dict[str, Any]]]:
-    """The name of the type of what a JSON text holds, and its entry `added_tokens`.
+    """Return the name of the type that a JSON text in UTF-8 holds, and its entry `added_tokens`.
 
-    By content: a tokenizer.json has megabytes, is asked for several times, and a run's checkpoints have the same.
+    Cached by content: a tokenizer.json has megabytes, is read several times, and all checkpoints of a run have the same.
     Raises: ValueError, RecursionError.
     """
-    value: Any = json.loads(content)
+    # Of bytes, json would guess the encoding; engines read UTF-8 alone.
+    value: Any = json.loads(content.decode("utf-8"))
     kind = type(value).__name__
     entries: Any = cast(dict[str, Any], value).get("added_tokens") if kind == "dict" else None
     return kind, cast(list[dict[str, Any]], entries) if isinstance(entries, list) else []

@@ -235,8 +235,8 @@ def _why_in_use(store: Store, name: Name, kept_names: set[Name], young_seconds: 
 
 
 def _age(directory: Path) -> float:
-    """Return the seconds since a file of an artifact was written. That a killed call deleted some of them, or wrote the
-    reason why it set them aside, is no change.
+    """Return the seconds since a file of an artifact was written. What a killed call of `gc` did there does not count:
+    files that it deleted, and the reason that it wrote to set the others aside.
     """
     paths = list(directory.iterdir())
     written = [path for path in paths if REASON not in (path.name, replaced_by(path))] if paths else [directory]

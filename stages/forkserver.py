@@ -94,7 +94,6 @@ class ForkServer:
         times = os.times()
         with _output_to(output):
             problem = self._prepare(request)
-        _let_go_of(output)
         if problem:
             connection.sendall(f"refused {problem}\n".encode())
             return
@@ -165,7 +164,7 @@ def _set_environment(environment: dict[str, str]) -> None:
 
 @contextmanager
 def _output_to(output: int) -> Iterator[None]:
-    """What is printed inside goes to this file descriptor, also from libraries that are not Python."""
+    """What is printed inside goes to this file descriptor, also from libraries that are not Python. No copy of it is left."""
     saved = [(file, os.dup(file)) for file in (1, 2)]
     for file, _ in saved:
         os.dup2(output, file)
@@ -177,11 +176,15 @@ def _output_to(output: int) -> Iterator[None]:
         for file, copy in saved:
             os.dup2(copy, file)
             os.close(copy)
+        _point_copies_nowhere(output)
 
 
-def _let_go_of(output: int) -> None:
-    """Let the copies of this descriptor that an import kept lead nowhere: DeepSpeed's look for a compiler keeps one of
-    stderr, and whoever reads the output waits until the last copy is closed."""
+def _point_copies_nowhere(output: int) -> None:
+    """Point every copy of this descriptor that an import kept at /dev/null.
+
+    DeepSpeed keeps one of stderr when it looks for libaio, and whoever reads the output waits until the last copy is
+    closed. The number stays taken: the library may still use it.
+    """
     with open(os.devnull, "wb") as nowhere:
         for file in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):  # the descriptor of the listing itself

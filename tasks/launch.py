@@ -33,8 +33,8 @@ NOISE = re.compile(
 )
 """Progress bars, warnings of libraries and their quoted source lines: in the log file, not in the UI."""
 OF_ALL_STAGES = {"PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1"}
-"""Environment variables. DO_NOT_TRACK: libraries read it when they are imported, and a run sets it for its Prefect server
-after its first fork; with it set from the first, one fork server serves both."""
+"""Environment variables of every stage. DO_NOT_TRACK is one because a run sets it for its Prefect server, after its first
+fork, and libraries read it when they are imported: stages before and after would need a fork server each."""
 GRACE_SECONDS = 10.0
 """Time that a stage gets to end by itself after SIGTERM."""
 POLL_SECONDS = 0.2

@@ -444,8 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_command() -> None:
     """The command, as a process of its own."""
-    # What imports make stays. Looking for garbage in it, after every 700 objects and at the end, takes a seventh of a
-    # short command.
+    # Imports make objects that stay. Python would look for garbage among them after every 700, and once more at the end.
     set_threshold(200_000)
     from data_contracts.streams import open_standard_streams
 

@@ -32,8 +32,10 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def process_start() -> float:
-    """Return when the kernel started this process, in seconds since the epoch, to a hundredth. psutil's `create_time` is
-    off by up to a second, which the kernel's `btime` is cut to."""
+    """Return when the kernel started this process, in seconds since the epoch, to a hundredth.
+
+    psutil's `create_time` is off by up to a second: it adds the kernel's `btime`, which counts whole seconds.
+    """
     with open("/proc/self/stat") as file:
         ticks = int(file.read().rsplit(")", 1)[1].split()[19])
     since_boot = ticks / os.sysconf("SC_CLK_TCK")

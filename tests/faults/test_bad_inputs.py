@@ -607,6 +607,8 @@ CASES: dict[str, tuple[callable, int, tuple[str, ...]]] = {
     "a model of no class": (json_of_model("config.json", architectures=...), WRONG, ("names no `architectures`",)),
     "a model without a tokenizer": (model("tokenizer.json", None), WRONG, ("has no tokenizer file",)),
     "a tokenizer that is not JSON": (model("tokenizer.json", "{'a'"), WRONG, ("tokenizer.json is not valid JSON",)),
+    "a tokenizer in UTF-16": (model("tokenizer.json", '{"model": 1}'.encode("utf-16")), WRONG, ("tokenizer.json is not valid JSON",)),
+    "a tokenizer with a byte order mark": (model("tokenizer.json", b"\xef\xbb\xbf{}"), WRONG, ("tokenizer.json is not valid JSON",)),
     "a tokenizer that is a number": (model("tokenizer.json", "5"), WRONG, ("tokenizer.json must hold a JSON object, got int",)),
     "a tokenizer that is another thing": (model("tokenizer.json", "{}"), WRONG, ("the tokenizer in", "cannot be loaded")),
     "generation settings that are not JSON": (model("generation_config.json", "no"), WRONG, ("generation_config.json is not valid JSON",)),
